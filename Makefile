@@ -1,0 +1,40 @@
+TORCH ?= 2.13.0
+PYTHON := .venv/bin/python
+REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
+
+.PHONY: help venv test demo lint format bench-overhead train clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: .venv/.stamp ## create .venv with the package and its development tools
+
+.venv/.stamp: pyproject.toml scripts/setup_venv.sh
+	scripts/setup_venv.sh $(TORCH)
+	@touch $@
+
+test: venv ## run the tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope
+
+demo: venv ## generate with and without the cache and report speed and quality
+	.venv/bin/diffusion-cache demo --out demo_output
+
+lint: venv ## check style, types and the layers
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports
+
+format: venv ## format the code and apply safe fixes
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+bench-overhead: venv ## measure what the cache layer costs per step
+	$(PYTHON) scripts/bench_overhead.py
+
+train: venv ## train the shipped reference models (hours on a CPU)
+	for name in $(REFERENCES); do $(PYTHON) scripts/train_reference.py reference=$$name || exit 1; done
+
+clean: ## remove the venv, caches and build outputs (trained checkpoints in runs/ stay)
+	rm -rf .venv build dist *.egg-info .*_cache .hypothesis demo_output
+	find . -name __pycache__ -prune -exec rm -rf {} +

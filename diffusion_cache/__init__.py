@@ -1,0 +1,50 @@
+"""Faster diffusers pipelines: reuse block features between denoising steps, at a quality you choose.
+
+    import diffusion_cache as dc
+    dc.enable(pipe, policy="interval", every=2)
+    images = pipe(prompt).images
+    print(dc.summary(pipe)); dc.disable(pipe)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoSpansError
+
+if TYPE_CHECKING:
+    from . import forecasters, policies, reference, registry
+    from .api import cached, disable, enable, inspect, run, summary
+
+__version__ = "0.1.0"
+
+_FUNCTIONS = ("cached", "disable", "enable", "inspect", "run", "summary")
+_MODULES = ("forecasters", "policies", "reference", "registry")
+__all__ = [
+    "ConfigError",
+    "DiffusionCacheError",
+    "DiffusionCacheWarning",
+    "NoSpansError",
+    "cached",
+    "disable",
+    "enable",
+    "forecasters",
+    "inspect",
+    "policies",
+    "reference",
+    "registry",
+    "run",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and diffusers take seconds to import; `import diffusion_cache` does not
+    if name in _FUNCTIONS:
+        return getattr(import_module(".api", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,348 @@
+"""The front doors: enable, disable, cached, run, summary, inspect."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import forecasters, policies  # noqa: F401  (registers the built-in methods)
+from .context import SCOPES, Forecaster, Policy
+from .engine import CacheRun, Method, Session, StepRecord
+from .engine.patches import ACTIVE
+from .engine.session import SESSION
+from .errors import ConfigError
+from .models import default_scope, find_denoisers, find_layout, unwrap
+from .policies import Guarded, Guards
+from .registry import Registry, suggest
+from .registry import forecasters as forecaster_registry
+from .registry import policies as policy_registry
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "enable", "inspect", "run", "summary"]
+
+DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
+
+
+def enable(
+    pipe: Any,
+    policy: str | Policy = DEFAULT_POLICY,
+    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    *,
+    scope: str | None = None,
+    depth: int = 1,
+    **options: Any,
+) -> Session:
+    """Make a pipeline's next generations reuse features between steps. Enabling again replaces what was enabled.
+
+    Args:
+        pipe: any diffusers pipeline with a transformer or UNet.
+        policy, forecaster: names (see `diffusion-cache list policies`) or instances.
+        scope: what is cached: "denoiser", "stack", "block" or "cut" (UNets); None picks cut for UNets and stack for transformers.
+        depth: for cuts, how many down and up blocks stay outside the cut.
+        options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end, max_consecutive, max_reused).
+
+    Raises:
+        ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
+        NoSpansError: nothing to cache at the scope.
+    """
+    session = Session(_method(policy, forecaster, scope, depth, options))
+    session.attach_pipeline(pipe)
+    return session
+
+
+def disable(pipe: Any) -> None:
+    """Take the cache off: the pipeline, its modules and their classes are as they were. No-op if there is none."""
+    session = _session(pipe)
+    if session is not None:
+        session.detach_pipeline(pipe)
+
+
+@contextlib.contextmanager
+def cached(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """`enable` for the length of a with block; gives the pipeline."""
+    enable(pipe, *args, **kwargs)
+    try:
+        yield pipe
+    finally:
+        disable(pipe)
+
+
+class Run:
+    """One generation with a bare denoiser in the user's own loop; see `run`."""
+
+    def __init__(self, session: Session, cache_run: CacheRun):
+        self._session = session
+        self._run = cache_run
+
+    def next_step(self) -> None:
+        """The next call of the denoiser belongs to the next step. For loops without a diffusers scheduler."""
+        self._run.clock.next_step()
+
+    def summary(self) -> "Summary":
+        """What has happened so far."""
+        return _summarise(self._session, self._run)
+
+
+@contextlib.contextmanager
+def run(
+    model: nn.Module,
+    policy: str | Policy = DEFAULT_POLICY,
+    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    *,
+    num_steps: int | None = None,
+    scope: str | None = None,
+    depth: int = 1,
+    **options: Any,
+) -> Iterator[Run]:
+    """One generation of a bare denoiser, cached. Options and errors as for `enable`.
+
+    A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call at another
+    timestep counts as the next step. num_steps: needed by policies that place their computed steps relative to the end.
+    """
+    if num_steps is not None and num_steps < 1:
+        raise ConfigError(f"num_steps must be at least 1, not {num_steps}")
+    method = _method(policy, forecaster, scope, depth, options)
+    session = Session(method)
+    session.attach_model(model)
+    cache_run = session.begin_model(num_steps)
+    token = ACTIVE.set(cache_run)
+    try:
+        yield Run(session, cache_run)
+    finally:
+        ACTIVE.reset(token)
+        session.finish(cache_run)
+        session.detach_model()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one generation did.
+
+    spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or none. hit_rate: share of span
+    calls that were reused. cache_bytes: the most bytes that features took. total: steps of the run, if known.
+    """
+
+    method: str
+    scopes: tuple[str, ...]
+    spans: int
+    total: int | None
+    records: tuple[StepRecord, ...]
+    cache_bytes: int
+
+    @property
+    def computed(self) -> int:
+        return sum(record.computed for record in self.records)
+
+    @property
+    def reused(self) -> int:
+        return len(self.records) - self.computed
+
+    @property
+    def hit_rate(self) -> float:
+        visits = sum(record.spans for record in self.records)
+        return sum(record.spans_reused for record in self.records) / visits if visits else 0.0
+
+    @property
+    def cache_mib(self) -> float:
+        return self.cache_bytes / 2**20
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
+        table = Table(title=f"{self.method}", caption=self._caption())
+        table.add_column("pass")
+        table.add_column("steps (█ computed, · reused)", overflow="fold")
+        table.add_column("computed", justify="right")
+        table.add_column("reasons to compute")
+        for key in dict.fromkeys((record.denoiser, record.pass_name) for record in self.records):
+            rows = [record for record in self.records if (record.denoiser, record.pass_name) == key]
+            reasons = dict.fromkeys(record.reason.split(" ")[0] for record in rows if record.computed)
+            strip = "".join("█" if row.spans_reused == 0 else "·" if not row.computed else "▒" for row in rows)
+            computed = sum(row.computed for row in rows)
+            table.add_row(" ".join(key), strip, f"{computed}/{len(rows)}", ", ".join(reasons))
+        return table
+
+    def _caption(self) -> str:
+        return (
+            f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, {self.computed} calls computed and {self.reused} reused, "
+            f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
+        )
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+def summary(pipe: Any) -> Summary:
+    """What the pipeline's last generation did.
+
+    Raises:
+        ConfigError: if the cache is not enabled, or nothing was generated since.
+    """
+    session = _session(pipe)
+    if session is None:
+        raise ConfigError("the cache is not enabled on this pipeline: call diffusion_cache.enable first")
+    if session.last_run is None:
+        raise ConfigError("nothing was generated since the cache was enabled: call the pipeline first")
+    return _summarise(session, session.last_run)
+
+
+@dataclass(frozen=True)
+class SpanInfo:
+    """One span. feature_bytes: of one stored feature over all passes, None until something was generated."""
+
+    denoiser: str
+    name: str
+    kind: str
+    modules: int
+    parameters: int
+    feature_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a pipeline offers to cache. history: features kept per span and pass by the forecaster that was asked about."""
+
+    pipeline: str
+    spans: tuple[SpanInfo, ...]
+    history: int
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes a cache of this many features would take, None if no feature has been seen."""
+        if any(span.feature_bytes is None for span in self.spans):
+            return None
+        return self.history * sum(span.feature_bytes or 0 for span in self.spans)
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
+        known = self.cache_bytes
+        caption = (
+            f"a cache of {self.history} feature(s) a span takes {known / 2**20:.2f} MiB"
+            if known is not None
+            else "bytes are known after a generation, or with inspect(pipe, inputs={…the pipeline's arguments…})"
+        )
+        table = Table(title=self.pipeline, caption=caption)
+        for name in ("denoiser", "span", "kind"):
+            table.add_column(name)
+        for name in ("modules", "parameters", "feature KiB"):
+            table.add_column(name, justify="right")
+        for span in self.spans:
+            size = "?" if span.feature_bytes is None else f"{span.feature_bytes / 1024:.1f}"
+            table.add_row(span.denoiser, span.name, span.kind, str(span.modules), f"{span.parameters:,}", size)
+        return table
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+def inspect(
+    pipe: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    scope: str | None = None,
+    depth: int = 1,
+) -> Inspection:
+    """Which spans were found, their sizes, and the bytes a cache would take.
+
+    inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes come from the last
+    generation, if the cache is enabled at this scope. What is enabled stays enabled.
+
+    Raises:
+        ConfigError, NoSpansError: as `enable`.
+    """
+    method = _method("interval", forecaster, scope, depth, {"every": 2})
+    layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
+    before = _session(pipe)
+    sizes: dict[str, int] = {}
+    if inputs is not None:
+        measuring = Session(method)
+        measuring.attach_pipeline(pipe)
+        try:
+            pipe(**{**inputs, "num_inference_steps": 2})
+            assert measuring.last_run is not None
+            sizes = measuring.last_run.sizes
+        finally:
+            disable(pipe)
+            if before is not None:
+                Session.attach_pipeline(before, pipe)
+    elif before is not None and before.last_run is not None:
+        sizes = before.last_run.sizes
+    spans = tuple(
+        SpanInfo(denoiser, span.name, span.kind, len(span.members), span.parameters, sizes.get(span.name))
+        for denoiser, layout in layouts.items()
+        for span in layout.spans
+    )
+    return Inspection(type(pipe).__name__, spans, method.forecaster.history)
+
+
+def _summarise(session: Session, cache_run: CacheRun) -> Summary:
+    layouts = session.layouts.values()
+    return Summary(
+        method=str(session.method),
+        scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
+        spans=sum(len(layout.spans) for layout in layouts),
+        total=cache_run.clock.total,
+        records=tuple(cache_run.records),
+        cache_bytes=cache_run.cache_bytes,
+    )
+
+
+def _rendered(shown: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(shown)
+    return capture.get()
+
+
+def _session(pipe: Any) -> Session | None:
+    return getattr(pipe, "__dict__", {}).get(SESSION)
+
+
+def _method(
+    policy: str | Policy, forecaster: str | Forecaster, scope: str | None, depth: int, options: Mapping[str, Any]
+) -> Method:
+    if scope is not None and scope not in SCOPES:
+        raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
+    if not isinstance(depth, int) or isinstance(depth, bool):
+        raise ConfigError(f"depth must be a whole number, not {depth!r}")
+    remaining = dict(options)
+    guards = Guards(**_take(remaining, [field.name for field in dataclasses.fields(Guards)]))
+    built_policy = _build(policy_registry, policy, Policy, remaining)
+    built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
+    if remaining:
+        known = [field.name for part in (built_policy, built_forecaster, guards) for field in dataclasses.fields(part)]
+        name = next(iter(remaining))
+        raise ConfigError(
+            f"Unknown option {name!r} for policy {built_policy.name!r} with forecaster {built_forecaster.name!r}. "
+            f"{suggest(name, [*known, 'scope', 'depth'])}"
+        )
+    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth)
+
+
+def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
+    """An instance from a name and those of the options that are its fields, which are taken out."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, str):
+        raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
+    cls = registry.get(given)
+    taken = _take(options, list(registry.options(given)))
+    try:
+        return cls(**taken)
+    except ConfigError:
+        raise
+    except TypeError as error:
+        raise ConfigError(f"{registry.kind} {given!r}: {error}") from error
+
+
+def _take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}

@@ -1,0 +1,117 @@
+"""The types that policies, forecasters and the engine share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from .schedule import Schedule
+
+Feature = Literal["auto", "residual", "output"]
+SCOPES = ("denoiser", "stack", "block", "cut")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a denoiser call stands in its run.
+
+    index: sampler iteration, from 0. total: iterations in the run, if known. evaluation: denoiser calls before this
+    one in the run. noise_level: log-SNR, if the sampler tells. pass_name: the guidance branch's name or position.
+    rows: the batch rows of each guidance branch stacked inside this call (one slice where there is one).
+    """
+
+    index: int
+    total: int | None
+    evaluation: int
+    noise_level: float | None
+    pass_name: str
+    rows: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy must see before it can decide.
+
+    signals: names from {"probe_residual"}; empty for a policy that knows its schedule beforehand.
+    probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
+    """
+
+    signals: tuple[str, ...] = ()
+    probe: int = 0
+    tail: int = 0
+
+
+class Verdict(NamedTuple):
+    """A decision for all spans of one call, with its reason in a few words."""
+
+    compute: bool
+    reason: str
+
+
+@dataclass
+class PassState:
+    """What a policy may know of the past of its pass. kept: each needed signal as of the last computed step."""
+
+    last_computed: int = -1
+    consecutive: int = 0
+    reused: int = 0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def update(self, index: int, computed: bool) -> None:
+        if computed:
+            self.last_computed, self.consecutive = index, 0
+        else:
+            self.consecutive += 1
+            self.reused += 1
+
+
+class Policy(ABC):
+    """When to compute. A frozen dataclass of primitives; state lives in PassState."""
+
+    name: ClassVar[str]
+    scopes: ClassVar[frozenset[str]]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def schedule(self, total: int) -> Schedule | None:
+        """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
+        return None
+
+    @abstractmethod
+    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+        """Compute or reuse at this step. Without needed signals this must depend on step and state alone."""
+
+
+class Query(NamedTuple):
+    """nodes: steps of the stored features, oldest first; target: the step to forecast."""
+
+    nodes: Sequence[float]
+    target: float
+
+
+class Forecaster(ABC):
+    """What to reuse: a linear combination of stored features. A frozen dataclass of primitives.
+
+    history: features kept. exact_degree: polynomials in the step index up to this degree are forecast exactly on any grid
+    once enough features are stored; None for none. feature: what is stored, residual (output − input), output, or auto
+    (residual for stacks and blocks where shapes match, else output).
+    """
+
+    name: ClassVar[str]
+    feature: Feature
+
+    @property
+    @abstractmethod
+    def history(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def exact_degree(self) -> int | None: ...
+
+    @abstractmethod
+    def weights(self, query: Query) -> tuple[float, ...]:
+        """One weight per node; there are between 1 and `history` nodes."""

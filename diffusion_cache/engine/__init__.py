@@ -1,0 +1,6 @@
+"""The engine: tracks where a generation stands, and computes or reuses spans accordingly."""
+
+from .cache_run import CacheRun, StepRecord
+from .session import Method, Session
+
+__all__ = ["CacheRun", "Method", "Session", "StepRecord"]

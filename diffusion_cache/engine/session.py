@@ -1,0 +1,306 @@
+"""A session: one method attached to one pipeline (or bare denoiser), from enable to disable."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..context import Forecaster
+from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
+from ..models import Layout, Span, default_scope, find_denoisers, find_layout, unwrap
+from ..policies import Guarded
+from . import patches
+from .cache_run import CacheRun
+from .clock import StepClock, noise_levels, scheduler_total
+from .intercept import intercept, is_intercepted, release
+from .patches import ACTIVE
+
+SESSION = "_diffusion_cache"
+MARK = "_diffusion_cache_mark"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a session does: a guarded policy, a forecaster, and where. scope None: each denoiser's default."""
+
+    guarded: Guarded
+    forecaster: Forecaster
+    scope: str | None = None
+    depth: int = 1
+
+    def __str__(self) -> str:
+        def text(part: Any) -> str:
+            fields = ", ".join(f"{key}={value!r}" for key, value in vars(part).items() if not key.startswith("_"))
+            return f"{part.name}({fields})"
+
+        where = self.scope or "default scope"
+        return f"{text(self.guarded.policy)} + {text(self.forecaster)} on {where}"
+
+    def layout(self, denoiser: nn.Module) -> Layout:
+        """The denoiser's spans under this method.
+
+        Raises:
+            ConfigError: for a scope that the policy does not serve, or options that leave nothing to skip.
+            NoSpansError: if the denoiser has none at this scope.
+        """
+        policy, scope = self.guarded.policy, self.scope or default_scope(denoiser)
+        if scope not in policy.scopes:
+            raise ConfigError(
+                f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
+                f"it serves {', '.join(sorted(policy.scopes))}"
+            )
+        needs = policy.needs
+        if scope == "cut" and (needs.probe > 1 or needs.tail):
+            raise ConfigError(
+                f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: set depth instead of front and back"
+            )
+        return find_layout(denoiser, scope, self.depth, needs.probe, needs.tail)
+
+
+class Session:
+    """Interceptors on the denoisers' modules and brackets on classes, installed together and removed exactly."""
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.layouts: dict[str, Layout] = {}
+        self.denoisers: dict[str, nn.Module] = {}
+        self.span_index: dict[Span, int] = {}
+        self.last_run: CacheRun | None = None
+        self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
+        self._patched: list[tuple[type, str]] = []
+
+    def __reduce__(self) -> tuple:
+        # a copied or pickled pipeline comes out uncached: its modules carry no interceptors either
+        return (type(None), ())
+
+    # attaching
+
+    def attach_pipeline(self, pipe: Any) -> None:
+        """Attach to all denoisers of a pipeline, or to none: whatever is wrong is raised before anything changes."""
+        denoisers = find_denoisers(pipe)
+        layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
+        previous: Session | None = vars(pipe).get(SESSION)
+        if previous is not None:
+            previous.detach_pipeline(pipe)
+        try:
+            for name, denoiser in denoisers.items():
+                self._bind(name, denoiser, layouts[name])
+            self._patch(type(pipe), "__call__", _bracket)
+            self._patch_progress_bar(pipe)
+            for denoiser in denoisers.values():
+                self._patch_cache_context(denoiser)
+            for scheduler in _schedulers(pipe):
+                self._patch(type(scheduler), "step", _counted_step)
+        except BaseException:
+            self._detach()
+            raise
+        object.__setattr__(pipe, SESSION, self)
+
+    def detach_pipeline(self, pipe: Any) -> None:
+        """Undo attach_pipeline: modules, classes and the pipeline itself are as before."""
+        self._detach()
+        vars(pipe).pop(SESSION, None)
+        for scheduler in _schedulers(pipe):
+            vars(scheduler).pop(MARK, None)
+
+    def attach_model(self, model: nn.Module) -> None:
+        """Attach to a bare denoiser; any of diffusers' schedulers then counts its steps."""
+        layout = self.method.layout(model)
+        try:
+            self._bind("denoiser", model, layout)
+            self._patch_cache_context(model)
+            for cls in _imported_schedulers():
+                self._patch(cls, "step", _counted_step)
+        except BaseException:
+            self._detach()
+            raise
+
+    def detach_model(self) -> None:
+        self._detach()
+
+    def _bind(self, name: str, denoiser: nn.Module, layout: Layout) -> None:
+        handlers: list[tuple[nn.Module, Callable]] = []
+        spans = layout.spans
+
+        def root(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return run.denoiser_call(name, spans, inner, args, kwargs)
+
+        handlers.append((denoiser, root))
+        for index, span in enumerate(spans):
+            self.span_index[span] = index
+            if span.kind == "denoiser":
+                continue
+            for member, module in enumerate(span.members):
+                handlers.append((module, _member_handler(span, member)))
+        if layout.probe is not None:
+            handlers.append((layout.probe, CacheRun.probe_call))
+        self._handlers[name] = handlers
+        self.denoisers[name], self.layouts[name] = denoiser, layout
+        for module, handler in handlers:
+            intercept(module, self, handler)
+
+    def _unbind(self, name: str) -> None:
+        for module, _ in self._handlers.pop(name, ()):
+            release(module, self)
+        self.denoisers.pop(name, None)
+        layout = self.layouts.pop(name, None)
+        for span in layout.spans if layout else ():
+            self.span_index.pop(span, None)
+
+    def _patch(self, cls: type, attribute: str, make: Callable[[Callable], Callable]) -> None:
+        if (cls, attribute) not in self._patched:
+            patches.acquire(cls, attribute, make)
+            self._patched.append((cls, attribute))
+
+    def _patch_progress_bar(self, pipe: Any) -> None:
+        if hasattr(type(pipe), "progress_bar"):
+            self._patch(type(pipe), "progress_bar", _noted_progress_bar)
+
+    def _patch_cache_context(self, denoiser: nn.Module) -> None:
+        cls = type(unwrap(denoiser))
+        if hasattr(cls, "cache_context"):
+            self._patch(cls, "cache_context", _noted_cache_context)
+
+    def _detach(self) -> None:
+        for name in list(self._handlers):
+            self._unbind(name)
+        while self._patched:
+            patches.release(*self._patched.pop())
+
+    # running
+
+    def begin(self, pipe: Any) -> CacheRun:
+        """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
+        self._refresh(pipe)
+        for scheduler in _schedulers(pipe):
+            self._patch(type(scheduler), "step", _counted_step)
+            setattr(scheduler, MARK, True)
+        vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
+
+        def total() -> int | None:
+            if getattr(pipe, "_num_timesteps", None):
+                return int(pipe._num_timesteps)
+            return run.progress_total or scheduler_total(getattr(pipe, "scheduler", None))
+
+        run = CacheRun(self, StepClock(total), lambda: noise_levels(getattr(pipe, "scheduler", None)))
+        return run
+
+    def begin_model(self, num_steps: int | None) -> CacheRun:
+        return CacheRun(self, StepClock(lambda: num_steps), lambda: [], any_scheduler=True)
+
+    def finish(self, run: CacheRun) -> None:
+        run.finish()
+        self.last_run = run
+
+    def _refresh(self, pipe: Any) -> None:
+        """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""
+        try:
+            current = find_denoisers(pipe)
+            for name in [*self._handlers]:
+                if current.get(name) is not self.denoisers[name]:
+                    self._unbind(name)
+            for name, denoiser in current.items():
+                if name not in self._handlers:
+                    self._bind(name, denoiser, self.method.layout(denoiser))
+                    self._patch_cache_context(denoiser)
+                elif not all(is_intercepted(module, self) for module, _ in self._handlers[name]):
+                    for module, handler in self._handlers[name]:
+                        intercept(module, self, handler)
+        except DiffusionCacheError as error:
+            warnings.warn(
+                f"running without the cache, which cannot be attached any more: {error}", DiffusionCacheWarning, stacklevel=4
+            )
+
+
+def _member_handler(span: Span, member: int) -> Callable:
+    def handler(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return run.member_call(span, member, inner, args, kwargs)
+
+    return handler
+
+
+def _schedulers(pipe: Any) -> list[Any]:
+    return [
+        component
+        for component in pipe.components.values()
+        if callable(getattr(component, "step", None)) and hasattr(component, "set_timesteps")
+    ]
+
+
+def _imported_schedulers() -> list[type]:
+    from diffusers import SchedulerMixin
+
+    found, queue = [], [SchedulerMixin]
+    while queue:
+        cls = queue.pop()
+        queue += cls.__subclasses__()
+        if "step" in vars(cls):
+            found.append(cls)
+    return found
+
+
+def _bracket(original: Callable) -> Callable:
+    """A pipeline's `__call__` as a run, where this very pipeline has a session."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session: Session | None = vars(self).get(SESSION)
+        active = ACTIVE.get()
+        if session is None or (active is not None and active.session is session):
+            return original(self, *args, **kwargs)
+        run = session.begin(self)
+        token = ACTIVE.set(run)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            ACTIVE.reset(token)
+            session.finish(run)
+
+    return __call__
+
+
+def _counted_step(original: Callable) -> Callable:
+    """A scheduler's `step`, counted by the active run if the scheduler (or what it was copied from) is the run's."""
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        run = ACTIVE.get()
+        if run is not None and (run.any_scheduler or MARK in vars(self)):
+            run.clock.scheduler_stepped()
+        return result
+
+    return step
+
+
+def _noted_progress_bar(original: Callable) -> Callable:
+    def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
+        run = ACTIVE.get()
+        if run is not None and vars(self).get(SESSION) is run.session:
+            length = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
+            if length:
+                run.progress_total = length
+        return original(self, iterable, total)
+
+    return progress_bar
+
+
+def _noted_cache_context(original: Callable) -> Callable:
+    """diffusers' own name for the pass, where the pipeline gives one."""
+
+    @contextmanager
+    def cache_context(self: nn.Module, name: str, **kwargs: Any) -> Any:
+        run = ACTIVE.get()
+        with original(self, name, **kwargs):
+            if run is None:
+                yield
+                return
+            outer, run.pass_name = run.pass_name, name
+            try:
+                yield
+            finally:
+                run.pass_name = outer
+
+    return functools.wraps(original)(cache_context)

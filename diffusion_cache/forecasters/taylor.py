@@ -1,0 +1,45 @@
+"""Polynomial extrapolation by Newton's divided differences, exact on uneven steps.
+
+TaylorSeer (arXiv 2503.06923) forecasts features by a Taylor expansion with finite differences; its recursion is `taylor_paper`.
+"""
+
+from dataclasses import dataclass
+
+from ..context import Feature, Forecaster, Query
+from ..errors import ConfigError
+from ..registry import forecasters
+
+
+@forecasters.register("taylor")
+@dataclass(frozen=True)
+class Taylor(Forecaster):
+    """The polynomial of degree `order` through the last order + 1 features, read at the step to forecast.
+
+    With fewer features stored, the degree is what they allow.
+    """
+
+    order: int = 1
+    feature: Feature = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.order <= 7:
+            raise ConfigError(f"taylor: order must be between 0 and 7, not {self.order}")
+
+    @property
+    def history(self) -> int:
+        return self.order + 1
+
+    @property
+    def exact_degree(self) -> int:
+        return self.order
+
+    def weights(self, query: Query) -> tuple[float, ...]:
+        # Lagrange's form of the same polynomial gives the weights directly
+        weights = []
+        for a, node in enumerate(query.nodes):
+            weight = 1.0
+            for b, other in enumerate(query.nodes):
+                if b != a:
+                    weight *= (query.target - other) / (node - other)
+            weights.append(weight)
+        return tuple(weights)

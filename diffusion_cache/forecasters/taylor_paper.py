@@ -1,0 +1,48 @@
+"""TaylorSeer's recursion as published (arXiv 2503.06923, equations 2 and 4; kept for comparison with `taylor`)."""
+
+from dataclasses import dataclass
+from math import factorial
+
+from ..context import Feature, Forecaster, Query
+from ..errors import ConfigError
+from ..registry import forecasters
+
+
+@forecasters.register("taylor_paper")
+@dataclass(frozen=True)
+class TaylorPaper(Forecaster):
+    """F̂ = Σ_i D_i k^i / i! with D_0 = F, D_{i+1} = (D_i − D_i of the computed step before) / gap, k steps ahead.
+
+    Exact to degree 1 only: dividing by the last gap alone is no second derivative (t² on 0, 1, 2 gives 14 at 4).
+    """
+
+    order: int = 1
+    feature: Feature = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.order <= 7:
+            raise ConfigError(f"taylor_paper: order must be between 0 and 7, not {self.order}")
+
+    @property
+    def history(self) -> int:
+        return self.order + 1
+
+    @property
+    def exact_degree(self) -> int:
+        return min(self.order, 1)
+
+    def weights(self, query: Query) -> tuple[float, ...]:
+        nodes, count = query.nodes, len(query.nodes)
+        # derivatives[i][j]: weight of feature j in D_i, kept for the newest node handled so far
+        derivatives: list[list[float]] = []
+        for newest in range(count):
+            previous = derivatives
+            derivatives = [[float(j == newest) for j in range(count)]]
+            for older in previous:
+                gap = nodes[newest] - nodes[newest - 1]
+                derivatives.append([(a - b) / gap for a, b in zip(derivatives[-1], older, strict=True)])
+        ahead = query.target - nodes[-1]
+        return tuple(
+            sum(derivative[j] * ahead**i / factorial(i) for i, derivative in enumerate(derivatives))
+            for j in range(count)
+        )

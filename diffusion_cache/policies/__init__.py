@@ -1,0 +1,8 @@
+"""Policies: when to compute and when to reuse. One method, one file, one frozen dataclass."""
+
+from .first_block import FirstBlock
+from .guards import Guarded, Guards
+from .interval import Interval
+from .mask import Mask
+
+__all__ = ["FirstBlock", "Guarded", "Guards", "Interval", "Mask"]

@@ -1,0 +1,51 @@
+"""Decide by how much the first blocks' residual has changed: FBCache, and DBCache with more probe and tail blocks.
+
+Source: the caches of the para-attn and cache-dit projects. With r = probe(x) − x, reuse while L1r(r_s, r_c) ≤ threshold, where c is the
+last computed step; the rest of the stacks is then forecast from the probe's output.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..context import Needs, PassState, Policy, Step, Verdict
+from ..errors import ConfigError
+from ..registry import policies
+from ..signals import relative_l1
+
+
+@policies.register("first_block")
+@dataclass(frozen=True)
+class FirstBlock(Policy):
+    """Compute the first `front` and last `back` blocks always, the others when the front's residual has changed.
+
+    threshold: largest relative L1 change of the front blocks' residual since the last computed step that is still
+    reused. On UNet cuts the probe is the down blocks above the cut (`depth`), and its output is compared as it is.
+    Guidance branches stacked in one batch are judged apart; the call is computed if any of them asks for it.
+    """
+
+    threshold: float = 0.08
+    front: int = 1
+    back: int = 0
+
+    scopes = frozenset({"stack", "cut"})
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ConfigError(f"first_block: threshold must be a number ≥ 0, not {self.threshold}")
+        if self.front < 1 or self.back < 0:
+            raise ConfigError(f"first_block: needs front ≥ 1 and back ≥ 0, not front={self.front}, back={self.back}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(signals=("probe_residual",), probe=self.front, tail=self.back)
+
+    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+        kept = state.kept.get("probe_residual")
+        current = signals["probe_residual"]
+        if kept is None or kept.shape != current.shape:
+            return Verdict(True, "nothing to compare with")
+        change = relative_l1(current, kept, step.rows).max().item()
+        # written so that NaN computes
+        return Verdict(not change <= self.threshold, f"change {change:.3g}")

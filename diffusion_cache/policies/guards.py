@@ -1,0 +1,94 @@
+"""Guards: limits on reuse that hold for every policy, as one wrapper."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..context import Needs, PassState, Policy, Step, Verdict
+from ..errors import ConfigError
+from ..schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Guards:
+    """When a step is computed whatever the policy says.
+
+    warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of the run, as
+    fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in one run, per pass.
+    """
+
+    warmup: int = 1
+    last: int = 0
+    start: float = 0.0
+    end: float = 1.0
+    max_consecutive: int | None = None
+    max_reused: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1:
+            raise ConfigError(f"warmup must be at least 1 (the first step is always computed), not {self.warmup}")
+        if self.last < 0:
+            raise ConfigError(f"last must be ≥ 0, not {self.last}")
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ConfigError(f"start and end must satisfy 0 ≤ start ≤ end ≤ 1, not {self.start} and {self.end}")
+        for name in ("max_consecutive", "max_reused"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 0:
+                raise ConfigError(f"{name} must be None or ≥ 0, not {limit}")
+
+    def forced(self, step: Step, state: PassState) -> str | None:
+        """The reason to compute this step, if a guard has one."""
+        if step.index < self.warmup:
+            return "warm-up"
+        if self.max_consecutive is not None and state.consecutive >= self.max_consecutive:
+            return "max_consecutive"
+        if self.max_reused is not None and state.reused >= self.max_reused:
+            return "max_reused"
+        if step.total is None:
+            if self.last or self.start > 0 or self.end < 1:
+                raise ConfigError("last, start and end need the number of steps: pass num_steps to diffusion_cache.run")
+            return None
+        if step.index >= step.total - self.last:
+            return "last steps"
+        if not self.start * step.total <= step.index < self.end * step.total:
+            return "outside the window"
+        return None
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A policy under guards: what the engine asks."""
+
+    policy: Policy
+    guards: Guards = Guards()
+
+    @property
+    def needs(self) -> Needs:
+        return self.policy.needs
+
+    @property
+    def planned(self) -> bool:
+        """Whether decisions depend on the step alone, so that the whole schedule is known beforehand."""
+        return not self.needs.signals
+
+    def schedule(self, total: int) -> Schedule | None:
+        """The schedule of a run of `total` steps, or None for a policy that decides from signals."""
+        if not self.planned:
+            return None
+        own = self.policy.schedule(total)
+        state, rows = PassState(), []
+        for index in range(total):
+            step = Step(index, total, index, None, "", (slice(None),))
+            forced = self.guards.forced(step, state) is not None
+            if own is not None:
+                row = tuple(tuple(forced or span for span in spans) for spans in own.compute[index])
+            else:
+                row = ((forced or self.policy.decide(step, {}, state).compute,),)
+            rows.append(row)
+            state.update(index, computed=any(span for spans in row for span in spans))
+        return Schedule(tuple(rows))
+
+    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+        reason = self.guards.forced(step, state)
+        return Verdict(True, reason) if reason else self.policy.decide(step, signals, state)

@@ -1,0 +1,156 @@
+"""Train a reference model, export its 16-bit weights, and pass it through its gate.
+
+Run as `python scripts/train_reference.py reference=flux-digits`. A run that was stopped continues from its last checkpoint, exactly:
+the data of step n depend on the seed and n alone. A finished training goes straight to the gate.
+"""
+
+import copy
+import json
+import math
+import platform
+import time
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from diffusion_cache.reference import data, models
+
+LOSS_WINDOW = 50
+
+
+def noise_batch(spec: models.ReferenceModel, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy samples, timesteps in 0…1000 and regression targets for clean samples [n, ...] in [-1, 1]."""
+    n = len(clean)
+    noise = torch.randn(clean.shape, generator=generator)
+    shape = (n,) + (1,) * (clean.ndim - 1)
+    if spec.objective == "flow":
+        u = torch.rand(n, generator=generator)
+        sigma = 2 * u / (1 + u)  # half-way to the samplers' shift of 3, so that both ends are seen
+        s = sigma.view(shape)
+        return (1 - s) * clean + s * noise, 1000 * sigma, noise - clean
+    alphas_cumprod = models.scheduler(spec).alphas_cumprod
+    t = torch.randint(len(alphas_cumprod), (n,), generator=generator)
+    a, s = alphas_cumprod[t].sqrt().view(shape), (1 - alphas_cumprod[t]).sqrt().view(shape)
+    return a * clean + s * noise, t, a * noise - s * clean
+
+
+def training_batch(spec: models.ReferenceModel, n: int, null_fraction: float, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    if len(spec.sample_shape) == 4:
+        clean, labels, _ = data.sample_moving_digits(n, generator)
+    else:
+        clean, labels = data.sample_digits(n, generator)
+    dropped = torch.rand(n, generator=generator) < null_fraction
+    labels = torch.where(dropped, models.NULL_CLASS, labels)
+    return *noise_batch(spec, clean, generator), labels
+
+
+def learning_rate(step: int, cfg: DictConfig) -> float:
+    if step < cfg.warmup:
+        return cfg.reference.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.reference.steps - cfg.warmup)
+    return cfg.reference.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(spec: models.ReferenceModel, cfg: DictConfig, run_dir: Path) -> tuple[torch.nn.Module, dict]:
+    """Train to cfg.reference.steps and return the averaged model with what its card says of the training."""
+    torch.manual_seed(cfg.seed)
+    model = spec.build().to(cfg.device).eval()  # eval: DiT's own label dropout draws per block, ours per sample
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.reference.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay
+    )
+    checkpoint = run_dir / "checkpoint.pt"
+    start, seconds, losses = 0, 0.0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=cfg.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds, losses = state["step"], state["seconds"], state["losses"]
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(spec.name, total=cfg.reference.steps, completed=start)
+        began = time.perf_counter()
+        for step in range(start, cfg.reference.steps):
+            batch = training_batch(spec, cfg.reference.batch, cfg.null_fraction, seed=cfg.seed * 10**6 + step)
+            noisy, timesteps, target, labels = (tensor.to(cfg.device) for tensor in batch)
+            loss = (spec.denoise(model, noisy, timesteps, labels) - target).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            optimizer.step()
+            decay = min(cfg.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            losses.append(float(loss.detach()))
+            progress.update(task, advance=1, description=f"{spec.name} loss {sum(losses[-LOSS_WINDOW:]) / len(losses[-LOSS_WINDOW:]):.4f}")
+            if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.reference.steps:
+                state = {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": seconds + time.perf_counter() - began,
+                    "losses": losses,
+                }
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                checkpoint.with_suffix(".tmp").replace(checkpoint)
+        seconds += time.perf_counter() - began
+    hardware = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else f"CPU {platform.machine()}, {cfg.threads} thread(s)"
+    facts = {
+        "steps": cfg.reference.steps,
+        "batch": cfg.reference.batch,
+        "learning_rate": cfg.reference.lr,
+        "seconds": round(seconds),
+        "hardware": hardware,
+        "loss": round(sum(losses[-LOSS_WINDOW * 4 :]) / len(losses[-LOSS_WINDOW * 4 :]), 5),
+    }
+    plot_losses(losses, run_dir / "loss.png", spec.name)
+    return average, facts
+
+
+def plot_losses(losses: list[float], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    smooth = torch.tensor(losses).unfold(0, min(LOSS_WINDOW, len(losses)), 1).mean(1)
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    axes.semilogy(smooth)
+    axes.set(xlabel="optimizer step", ylabel=f"loss (mean of {LOSS_WINDOW})", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@hydra.main(config_path="../configs", config_name="train_reference", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    torch.set_num_threads(cfg.threads)
+    spec = models.MODELS[cfg.reference.name]
+    run_dir = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    model, facts = train(spec, cfg, run_dir)
+
+    from diffusion_cache import reference
+    from diffusion_cache.reference import gate
+
+    folder = reference.save(spec.name, model, card={"data": data.__doc__.split("\n")[0], "training": facts})
+    scores = {
+        sampler: gate.class_accuracy(spec.name, sampler, samples=cfg.gate_samples, grid=run_dir / f"samples-{sampler}.png")
+        for sampler in spec.samplers
+    }
+    reference.update_card(spec.name, {"class_accuracy": scores, "gate_samples": cfg.gate_samples})
+    print(json.dumps(json.loads((folder / "card.json").read_text()), indent=2))
+    failed = {sampler: score for sampler, score in scores.items() if score < spec.gate}
+    if failed:
+        raise SystemExit(f"{spec.name} does not pass its gate of {spec.gate:.0%}: {failed}")
+
+
+if __name__ == "__main__":
+    main()
