@@ -1,9 +1,9 @@
 """Faster diffusers pipelines: reuse block features between denoising steps, at a quality you choose.
 
-    import diffusion_cache as dc
-    dc.enable(pipe, policy="interval", every=2)
-    images = pipe(prompt).images
-    print(dc.summary(pipe)); dc.disable(pipe)
+import diffusion_cache as dc
+dc.enable(pipe, policy="interval", every=2)
+images = pipe(prompt).images
+print(dc.summary(pipe)); dc.disable(pipe)
 """
 
 from importlib import import_module

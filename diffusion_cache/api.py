@@ -14,7 +14,7 @@ from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import SESSION
 from .errors import ConfigError
-from .models import default_scope, find_denoisers, find_layout, unwrap
+from .models import find_denoisers
 from .policies import Guarded, Guards
 from .registry import Registry, suggest
 from .registry import forecasters as forecaster_registry
@@ -42,9 +42,10 @@ def enable(
     Args:
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances.
-        scope: what is cached: "denoiser", "stack", "block" or "cut" (UNets); None picks cut for UNets and stack for transformers.
+        scope: "denoiser", "stack", "block" or "cut"; None picks cut for UNets and stack for transformers.
         depth: for cuts, how many down and up blocks stay outside the cut.
-        options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end, max_consecutive, max_reused).
+        options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end,
+            max_consecutive, max_reused).
 
     Raises:
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
@@ -101,8 +102,9 @@ def run(
 ) -> Iterator[Run]:
     """One generation of a bare denoiser, cached. Options and errors as for `enable`.
 
-    A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call at another
-    timestep counts as the next step. num_steps: needed by policies that place their computed steps relative to the end.
+    A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
+    at another timestep counts as the next step. num_steps: needed by policies that place their computed steps
+    relative to the end.
     """
     if num_steps is not None and num_steps < 1:
         raise ConfigError(f"num_steps must be at least 1, not {num_steps}")
@@ -123,8 +125,9 @@ def run(
 class Summary:
     """What one generation did.
 
-    spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or none. hit_rate: share of span
-    calls that were reused. cache_bytes: the most bytes that features took. total: steps of the run, if known.
+    spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
+    none. hit_rate: share of span calls that were reused. cache_bytes: the most bytes that features took. total:
+    steps of the run, if known.
     """
 
     method: str
@@ -169,8 +172,8 @@ class Summary:
 
     def _caption(self) -> str:
         return (
-            f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, {self.computed} calls computed and {self.reused} reused, "
-            f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
+            f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, "
+            f"{self.computed} calls computed and {self.reused} reused, hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
         )
 
     def __str__(self) -> str:
@@ -205,7 +208,7 @@ class SpanInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a pipeline offers to cache. history: features kept per span and pass by the forecaster that was asked about."""
+    """What a pipeline offers to cache. history: features kept per span and pass by the forecaster asked about."""
 
     pipeline: str
     spans: tuple[SpanInfo, ...]
@@ -251,8 +254,8 @@ def inspect(
 ) -> Inspection:
     """Which spans were found, their sizes, and the bytes a cache would take.
 
-    inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes come from the last
-    generation, if the cache is enabled at this scope. What is enabled stays enabled.
+    inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes
+    come from the last generation, if the cache is enabled at this scope. What is enabled stays enabled.
 
     Raises:
         ConfigError, NoSpansError: as `enable`.

@@ -13,7 +13,7 @@ Feature = Literal["auto", "residual", "output"]
 SCOPES = ("denoiser", "stack", "block", "cut")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """Where a denoiser call stands in its run.
 
@@ -96,9 +96,9 @@ class Query(NamedTuple):
 class Forecaster(ABC):
     """What to reuse: a linear combination of stored features. A frozen dataclass of primitives.
 
-    history: features kept. exact_degree: polynomials in the step index up to this degree are forecast exactly on any grid
-    once enough features are stored; None for none. feature: what is stored, residual (output − input), output, or auto
-    (residual for stacks and blocks where shapes match, else output).
+    history: features kept. exact_degree: polynomials in the step index up to this degree are forecast exactly on
+    any grid once enough features are stored; None for none. feature: what is stored, residual (output − input),
+    output, or auto (residual for stacks and blocks where shapes match, else output).
     """
 
     name: ClassVar[str]

@@ -43,7 +43,7 @@ class History:
         else:
             slot = [None] * len(outputs)
         try:
-            feature = [_store(out.detach(), base, old) for out, base, old in zip(outputs, bases, slot, strict=True)]
+            feature = [_store(out, base, old) for out, base, old in zip(outputs, bases, slot, strict=True)]
         except Exception:
             self.clear()
             raise
@@ -68,8 +68,10 @@ class History:
 
 
 def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        out, base = out.detach(), None if base is None else base.detach()
     if slot is not None and (slot.shape != out.shape or slot.dtype != out.dtype or slot.device != out.device):
         slot = None
     if base is not None:
-        return torch.sub(out, base.detach(), out=slot)
+        return torch.sub(out, base, out=slot)
     return out.clone() if slot is None else slot.copy_(out)

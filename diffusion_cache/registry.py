@@ -1,7 +1,7 @@
 """Named methods: policies and forecasters are frozen dataclasses found by name.
 
-A method of another package is found through its entry points (`diffusion_cache.policies`, `diffusion_cache.forecasters`)
-or by decorating its class: `@registry.policies.register("my_policy")`.
+A method of another package is found through its entry points (`diffusion_cache.policies`,
+`diffusion_cache.forecasters`) or by decorating its class: `@registry.policies.register("my_policy")`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._entry_points_loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator; sets `cls.name`. Raises ConfigError for a name that is taken or a class that is no frozen dataclass."""
+        """Class decorator; sets `cls.name`. ConfigError for a name that is taken, or a class that is no frozen dataclass."""
 
         def decorate(cls: type[T]) -> type[T]:
             if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Train a reference model, export its 16-bit weights, and pass it through its gate.
 
-Run as `python scripts/train_reference.py reference=flux-digits`. A run that was stopped continues from its last checkpoint, exactly:
-the data of step n depend on the seed and n alone. A finished training goes straight to the gate.
+Run as `python scripts/train_reference.py reference=flux-digits`. A run that was stopped continues from its last
+checkpoint, exactly: the data of step n depend on the seed and n alone. A finished training goes straight to the
+gate.
 """
 
 import copy
@@ -22,7 +23,9 @@ from diffusion_cache.reference import data, models
 LOSS_WINDOW = 50
 
 
-def noise_batch(spec: models.ReferenceModel, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def noise_batch(
+    spec: models.ReferenceModel, clean: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy samples, timesteps in 0…1000 and regression targets for clean samples [n, ...] in [-1, 1]."""
     n = len(clean)
     noise = torch.randn(clean.shape, generator=generator)
@@ -73,7 +76,13 @@ def train(spec: models.ReferenceModel, cfg: DictConfig, run_dir: Path) -> tuple[
         optimizer.load_state_dict(state["optimizer"])
         start, seconds, losses = state["step"], state["seconds"], state["losses"]
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(spec.name, total=cfg.reference.steps, completed=start)
         began = time.perf_counter()
@@ -90,7 +99,11 @@ def train(spec: models.ReferenceModel, cfg: DictConfig, run_dir: Path) -> tuple[
             decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             losses.append(float(loss.detach()))
-            progress.update(task, advance=1, description=f"{spec.name} loss {sum(losses[-LOSS_WINDOW:]) / len(losses[-LOSS_WINDOW:]):.4f}")
+            progress.update(
+                task,
+                advance=1,
+                description=f"{spec.name} loss {sum(losses[-LOSS_WINDOW:]) / len(losses[-LOSS_WINDOW:]):.4f}",
+            )
             if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.reference.steps:
                 state = {
                     "model": model.state_dict(),
@@ -103,7 +116,11 @@ def train(spec: models.ReferenceModel, cfg: DictConfig, run_dir: Path) -> tuple[
                 torch.save(state, checkpoint.with_suffix(".tmp"))
                 checkpoint.with_suffix(".tmp").replace(checkpoint)
         seconds += time.perf_counter() - began
-    hardware = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else f"CPU {platform.machine()}, {cfg.threads} thread(s)"
+    hardware = (
+        torch.cuda.get_device_name()
+        if cfg.device.startswith("cuda")
+        else f"CPU {platform.machine()}, {cfg.threads} thread(s)"
+    )
     facts = {
         "steps": cfg.reference.steps,
         "batch": cfg.reference.batch,
@@ -142,7 +159,9 @@ def main(cfg: DictConfig) -> None:
 
     folder = reference.save(spec.name, model, card={"data": data.__doc__.split("\n")[0], "training": facts})
     scores = {
-        sampler: gate.class_accuracy(spec.name, sampler, samples=cfg.gate_samples, grid=run_dir / f"samples-{sampler}.png")
+        sampler: gate.class_accuracy(
+            spec.name, sampler, samples=cfg.gate_samples, grid=run_dir / f"samples-{sampler}.png"
+        )
         for sampler in spec.samplers
     }
     reference.update_card(spec.name, {"class_accuracy": scores, "gate_samples": cfg.gate_samples})

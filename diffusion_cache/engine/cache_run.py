@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ PassKey = tuple[str, str]
 MAX_ROW_GROUPS = 4
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """What happened in one denoiser call. computed: whether any span was; spans_reused of `spans` were not."""
 
     step: int
@@ -46,6 +45,7 @@ class SpanState:
     signature: tuple = ()
     passthrough: dict[int, PassThrough] = field(default_factory=dict)
     unusable: str = ""
+    checked: bool = False  # whether the newest feature is known to be finite
 
 
 class Frame:
@@ -64,7 +64,7 @@ class Frame:
         self.reason = ""
         self.signals: dict[str, Tensor] = {}
         self.probe_input: Tensor | None = None
-        self.entries: dict[Span, Inputs] = {}
+        self.entries: dict[Span, tuple[Inputs, tuple]] = {}  # of spans being computed and stored: inputs and signature
         self.forecasts: dict[Span, Any] = {}
         self.finished: set[Span] = set()
         self.reentered: set[Span] = set()
@@ -157,7 +157,7 @@ class CacheRun:
         return frame
 
     def _computing_again(self, failed: Frame) -> Frame:
-        """Roll back: the call from its root with everything computed (single blocks cannot be replayed on impure chains)."""
+        """Roll back: the call again from its root, all computed. Impure chains do not allow replaying single blocks."""
         frame = Frame(failed.step, failed.key, stores=False)
         frame.actions, frame.reason = (True,), "computed again"
         return frame
@@ -259,15 +259,17 @@ class CacheRun:
                 frame.forecasts[span] = forecast
                 return
         if frame.stores and not state.unusable:
-            frame.entries[span] = inputs
+            frame.entries[span] = inputs, signature(inputs)
             frame.open = span
 
     def _measure(self, frame: Frame, inputs: Inputs) -> None:
         """The probe's residual, or its output where the shape changes within (UNet cuts)."""
         out = image_stream(inputs).detach()
         before = frame.probe_input
-        same = before is not None and before.shape == out.shape
-        frame.signals["probe_residual"] = out - before.detach() if same else out.clone()
+        if before is not None and before.shape == out.shape:
+            frame.signals["probe_residual"] = out - before.detach()
+        else:
+            frame.signals["probe_residual"] = out.clone()
 
     def _span_state(self, key: PassKey, span: Span) -> SpanState:
         if (key, span) not in self._spans:
@@ -286,6 +288,12 @@ class CacheRun:
             frame.reason = "other shapes"
             self._forget(state)
             return None
+        # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
+        if not state.checked and state.history.slots[-1][0].device.type == "cpu" and not state.history.is_finite():
+            self._not_finite(span, state)
+            frame.reason = "not finite"
+            return None
+        state.checked = True
         try:
             weights = self.method.forecaster.weights(Query(state.history.nodes, frame.step.index))
             tensors = []
@@ -309,20 +317,18 @@ class CacheRun:
 
     def _observe(self, frame: Frame, span: Span, output: Any) -> None:
         state = self._spans[frame.key, span]
-        inputs = frame.entries[span]
+        inputs, entered = frame.entries[span]
         feature = self.method.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
-        tensors = state.template.split(output) if state.template and state.signature == signature(inputs) else None
+        tensors = state.template.split(output) if state.template and state.signature == entered else None
         if tensors is None or state.template is None:
             self._forget(state, structure=False)
-            state.template, state.signature = Template.of(output, inputs, residual), signature(inputs)
+            state.template, state.signature = Template.of(output, inputs, residual), entered
             tensors = state.template.split(output)
             assert tensors is not None
         bases = [None if leaf.base is None else inputs[leaf.base] for leaf in state.template.leaves]
         state.history.observe(frame.step.index, tensors, bases)
-        # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
-        if tensors[0].device.type == "cpu" and not state.history.is_finite():
-            self._not_finite(span, state)
+        state.checked = False
 
     def _not_finite(self, span: Span, state: SpanState) -> None:
         self._forget(state)

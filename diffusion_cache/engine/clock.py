@@ -1,4 +1,7 @@
-"""StepClock: which step and pass of a run a denoiser call belongs to. Never reads a device tensor back once steps are seen."""
+"""StepClock: which step and pass of a run a denoiser call belongs to.
+
+It reads no device tensor back once scheduler steps are seen.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,8 +16,8 @@ from ..models.denoisers import TIME_ARGUMENTS
 class StepClock:
     """Counts sampler iterations and, within each, the calls of the denoiser (its passes).
 
-    A new iteration is a call after at least one `scheduler.step`; before the first one is seen, a call at another timestep; and in
-    a loop that calls `next_step`, exactly that. total: a function asked once, at the first call.
+    A new iteration is a call after at least one `scheduler.step`; before the first one is seen, a call at another
+    timestep; and in a loop that calls `next_step`, exactly that. total: a function asked once, at the first call.
     """
 
     def __init__(self, total: Callable[[], int | None]):
@@ -100,9 +103,11 @@ def scheduler_total(scheduler: Any) -> int | None:
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """log-SNR of each of the scheduler's iterations, noisiest first; empty where the scheduler tells neither sigmas nor alphas.
+    """log-SNR of each of the scheduler's iterations, noisiest first; empty where the scheduler tells neither sigmas
+    nor alphas.
 
-    log(α²/σ²): 2·log((1 − σ)/σ) for flow matching, −2·log σ for sigmas of variance-exploding form, log(ᾱ/(1 − ᾱ)) by timestep otherwise.
+    log(α²/σ²): 2·log((1 − σ)/σ) for flow matching, −2·log σ for sigmas of variance-exploding form, log(ᾱ/(1 − ᾱ))
+    by timestep otherwise.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None:

@@ -1,8 +1,9 @@
 """Interception of module calls, outside whatever compiles or hooks the module.
 
-`nn.Module.__call__` hands the call to `self._compiled_call_impl` where that is set; `module.compile()` uses it. Taking that place puts us
-outside compiled code and outside forward hooks (offloading, LoRA scaling), which then run only when the module really does. The attribute is no
-part of a module's state: it is not saved, pickled or deep-copied.
+`nn.Module.__call__` hands the call to `self._compiled_call_impl` where that is set; `module.compile()` uses it.
+Taking that place puts us outside compiled code and outside forward hooks (offloading, LoRA scaling), which then run
+only when the module really does. The attribute is no part of a module's state: it is not saved, pickled or deep-
+copied.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Reference-counted patches of class attributes.
 
-An instance's `__call__` is never reached by calling it, and an instance's own `step` breaks diffusers' signature checks, so brackets go on
-classes. They route through the active run, so that a patched class behaves as before for every other instance.
+An instance's `__call__` is never reached by calling it, and an instance's own `step` breaks diffusers' signature
+checks, so brackets go on classes. They route through the active run, so that a patched class behaves as before for
+every other instance.
 """
 
 import functools

@@ -56,7 +56,8 @@ class Method:
         needs = policy.needs
         if scope == "cut" and (needs.probe > 1 or needs.tail):
             raise ConfigError(
-                f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: set depth instead of front and back"
+                f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: "
+                f"set depth instead of front and back"
             )
         return find_layout(denoiser, scope, self.depth, needs.probe, needs.tail)
 
@@ -212,7 +213,9 @@ class Session:
                         intercept(module, self, handler)
         except DiffusionCacheError as error:
             warnings.warn(
-                f"running without the cache, which cannot be attached any more: {error}", DiffusionCacheWarning, stacklevel=4
+                f"running without the cache, which cannot be attached any more: {error}",
+                DiffusionCacheWarning,
+                stacklevel=4,
             )
 
 
@@ -234,7 +237,8 @@ def _schedulers(pipe: Any) -> list[Any]:
 def _imported_schedulers() -> list[type]:
     from diffusers import SchedulerMixin
 
-    found, queue = [], [SchedulerMixin]
+    found: list[type] = []
+    queue: list[type] = [SchedulerMixin]
     while queue:
         cls = queue.pop()
         queue += cls.__subclasses__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,29 @@ from ..history import Leaf
 
 Inputs = dict[int | str, Tensor]
 IMAGE_STREAM = ("hidden_states", "sample", "x")
+
+
+class Shape(NamedTuple):
+    """How leaves make up a value: "tensor", "tuple" of leaves, or whatever a pytree spec describes."""
+
+    kind: str
+    spec: Any = None
+
+
+def flatten(value: Any) -> tuple[list[Any], Shape]:
+    """A value's leaves and how to put them together again. Blocks return tensors or flat tuples: those are quick."""
+    if isinstance(value, Tensor):
+        return [value], Shape("tensor")
+    if type(value) is tuple and not any(isinstance(leaf, (tuple, list, dict)) for leaf in value):
+        return list(value), Shape("tuple", len(value))
+    leaves, spec = pytree.tree_flatten(value)
+    return leaves, Shape("tree", spec)
+
+
+def unflatten(leaves: list[Any], shape: Shape) -> Any:
+    if shape.kind == "tensor":
+        return leaves[0]
+    return tuple(leaves) if shape.kind == "tuple" else pytree.tree_unflatten(leaves, shape.spec)
 
 
 def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
@@ -53,25 +76,24 @@ def matching_input(out: Tensor, inputs: Inputs) -> int | str | None:
 class Template:
     """The structure of a span's output: its tensors among other leaves, and what the history keeps of each."""
 
-    treespec: Any
+    shape: Shape
     constants: tuple[Any, ...]
     tensors: tuple[int, ...]
     leaves: tuple[Leaf, ...]
 
     @classmethod
     def of(cls, output: Any, inputs: Inputs, residual: bool) -> "Template":
-        flat, treespec = pytree.tree_flatten(output)
+        flat, shape = flatten(output)
         tensors = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor))
         leaves = tuple(
-            Leaf(matching_input(flat[i], inputs) if residual and flat[i].is_floating_point() else None)
-            for i in tensors
+            Leaf(matching_input(flat[i], inputs) if residual and flat[i].is_floating_point() else None) for i in tensors
         )
-        return cls(treespec, tuple(None if isinstance(x, Tensor) else x for x in flat), tensors, leaves)
+        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tensors, leaves)
 
     def split(self, output: Any) -> list[Tensor] | None:
         """The output's tensors, or None if its structure is another."""
-        flat, treespec = pytree.tree_flatten(output)
-        if treespec != self.treespec:
+        flat, shape = flatten(output)
+        if shape != self.shape:
             return None
         tensors = [flat[i] for i in self.tensors]
         return tensors if all(isinstance(tensor, Tensor) for tensor in tensors) else None
@@ -80,37 +102,42 @@ class Template:
         flat = list(self.constants)
         for i, tensor in zip(self.tensors, tensors, strict=True):
             flat[i] = tensor
-        return pytree.tree_unflatten(flat, self.treespec)
+        return unflatten(flat, self.shape)
+
+
+class Like(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class PassThrough:
     """What a skipped member that is not its span's last returns: its inputs where shapes match, else empty tensors.
 
-    Nothing of it reaches the output (the last member's forecast replaces it), but code between members may read its structure and add to it.
+    Nothing of it reaches the output (the last member's forecast replaces it), but code between members may read its
+    structure and add to it.
     """
 
-    treespec: Any
+    shape: Shape
     constants: tuple[Any, ...]
-    sources: tuple[tuple[int, int | str | None, tuple], ...]
-    like: tuple[Any, ...]
+    sources: tuple[tuple[int, int | str | None, Like], ...]  # leaf, the input it takes, what it looks like
 
     @classmethod
     def of(cls, output: Any, inputs: Inputs) -> "PassThrough":
-        flat, treespec = pytree.tree_flatten(output)
-        sources, like = [], []
+        flat, shape = flatten(output)
+        sources = []
         for i, leaf in enumerate(flat):
             if isinstance(leaf, Tensor):
                 same = (key for key, x in inputs.items() if x.shape == leaf.shape and x.dtype == leaf.dtype)
-                sources.append((i, next(same, None), tuple(leaf.shape)))
-                like.append((leaf.dtype, leaf.device))
-        return cls(treespec, tuple(None if isinstance(x, Tensor) else x for x in flat), tuple(sources), tuple(like))
+                sources.append((i, next(same, None), Like(leaf.shape, leaf.dtype, leaf.device)))
+        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tuple(sources))
 
     def output(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         flat = list(self.constants)
-        for (i, key, shape), (dtype, device) in zip(self.sources, self.like, strict=True):
+        for i, key, like in self.sources:
             if key is None:
-                flat[i] = torch.empty(shape, dtype=dtype, device=device)
+                flat[i] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             else:
                 flat[i] = args[key] if isinstance(key, int) else kwargs[key]
-        return pytree.tree_unflatten(flat, self.treespec)
+        return unflatten(flat, self.shape)

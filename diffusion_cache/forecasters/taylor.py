@@ -1,6 +1,7 @@
 """Polynomial extrapolation by Newton's divided differences, exact on uneven steps.
 
-TaylorSeer (arXiv 2503.06923) forecasts features by a Taylor expansion with finite differences; its recursion is `taylor_paper`.
+TaylorSeer (arXiv 2503.06923) forecasts features by a Taylor expansion with finite differences; its recursion is
+`taylor_paper`.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,12 @@ from torch import nn
 from ..errors import ConfigError, NoSpansError
 
 DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
-OTHER_PACKAGES = ("diffusers.models.controlnets", "diffusers.models.autoencoders", "diffusers.models.adapter", "transformers.")
+OTHER_PACKAGES = (
+    "diffusers.models.controlnets",
+    "diffusers.models.autoencoders",
+    "diffusers.models.adapter",
+    "transformers.",
+)
 TIME_ARGUMENTS = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
@@ -40,7 +45,8 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise ConfigError(
-            f"expected a diffusers pipeline, got {type(pipe).__name__}; for a bare denoiser use diffusion_cache.run(model, …)"
+            f"expected a diffusers pipeline, got {type(pipe).__name__}; "
+            f"for a bare denoiser use diffusion_cache.run(model, …)"
         )
     found = {name: component for name, component in components.items() if is_denoiser(component)}
     if not found:

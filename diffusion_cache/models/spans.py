@@ -1,10 +1,12 @@
 """Where a denoiser can be cached: its spans, found from its structure.
 
-A span is a run of modules that is skipped as one: its first member's input goes in, its last member's output comes out. What flows between,
-and which output belongs to which input, is read off the calls themselves (`engine/structure.py`), so no table of model families is needed.
+A span is a run of modules that is skipped as one: its first member's input goes in, its last member's output comes
+out. What flows between, and which output belongs to which input, is read off the calls themselves
+(`engine/structure.py`), so no table of model families is needed.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -59,9 +61,7 @@ def stacks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def is_unet(denoiser: nn.Module) -> bool:
-    return isinstance(getattr(denoiser, "down_blocks", None), nn.ModuleList) and isinstance(
-        getattr(denoiser, "up_blocks", None), nn.ModuleList
-    )
+    return all(isinstance(getattr(denoiser, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks"))
 
 
 def default_scope(denoiser: nn.Module) -> str:
@@ -75,8 +75,8 @@ def default_scope(denoiser: nn.Module) -> str:
 def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0, tail: int = 0) -> Layout:
     """The denoiser's spans at a scope.
 
-    depth: for cuts, how many down and up blocks stay outside (1 skips most). probe, tail: for stacks, how many blocks at
-    the front of the first and the end of the last stack stay outside.
+    depth: for cuts, how many down and up blocks stay outside (1 skips most). probe, tail: for stacks, how many
+    blocks at the front of the first and the end of the last stack stay outside.
 
     Raises:
         NoSpansError: if there is nothing to cache at this scope.
@@ -106,8 +106,8 @@ def _stack_layout(denoiser: nn.Module, found: dict[str, nn.ModuleList], probe: i
     total = sum(map(len, found.values()))
     if probe + tail >= total or probe > len(found[names[0]]) or tail > len(found[names[-1]]):
         raise ConfigError(
-            f"front={probe} and back={tail} blocks cannot be kept out of {type(denoiser).__name__} ({sizes}): front must fit in the "
-            f"first stack, back in the last, and at least one block must remain to be skipped"
+            f"front={probe} and back={tail} blocks cannot be kept out of {type(denoiser).__name__} ({sizes}): "
+            f"front must fit in the first stack, back in the last, and at least one block must remain to be skipped"
         )
     first_block = blocks[names[0]][0]
     blocks[names[0]] = blocks[names[0]][probe:]
@@ -116,14 +116,14 @@ def _stack_layout(denoiser: nn.Module, found: dict[str, nn.ModuleList], probe: i
     return Layout("stack", spans, first_block if probe else None)
 
 
-def _unet_blocks(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+def _unet_blocks(unet: Any) -> list[tuple[str, nn.Module]]:
     blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     if getattr(unet, "mid_block", None) is not None:
         blocks.append(("mid_block", unet.mid_block))
     return blocks + [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
 
 
-def _cut_layout(unet: nn.Module, depth: int) -> Layout:
+def _cut_layout(unet: Any, depth: int) -> Layout:
     if not is_unet(unet):
         raise NoSpansError(f"{type(unet).__name__} is no UNet, so it has no cut; use scope stack, block or denoiser")
     deepest = min(len(unet.down_blocks), len(unet.up_blocks))

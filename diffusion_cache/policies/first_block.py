@@ -1,7 +1,7 @@
 """Decide by how much the first blocks' residual has changed: FBCache, and DBCache with more probe and tail blocks.
 
-Source: the caches of the para-attn and cache-dit projects. With r = probe(x) − x, reuse while L1r(r_s, r_c) ≤ threshold, where c is the
-last computed step; the rest of the stacks is then forecast from the probe's output.
+Source: the caches of the para-attn and cache-dit projects. With r = probe(x) − x, reuse while L1r(r_s, r_c) ≤
+threshold, where c is the last computed step; the rest of the stacks is then forecast from the probe's output.
 """
 
 from collections.abc import Mapping

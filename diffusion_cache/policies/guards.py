@@ -14,8 +14,9 @@ from ..schedule import Schedule
 class Guards:
     """When a step is computed whatever the policy says.
 
-    warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of the run, as
-    fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in one run, per pass.
+    warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of
+    the run, as fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in
+    one run, per pass.
     """
 
     warmup: int = 1

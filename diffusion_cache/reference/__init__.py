@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..registry import unknown_name
-from .models import DIT_NULL_CLASS, MODELS, NULL_CLASS, ReferenceModel, class_embeddings, scheduler
+from .models import MODELS, NULL_CLASS, ReferenceModel, class_embeddings, scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,7 +58,7 @@ def denoiser(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The trained denoiser on the CPU, in eval mode."""
     model = spec(name).build()
     model.load_state_dict(load_file(WEIGHTS / name / "model.safetensors"))
-    return model.to(dtype).eval()
+    return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns about parts it would keep in float32
 
 
 def load(name: str, sampler: str | None = None, dtype: torch.dtype = torch.float32) -> "DiffusionPipeline":
@@ -78,7 +78,7 @@ def assemble(name: str, model: nn.Module, sampler: str | None = None) -> "Diffus
 
     # imported as a submodule so that a stored pipeline names a module that can be imported again
     autoencoder = import_module(f"{__name__}.autoencoder").IdentityAutoencoder()
-    nn.Module.to(autoencoder, next(model.parameters()).dtype)  # diffusers' own `to` warns about float32 parts
+    nn.Module.to(autoencoder, next(model.parameters()).dtype)
     parts: dict[str, Any] = {
         spec(name).denoiser: model,
         "vae": autoencoder,

@@ -28,7 +28,7 @@ def classifier(video: bool) -> Any:
     return SVC(C=10).fit(samples.flatten(1).numpy(), labels.numpy())
 
 
-def recognised(name: str, samples: Tensor, labels: Tensor) -> Tensor:
+def recognised(samples: Tensor, labels: Tensor) -> Tensor:
     """Whether each sample's (middle frame's) class is the requested one, bool [n].
 
     samples: [n, frames, 1, height, width] in [0, 1], as `images` returns them; labels: [n].
@@ -43,7 +43,7 @@ def class_accuracy(name: str, sampler: str | None = None, samples: int = 200, gr
 
     grid: where to write a picture of the first fifty samples, if given.
     """
-    pipe = load(name, sampler)
+    pipe: Any = load(name, sampler)
     labels = torch.arange(samples) % 10
     batches = []
     for start in range(0, samples, BATCH):
@@ -53,7 +53,7 @@ def class_accuracy(name: str, sampler: str | None = None, samples: int = 200, gr
     generated = torch.cat(batches)
     if grid is not None:
         save_grid(generated[:50], grid)
-    return recognised(name, generated, labels).float().mean().item()
+    return recognised(generated, labels).float().mean().item()
 
 
 def save_grid(samples: Tensor, path: Path, columns: int = 10, zoom: int = 4) -> None:
@@ -65,9 +65,7 @@ def save_grid(samples: Tensor, path: Path, columns: int = 10, zoom: int = 4) -> 
         columns = samples.shape[1]
     else:
         tiles = samples[:, 0, 0]
-    h, w = tiles.shape[-2:]
+    w = tiles.shape[-1]
     sheet = tiles.unflatten(0, (-1, columns)).permute(0, 2, 1, 3).reshape(-1, columns * w)
     picture = Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().numpy())
     picture.resize((columns * w * zoom, sheet.shape[0] * zoom), Image.Resampling.NEAREST).save(path)
-
-

@@ -46,7 +46,7 @@ class ReferenceModel:
     denoise: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
-def _build_dit() -> nn.Module:
+def _build_dit() -> Any:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
@@ -67,7 +67,7 @@ def _denoise_dit(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tens
     return model(x, timestep=t, class_labels=classes, return_dict=False)[0]
 
 
-def _build_unet() -> nn.Module:
+def _build_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -88,7 +88,7 @@ def _denoise_unet(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Ten
     return model(x, t, encoder_hidden_states=class_embeddings().to(x)[labels], return_dict=False)[0]
 
 
-def _build_flux() -> nn.Module:
+def _build_flux() -> Any:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
@@ -121,7 +121,7 @@ def _denoise_flux(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Ten
     return FluxPipeline._unpack_latents(output, h, w, 1)
 
 
-def _build_wan() -> nn.Module:
+def _build_wan() -> Any:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(

@@ -1,0 +1,77 @@
+"""What the contracts run over: every registered policy × forecaster × scope it declares × shipped model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusion_cache import forecasters, models, policies, reference, registry  # noqa: F401
+
+STEPS = 6
+
+# options that make a policy reuse something in a run of STEPS steps, and options that make it compute every step;
+# a newly registered policy must be listed here
+REUSING: dict[str, dict[str, Any]] = {
+    "interval": {"every": 2},
+    "mask": {"mask": "101010"},
+    "first_block": {"threshold": 10.0, "max_consecutive": 2},
+}
+COMPUTING: dict[str, dict[str, Any]] = {
+    "interval": {"every": 1},
+    "mask": {"mask": "1"},
+    "first_block": {"warmup": STEPS},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    policy: str
+    forecaster: str
+    scope: str
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.policy}-{self.forecaster}-{self.scope}"
+
+    def options(self, table: dict[str, dict[str, Any]] = REUSING) -> dict[str, Any]:
+        return dict(policy=self.policy, forecaster=self.forecaster, scope=self.scope, **table[self.policy])
+
+
+def scopes_of(model: str) -> set[str]:
+    denoiser = reference.spec(model).build()
+    return {"denoiser", "block", "cut"} if models.default_scope(denoiser) == "cut" else {"denoiser", "block", "stack"}
+
+
+CASES = [
+    Case(model, policy, forecaster, scope)
+    for model in reference.MODELS
+    for available in [scopes_of(model)]
+    for policy in registry.policies.names()
+    for forecaster in registry.forecasters.names()
+    for scope in sorted(registry.policies.get(policy).scopes & available)
+]
+
+
+class Subject:
+    """A shipped model's pipeline with its uncached samples, and the inputs of one real denoiser call."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.pipe = reference.load(name)
+        self.denoiser = getattr(self.pipe, reference.spec(name).denoiser)
+        calls = []
+        hook = self.denoiser.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        self.uncached = self.generate()
+        hook.remove()
+        self.calls = calls
+
+    def generate(self, steps: int = STEPS, labels=(3, 8), seeds=(5, 6)) -> torch.Tensor:
+        return reference.images(self.name, self.pipe(**reference.inputs(self.name, labels, seeds, steps=steps)))
+
+    def call(self, index: int = 2) -> torch.Tensor:
+        args, kwargs = self.calls[index]
+        with torch.no_grad():
+            output = self.denoiser(*args, **kwargs)
+        return output[0]

@@ -1,0 +1,16 @@
+"""Shared fixtures: GPU tests skip without one, and every test runs on one thread unless it says otherwise."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+torch.set_num_threads(1)  # workers of pytest-xdist share two cores
