@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from . import forecasters, policies  # noqa: F401  (registers the built-in methods)
 from .context import SCOPES, Forecaster, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
@@ -22,6 +21,8 @@ from .registry import policies as policy_registry
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+T = TypeVar("T")
 
 __all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "enable", "inspect", "run", "summary"]
 
@@ -173,7 +174,8 @@ class Summary:
     def _caption(self) -> str:
         return (
             f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, "
-            f"{self.computed} calls computed and {self.reused} reused, hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
+            f"{self.computed} calls computed and {self.reused} reused, "
+            f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
         )
 
     def __str__(self) -> str:
@@ -318,7 +320,7 @@ def _method(
     if not isinstance(depth, int) or isinstance(depth, bool):
         raise ConfigError(f"depth must be a whole number, not {depth!r}")
     remaining = dict(options)
-    guards = Guards(**_take(remaining, [field.name for field in dataclasses.fields(Guards)]))
+    guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
     built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
     if remaining:
@@ -338,13 +340,14 @@ def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, A
     if not isinstance(given, str):
         raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
     cls = registry.get(given)
-    taken = _take(options, list(registry.options(given)))
+    return _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
+
+
+def _construct(what: str, cls: type[T], options: dict[str, Any]) -> T:
     try:
-        return cls(**taken)
-    except ConfigError:
-        raise
-    except TypeError as error:
-        raise ConfigError(f"{registry.kind} {given!r}: {error}") from error
+        return cls(**options)
+    except TypeError as error:  # a missing option, or one of another type than it is compared with
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def _take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:

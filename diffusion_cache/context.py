@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from .errors import ConfigError
 from .schedule import Schedule
 
 Feature = Literal["auto", "residual", "output"]
@@ -103,6 +104,12 @@ class Forecaster(ABC):
 
     name: ClassVar[str]
     feature: Feature
+
+    def __post_init__(self) -> None:
+        if self.feature not in get_args(Feature):
+            raise ConfigError(
+                f"{self.name}: feature must be one of {', '.join(get_args(Feature))}, not {self.feature!r}"
+            )
 
     @property
     @abstractmethod

@@ -6,11 +6,13 @@ A method of another package is found through its entry points (`diffusion_cache.
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, DiffusionCacheWarning
 
 T = TypeVar("T")
 
@@ -29,14 +31,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 class Registry(Generic[T]):
     """Classes of one kind by name; each is a frozen dataclass whose fields are its options."""
 
-    def __init__(self, kind: str, group: str):
+    def __init__(self, kind: str, home: str):
         self.kind = kind
-        self._group = group
+        self._home = home  # the package of the built-in ones, and the entry point group of the others
         self._classes: dict[str, type[T]] = {}
-        self._entry_points_loaded = False
+        self._loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator; sets `cls.name`. ConfigError for a name that is taken, or a class that is no frozen dataclass."""
+        """Class decorator; sets `cls.name`.
+
+        Raises:
+            ConfigError: for a name that is taken, or a class that is no frozen dataclass.
+        """
 
         def decorate(cls: type[T]) -> type[T]:
             if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
@@ -53,13 +59,13 @@ class Registry(Generic[T]):
         self._classes.pop(name, None)
 
     def names(self) -> list[str]:
-        self._load_entry_points()
+        self._load()
         return sorted(self._classes)
 
     def get(self, name: str) -> type[T]:
         """The class of that name; ConfigError with a suggestion when there is none."""
         if name not in self._classes:
-            self._load_entry_points()
+            self._load()
         if name not in self._classes:
             raise unknown_name(self.kind, name, self._classes)
         return self._classes[name]
@@ -68,12 +74,19 @@ class Registry(Generic[T]):
         """Option names and defaults (dataclasses.MISSING where there is none)."""
         return {field.name: field.default for field in dataclasses.fields(self.get(name))}  # type: ignore[arg-type]
 
-    def _load_entry_points(self) -> None:
-        if self._entry_points_loaded:
+    def _load(self) -> None:
+        if self._loaded:
             return
-        self._entry_points_loaded = True
-        for entry in entry_points(group=self._group):
-            self.register(entry.name)(entry.load())
+        import_module(self._home)
+        for entry in entry_points(group=self._home):
+            try:
+                self.register(entry.name)(entry.load())
+            except Exception as error:
+                message = (
+                    f"{self.kind} {entry.name!r} of another package cannot be loaded: {type(error).__name__}: {error}"
+                )
+                warnings.warn(message, DiffusionCacheWarning, stacklevel=3)
+        self._loaded = True
 
 
 policies: Registry[Any] = Registry("policy", "diffusion_cache.policies")

@@ -41,7 +41,7 @@ class Schedule:
     @cached_property
     def nfe(self) -> float:
         """Computed steps, averaged over passes and spans."""
-        return sum(sum(map(sum, step)) / sum(map(len, step)) for step in self.compute)
+        return sum(sum(sum(row) / len(row) for row in step) / len(step) for step in self.compute)
 
     def stores(self, step: int, pass_index: int, history: int) -> bool:
         """Whether a feature observed at this step serves a later reuse, with the last `history` features kept."""

@@ -78,7 +78,7 @@ class CacheRun:
         self,
         session: "Session",
         clock: StepClock,
-        noise_levels: Callable[[], list[float]],
+        noise_levels: Callable[[Any], list[float]],
         any_scheduler: bool = False,
     ):
         self.session = session
@@ -97,6 +97,7 @@ class CacheRun:
         self._passes: dict[PassKey, PassState] = {}
         self._spans: dict[tuple[PassKey, Span], SpanState] = {}
         self._warned: set[str] = set()
+        self._reached = False  # whether any span was ever entered
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
 
     # the denoiser
@@ -135,7 +136,7 @@ class CacheRun:
         clock = self.clock
         clock.denoiser_called(args, kwargs)
         if clock.evaluation == 0:
-            self._levels = self._noise_levels()
+            self._levels = self._noise_levels(clock.first_timestep)
             self._groups = row_groups(tensor_inputs(args, kwargs))
         pass_name = self.pass_name or str(clock.position)
         step = Step(
@@ -234,6 +235,7 @@ class CacheRun:
         return output
 
     def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._reached = True
         inputs = tensor_inputs(args, kwargs)
         state = self._span_state(frame.key, span)
         if span in frame.forecasts:
@@ -370,6 +372,11 @@ class CacheRun:
 
     def finish(self) -> None:
         """Check what could not be checked on the way, and release every feature."""
+        if self.records and not self._reached:
+            self._warn(
+                "nothing was cached: the denoiser ran without calling the modules of its spans. If it is compiled as a "
+                "whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
+            )
         for (_, span), state in self._spans.items():
             if state.history and state.history.slots[-1][0].device.type != "cpu" and not state.history.is_finite():
                 self._not_finite(span, state)

@@ -17,23 +17,24 @@ class StepClock:
     """Counts sampler iterations and, within each, the calls of the denoiser (its passes).
 
     A new iteration is a call after at least one `scheduler.step`; before the first one is seen, a call at another
-    timestep; and in a loop that calls `next_step`, exactly that. total: a function asked once, at the first call.
+    timestep; and in a loop that calls `next_step`, exactly that. total: asked once, with the first call's timestep.
     """
 
-    def __init__(self, total: Callable[[], int | None]):
+    def __init__(self, total: Callable[[Any], int | None]):
         self.index = -1
         self.position = -1
         self.evaluation = -1
         self.total: int | None = None
+        self.first_timestep: Any = None
         self._ask_total = total
         self._advance = False
         self._stepped = False
         self._explicit = False
         self._suppressed = 0
-        self._timestep: Any = None
+        self._timestep = _Seen(None)
 
     def scheduler_stepped(self) -> None:
-        if not self._suppressed:
+        if not self._suppressed and not self._explicit:
             self._stepped = self._advance = True
 
     def next_step(self) -> None:
@@ -48,16 +49,16 @@ class StepClock:
         """Count one call: afterwards index, position (of the call within its step) and evaluation are this call's."""
         self.evaluation += 1
         if self.index < 0:
-            self.total = self._ask_total()
+            self.first_timestep = timestep_of(args, kwargs)
+            self.total = self._ask_total(self.first_timestep)
+            self._timestep = _Seen(self.first_timestep)
             new = True
-            if not self._stepped:
-                self._timestep = timestep_of(args, kwargs)
         elif self._explicit or self._stepped:
             new = self._advance
         else:
             timestep = timestep_of(args, kwargs)
-            new = not same_timestep(timestep, self._timestep)
-            self._timestep = timestep
+            new = not self._timestep.equals(timestep)
+            self._timestep = _Seen(timestep)
         self._advance = False
         if new:
             self.index += 1
@@ -85,34 +86,58 @@ def timestep_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else None
 
 
-def same_timestep(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape:
-            return False
-        # one entry of the scheduler's list, expanded: no need to read it
-        return (a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.numel() > 0) or torch.equal(a, b)
-    return type(a) is type(b) and a == b
+class _Seen:
+    """A timestep as it was when it was seen: loops may write the next one into the same tensor."""
+
+    def __init__(self, timestep: Any):
+        self.value = timestep.clone() if isinstance(timestep, Tensor) else timestep
+        self.identity = _identity(timestep)
+
+    def equals(self, timestep: Any) -> bool:
+        if isinstance(timestep, Tensor) and isinstance(self.value, Tensor):
+            if timestep.shape != self.value.shape:
+                return False
+            # one unchanged entry of the scheduler's list, expanded anew: no need to read it back
+            identity = _identity(timestep)
+            return (identity is not None and identity == self.identity) or torch.equal(timestep, self.value)
+        return type(timestep) is type(self.value) and bool(timestep == self.value)
 
 
-def scheduler_total(scheduler: Any) -> int | None:
-    """Iterations that a scheduler with its timesteps set still has before it."""
+def _identity(timestep: Any) -> tuple[int, int, torch.dtype] | None:
+    if not isinstance(timestep, Tensor) or timestep.is_inference() or not timestep.numel():
+        return None  # inference tensors do not count their changes
+    return timestep.data_ptr(), timestep._version, timestep.dtype
+
+
+def begin_index(scheduler: Any, timestep: Any = None) -> int:
+    """Where in its list a scheduler starts: what it was told, else where the first call's timestep stands."""
+    told = getattr(scheduler, "begin_index", None)
+    if told is not None:
+        return told
+    if isinstance(timestep, Tensor) and timestep.numel():
+        timestep = timestep.flatten()[0].item()
+    if isinstance(timestep, (int, float)):
+        places = (scheduler.timesteps.double().cpu() == timestep).nonzero()
+        return int(places[0]) if len(places) else 0
+    return 0
+
+
+def scheduler_total(scheduler: Any, timestep: Any = None) -> int | None:
+    """Iterations that a scheduler with its timesteps set still has before it, from the first call's timestep on."""
     timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None:
-        return None
-    return len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    return None if timesteps is None else len(timesteps) - begin_index(scheduler, timestep)
 
 
-def noise_levels(scheduler: Any) -> list[float]:
-    """log-SNR of each of the scheduler's iterations, noisiest first; empty where the scheduler tells neither sigmas
-    nor alphas.
+def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
+    """log-SNR of each of the run's iterations, noisiest first; empty where the scheduler has neither sigmas nor alphas.
 
-    log(α²/σ²): 2·log((1 − σ)/σ) for flow matching, −2·log σ for sigmas of variance-exploding form, log(ᾱ/(1 − ᾱ))
-    by timestep otherwise.
+    log(α²/σ²): 2·log((1 − σ)/σ) for flow matching, −2·log σ for sigmas of variance-exploding form, and by timestep
+    log(ᾱ/(1 − ᾱ)) otherwise. timestep: the first call's, for schedulers that do not know where a run begins (img2img).
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None:
         return []
-    begin = getattr(scheduler, "begin_index", None) or 0
+    begin = begin_index(scheduler, timestep)
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
         values = torch.as_tensor(sigmas).double().cpu()[begin : len(timesteps)].tolist()

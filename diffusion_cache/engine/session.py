@@ -182,16 +182,18 @@ class Session:
             setattr(scheduler, MARK, True)
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
-        def total() -> int | None:
+        scheduler = getattr(pipe, "scheduler", None)
+
+        def total(timestep: Any) -> int | None:
             if getattr(pipe, "_num_timesteps", None):
                 return int(pipe._num_timesteps)
-            return run.progress_total or scheduler_total(getattr(pipe, "scheduler", None))
+            return run.progress_total or scheduler_total(scheduler, timestep)
 
-        run = CacheRun(self, StepClock(total), lambda: noise_levels(getattr(pipe, "scheduler", None)))
+        run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep))
         return run
 
     def begin_model(self, num_steps: int | None) -> CacheRun:
-        return CacheRun(self, StepClock(lambda: num_steps), lambda: [], any_scheduler=True)
+        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [], any_scheduler=True)
 
     def finish(self, run: CacheRun) -> None:
         run.finish()

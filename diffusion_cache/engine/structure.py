@@ -25,7 +25,7 @@ def flatten(value: Any) -> tuple[list[Any], Shape]:
     """A value's leaves and how to put them together again. Blocks return tensors or flat tuples: those are quick."""
     if isinstance(value, Tensor):
         return [value], Shape("tensor")
-    if type(value) is tuple and not any(isinstance(leaf, (tuple, list, dict)) for leaf in value):
+    if type(value) is tuple and all(leaf is None or isinstance(leaf, Tensor) for leaf in value):
         return list(value), Shape("tuple", len(value))
     leaves, spec = pytree.tree_flatten(value)
     return leaves, Shape("tree", spec)
@@ -78,13 +78,13 @@ class Template:
 
     shape: Shape
     constants: tuple[Any, ...]
-    tensors: tuple[int, ...]
+    tensors: list[int]
     leaves: tuple[Leaf, ...]
 
     @classmethod
     def of(cls, output: Any, inputs: Inputs, residual: bool) -> "Template":
         flat, shape = flatten(output)
-        tensors = tuple(i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor))
+        tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
         leaves = tuple(
             Leaf(matching_input(flat[i], inputs) if residual and flat[i].is_floating_point() else None) for i in tensors
         )
@@ -93,10 +93,9 @@ class Template:
     def split(self, output: Any) -> list[Tensor] | None:
         """The output's tensors, or None if its structure is another."""
         flat, shape = flatten(output)
-        if shape != self.shape:
+        if shape != self.shape or [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)] != self.tensors:
             return None
-        tensors = [flat[i] for i in self.tensors]
-        return tensors if all(isinstance(tensor, Tensor) for tensor in tensors) else None
+        return [flat[i] for i in self.tensors]
 
     def join(self, tensors: list[Tensor]) -> Any:
         flat = list(self.constants)

@@ -23,8 +23,9 @@ class Taylor(Forecaster):
     feature: Feature = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.order <= 7:
-            raise ConfigError(f"taylor: order must be between 0 and 7, not {self.order}")
+        super().__post_init__()
+        if not isinstance(self.order, int) or not 0 <= self.order <= 7:
+            raise ConfigError(f"taylor: order must be a whole number from 0 to 7, not {self.order!r}")
 
     @property
     def history(self) -> int:

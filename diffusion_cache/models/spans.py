@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..context import SCOPES
 from ..errors import ConfigError, NoSpansError
+from ..registry import unknown_name
 from .denoisers import unwrap
 
 MIN_PARAMETER_SHARE = 0.05
@@ -83,16 +85,20 @@ def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0,
         ConfigError: for depth, probe or tail that leave nothing to skip.
     """
     inner = unwrap(denoiser)
+    if scope not in SCOPES:
+        raise unknown_name("scope", scope, SCOPES)
     if scope == "denoiser":
         return Layout(scope, (Span("denoiser", scope, (denoiser,)),))
-    if scope == "cut":
-        return _cut_layout(inner, depth)
-    if scope == "block" and is_unet(inner):
-        return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in _unet_blocks(inner)))
-    found = {} if is_unet(inner) else stacks(inner)
-    if not found:
-        other = "cut or denoiser" if is_unet(inner) else "denoiser"
-        raise NoSpansError(f"{type(inner).__name__} has no {scope} to cache; use scope {other}")
+    if is_unet(inner):
+        if scope == "cut":
+            return _cut_layout(inner, depth)
+        if scope == "block":
+            return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in _unet_blocks(inner)))
+        raise NoSpansError(f"{type(inner).__name__} is a UNet, which has no {scope}; use scope cut, block or denoiser")
+    found = stacks(inner)
+    if scope == "cut" or not found:
+        others = "stack, block or denoiser" if found else "denoiser"
+        raise NoSpansError(f"{type(inner).__name__} has no {scope} to cache; use scope {others}")
     if scope == "block":
         named = ((f"{name}.{i}", block) for name, stack in found.items() for i, block in enumerate(stack))
         return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in named))
@@ -124,8 +130,6 @@ def _unet_blocks(unet: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _cut_layout(unet: Any, depth: int) -> Layout:
-    if not is_unet(unet):
-        raise NoSpansError(f"{type(unet).__name__} is no UNet, so it has no cut; use scope stack, block or denoiser")
     deepest = min(len(unet.down_blocks), len(unet.up_blocks))
     if getattr(unet, "mid_block", None) is None:
         deepest -= 1

@@ -1,5 +1,6 @@
 """Guards: limits on reuse that hold for every policy, as one wrapper."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Guards:
             if limit is not None and limit < 0:
                 raise ConfigError(f"{name} must be None or ≥ 0, not {limit}")
 
+    @staticmethod
+    def _first_step(fraction: float, total: int) -> int:
+        """The first step at or past a fraction of the run; 0.28 × 50 is 14, though a little more in floating point."""
+        return math.ceil(fraction * total - 1e-9)
+
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""
         if step.index < self.warmup:
@@ -52,7 +58,7 @@ class Guards:
             return None
         if step.index >= step.total - self.last:
             return "last steps"
-        if not self.start * step.total <= step.index < self.end * step.total:
+        if not self._first_step(self.start, step.total) <= step.index < self._first_step(self.end, step.total):
             return "outside the window"
         return None
 
@@ -78,16 +84,22 @@ class Guarded:
         if not self.planned:
             return None
         own = self.policy.schedule(total)
-        state, rows = PassState(), []
+        passes = max(map(len, own.compute)) if own else 1
+        states = [PassState() for _ in range(passes)]
+        rows = []
         for index in range(total):
             step = Step(index, total, index, None, "", (slice(None),))
-            forced = self.guards.forced(step, state) is not None
-            if own is not None:
-                row = tuple(tuple(forced or span for span in spans) for spans in own.compute[index])
-            else:
-                row = ((forced or self.policy.decide(step, {}, state).compute,),)
-            rows.append(row)
-            state.update(index, computed=any(span for spans in row for span in spans))
+            row = []
+            for position, state in enumerate(states):
+                if self.guards.forced(step, state) is not None:
+                    spans: tuple[bool, ...] = (True,)
+                elif own is not None:
+                    spans = own.row(index, position)
+                else:
+                    spans = (self.policy.decide(step, {}, state).compute,)
+                state.update(index, computed=any(spans))
+                row.append(spans)
+            rows.append(tuple(row))
         return Schedule(tuple(rows))
 
     def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:

@@ -4,9 +4,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
 from torch import Tensor
 
 from ..context import SCOPES, PassState, Policy, Step, Verdict
@@ -28,7 +27,8 @@ class Mask(Policy):
     scopes = frozenset(SCOPES)
 
     def __post_init__(self) -> None:
-        entries = "".join(str(int(entry) if entry in (0, 1) else entry) for entry in self._entries())
+        given = self.mask if isinstance(self.mask, (str, Sequence)) else ()
+        entries = "".join(str(int(entry) if entry in (0, 1) else entry) for entry in given)
         if not entries or set(entries) - {"0", "1"}:
             raise ConfigError(f"mask: give a string or sequence of 0 and 1, one a step, not {self.mask!r}")
         if entries[0] == "0":
@@ -38,12 +38,6 @@ class Mask(Policy):
                 stacklevel=2,
             )
         object.__setattr__(self, "mask", "1" + entries[1:])
-
-    def _entries(self) -> Sequence[Any]:
-        try:
-            return list(self.mask)
-        except TypeError:
-            return []
 
     @cached_property
     def _rescaled(self) -> dict[int, frozenset[int]]:
@@ -57,14 +51,15 @@ class Mask(Policy):
 
     def _rescale(self, total: int) -> frozenset[int]:
         length = len(self.mask)
-        steps = [step for step, entry in enumerate(self.mask) if entry == "1"]
-        if len(steps) == length or total == 1:
-            return frozenset(range(total))
-        count = max(1, round(len(steps) * total / length))
-        # the j-th computed step sits where the same fraction of the mask's computed steps has passed
-        quantiles = np.linspace(0, len(steps) - 1, count)
-        places = np.interp(quantiles, range(len(steps)), steps) * (total - 1) / (length - 1)
-        return frozenset(int(place + 0.5) for place in places)
+        before = list(accumulate((entry == "1" for entry in self.mask), initial=0))
+
+        def computed_before(step: int) -> int:
+            """Computed steps due before this one: the mask's count up to the same fraction of its length, scaled."""
+            entry, part = divmod(step * length, total)
+            due = before[entry] * total + (part if part and self.mask[entry] == "1" else 0)
+            return -(-due // length)
+
+        return frozenset(step for step in range(total) if computed_before(step + 1) > computed_before(step))
 
     def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
         if step.total is None:

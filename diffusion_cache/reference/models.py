@@ -74,12 +74,12 @@ def _build_unet() -> Any:
         sample_size=IMAGE_SIZE,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(48, 64, 96),
+        block_out_channels=(32, 96, 128),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=EMBEDDING_DIM,
-        attention_head_dim=(3, 4, 6),  # diffusers reads this as the number of heads here
+        attention_head_dim=(2, 4, 4),  # diffusers reads this as the number of heads here
         norm_num_groups=16,
     )
 

@@ -1,0 +1,172 @@
+"""The command line. Commands import what they need when they run, so that help is quick."""
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import ConfigError, DiffusionCacheError
+
+if TYPE_CHECKING:
+    from ..registry import Registry
+
+
+class _Commands(typer.core.TyperGroup):
+    """Shows this package's own errors as a message, not as a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DiffusionCacheError as error:
+            Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="diffusion-cache",
+    help="Faster diffusers pipelines by reusing block features between denoising steps.",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Precision(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Listed(str, Enum):
+    policies = "policies"
+    forecasters = "forecasters"
+    models = "models"
+
+
+@app.command("demo")
+def _demo(
+    model: Annotated[list[str] | None, typer.Option(help="A shipped model; repeat for several. Default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures, page and figures.")] = Path("demo_output"),
+    samples: Annotated[int, typer.Option(help="Samples that every figure is computed from.")] = 24,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps. Default: each model's own.")] = None,
+    pairs: Annotated[int, typer.Option(help="Timed pairs of runs per row.")] = 3,
+) -> None:
+    """Measure speed and quality of caching on the shipped models, and draw what comes out."""
+    import torch
+
+    _quiet()
+    from .. import reference
+    from .demo import Settings, run_demo
+
+    names = [reference.spec(name).name for name in model or reference.MODELS]
+    settings = Settings(samples=samples, seed=seed, steps=steps, pairs=pairs)
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
+    run_demo(names, out, settings, Console())
+
+
+@app.command("list")
+def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
+    """List policies, forecasters or shipped models."""
+    if what is Listed.models:
+        from .. import reference
+
+        table = Table("model", "pipeline", "samplers", "steps", "guidance")
+        for spec in reference.MODELS.values():
+            row = (spec.name, spec.pipeline, ", ".join(spec.samplers), str(spec.steps), f"{spec.guidance:g}")
+            table.add_row(*row)
+    else:
+        from .. import forecasters, policies, registry  # noqa: F401 (the first two fill the registry)
+
+        table = _methods(getattr(registry, what.value))
+    Console().print(table)
+
+
+def _methods(registry: "Registry[Any]") -> Table:
+    """The methods of a registry with their options; an option without a default is shown by its name alone."""
+    import dataclasses
+
+    table = Table(registry.kind, "options", "what it does")
+    for name in registry.names():
+        options = [
+            option if default is dataclasses.MISSING else f"{option}={default!r}"
+            for option, default in registry.options(name).items()
+        ]
+        about = (registry.get(name).__doc__ or "").strip().splitlines()
+        table.add_row(name, escape(", ".join(options)), escape(about[0] if about else ""))
+    return table
+
+
+@app.command("inspect")
+def _inspect(
+    model: Annotated[str, typer.Argument(help="A shipped model, a diffusers folder, or a repository id.")],
+    dtype: Annotated[Precision, typer.Option(help="Precision to load a pipeline in.")] = Precision.bfloat16,
+) -> None:
+    """Show what can be cached in a pipeline."""
+    _quiet()
+    from .. import api, reference
+
+    console = Console()
+    if model in reference.MODELS:
+        inputs = reference.inputs(model, labels=[0], seeds=[0], steps=4)
+        console.print(api.inspect(reference.load(model), inputs))
+        return
+    console.print(api.inspect(_pretrained(model, dtype, list(reference.MODELS))))
+
+
+def _pretrained(model: str, dtype: Precision, shipped: list[str]) -> Any:
+    """The pipeline in a folder or repository."""
+    if not Path(model).is_dir() and "/" not in model:
+        from ..registry import unknown_name
+
+        raise unknown_name("model", model, shipped)
+    import torch
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{model} cannot be loaded as a diffusers pipeline: {reason}") from error
+
+
+def _quiet() -> None:
+    """Leave out the libraries' remarks on optional packages and rounded sizes; errors still show."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+
+
+@app.command("env")
+def _env() -> None:
+    """Show versions and hardware, for a bug report."""
+    import platform
+
+    from . import environment
+
+    table = Table(show_header=False, box=None)
+    for name, version in environment.versions().items():
+        table.add_row(name, version or "not installed")
+    table.add_row("platform", platform.platform())
+    table.add_row("CPU", f"{environment.cpu_name()}, {environment.cpu_threads()} threads")
+    if "OMP_NUM_THREADS" in os.environ:
+        table.add_row("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    table.add_row("GPU", ", ".join(environment.gpu_names()) or "none found")
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the `diffusion-cache` script."""
+    app()

@@ -1,0 +1,18 @@
+"""What caching costs and saves: output quality, executed arithmetic and paired wall time."""
+
+from .flops import BlockCount, count_blocks, executed_flops
+from .metrics import Quality, latent_error, psnr, quality, ssim
+from .timing import PairedTiming, paired
+
+__all__ = [
+    "BlockCount",
+    "PairedTiming",
+    "Quality",
+    "count_blocks",
+    "executed_flops",
+    "latent_error",
+    "paired",
+    "psnr",
+    "quality",
+    "ssim",
+]

@@ -1,0 +1,182 @@
+"""The command line, on the shipped models."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusion_cache import reference
+from diffusion_cache.cli import app, demo
+from diffusion_cache.cli.results import Row
+from diffusion_cache.cli.tables import COLUMNS
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.measure import quality
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def test_help_needs_no_heavy_import():
+    program = (
+        "import sys; from typer.testing import CliRunner; from diffusion_cache.cli import app;"
+        "assert 'inspect' in CliRunner().invoke(app, ['--help']).output;"
+        "print([name for name in ('torch', 'diffusers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("policies", ["interval", "every=2", "first_block", "mask"]),
+        ("forecasters", ["reuse", "taylor", "order=1"]),
+        ("models", list(reference.MODELS)),
+    ],
+)
+def test_list(what, expected):
+    output = run("list", what)
+    assert all(text in output for text in expected)
+
+
+def test_env_names_versions_and_threads():
+    output = run("env")
+    assert torch.__version__ in output
+    assert "threads" in output
+    assert not torch.cuda.is_initialized()
+
+
+def test_inspect_a_shipped_model():
+    assert "transformer" in run("inspect", "dit-digits")
+
+
+def test_inspect_a_saved_pipeline(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    output = run("inspect", tmp_path, "--dtype", "float32")
+    assert "DDPMPipeline" in output
+    assert "cut" in output
+
+
+@pytest.mark.parametrize("command", [("inspect", "dit-digit"), ("demo", "--model", "dit-digit")])
+def test_an_unknown_model_is_one_message_with_a_suggestion(command):
+    output = run(*command, code=2)
+    assert "Did you mean 'dit-digits'?" in output
+    assert "Traceback" not in output
+
+
+def test_a_folder_that_is_no_pipeline_is_one_message(tmp_path):
+    output = run("inspect", tmp_path, code=2)
+    assert "cannot be loaded" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("option", [("--samples", 0), ("--steps", 3), ("--pairs", 0), ("--threads", 0), ("--seed", -1)])
+def test_settings_that_cannot_work_are_refused(option, tmp_path):
+    assert "must be at least" in run("demo", "--out", tmp_path, *option, code=2)
+
+
+def test_demo_writes_pictures_page_and_figures(tmp_path):
+    steps, samples = 8, 2
+    sizes = ("--steps", steps, "--samples", samples, "--pairs", 1)
+    output = run("demo", "--model", "dit-digits", "--out", tmp_path, *sizes)
+    assert str(tmp_path / "demo.png") in output
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["hardware"]
+    (model,) = summary["models"]
+    assert model["steps"] == steps
+    assert not set(model["reporting_seeds"]) & set(model["fitting_seeds"])
+    rows = {(row["label"], row["every"]): row for row in model["rows"]}
+    assert len(rows) == 5 * len(demo.INTERVALS)
+    for (label, every), row in rows.items():
+        assert row["problem"] is None
+        assert row["timing"]["wall_ratio"] > 0
+        assert row["quality"]["n"] == samples
+        assert row["quality"]["psnr_worst"] <= row["quality"]["psnr_p5"] <= row["quality"]["psnr_mean"]
+        assert 0 < row["flops"] < 1
+        if label in (demo.UNIFORM_REUSE, demo.UNIFORM_TAYLOR, demo.SPACED_TAYLOR):
+            computed = math.ceil(steps / every)
+            assert row["nfe"] == computed
+            assert row["blocks"] == pytest.approx(computed / steps)  # stack scope: a reused step runs no block
+            assert row["flops"] > row["blocks"]  # embeddings and the output layer always run
+        elif label == demo.FIRST_BLOCK:
+            blocks = reference.denoiser("dit-digits").config.num_layers
+            assert row["blocks"] == pytest.approx((row["nfe"] + (steps - row["nfe"]) / blocks) / steps)
+        else:
+            assert row["nfe"] == row["options"]["num_inference_steps"]
+    assert rows[demo.SPACED_TAYLOR, 2]["options"]["mask"][0] == 1
+
+    for name in ("demo.png", "dit-digits.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.verify()
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
+    table = (tmp_path / "table.md").read_text()
+    assert all(header in table for header in COLUMNS)
+    assert table.count("| 1 in 3 |") + table.count("| **1 in 3** |") == 5
+
+
+def test_no_speed_for_a_method_that_changes_the_image_when_it_computes_everything(monkeypatch):
+    every_other = {"policy": "interval", "every": 2}
+    broken = demo.Method(demo.SPACED_TAYLOR, every_other, control=every_other)
+    monkeypatch.setattr(demo, "budget_methods", lambda *args: (broken,))
+    monkeypatch.setattr(demo, "BISECTIONS", 1)
+    result = demo.measure_model(demo.Settings(samples=1, steps=4, pairs=1), "dit-digits", lambda stage: None)
+    (row, _) = [row for row in result.rows if row.label == demo.SPACED_TAYLOR]
+    assert "differs" in row.problem
+    assert row.timing is None
+    assert COLUMNS["wall"](row) == "–"
+
+
+@pytest.mark.parametrize("exponent", demo.SPACINGS)
+@pytest.mark.parametrize(("steps", "computed"), [(50, 25), (50, 17), (40, 14), (5, 5), (5, 1), (7, 3)])
+def test_masks_have_the_count_asked_for(steps, computed, exponent):
+    mask = demo.spaced_mask(steps, computed, exponent)
+    assert len(mask) == steps
+    assert sum(mask) == computed
+    assert mask[0] == 1
+
+
+def test_masks_crowd_where_the_exponent_says():
+    def places(exponent):
+        return [step for step, computed in enumerate(demo.spaced_mask(16, 4, exponent)) if computed]
+
+    assert places(1.0) == [0, 4, 8, 12]
+    assert places(2.0) == [0, 1, 4, 9]  # 16 · (j / 4)²
+    assert places(0.5) == [0, 7, 12, 15]  # 16 − 16 · (1 − j / 4)²
+    for steps, every in ((50, 2), (50, 3), (40, 3)):
+        uniform = tuple(int(step % every == 0) for step in range(steps))
+        assert demo.spaced_mask(steps, math.ceil(steps / every), 1.0) == uniform
+    with pytest.raises(ConfigError, match="no mask"):
+        demo.spaced_mask(4, 5, 1.0)
+
+
+def test_identical_outputs_are_stored_without_infinity():
+    images = torch.rand(2, 1, 1, 8, 8)
+    row = Row("x", 2, {}, 4.0, 0.5, 0.5, quality(images, images), None, None)
+    stored = json.loads(json.dumps(row.to_json(), allow_nan=False))
+    assert stored["quality"]["psnr_mean"] is None
+    assert stored["quality"]["identical"] == 2
+    assert COLUMNS["PSNR mean"](row) == "∞"

@@ -1,0 +1,378 @@
+"""Policies and guards as exact schedules, written by hand."""
+
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_cache.context import SCOPES, PassState, Policy, Step, Verdict
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
+from diffusion_cache.schedule import Schedule
+
+WHOLE = (slice(None),)
+
+
+def step(index, total=None, rows=WHOLE):
+    return Step(index, total, index, None, "0", rows)
+
+
+def text(schedule, pass_index=0, span=0):
+    return "".join(str(int(schedule.row(i, pass_index)[span])) for i in range(schedule.total))
+
+
+def walked(guarded, steps, total):
+    """The decisions of a run that asks step by step."""
+    state, decisions = PassState(), ""
+    for index in range(steps):
+        compute = guarded.decide(step(index, total), {}, state).compute
+        state.update(index, compute)
+        decisions += str(int(compute))
+    return decisions
+
+
+@pytest.mark.parametrize(
+    ("every", "guards", "expected"),
+    [
+        (1, {}, "1111111111"),
+        (2, {}, "1010101010"),
+        (3, {}, "1001001001"),
+        (100, {}, "1000000000"),
+        (2, dict(warmup=3), "1110101010"),
+        (3, dict(warmup=2), "1100100100"),
+        (3, dict(last=2), "1001001011"),
+        (3, dict(last=1, warmup=4), "1111001001"),
+        (4, dict(start=0.3, end=0.7), "1110001111"),
+        (2, dict(start=0.5), "1111101010"),
+        (2, dict(end=0.5), "1010111111"),
+        (2, dict(start=0.5, end=0.5), "1111111111"),
+        (2, dict(end=0.0), "1111111111"),
+        (2, dict(start=1.0), "1111111111"),
+        (5, dict(max_consecutive=2), "1001001001"),
+        (5, dict(max_consecutive=0), "1111111111"),
+        (5, dict(max_consecutive=4), "1000010000"),
+        (2, dict(max_reused=3), "1010101111"),
+        (4, dict(max_reused=0), "1111111111"),
+        (4, dict(max_reused=4), "1000101111"),
+        (4, dict(warmup=2, last=1, max_consecutive=2), "1100100101"),
+        (4, dict(warmup=2, last=1, max_consecutive=2, max_reused=4), "1100100111"),
+        (3, dict(warmup=20), "1111111111"),
+        (3, dict(last=20), "1111111111"),
+    ],
+)
+def test_interval_under_guards(every, guards, expected):
+    guarded = Guarded(Interval(every), Guards(**guards))
+    assert text(guarded.schedule(10)) == expected
+    assert walked(guarded, 10, 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (0.28, 14),
+        (0.29, 15),
+        (0.3, 15),
+    ],
+)
+def test_window_starts_at_its_fraction(start, expected):
+    """0.28 × 50 is 14 steps, though 14.000000000000002 in floating point."""
+    schedule = text(Guarded(Interval(50), Guards(start=start)).schedule(50))
+    assert schedule.index("0") == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "guards", "expected"),
+    [(1, {}, "1"), (1, dict(last=1), "1"), (2, {}, "10"), (3, dict(warmup=1, last=1), "101")],
+)
+def test_very_short_runs(total, guards, expected):
+    assert text(Guarded(Interval(3), Guards(**guards)).schedule(total)) == expected
+
+
+def test_schedule_equals_step_by_step_for_random_guards():
+    rng = random.Random(0)
+    for _ in range(300):
+        total = rng.randint(1, 20)
+        start, end = sorted(rng.choice([0.0, 0.2, 0.5, 0.8, 1.0]) for _ in range(2))
+        guards = Guards(
+            warmup=rng.randint(1, 4),
+            last=rng.randint(0, 3),
+            start=start,
+            end=end,
+            max_consecutive=rng.choice([None, 0, 1, 2, 5]),
+            max_reused=rng.choice([None, 0, 1, 4, 9]),
+        )
+        mask = Mask("1" + "".join(rng.choice("01") for _ in range(rng.randint(0, 15))))
+        for policy in (Interval(rng.randint(1, 6)), mask):
+            guarded = Guarded(policy, guards)
+            planned = text(guarded.schedule(total))
+            assert planned == walked(guarded, total, total)
+            runs = planned.split("1")
+            assert guards.max_consecutive is None or max(map(len, runs)) <= guards.max_consecutive
+            assert guards.max_reused is None or planned.count("0") <= guards.max_reused
+            assert "0" not in planned[: guards.warmup] + planned[total - guards.last :]
+
+
+def test_unknown_number_of_steps():
+    assert walked(Guarded(Interval(3), Guards(warmup=2, max_consecutive=1)), 8, None) == "11010101"
+    assert walked(Guarded(Interval(3), Guards(max_reused=3)), 8, None) == "10010111"
+    for guards in (Guards(last=1), Guards(start=0.1), Guards(end=0.9)):
+        with pytest.raises(ConfigError, match="num_steps"):
+            walked(Guarded(Interval(3), guards), 8, None)
+    with pytest.raises(ConfigError, match="num_steps"):
+        walked(Guarded(Mask("101")), 3, None)
+
+
+def test_steps_beyond_the_total_are_computed():
+    assert walked(Guarded(Interval(5)), 8, 4) == "10001111"
+
+
+def test_reasons():
+    guards = Guards(warmup=2, last=2, start=0.3, end=0.8, max_consecutive=3, max_reused=5)
+    guarded = Guarded(Interval(50), guards)
+
+    def reason(index, **past):
+        return guarded.decide(step(index, 10), {}, PassState(last_computed=1, **past))
+
+    assert reason(1) == (True, "warm-up")
+    assert reason(2) == (True, "outside the window")
+    assert reason(5) == (False, "interval")
+    assert reason(5, consecutive=3) == (True, "max_consecutive")
+    assert reason(5, reused=5) == (True, "max_reused")
+    assert reason(8) == (True, "last steps")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(warmup=0),
+        dict(last=-1),
+        dict(start=-0.1),
+        dict(end=1.1),
+        dict(start=0.6, end=0.5),
+        dict(start=float("nan")),
+        dict(max_consecutive=-1),
+        dict(max_reused=-2),
+    ],
+)
+def test_invalid_guards(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Guards(**options)
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_invalid_interval(every):
+    with pytest.raises(ConfigError, match="every must be at least 1"):
+        Interval(every)
+
+
+def test_pass_state():
+    state = PassState()
+    for index, computed in enumerate([True, False, False, True, False]):
+        state.update(index, computed)
+    assert (state.last_computed, state.consecutive, state.reused) == (3, 1, 3)
+
+
+# masks
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "1001",
+        [1, 0, 0, 1],
+        (1, 0, 0, 1),
+        [True, False, False, True],
+        list(np.array([1, 0, 0, 1])),
+        ["1", "0", "0", "1"],
+    ],
+)
+def test_mask_parsing(mask):
+    parsed = Mask(mask)
+    assert parsed.mask == "1001"
+    assert parsed == Mask("1001")
+    assert hash(parsed) == hash(Mask("1001"))
+    assert text(Guarded(parsed).schedule(4)) == "1001"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    ["", [], None, 101, "10a1", "1 0", "12", [1, 2], [1.0, 0.5], [1, None], np.array([1, 0]), {0: 1}, {1}, [[1], [0]]],
+    ids=repr,
+)
+def test_invalid_masks(mask):
+    with pytest.raises(ConfigError, match="give a string or sequence of 0 and 1"):
+        Mask(mask)
+
+
+def test_mask_that_starts_with_reuse_computes_first_and_warns_once():
+    with pytest.warns(DiffusionCacheWarning, match="starts with a reused step") as caught:
+        mask = Mask("0010")
+    assert len(caught) == 1
+    assert mask.computed(4) == {0, 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert text(Guarded(mask).schedule(4)) == "1010"
+        assert walked(Guarded(mask), 4, 4) == "1010"
+        assert text(Guarded(Mask("1010")).schedule(8))
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("10010", "1010010100"),  # 4 of 10; places 0, 1, 2, 3 of the mask, times 9/4
+        ("1001", "10100101"),
+        ("110011", "111010010111"),  # 8 of 12, dense at both ends
+        ("10101", "101"),
+        ("10001", "100"),  # 2/5 of 3 steps is 1
+        ("1100000000", "10000"),
+        ("10101", "1"),
+        ("11111", "11111111"),
+        ("111", "11"),
+        ("1", "1"),
+        ("1", "111"),
+    ],
+)
+def test_mask_rescaled(mask, expected):
+    assert text(Guarded(Mask(mask)).schedule(len(expected))) == expected
+    assert walked(Guarded(Mask(mask)), len(expected), len(expected)) == expected
+
+
+def test_rescaling_keeps_the_first_step_and_its_own_length():
+    rng = random.Random(0)
+    for _ in range(200):
+        length = rng.randint(2, 40)
+        mask = "1" + "".join(rng.choice("01") for _ in range(length - 1))
+        assert Mask(mask).computed(length) == {i for i in range(length) if mask[i] == "1"}
+        for total in (1, 2, 7, length + 1, length + 13, 100):
+            computed = Mask(mask).computed(total)
+            assert {0} <= computed <= set(range(total))
+            if total > 1:
+                assert len(computed) <= max(1, round(mask.count("1") * total / length))
+
+
+def test_rescaling_an_interval_keeps_it():
+    assert text(Guarded(Mask("1001001001")).schedule(19)).count("1") == 8  # round(0.4 · 19)
+    shortened = text(Guarded(Mask("10" * 25)).schedule(25))
+    assert max(map(len, shortened.split("1"))) <= 2
+
+
+@pytest.mark.parametrize(("mask", "total", "count"), [("1110000000", 100, 30), ("10", 10, 5), ("11000011", 80, 40)])
+def test_rescaling_keeps_the_share_of_computed_steps(mask, total, count):
+    assert abs(len(Mask(mask).computed(total)) - count) <= 1
+
+
+def test_mask_under_guards():
+    guards = Guards(warmup=2, last=1, max_consecutive=2)
+    assert text(Guarded(Mask("1000000000"), guards).schedule(10)) == "1100100101"
+
+
+# schedules of a policy's own
+
+
+@dataclass(frozen=True)
+class Planned(Policy):
+    """Has a schedule of its own: compute[step][pass][span]."""
+
+    compute: tuple
+    scopes = frozenset(SCOPES)
+
+    def schedule(self, total):
+        return Schedule(self.compute)
+
+    def decide(self, step, signals, state):
+        raise AssertionError("not asked where there is a schedule")
+
+
+def test_guards_over_a_policys_own_schedule():
+    rows = ((True, True),), ((True, False),), ((False, False),), ((False, True),)
+    schedule = Guarded(Planned(rows), Guards(last=1)).schedule(4)
+    assert text(schedule, span=0) == "1101"
+    assert text(schedule, span=1) == "1001"
+
+
+@pytest.mark.parametrize(("guards", "expected"), [(dict(max_reused=1), "10111"), (dict(max_consecutive=1), "10101")])
+def test_limits_hold_for_each_pass_of_a_policys_own_schedule(guards, expected):
+    rows = (((True,), (True,)), *[((True,), (False,))] * 4)
+    schedule = Guarded(Planned(rows), Guards(**guards)).schedule(5)
+    assert text(schedule, pass_index=0) == "11111"
+    assert text(schedule, pass_index=1) == expected
+
+
+# first_block
+
+
+def decide(policy, current, kept, rows=WHOLE):
+    state = PassState(last_computed=0)
+    if kept is not None:
+        state.kept["probe_residual"] = torch.tensor(kept)
+    signals = {"probe_residual": torch.tensor(current)}
+    return policy.decide(step(1, 10, rows), signals, state)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "current", "compute"),
+    [
+        (0.08, 1.0, False),
+        (0.08, 1.07, False),
+        (0.08, 1.09, True),
+        (0.08, 0.91, True),
+        (0.25, 1.25, False),  # the threshold itself is reused
+        (0.0, 1.0, False),
+        (0.0, 1.001, True),
+        (float("inf"), 1e30, False),
+        (0.08, float("nan"), True),
+        (float("inf"), float("nan"), True),
+        (0.08, float("inf"), True),
+    ],
+)
+def test_first_block_thresholds(threshold, current, compute):
+    assert decide(FirstBlock(threshold), [[current, current]], [[1.0, 1.0]]).compute is compute
+
+
+def test_first_block_with_nothing_or_another_shape_kept_computes():
+    assert decide(FirstBlock(float("inf")), [[1.0]], None) == (True, "nothing to compare with")
+    assert decide(FirstBlock(float("inf")), [[1.0]], [[1.0, 1.0]]).compute
+
+
+def test_first_block_after_values_that_were_not_finite_computes():
+    for kept in ("nan", "inf"):
+        assert decide(FirstBlock(1e9), [[1.0]], [[float(kept)]]).compute
+    assert decide(FirstBlock(1e9), [[1.0]], [[0.0]]).compute
+    assert not decide(FirstBlock(0.0), [[0.0]], [[0.0]]).compute
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_one_row_group_over_the_threshold_computes(changed):
+    kept, current = [[1.0], [1.0]], [[1.0], [1.0]]
+    current[changed] = [1.1]
+    groups = (slice(0, 1), slice(1, 2))
+    assert not decide(FirstBlock(0.08), current, kept).compute  # 5% on average
+    assert decide(FirstBlock(0.08), current, kept, groups).compute
+    assert not decide(FirstBlock(0.12), current, kept, groups).compute
+
+
+def test_first_block_needs_its_probe_and_has_no_schedule():
+    policy = FirstBlock(front=2, back=3)
+    assert (policy.needs.signals, policy.needs.probe, policy.needs.tail) == (("probe_residual",), 2, 3)
+    guarded = Guarded(policy, Guards(warmup=3))
+    assert guarded.schedule(10) is None
+    assert not guarded.planned
+    assert Guarded(Interval(2)).planned
+    assert guarded.decide(step(2, 10), {}, PassState()) == Verdict(True, "warm-up")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(threshold=-0.1), "threshold"),
+        (dict(threshold=float("nan")), "threshold"),
+        (dict(front=0), "front"),
+        (dict(back=-1), "back"),
+    ],
+)
+def test_invalid_first_block(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FirstBlock(**options)

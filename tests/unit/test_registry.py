@@ -1,0 +1,182 @@
+"""Names to classes: registration from inside, outside and entry points."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from diffusion_cache import policies, registry
+from diffusion_cache.context import SCOPES, Policy, Step, Verdict
+from diffusion_cache.errors import ConfigError, DiffusionCacheError
+from diffusion_cache.registry import Registry, suggest
+
+
+@dataclass(frozen=True)
+class Plain:
+    rate: float
+    size: int = 3
+
+
+@dataclass(frozen=True)
+class Other:
+    pass
+
+
+class EntryPoint:
+    """What importlib.metadata.entry_points returns, as far as the registry reads it."""
+
+    def __init__(self, name, result):
+        self.name, self.result = name, result
+
+    def load(self):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+@pytest.fixture
+def methods():
+    return Registry("method", "tests.methods")
+
+
+@pytest.fixture
+def entry_points(monkeypatch):
+    """Sets the installed entry points; the list returned collects the groups that were asked for."""
+    installed, asked = [], []
+
+    def fake(group):
+        asked.append(group)
+        return [EntryPoint(name, result) for name, result in installed]
+
+    monkeypatch.setattr(registry, "entry_points", fake)
+    return installed, asked
+
+
+def test_register_and_get(methods):
+    assert methods.register("plain")(Plain) is Plain
+    assert methods.get("plain") is Plain
+    assert Plain.name == "plain"
+    assert methods.names() == ["plain"]
+    methods.register("plain")(Plain)  # once more with the same class: a module that is reloaded
+    methods.register("another")(Other)
+    assert methods.names() == ["another", "plain"]
+
+
+def test_options_are_the_fields_and_their_defaults(methods):
+    methods.register("plain")(Plain)
+    assert methods.options("plain") == {"rate": dataclasses.MISSING, "size": 3}
+
+
+def test_unknown_name_suggests_the_nearest(methods):
+    methods.register("interval")(Plain)
+    methods.register("first_block")(Other)
+    with pytest.raises(ConfigError, match=r"Unknown method 'intervall'\. Did you mean 'interval'\?"):
+        methods.get("intervall")
+    with pytest.raises(ConfigError, match=r"Unknown method 'zzz'\. Known: first_block, interval\."):
+        methods.get("zzz")
+    with pytest.raises(ConfigError, match="Unknown method 'intervl'"):
+        methods.options("intervl")
+    assert suggest("x", []) == "Known: none."
+    assert issubclass(ConfigError, DiffusionCacheError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_taken_name_is_refused_and_nothing_changes(methods):
+    methods.register("plain")(Plain)
+    with pytest.raises(ConfigError, match=r"'plain' is already registered by Plain"):
+        methods.register("plain")(Other)
+    assert methods.get("plain") is Plain
+
+
+@dataclass
+class Mutable:
+    size: int = 1
+
+
+class NoDataclass:
+    pass
+
+
+@pytest.mark.parametrize("cls", [Mutable, NoDataclass])
+def test_only_frozen_dataclasses(methods, cls):
+    with pytest.raises(ConfigError, match=f"{cls.__name__} must be a frozen dataclass"):
+        methods.register("bad")(cls)
+    assert methods.names() == []
+
+
+def test_unregister(methods):
+    methods.register("plain")(Plain)
+    methods.unregister("plain")
+    methods.unregister("plain")
+    with pytest.raises(ConfigError, match="Unknown method"):
+        methods.get("plain")
+
+
+def test_entry_points_are_loaded_once_and_only_when_needed(methods, entry_points):
+    installed, asked = entry_points
+    installed.append(("external", Plain))
+    methods.register("own")(Other)
+    assert methods.get("own") is Other
+    assert asked == []
+    assert methods.get("external") is Plain
+    assert methods.names() == ["external", "own"]
+    assert asked == ["tests.methods"]
+
+
+def test_groups_of_the_two_registries(entry_points, monkeypatch):
+    _, asked = entry_points
+    for found in (registry.policies, registry.forecasters):
+        monkeypatch.setattr(found, "_entry_points_loaded", False)
+        found.names()
+    assert asked == ["diffusion_cache.policies", "diffusion_cache.forecasters"]
+
+
+def test_entry_point_cannot_replace_another_method(methods, entry_points):
+    entry_points[0].append(("plain", Other))
+    methods.register("plain")(Plain)
+    with pytest.raises(ConfigError, match="'plain' is already registered by Plain"):
+        methods.names()
+    assert methods.get("plain") is Plain
+
+
+def test_failing_entry_point_is_told_and_hides_no_other(methods, entry_points):
+    entry_points[0].extend([("broken", ImportError("no module")), ("healthy", Plain)])
+    with pytest.warns(DiffusionCacheWarning, match="'broken' of another package cannot be loaded: ImportError"):
+        assert methods.get("healthy") is Plain
+
+
+def test_policy_of_another_package():
+    @registry.policies.register("only_even")
+    @dataclass(frozen=True)
+    class OnlyEven(Policy):
+        offset: int = 0
+        scopes = frozenset(SCOPES)
+
+        def decide(self, step, signals, state):
+            return Verdict((step.index + self.offset) % 2 == 0, "even")
+
+    try:
+        policy = registry.policies.get("only_even")(offset=0)
+        schedule = policies.Guarded(policy).schedule(5)
+        assert [schedule.row(i, 0) for i in range(5)] == [(True,), (False,), (True,), (False,), (True,)]
+        assert policy.decide(Step(3, 5, 3, None, "", ()), {}, None) == (False, "even")
+        assert "only_even" in registry.policies.names()
+    finally:
+        registry.policies.unregister("only_even")
+
+
+def test_built_in_methods():
+    import diffusion_cache.forecasters  # noqa: F401
+
+    assert {"first_block", "interval", "mask"} <= set(registry.policies.names())
+    assert {"reuse", "taylor", "taylor_paper"} <= set(registry.forecasters.names())
+    for found in (registry.policies, registry.forecasters):
+        assert all(found.get(name).name == name for name in found.names())
+
+
+def test_registry_alone_knows_the_built_in_methods():
+    code = "import diffusion_cache as dc; print(dc.registry.policies.names())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "interval" in result.stdout

@@ -1,0 +1,292 @@
+"""Which spans are found in real diffusers models, at every scope, and in which order they run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_cache.errors import ConfigError, NoSpansError
+from diffusion_cache.models import default_scope, find_denoisers, find_layout, unwrap
+
+
+def build_dit():
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=4, norm_num_groups=16,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=4,
+    )  # fmt: skip
+
+
+def build_flux():
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def build_wan():
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=1, out_channels=1, text_dim=8,
+        freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=8,
+    )  # fmt: skip
+
+
+def build_unet(blocks=3, mid="UNetMidBlock2DCrossAttn"):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,) * blocks, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * blocks, up_block_types=("UpBlock2D",) * blocks, mid_block_type=mid,
+        cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def call(model, name):
+    text, t = torch.ones(1, 2, 8), torch.tensor([5])
+    if name == "dit":
+        return model(torch.ones(1, 1, 4, 4), timestep=t, class_labels=torch.tensor([0]))
+    if name == "flux":
+        ids = dict(txt_ids=torch.zeros(2, 3), img_ids=torch.zeros(4, 3))
+        return model(
+            hidden_states=torch.ones(1, 4, 4),
+            timestep=t / 10,
+            encoder_hidden_states=text,
+            pooled_projections=torch.ones(1, 8),
+            **ids,
+        )
+    if name == "wan":
+        return model(hidden_states=torch.ones(1, 1, 1, 4, 4), timestep=t, encoder_hidden_states=text)
+    return model(torch.ones(1, 1, 8, 8), t, encoder_hidden_states=text)
+
+
+BUILDERS = {"dit": build_dit, "flux": build_flux, "wan": build_wan, "unet": build_unet}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: build() for name, build in BUILDERS.items()}
+
+
+UNET_MIDDLE = ["down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"]
+TABLE = {  # model, scope -> {span: its members by their place in the model}
+    ("dit", "stack"): {"transformer_blocks": [f"transformer_blocks.{i}" for i in range(4)]},
+    ("dit", "block"): {f"transformer_blocks.{i}": [f"transformer_blocks.{i}"] for i in range(4)},
+    ("dit", "denoiser"): {"denoiser": [""]},
+    ("flux", "stack"): {
+        "transformer_blocks": [f"transformer_blocks.{i}" for i in range(2)],
+        "single_transformer_blocks": [f"single_transformer_blocks.{i}" for i in range(3)],
+    },
+    ("flux", "block"): {
+        name: [name]
+        for name in [
+            *(f"transformer_blocks.{i}" for i in range(2)),
+            *(f"single_transformer_blocks.{i}" for i in range(3)),
+        ]
+    },
+    ("flux", "denoiser"): {"denoiser": [""]},
+    ("wan", "stack"): {"blocks": [f"blocks.{i}" for i in range(3)]},
+    ("wan", "block"): {f"blocks.{i}": [f"blocks.{i}"] for i in range(3)},
+    ("wan", "denoiser"): {"denoiser": [""]},
+    ("unet", "cut"): {"cut.1": UNET_MIDDLE},
+    ("unet", "block"): {name: [name] for name in ["down_blocks.0", *UNET_MIDDLE, "up_blocks.2"]},
+    ("unet", "denoiser"): {"denoiser": [""]},
+}
+
+
+def described(model, layout):
+    places = {module: name for name, module in model.named_modules()}
+    return {span.name: [places[member] for member in span.members] for span in layout.spans}
+
+
+@pytest.mark.parametrize(("name", "scope"), TABLE)
+def test_spans(models, name, scope):
+    layout = find_layout(models[name], scope)
+    assert described(models[name], layout) == TABLE[name, scope]
+    assert layout.scope == scope
+    assert layout.probe is None
+    assert all(span.kind == scope for span in layout.spans)
+    assert all(span.stores_residual == (scope in ("stack", "block")) for span in layout.spans)
+
+
+@pytest.mark.parametrize(("name", "scope"), [key for key in TABLE if key[1] != "denoiser"])
+def test_members_run_once_and_in_the_order_given(models, name, scope):
+    members = [member for span in find_layout(models[name], scope).spans for member in span.members]
+    ran = []
+    hooks = [member.register_forward_pre_hook(lambda module, args: ran.append(module)) for member in members]
+    with torch.no_grad():
+        call(models[name], name)
+    for hook in hooks:
+        hook.remove()
+    assert ran == members
+
+
+@pytest.mark.parametrize(("name", "scope"), [("dit", "stack"), ("flux", "stack"), ("wan", "stack"), ("unet", "cut")])
+def test_default_scope(models, name, scope):
+    assert default_scope(models[name]) == scope
+    assert default_scope(torch.compile(models[name], backend="eager")) == scope
+    assert default_scope(nn.Linear(2, 2)) == "denoiser"
+
+
+def test_parameters_of_a_span(models):
+    blocks = models["dit"].transformer_blocks
+    (span,) = find_layout(models["dit"], "stack", probe=1).spans
+    assert span.parameters == sum(p.numel() for block in blocks[1:] for p in block.parameters())
+
+
+# probe and tail
+
+
+@pytest.mark.parametrize(
+    ("name", "probe", "tail", "sizes", "first"),
+    [
+        ("dit", 1, 0, [3], 1),
+        ("dit", 0, 1, [3], 0),
+        ("dit", 2, 1, [1], 2),
+        ("dit", 3, 0, [1], 3),
+        ("flux", 1, 1, [1, 2], 1),
+        ("flux", 2, 0, [3], 0),  # the whole first stack is the probe: only the second is skipped
+        ("flux", 0, 3, [2], 0),
+        ("flux", 2, 2, [1], 0),
+        ("wan", 1, 1, [1], 1),
+    ],
+)
+def test_probe_and_tail_stay_outside(models, name, probe, tail, sizes, first):
+    model = models[name]
+    layout = find_layout(model, "stack", probe=probe, tail=tail)
+    every = [member for span in find_layout(model, "stack").spans for member in span.members]
+    kept = [member for span in layout.spans for member in span.members]
+    assert kept == every[probe : len(every) - tail]
+    assert [len(span.members) for span in layout.spans] == sizes
+    assert described(model, layout)[layout.spans[0].name][0].endswith(f".{first}")
+    assert layout.probe is (every[0] if probe else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "probe", "tail"),
+    [("dit", 4, 0), ("dit", 0, 4), ("dit", 2, 2), ("dit", 9, 9), ("flux", 3, 0), ("flux", 0, 4), ("flux", 2, 3)],
+)
+def test_probe_and_tail_that_do_not_fit(models, name, probe, tail):
+    with pytest.raises(ConfigError, match=f"front={probe} and back={tail}") as caught:
+        find_layout(models[name], "stack", probe=probe, tail=tail)
+    assert "transformer_blocks: " in str(caught.value)  # says how many there are
+
+
+# cuts
+
+
+@pytest.mark.parametrize(
+    ("depth", "members"),
+    [
+        (1, UNET_MIDDLE),
+        (2, ["down_blocks.2", "mid_block", "up_blocks.0"]),
+        (3, ["mid_block"]),
+    ],
+)
+def test_cut_depths(models, depth, members):
+    assert described(models["unet"], find_layout(models["unet"], "cut", depth=depth)) == {f"cut.{depth}": members}
+
+
+@pytest.mark.parametrize("depth", [0, 4, -1])
+def test_depth_that_leaves_nothing(models, depth):
+    with pytest.raises(ConfigError, match=f"depth must be between 1 and 3 for UNet2DConditionModel, not {depth}"):
+        find_layout(models["unet"], "cut", depth=depth)
+
+
+def test_unet_without_a_middle_block():
+    unet = build_unet(blocks=2, mid=None)
+    assert described(unet, find_layout(unet, "cut")) == {"cut.1": ["down_blocks.1", "up_blocks.0"]}
+    assert list(described(unet, find_layout(unet, "block"))) == [
+        f"{side}_blocks.{i}" for side in ("down", "up") for i in (0, 1)
+    ]
+    with pytest.raises(ConfigError, match="between 1 and 1"):
+        find_layout(unet, "cut", depth=2)
+
+
+# what cannot be
+
+
+def test_wrong_scopes_say_what_to_use(models):
+    with pytest.raises(NoSpansError, match=r"DiTTransformer2DModel is no UNet.*use scope stack, block or denoiser"):
+        find_layout(models["dit"], "cut")
+    with pytest.raises(NoSpansError, match=r"UNet2DConditionModel has no stack.*use scope cut or denoiser"):
+        find_layout(models["unet"], "stack")
+    for scope in ("stack", "block"):
+        with pytest.raises(NoSpansError, match=rf"Linear has no {scope}.*use scope denoiser"):
+            find_layout(nn.Linear(2, 2), scope)
+
+
+def test_unknown_scope_is_an_error(models):
+    with pytest.raises(ConfigError):
+        find_layout(models["dit"], "branch")
+
+
+class Toy(nn.Module):
+    """A ModuleList of blocks, one of plain layers, one that is tiny, and one that is empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
+        self.adapters = nn.ModuleList([nn.Sequential(nn.Linear(1, 1))])
+        self.none = nn.ModuleList()
+
+
+def test_only_composite_lists_with_a_share_of_the_parameters_are_stacks():
+    assert [span.name for span in find_layout(Toy(), "stack").spans] == ["layers"]
+
+
+def test_compiled_models_are_looked_into(models):
+    compiled = torch.compile(models["dit"], backend="eager")
+    assert unwrap(compiled) is models["dit"]
+    assert unwrap(models["dit"]) is models["dit"]
+    assert find_layout(compiled, "stack").spans[0].members == tuple(models["dit"].transformer_blocks)
+    # the whole denoiser is skipped from outside what was compiled
+    assert find_layout(compiled, "denoiser").spans[0].members == (compiled,)
+
+
+# denoisers among components
+
+
+class TakesTime(nn.Module):
+    def forward(self, x, timestep_ratio):
+        return x
+
+
+def test_find_denoisers(models):
+    from diffusers import DDIMScheduler
+
+    custom = TakesTime()
+    pipe = SimpleNamespace(
+        components={
+            "unet": models["unet"],
+            "scheduler": DDIMScheduler(),
+            "transformer": torch.compile(models["wan"], backend="eager"),
+            "text_encoder": nn.Linear(1, 1),
+            "custom": custom,
+            "safety_checker": None,
+        }
+    )
+    found = find_denoisers(pipe)
+    assert list(found) == ["unet", "transformer", "custom"]
+    assert found["custom"] is custom
+    assert unwrap(found["transformer"]) is models["wan"]
+
+
+def test_controlnets_and_autoencoders_are_no_denoisers():
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.controlnets.controlnet import ControlNetModel
+
+    components = {"vae": AutoencoderKL.__new__(AutoencoderKL), "controlnet": ControlNetModel.__new__(ControlNetModel)}
+    with pytest.raises(NoSpansError, match=r"no denoiser among its components \(vae, controlnet\)"):
+        find_denoisers(SimpleNamespace(components=components))
+
+
+def test_no_pipeline(models):
+    with pytest.raises(ConfigError, match=r"for a bare denoiser use diffusion_cache\.run"):
+        find_denoisers(models["dit"])
