@@ -118,8 +118,8 @@ def run(
         yield Run(session, cache_run)
     finally:
         ACTIVE.reset(token)
-        session.finish(cache_run)
         session.detach_model()
+        session.finish(cache_run)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ class History:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for feature in self.slots for tensor in feature)
 
+    @property
+    def on_host(self) -> bool:
+        return self.slots[-1][0].device.type == "cpu"
+
     def is_finite(self) -> bool:
         """Whether the newest feature holds only finite numbers; reads it back to the host."""
         return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in self.slots[-1])

@@ -49,7 +49,8 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{self.kind} {name!r}: {cls.__name__} must be a frozen dataclass")
             if self._classes.get(name, cls) is not cls:
                 raise ConfigError(f"{self.kind} {name!r} is already registered by {self._classes[name].__name__}")
-            cls.name = name  # type: ignore[attr-defined]
+            if "name" not in vars(cls):  # a second name does not rename it
+                cls.name = name  # type: ignore[attr-defined]
             self._classes[name] = cls
             return cls
 
@@ -77,16 +78,17 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
+        self._loaded = True
         import_module(self._home)
+        failures = []
         for entry in entry_points(group=self._home):
             try:
                 self.register(entry.name)(entry.load())
             except Exception as error:
-                message = (
-                    f"{self.kind} {entry.name!r} of another package cannot be loaded: {type(error).__name__}: {error}"
-                )
-                warnings.warn(message, DiffusionCacheWarning, stacklevel=3)
-        self._loaded = True
+                failures.append(f"{entry.name!r} ({type(error).__name__}: {error})")
+        if failures:
+            message = f"{self.kind} of another package cannot be loaded: {', '.join(failures)}"
+            warnings.warn(message, DiffusionCacheWarning, stacklevel=3)
 
 
 policies: Registry[Any] = Registry("policy", "diffusion_cache.policies")

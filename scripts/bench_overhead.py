@@ -1,9 +1,9 @@
 """What the cache layer itself costs, on the denoiser of flux-digits at stack scope.
 
-Four kinds of calls alternate in one process: uncached; computed and stored; reused; and the model without its
+Four kinds of calls take turns in one process: uncached; computed and stored; reused; and the model without its
 stacks (the layers outside, which a reused call still runs). Reported are medians over rounds of the ratios within a
 round, in process CPU time on one thread: storing = computed / uncached − 1, and reusing = (reused − outside) /
-uncached. Outputs are checked first.
+uncached. Outputs are checked on the way.
 
 Usage: python scripts/bench_overhead.py [--rounds 400] [--out results/overhead.json]
 """
@@ -46,45 +46,42 @@ def without_stacks(denoiser: nn.Module) -> nn.Module:
     return bare
 
 
-def timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
-    call()
-    return time.process_time() - start
+    result = call()
+    return time.process_time() - start, result
 
 
 @torch.no_grad()
-def measure(batch: int, rounds: int, warmup: int = 20) -> dict[str, float]:
+def measure(batch: int, rounds: int, warmup: int = 10) -> dict[str, float]:
     denoiser, inputs = captured_inputs(batch)
     outside = without_stacks(denoiser)
     expected = denoiser(**inputs)[0]
-    steps = 2 * (rounds + warmup)
-    times: dict[str, list[float]] = {name: [] for name in ("uncached", "computed", "reused", "outside")}
-    # an always-active run would also wrap the uncached calls: those go to a twin
-    twin = type(denoiser).from_config(denoiser.config).eval()
-    twin.load_state_dict(denoiser.state_dict())
-    with dc.run(denoiser, "interval", "reuse", every=2, num_steps=steps, scope="stack") as run:
-        for _ in range(2):
-            run.next_step()
-            output = denoiser(**inputs)[0]
-            if not torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
-                raise SystemExit("the cached output is wrong: no timing")
-        for _ in range(rounds + warmup - 1):
-            times["uncached"].append(timed(lambda: twin(**inputs)))
-            run.next_step()
-            times["computed"].append(timed(lambda: denoiser(**inputs)))
-            run.next_step()
-            times["reused"].append(timed(lambda: denoiser(**inputs)))
-            times["outside"].append(timed(lambda: outside(**inputs)))
-        computed = [record.computed for record in run.summary().records]
-        if computed != [True, False] * (rounds + warmup):
-            raise SystemExit("steps were not computed and reused in turn: no timing")
-    rows = list(zip(*(times[name][warmup:] for name in times), strict=True))
+    rows = []
+    for round_index in range(warmup + rounds):
+        row: dict[str, float] = {}
+        # which kind goes first alternates, so that neither always finds the other's memory warm
+        for kind in ("uncached", "cached") if round_index % 2 else ("cached", "uncached"):
+            if kind == "uncached":
+                row["uncached"], _ = timed(lambda: denoiser(**inputs))
+                row["outside"], _ = timed(lambda: outside(**inputs))
+                continue
+            with dc.run(denoiser, "interval", "reuse", every=2, num_steps=4, scope="stack") as run:
+                for step in ("first computed", "first reused", "computed", "reused"):
+                    run.next_step()
+                    row[step], output = timed(lambda: denoiser(**inputs)[0])
+                    if not torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
+                        raise SystemExit("the cached output is wrong: no timing")
+                if [record.computed for record in run.summary().records[:4]] != [True, False, True, False]:
+                    raise SystemExit("steps were not computed and reused in turn: no timing")
+        rows.append(row)
+    rows = rows[warmup:]
     return {
         "batch": batch,
-        "uncached_ms": 1e3 * statistics.median(row[0] for row in rows),
-        "storing": statistics.median(row[1] / row[0] for row in rows) - 1,
-        "reusing": statistics.median((row[2] - row[3]) / row[0] for row in rows),
-        "reused_over_computed": statistics.median(row[2] / row[1] for row in rows),
+        "uncached_ms": 1e3 * statistics.median(row["uncached"] for row in rows),
+        "storing": statistics.median(row["computed"] / row["uncached"] for row in rows) - 1,
+        "reusing": statistics.median((row["reused"] - row["outside"]) / row["uncached"] for row in rows),
+        "reused_over_computed": statistics.median(row["reused"] / row["computed"] for row in rows),
     }
 
 

@@ -97,7 +97,8 @@ class CacheRun:
         self._passes: dict[PassKey, PassState] = {}
         self._spans: dict[tuple[PassKey, Span], SpanState] = {}
         self._warned: set[str] = set()
-        self._reached = False  # whether any span was ever entered
+        self._denoisers: set[str] = set()  # seen in this run
+        self._unreached: set[str] = set()  # denoisers of which no span was ever entered
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
 
     # the denoiser
@@ -135,6 +136,9 @@ class CacheRun:
     def _open_frame(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Frame:
         clock = self.clock
         clock.denoiser_called(args, kwargs)
+        if name not in self._denoisers:
+            self._denoisers.add(name)
+            self._unreached.add(name)
         if clock.evaluation == 0:
             self._levels = self._noise_levels(clock.first_timestep)
             self._groups = row_groups(tensor_inputs(args, kwargs))
@@ -235,7 +239,7 @@ class CacheRun:
         return output
 
     def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._reached = True
+        self._unreached.discard(frame.key[0])
         inputs = tensor_inputs(args, kwargs)
         state = self._span_state(frame.key, span)
         if span in frame.forecasts:
@@ -291,7 +295,7 @@ class CacheRun:
             self._forget(state)
             return None
         # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
-        if not state.checked and state.history.slots[-1][0].device.type == "cpu" and not state.history.is_finite():
+        if not state.checked and state.history.on_host and not state.history.is_finite():
             self._not_finite(span, state)
             frame.reason = "not finite"
             return None
@@ -371,19 +375,20 @@ class CacheRun:
         return sizes
 
     def finish(self) -> None:
-        """Check what could not be checked on the way, and release every feature."""
-        if self.records and not self._reached:
-            self._warn(
-                "nothing was cached: the denoiser ran without calling the modules of its spans. If it is compiled as a "
-                "whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
-            )
-        for (_, span), state in self._spans.items():
-            if state.history and state.history.slots[-1][0].device.type != "cpu" and not state.history.is_finite():
-                self._not_finite(span, state)
+        """Release every feature, then tell what could not be checked on the way."""
         self._count_bytes()
         self.sizes = self.feature_bytes()
+        newest = [(span, state.history) for (_, span), state in self._spans.items() if state.history]
+        unchecked = [span for span, history in newest if not history.on_host and not history.is_finite()]
         self._spans.clear()
         self._passes.clear()
+        for span in unchecked:
+            self._warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+        for name in self._unreached:
+            self._warn(
+                f"{name} was not cached: it ran without calling the modules of its spans. If it is compiled as a whole, "
+                "use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
+            )
 
     def _warn_failure(self, what: str, error: Exception) -> None:
         self._warn(f"{what} failed, so it is computed instead: {type(error).__name__}: {error}")

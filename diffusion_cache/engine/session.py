@@ -196,8 +196,8 @@ class Session:
         return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [], any_scheduler=True)
 
     def finish(self, run: CacheRun) -> None:
-        run.finish()
         self.last_run = run
+        run.finish()
 
     def _refresh(self, pipe: Any) -> None:
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""

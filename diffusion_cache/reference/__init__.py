@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..registry import unknown_name
 from .models import MODELS, NULL_CLASS, ReferenceModel, class_embeddings, scheduler
 
@@ -103,9 +104,12 @@ def inputs(
 
     steps and guidance default to the values the model is reported at. Outputs are float tensors ("pt").
     Generators are fresh, so the same call twice gives the same samples.
+
+    Raises:
+        ConfigError: for an unknown model, or seeds that do not match the labels.
     """
     if len(labels) != len(seeds):
-        raise ValueError(f"{len(labels)} labels but {len(seeds)} seeds: give one seed per label")
+        raise ConfigError(f"{len(labels)} labels but {len(seeds)} seeds: give one seed per label")
     model = spec(name)
     guidance = model.guidance if guidance is None else guidance
     common: dict[str, Any] = dict(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .data import IMAGE_SIZE, VIDEO_FRAMES, VIDEO_SIZE
 
 NULL_CLASS = 10
@@ -207,13 +208,13 @@ def scheduler(model: ReferenceModel, sampler: str | None = None) -> Any:
     """The diffusers scheduler for one of the model's samplers.
 
     Raises:
-        ValueError: for a sampler the model was not validated with.
+        ConfigError: for a sampler the model was not validated with.
     """
     import diffusers
 
     sampler = sampler or model.samplers[0]
     if sampler not in model.samplers:
-        raise ValueError(f"{model.name} has the samplers {', '.join(model.samplers)}, not {sampler!r}")
+        raise ConfigError(f"{model.name} has the samplers {', '.join(model.samplers)}, not {sampler!r}")
     variance_preserving = dict(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1
     )

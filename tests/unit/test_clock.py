@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusion_cache.engine.clock import StepClock, _Seen, noise_levels, scheduler_total, timestep_of
+from diffusion_cache.engine.clock import StepClock, _Seen, begin_index, noise_levels, scheduler_total, timestep_of
 
 # diffusers' own, with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -128,13 +128,13 @@ def test_suppressed_steps_do_not_count():
     assert called(c, 9) == (1, 0)
 
 
-def test_total_is_asked_once_at_the_first_call():
+def test_total_is_asked_once_with_the_first_calls_timestep():
     asked = []
-    c = StepClock(lambda: asked.append(1) or 7)
-    assert (c.total, asked) == (None, [])
+    c = StepClock(lambda timestep: asked.append(timestep) or 7)
+    assert (c.total, c.first_timestep, asked) == (None, None, [])
     for t in (3, 2, 1):
         called(c, t)
-    assert (c.total, asked) == (7, [1])
+    assert (c.total, c.first_timestep, asked) == (7, 3, [3])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,46 @@ def test_timestep_written_in_place_is_another_timestep():
     assert seen == [(0, 0), (1, 0), (2, 0)]
 
 
-# totals
+# where a run begins, and its total
+
+
+@pytest.mark.parametrize("make", [EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+def test_begin_index_that_the_scheduler_was_told(make):
+    scheduler = make()
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(4)
+    assert begin_index(scheduler) == begin_index(scheduler, scheduler.timesteps[2]) == 4
+    scheduler.set_begin_index(0)
+    assert begin_index(scheduler, scheduler.timesteps[2]) == 0
+
+
+def ddim(steps=10):
+    """10 steps are 900, 800, …, 0; img2img pipelines begin in their midst and cannot say so to this scheduler."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("t", [600, 600.0, torch.tensor(600), torch.tensor([600.0]), torch.tensor(600).expand(4)])
+def test_begin_index_by_the_first_timestep(t):
+    assert begin_index(ddim(), t) == 3
+    assert scheduler_total(ddim(), t) == 7
+    assert noise_levels(ddim(), t) == noise_levels(ddim())[3:]
+
+
+def test_begin_index_by_a_fractional_timestep():
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(8)  # 999, 856.29, 713.57, …
+    assert begin_index(scheduler, scheduler.timesteps[2].expand(2)) == 2
+    assert scheduler_total(scheduler, scheduler.timesteps[2]) == 6
+    assert noise_levels(scheduler, scheduler.timesteps[2]) == noise_levels(scheduler)[2:]
+
+
+@pytest.mark.parametrize("t", [None, 601, 600.5, torch.tensor(601), torch.tensor([]), "600", torch.tensor(math.nan)])
+def test_begin_index_that_is_not_found_is_the_start(t):
+    assert begin_index(ddim(), t) == 0
+    assert scheduler_total(ddim(), t) == 10
+    assert noise_levels(ddim(), t) == noise_levels(ddim())
 
 
 @pytest.mark.parametrize("begin", [None, 0, 3])

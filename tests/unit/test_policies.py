@@ -1,8 +1,10 @@
 """Policies and guards as exact schedules, written by hand."""
 
+import math
 import random
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ def step(index, total=None, rows=WHOLE):
 
 
 def text(schedule, pass_index=0, span=0):
-    return "".join(str(int(schedule.row(i, pass_index)[span])) for i in range(schedule.total))
+    """The decisions for one span; a row of length one stands for all spans."""
+    rows = [schedule.row(i, pass_index) for i in range(schedule.total)]
+    return "".join(str(int(row[span if len(row) > 1 else 0])) for row in rows)
 
 
 def walked(guarded, steps, total):
@@ -46,6 +50,7 @@ def walked(guarded, steps, total):
         (3, dict(last=2), "1001001011"),
         (3, dict(last=1, warmup=4), "1111001001"),
         (4, dict(start=0.3, end=0.7), "1110001111"),
+        (9, dict(start=0.25, end=0.75), "1110000011"),  # from step 2.5 to 7.5, both rounded up
         (2, dict(start=0.5), "1111101010"),
         (2, dict(end=0.5), "1010111111"),
         (2, dict(start=0.5, end=0.5), "1111111111"),
@@ -69,18 +74,13 @@ def test_interval_under_guards(every, guards, expected):
     assert walked(guarded, 10, 10) == expected
 
 
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [
-        (0.28, 14),
-        (0.29, 15),
-        (0.3, 15),
-    ],
-)
-def test_window_starts_at_its_fraction(start, expected):
+@pytest.mark.parametrize(("fraction", "expected"), [(0.28, 14), (0.29, 15), (0.3, 15)])
+def test_window_starts_and_ends_at_its_fraction(fraction, expected):
     """0.28 × 50 is 14 steps, though 14.000000000000002 in floating point."""
-    schedule = text(Guarded(Interval(50), Guards(start=start)).schedule(50))
-    assert schedule.index("0") == expected
+    after = text(Guarded(Interval(50), Guards(start=fraction)).schedule(50))
+    assert after == "1" * expected + "0" * (50 - expected)
+    before = text(Guarded(Interval(50), Guards(end=fraction)).schedule(50))
+    assert before == "1" + "0" * (expected - 1) + "1" * (50 - expected)
 
 
 @pytest.mark.parametrize(
@@ -219,15 +219,20 @@ def test_mask_that_starts_with_reuse_computes_first_and_warns_once():
         assert text(Guarded(Mask("1010")).schedule(8))
 
 
+# Each entry of a mask of L stands for T/L of a run's T steps. Due before step s are the mask's ones up to s·L/T, times
+# T/L; a step is computed where that, rounded up, grows.
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        ("10010", "1010010100"),  # 4 of 10; places 0, 1, 2, 3 of the mask, times 9/4
-        ("1001", "10100101"),
-        ("110011", "111010010111"),  # 8 of 12, dense at both ends
-        ("10101", "101"),
-        ("10001", "100"),  # 2/5 of 3 steps is 1
-        ("1100000000", "10000"),
+        ("10010", "1100001100"),  # twice as long: every entry twice
+        ("110011", "111100001111"),
+        ("10", "110"),  # due 0, 1, 1.5, 1.5
+        ("1001", "110001"),  # due 0, 1, 1.5, 1.5, 1.5, 2, 3
+        ("11000", "1110000"),  # due 0, 1, 2, 2.8, …
+        ("10101", "110"),  # due 0, 0.6, 1.2, 1.8
+        ("10001", "101"),  # due 0, 0.6, 0.6, 1.2
+        ("1100000000", "10000"),  # due 0, 1, 1, …
+        ("100111", "101"),  # due 0, 0.5, 1, 2
         ("10101", "1"),
         ("11111", "11111111"),
         ("111", "11"),
@@ -240,7 +245,7 @@ def test_mask_rescaled(mask, expected):
     assert walked(Guarded(Mask(mask)), len(expected), len(expected)) == expected
 
 
-def test_rescaling_keeps_the_first_step_and_its_own_length():
+def test_rescaling_keeps_the_first_step_the_share_and_its_own_length():
     rng = random.Random(0)
     for _ in range(200):
         length = rng.randint(2, 40)
@@ -249,19 +254,16 @@ def test_rescaling_keeps_the_first_step_and_its_own_length():
         for total in (1, 2, 7, length + 1, length + 13, 100):
             computed = Mask(mask).computed(total)
             assert {0} <= computed <= set(range(total))
-            if total > 1:
-                assert len(computed) <= max(1, round(mask.count("1") * total / length))
+            assert len(computed) == math.ceil(Fraction(mask.count("1") * total, length))
 
 
-def test_rescaling_an_interval_keeps_it():
-    assert text(Guarded(Mask("1001001001")).schedule(19)).count("1") == 8  # round(0.4 · 19)
-    shortened = text(Guarded(Mask("10" * 25)).schedule(25))
-    assert max(map(len, shortened.split("1"))) <= 2
+def test_rescaling_keeps_where_steps_are_dense():
+    assert Mask("11000011").computed(80) == {*range(20), *range(60, 80)}
+    assert Mask("1110000000").computed(100) == set(range(30))
 
 
-@pytest.mark.parametrize(("mask", "total", "count"), [("1110000000", 100, 30), ("10", 10, 5), ("11000011", 80, 40)])
-def test_rescaling_keeps_the_share_of_computed_steps(mask, total, count):
-    assert abs(len(Mask(mask).computed(total)) - count) <= 1
+def test_shortened_interval_is_one():
+    assert Mask("10" * 25).computed(25) == set(range(0, 25, 2))
 
 
 def test_mask_under_guards():

@@ -3,13 +3,14 @@
 import dataclasses
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 
 import pytest
 
 from diffusion_cache import policies, registry
 from diffusion_cache.context import SCOPES, Policy, Step, Verdict
-from diffusion_cache.errors import ConfigError, DiffusionCacheError
+from diffusion_cache.errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from diffusion_cache.registry import Registry, suggest
 
 
@@ -37,8 +38,10 @@ class EntryPoint:
 
 
 @pytest.fixture
-def methods():
-    return Registry("method", "tests.methods")
+def methods(monkeypatch):
+    """A registry whose home is an empty package."""
+    monkeypatch.setitem(sys.modules, "methods_home", types.ModuleType("methods_home"))
+    return Registry("method", "methods_home")
 
 
 @pytest.fixture
@@ -122,13 +125,13 @@ def test_entry_points_are_loaded_once_and_only_when_needed(methods, entry_points
     assert asked == []
     assert methods.get("external") is Plain
     assert methods.names() == ["external", "own"]
-    assert asked == ["tests.methods"]
+    assert asked == ["methods_home"]
 
 
 def test_groups_of_the_two_registries(entry_points, monkeypatch):
     _, asked = entry_points
     for found in (registry.policies, registry.forecasters):
-        monkeypatch.setattr(found, "_entry_points_loaded", False)
+        monkeypatch.setattr(found, "_loaded", False)
         found.names()
     assert asked == ["diffusion_cache.policies", "diffusion_cache.forecasters"]
 
@@ -136,15 +139,29 @@ def test_groups_of_the_two_registries(entry_points, monkeypatch):
 def test_entry_point_cannot_replace_another_method(methods, entry_points):
     entry_points[0].append(("plain", Other))
     methods.register("plain")(Plain)
-    with pytest.raises(ConfigError, match="'plain' is already registered by Plain"):
-        methods.names()
+    with pytest.warns(DiffusionCacheWarning, match="'plain' is already registered by Plain"):
+        assert methods.names() == ["plain"]
     assert methods.get("plain") is Plain
 
 
 def test_failing_entry_point_is_told_and_hides_no_other(methods, entry_points):
     entry_points[0].extend([("broken", ImportError("no module")), ("healthy", Plain)])
-    with pytest.warns(DiffusionCacheWarning, match="'broken' of another package cannot be loaded: ImportError"):
+    message = "^method 'broken' of another package cannot be loaded: ImportError: no module$"
+    with pytest.warns(DiffusionCacheWarning, match=message) as caught:
         assert methods.get("healthy") is Plain
+    assert methods.names() == ["healthy"]
+    assert len(caught) == 1
+
+
+def test_home_is_imported_only_when_a_name_is_not_known_yet(tmp_path, monkeypatch):
+    (tmp_path / "lazy_home.py").write_text("loaded = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    lazy = Registry("method", "lazy_home")
+    lazy.register("plain")(Plain)
+    assert lazy.get("plain") is Plain
+    assert "lazy_home" not in sys.modules
+    assert lazy.names() == ["plain"]
+    assert sys.modules.pop("lazy_home").loaded
 
 
 def test_policy_of_another_package():

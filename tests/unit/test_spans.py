@@ -182,11 +182,7 @@ def test_probe_and_tail_that_do_not_fit(models, name, probe, tail):
 
 @pytest.mark.parametrize(
     ("depth", "members"),
-    [
-        (1, UNET_MIDDLE),
-        (2, ["down_blocks.2", "mid_block", "up_blocks.0"]),
-        (3, ["mid_block"]),
-    ],
+    [(1, UNET_MIDDLE), (2, ["down_blocks.2", "mid_block", "up_blocks.0"]), (3, ["mid_block"])],
 )
 def test_cut_depths(models, depth, members):
     assert described(models["unet"], find_layout(models["unet"], "cut", depth=depth)) == {f"cut.{depth}": members}
@@ -212,18 +208,20 @@ def test_unet_without_a_middle_block():
 
 
 def test_wrong_scopes_say_what_to_use(models):
-    with pytest.raises(NoSpansError, match=r"DiTTransformer2DModel is no UNet.*use scope stack, block or denoiser"):
+    with pytest.raises(NoSpansError, match=r"DiTTransformer2DModel has no cut .*use scope stack, block or denoiser$"):
         find_layout(models["dit"], "cut")
-    with pytest.raises(NoSpansError, match=r"UNet2DConditionModel has no stack.*use scope cut or denoiser"):
+    with pytest.raises(NoSpansError, match=r"Model is a UNet, which has no stack; use scope cut, block or denoiser$"):
         find_layout(models["unet"], "stack")
-    for scope in ("stack", "block"):
-        with pytest.raises(NoSpansError, match=rf"Linear has no {scope}.*use scope denoiser"):
+    for scope in ("stack", "block", "cut"):
+        with pytest.raises(NoSpansError, match=rf"Linear has no {scope} .*use scope denoiser$"):
             find_layout(nn.Linear(2, 2), scope)
 
 
 def test_unknown_scope_is_an_error(models):
-    with pytest.raises(ConfigError):
-        find_layout(models["dit"], "branch")
+    with pytest.raises(ConfigError, match=r"^Unknown scope 'blocks'\. Did you mean 'block'\?$"):
+        find_layout(models["dit"], "blocks")
+    with pytest.raises(ConfigError, match=r"^Unknown scope 'xyz'\. Known: block, cut, denoiser, stack\.$"):
+        find_layout(models["unet"], "xyz")
 
 
 class Toy(nn.Module):

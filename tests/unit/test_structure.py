@@ -102,12 +102,7 @@ def test_integer_tensors_have_no_residual():
 
 @pytest.mark.parametrize(
     ("out", "expected"),
-    [
-        (full(5), "a"),
-        (full(5, dtype=torch.float16), "half"),
-        (full(5, 9, 9), None),
-        (full(5, 4), "b"),
-    ],
+    [(full(5), "a"), (full(5, dtype=torch.float16), "half"), (full(5, 9, 9), None), (full(5, 4), "b")],
 )
 def test_matching_input_by_shape_and_dtype(out, expected):
     inputs = {"b": full(0, 4), "a": full(0), "half": full(0, dtype=torch.float16)}

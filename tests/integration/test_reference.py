@@ -1,0 +1,83 @@
+"""The shipped models: their weights, their cards, their pipelines and, on a few samples, their gates."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_cache import ConfigError, reference
+from diffusion_cache.reference import data, gate
+
+MODELS = sorted(reference.MODELS)
+SAMPLERS = [(name, sampler) for name in MODELS for sampler in reference.spec(name).samplers]
+FEW = 20
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_small_16_bit_and_finite(name):
+    path = reference.WEIGHTS / name / "model.safetensors"
+    assert path.stat().st_size <= 12e6
+    state = load_file(path)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_card_says_how_it_was_made_and_that_it_passed(name):
+    card = reference.card(name)
+    assert {"steps", "batch", "seconds", "hardware", "loss"} <= set(card["training"])
+    assert "digits" in card["data"]
+    assert card["gate_samples"] == 200
+    assert set(card["class_accuracy"]) == set(reference.spec(name).samplers)
+    assert min(card["class_accuracy"].values()) >= reference.spec(name).gate
+
+
+@pytest.mark.parametrize(("name", "sampler"), SAMPLERS)
+def test_gate_on_a_few_samples(name, sampler):
+    # of 20 samples of a model that passes at its true rate, fewer than this many fail only once in hundreds of times
+    least = {0.9: 15, 0.8: 12}[reference.spec(name).gate]
+    assert gate.class_accuracy(name, sampler, samples=FEW) * FEW >= least
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_classifier_knows_real_digits_and_not_noise(video):
+    generator = torch.Generator().manual_seed(99)
+    if video:
+        samples, labels, _ = data.sample_moving_digits(300, generator)
+        samples = samples.transpose(1, 2)
+    else:
+        samples, labels = data.sample_digits(300, generator)
+        samples = samples[:, None]
+    samples = (samples + 1) / 2
+    assert gate.recognised(samples, labels).float().mean() > 0.95
+    noise = torch.rand(samples.shape, generator=generator)
+    assert gate.recognised(noise, labels).float().mean() < 0.3
+
+
+def test_moving_digits_move_over_a_static_background():
+    videos, _, masks = data.sample_moving_digits(8, torch.Generator().manual_seed(0))
+    assert videos.shape == (8, 1, data.VIDEO_FRAMES, data.VIDEO_SIZE, data.VIDEO_SIZE)
+    assert videos.min() >= -1
+    assert videos.max() <= 1
+    still = ~masks.any(dim=2, keepdim=True).expand_as(masks)
+    change = (videos[:, :, 1:] - videos[:, :, :-1]).abs()
+    # outside the mask lies the digit's faint rim (opacity up to a quarter) at most
+    assert change[still[:, :, 1:]].mean() < 0.05
+    assert change[masks[:, :, 1:]].mean() > 0.1
+
+
+def test_same_seeds_give_the_same_samples_and_samples_do_not_depend_on_their_batch():
+    pipe = reference.load("dit-digits")
+    both = reference.images("dit-digits", pipe(**reference.inputs("dit-digits", [3, 7], [1, 2], steps=4)))
+    again = reference.images("dit-digits", pipe(**reference.inputs("dit-digits", [3, 7], [1, 2], steps=4)))
+    alone = reference.images("dit-digits", pipe(**reference.inputs("dit-digits", [7], [2], steps=4)))
+    assert torch.equal(both, again)
+    assert torch.allclose(both[1:], alone, atol=1e-5)
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(ConfigError, match="Did you mean 'dit-digits'"):
+        reference.load("dit-digit")
+    with pytest.raises(ConfigError, match=r"samplers ddim, dpm\+\+, not 'heun'"):
+        reference.load("dit-digits", sampler="heun")
+    with pytest.raises(ValueError, match="one seed per label"):
+        reference.inputs("dit-digits", [1, 2], [0])

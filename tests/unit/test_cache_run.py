@@ -1,0 +1,60 @@
+"""Runs over a denoiser that is compiled as a whole: what is not reached is said, and what can be cached is."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+import diffusion_cache as dc
+from diffusion_cache.engine.intercept import ATTRIBUTE
+
+
+@pytest.fixture
+def compiled():
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=2, norm_num_groups=16,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=4,
+    )  # fmt: skip
+    model.eval().compile(backend="eager")
+    yield model
+    torch._dynamo.reset()
+
+
+TIMES = (900, 600, 300, 0)
+
+
+@torch.no_grad()
+def call(model, t):
+    return model(torch.ones(1, 1, 4, 4), timestep=torch.tensor([t]), class_labels=torch.tensor([0])).sample
+
+
+def run(model, scope):
+    """Outputs and summary of a run that computes its steps 0 and 2, if it caches."""
+    with dc.run(model, policy="interval", forecaster="reuse", every=2, num_steps=4, scope=scope) as cached:
+        return [call(model, t) for t in TIMES], cached.summary()
+
+
+def test_blocks_of_a_compiled_denoiser_are_not_reached(compiled):
+    plain = [call(compiled, t) for t in TIMES]
+    inner = vars(compiled)[ATTRIBUTE]
+    with pytest.warns(dc.DiffusionCacheWarning, match=r"nothing was cached.*scope 'denoiser'") as caught:
+        outputs, summary = run(compiled, "stack")
+    assert len([warning for warning in caught if warning.category is dc.DiffusionCacheWarning]) == 1
+    assert all(map(torch.equal, outputs, plain))
+    assert (summary.computed, summary.reused, summary.cache_bytes) == (4, 0, 0)
+    assert vars(compiled)[ATTRIBUTE] is inner
+
+
+def test_compiled_denoiser_is_cached_as_one(compiled):
+    plain = [call(compiled, t) for t in TIMES]
+    inner = vars(compiled)[ATTRIBUTE]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dc.DiffusionCacheWarning)
+        outputs, summary = run(compiled, "denoiser")
+    assert not torch.equal(plain[0], plain[1])
+    assert all(map(torch.equal, outputs, [plain[0], plain[0], plain[2], plain[2]]))
+    assert (summary.computed, summary.reused) == (2, 2)
+    assert summary.cache_bytes == outputs[0].nbytes == 64
+    assert vars(compiled)[ATTRIBUTE] is inner
