@@ -164,7 +164,8 @@ def main(cfg: DictConfig) -> None:
         )
         for sampler in spec.samplers
     }
-    reference.update_card(spec.name, {"class_accuracy": {k: round(v, 4) for k, v in scores.items()}, "gate_samples": cfg.gate_samples})
+    rounded = {sampler: round(score, 4) for sampler, score in scores.items()}
+    reference.update_card(spec.name, {"class_accuracy": rounded, "gate_samples": cfg.gate_samples})
     print(json.dumps(json.loads((folder / "card.json").read_text()), indent=2))
     failed = {sampler: score for sampler, score in scores.items() if score < spec.gate}
     if failed:

@@ -386,8 +386,8 @@ class CacheRun:
             self._warn(f"{span.name} produced values that are not finite; the images of this run may show it")
         for name in self._unreached:
             self._warn(
-                f"{name} was not cached: it ran without calling the modules of its spans. If it is compiled as a whole, "
-                "use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
+                f"nothing was cached in {name}: it ran without calling the modules of its spans. If it is compiled as a "
+                "whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
             )
 
     def _warn_failure(self, what: str, error: Exception) -> None:

@@ -84,9 +84,6 @@ class Session:
         """Attach to all denoisers of a pipeline, or to none: whatever is wrong is raised before anything changes."""
         denoisers = find_denoisers(pipe)
         layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
-        previous: Session | None = vars(pipe).get(SESSION)
-        if previous is not None:
-            previous.detach_pipeline(pipe)
         try:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
@@ -99,7 +96,10 @@ class Session:
         except BaseException:
             self._detach()
             raise
+        previous: Session | None = vars(pipe).get(SESSION)
         object.__setattr__(pipe, SESSION, self)
+        if previous is not None:
+            previous._detach()
 
     def detach_pipeline(self, pipe: Any) -> None:
         """Undo attach_pipeline: modules, classes and the pipeline itself are as before."""
