@@ -11,11 +11,11 @@ from torch import nn
 from .context import SCOPES, Forecaster, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
-from .engine.session import SESSION
+from .engine.session import session_of
 from .errors import ConfigError
 from .models import find_denoisers
 from .policies import Guarded, Guards
-from .registry import Registry, suggest
+from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
 
@@ -107,8 +107,10 @@ def run(
     at another timestep counts as the next step. num_steps: needed by policies that place their computed steps
     relative to the end.
     """
-    if num_steps is not None and num_steps < 1:
-        raise ConfigError(f"num_steps must be at least 1, not {num_steps}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
+    if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+        raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
     method = _method(policy, forecaster, scope, depth, options)
     session = Session(method)
     session.attach_model(model)
@@ -288,7 +290,7 @@ def inspect(
 
 
 def _summarise(session: Session, cache_run: CacheRun) -> Summary:
-    layouts = session.layouts.values()
+    layouts = cache_run.layouts.values()
     return Summary(
         method=str(session.method),
         scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
@@ -309,7 +311,7 @@ def _rendered(shown: Any) -> str:
 
 
 def _session(pipe: Any) -> Session | None:
-    return getattr(pipe, "__dict__", {}).get(SESSION)
+    return session_of(pipe)
 
 
 def _method(
@@ -336,17 +338,24 @@ def _method(
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
     """An instance from a name and those of the options that are its fields, which are taken out."""
     if isinstance(given, kind):
+        for field in dataclasses.fields(given):  # type: ignore[arg-type]
+            if field.name in options:
+                raise ConfigError(f"{field.name!r} belongs to the {registry.kind}, which is an instance: set it there")
         return given
     if not isinstance(given, str):
         raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
     cls = registry.get(given)
-    return _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
+    built = _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
+    if not isinstance(built, kind):
+        raise ConfigError(f"{registry.kind} {given!r}: {cls.__name__} must be a subclass of context.{kind.__name__}")
+    return built
 
 
 def _construct(what: str, cls: type[T], options: dict[str, Any]) -> T:
+    check_options(what, cls, options)
     try:
         return cls(**options)
-    except TypeError as error:  # a missing option, or one of another type than it is compared with
+    except TypeError as error:  # a missing option, or a method that lacks its abstract parts
         raise ConfigError(f"{what}: {error}") from error
 
 

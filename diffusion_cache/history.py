@@ -66,9 +66,10 @@ class History:
     def on_host(self) -> bool:
         return self.slots[-1][0].device.type == "cpu"
 
-    def is_finite(self) -> bool:
-        """Whether the newest feature holds only finite numbers; reads it back to the host."""
-        return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in self.slots[-1])
+    def is_finite(self, newest: int = 1) -> bool:
+        """Whether the newest features hold only finite numbers; reads a sum of each tensor back to the host."""
+        features = self.slots[-newest:]
+        return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for feature in features for tensor in feature)
 
 
 def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:

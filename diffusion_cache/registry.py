@@ -7,10 +7,12 @@ A method of another package is found through its entry points (`diffusion_cache.
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, DiffusionCacheWarning
 
@@ -26,6 +28,29 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"Unknown {kind} {name!r}. {suggest(name, known)}")
+
+
+def check_options(what: str, cls: type, options: Mapping[str, Any]) -> None:
+    """ConfigError for an option that cannot be of the type its field declares."""
+    hints = get_type_hints(cls)
+    for name, value in options.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(f"{what}: {name} must be {_described(hints[name])}, not {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)  # what is no plain type, the method checks itself
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_described, get_args(hint)))
+    names = {int: "a whole number", float: "a number", NoneType: "None", str: "a string"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 class Registry(Generic[T]):

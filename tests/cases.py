@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusion_cache import forecasters, models, policies, reference, registry  # noqa: F401
+from diffusion_cache import models, reference, registry
 
 STEPS = 6
 

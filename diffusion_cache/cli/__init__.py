@@ -86,7 +86,7 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
             row = (spec.name, spec.pipeline, ", ".join(spec.samplers), str(spec.steps), f"{spec.guidance:g}")
             table.add_row(*row)
     else:
-        from .. import forecasters, policies, registry  # noqa: F401 (the first two fill the registry)
+        from .. import registry
 
         table = _methods(getattr(registry, what.value))
     Console().print(table)

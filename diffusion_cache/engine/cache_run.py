@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..context import PassState, Query, Step
+from ..context import PassState, Query, Step, Verdict
 from ..errors import DiffusionCacheError, DiffusionCacheWarning
 from ..history import History
 from ..models import Span
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PassKey = tuple[str, str]
 MAX_ROW_GROUPS = 4
+SIGNALS = frozenset({"probe_residual"})
 
 
 class StepRecord(NamedTuple):
@@ -45,7 +46,7 @@ class SpanState:
     signature: tuple = ()
     passthrough: dict[int, PassThrough] = field(default_factory=dict)
     unusable: str = ""
-    checked: bool = False  # whether the newest feature is known to be finite
+    unchecked: int = 0  # newest features that are not known to be finite
 
 
 class Frame:
@@ -84,6 +85,7 @@ class CacheRun:
         self.session = session
         self.any_scheduler = any_scheduler  # steps of every scheduler count, not of the pipeline's alone
         self.method = session.method
+        self.layouts = dict(session.layouts)
         self.clock = clock
         self.records: list[StepRecord] = []
         self._peak_bytes = 0
@@ -157,6 +159,10 @@ class CacheRun:
         if schedule is not None:
             frame.actions = schedule.row(step.index, clock.position)
             frame.reason = "schedule"
+            spans = len(self.layouts[name].spans)
+            if len(frame.actions) not in (1, spans):
+                self._warn(f"the policy's schedule is for {len(frame.actions)} spans, but there are {spans}: computing")
+                frame.actions = (True,)
         elif self.method.guarded.planned:
             self._decide(frame)
         return frame
@@ -192,14 +198,26 @@ class CacheRun:
         if total is None:
             return None
         if total not in self._schedules:
-            self._schedules[total] = self.method.guarded.schedule(total)
+            try:
+                self._schedules[total] = self.method.guarded.schedule(total)
+            except DiffusionCacheError:
+                raise
+            except Exception as error:
+                self._schedules[total] = Schedule.uniform([True])
+                self._warn_failure("the policy", error)
         return self._schedules[total]
 
     def _pass(self, key: PassKey) -> PassState:
         return self._passes.setdefault(key, PassState())
 
     def _decide(self, frame: Frame) -> None:
-        verdict = self.method.guarded.decide(frame.step, frame.signals, self._pass(frame.key))
+        try:
+            verdict = self.method.guarded.decide(frame.step, frame.signals, self._pass(frame.key))
+        except DiffusionCacheError:
+            raise
+        except Exception as error:
+            verdict = Verdict(True, "failure")
+            self._warn_failure("the policy", error)
         frame.actions, frame.reason = (verdict.compute,), verdict.reason
 
     # the spans
@@ -235,7 +253,7 @@ class CacheRun:
                     self._note_structure(frame, span, member, output, args, kwargs)
             except Exception as error:
                 self._forget(self._spans[frame.key, span])
-                self._warn_failure(f"storing a feature of {span.name}", error)
+                self._warn_failure("storing a feature", error)
         return output
 
     def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -259,12 +277,14 @@ class CacheRun:
             self._decide(frame)
         assert frame.actions is not None
         index = self.session.span_index[span] if len(frame.actions) > 1 else 0
-        if not frame.actions[index]:
+        reuse = not frame.actions[index]
+        if reuse:
             forecast = self._forecast(frame, span, state, inputs)
             if forecast is not None:
                 frame.forecasts[span] = forecast
                 return
-        if frame.stores and not state.unusable:
+        # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
+        if (frame.stores or reuse) and not state.unusable:
             frame.entries[span] = inputs, signature(inputs)
             frame.open = span
 
@@ -295,11 +315,11 @@ class CacheRun:
             self._forget(state)
             return None
         # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
-        if not state.checked and state.history.on_host and not state.history.is_finite():
+        if state.unchecked and state.history.on_host and not state.history.is_finite(state.unchecked):
             self._not_finite(span, state)
             frame.reason = "not finite"
             return None
-        state.checked = True
+        state.unchecked = 0
         try:
             weights = self.method.forecaster.weights(Query(state.history.nodes, frame.step.index))
             tensors = []
@@ -308,7 +328,7 @@ class CacheRun:
                 tensors.append(ops.forecast(base, state.history.leaf(i), weights))
             return state.template.join(tensors)
         except Exception as error:
-            self._warn_failure(f"forecasting {span.name}", error)
+            self._warn_failure("forecasting", error)
             self._forget(state)
             frame.reason = "failure"
             return None
@@ -334,7 +354,7 @@ class CacheRun:
             assert tensors is not None
         bases = [None if leaf.base is None else inputs[leaf.base] for leaf in state.template.leaves]
         state.history.observe(frame.step.index, tensors, bases)
-        state.checked = False
+        state.unchecked += 1
 
     def _not_finite(self, span: Span, state: SpanState) -> None:
         self._forget(state)
@@ -382,16 +402,19 @@ class CacheRun:
         unchecked = [span for span, history in newest if not history.on_host and not history.is_finite()]
         self._spans.clear()
         self._passes.clear()
+        # what is kept for summary must not keep the pipeline alive
+        self.clock.close()
+        self._noise_levels = lambda timestep: []
         for span in unchecked:
             self._warn(f"{span.name} produced values that are not finite; the images of this run may show it")
         for name in self._unreached:
             self._warn(
-                f"nothing was cached in {name}: it ran without calling the modules of its spans. If it is compiled as a "
-                "whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
+                f"nothing was cached in {name}: it ran without calling the modules of its spans. If it is compiled as "
+                "a whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
             )
 
     def _warn_failure(self, what: str, error: Exception) -> None:
-        self._warn(f"{what} failed, so it is computed instead: {type(error).__name__}: {error}")
+        self._warn(f"{what} failed, so steps are computed instead: {type(error).__name__}: {error}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

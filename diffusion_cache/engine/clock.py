@@ -33,6 +33,10 @@ class StepClock:
         self._suppressed = 0
         self._timestep = _Seen(None)
 
+    def close(self) -> None:
+        """The run is over: let go of what the total was to be asked of."""
+        self._ask_total = lambda timestep: None
+
     def scheduler_stepped(self) -> None:
         if not self._suppressed and not self._explicit:
             self._stepped = self._advance = True

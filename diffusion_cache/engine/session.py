@@ -1,7 +1,9 @@
 """A session: one method attached to one pipeline (or bare denoiser), from enable to disable."""
 
 import functools
+import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +15,17 @@ from ..context import Forecaster
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Layout, Span, default_scope, find_denoisers, find_layout, unwrap
 from ..policies import Guarded
+from ..registry import unknown_name
 from . import patches
-from .cache_run import CacheRun
+from .cache_run import SIGNALS, CacheRun
 from .clock import StepClock, noise_levels, scheduler_total
 from .intercept import intercept, is_intercepted, release
 from .patches import ACTIVE
 
 SESSION = "_diffusion_cache"
-MARK = "_diffusion_cache_mark"
+MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
+
+_tokens = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Method:
             NoSpansError: if the denoiser has none at this scope.
         """
         policy, scope = self.guarded.policy, self.scope or default_scope(denoiser)
+        if not getattr(policy, "scopes", None):
+            raise ConfigError(f"policy {policy.name!r} declares no scopes: name the kinds of span it may govern")
+        unknown = set(policy.needs.signals) - SIGNALS
+        if unknown:
+            raise unknown_name("signal", unknown.pop(), SIGNALS)
         if scope not in policy.scopes:
             raise ConfigError(
                 f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
@@ -67,10 +77,14 @@ class Session:
 
     def __init__(self, method: Method):
         self.method = method
+        self.token = next(_tokens)
         self.layouts: dict[str, Layout] = {}
         self.denoisers: dict[str, nn.Module] = {}
         self.span_index: dict[Span, int] = {}
         self.last_run: CacheRun | None = None
+        self._owner: weakref.ref[Any] | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._marked: weakref.WeakSet[Any] = weakref.WeakSet()  # schedulers
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._patched: list[tuple[type, str]] = []
 
@@ -96,17 +110,22 @@ class Session:
         except BaseException:
             self._detach()
             raise
-        previous: Session | None = vars(pipe).get(SESSION)
+        previous = session_of(pipe)
         object.__setattr__(pipe, SESSION, self)
+        self._owner = weakref.ref(pipe)
+        # modules may be shared and outlive a pipeline that is dropped without disable
+        self._finalizer = weakref.finalize(pipe, self._detach)
+        self._finalizer.atexit = False
         if previous is not None:
-            previous._detach()
+            previous.detach_pipeline(pipe)
 
     def detach_pipeline(self, pipe: Any) -> None:
         """Undo attach_pipeline: modules, classes and the pipeline itself are as before."""
         self._detach()
-        vars(pipe).pop(SESSION, None)
-        for scheduler in _schedulers(pipe):
-            vars(scheduler).pop(MARK, None)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if vars(pipe).get(SESSION) is self:
+            del vars(pipe)[SESSION]
 
     def attach_model(self, model: nn.Module) -> None:
         """Attach to a bare denoiser; any of diffusers' schedulers then counts its steps."""
@@ -171,6 +190,9 @@ class Session:
             self._unbind(name)
         while self._patched:
             patches.release(*self._patched.pop())
+        for scheduler in self._marked:
+            _mark(scheduler, _marks(scheduler) - {self.token})
+        self._marked.clear()
 
     # running
 
@@ -179,7 +201,8 @@ class Session:
         self._refresh(pipe)
         for scheduler in _schedulers(pipe):
             self._patch(type(scheduler), "step", _counted_step)
-            setattr(scheduler, MARK, True)
+            _mark(scheduler, _marks(scheduler) | {self.token})
+            self._marked.add(scheduler)
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
         scheduler = getattr(pipe, "scheduler", None)
@@ -228,6 +251,23 @@ def _member_handler(span: Span, member: int) -> Callable:
     return handler
 
 
+def session_of(pipe: Any) -> Session | None:
+    """The session that is enabled on this very pipeline; a shallow copy has none of its own."""
+    session: Session | None = getattr(pipe, "__dict__", {}).get(SESSION)
+    return session if session is not None and session._owner is not None and session._owner() is pipe else None
+
+
+def _marks(scheduler: Any) -> frozenset[int]:
+    return vars(scheduler).get(MARK, frozenset())
+
+
+def _mark(scheduler: Any, tokens: frozenset[int]) -> None:
+    if tokens:
+        setattr(scheduler, MARK, tokens)
+    else:
+        vars(scheduler).pop(MARK, None)
+
+
 def _schedulers(pipe: Any) -> list[Any]:
     return [
         component
@@ -253,17 +293,21 @@ def _bracket(original: Callable) -> Callable:
     """A pipeline's `__call__` as a run, where this very pipeline has a session."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session: Session | None = vars(self).get(SESSION)
-        active = ACTIVE.get()
-        if session is None or (active is not None and active.session is session):
+        session, active = session_of(self), ACTIVE.get()
+        if session is None:
+            # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
+            token = ACTIVE.set(active if active is not None and active.any_scheduler else None)
+        elif active is not None and active.session is session:
             return original(self, *args, **kwargs)
-        run = session.begin(self)
-        token = ACTIVE.set(run)
+        else:
+            token = ACTIVE.set(session.begin(self))
+        run = ACTIVE.get()
         try:
             return original(self, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-            session.finish(run)
+            if session is not None:
+                session.finish(run)
 
     return __call__
 
@@ -274,7 +318,7 @@ def _counted_step(original: Callable) -> Callable:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         run = ACTIVE.get()
-        if run is not None and (run.any_scheduler or MARK in vars(self)):
+        if run is not None and (run.any_scheduler or run.session.token in _marks(self)):
             run.clock.scheduler_stepped()
         return result
 
@@ -284,7 +328,7 @@ def _counted_step(original: Callable) -> Callable:
 def _noted_progress_bar(original: Callable) -> Callable:
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
         run = ACTIVE.get()
-        if run is not None and vars(self).get(SESSION) is run.session:
+        if run is not None and session_of(self) is run.session:
             length = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
             if length:
                 run.progress_total = length
