@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from .context import SCOPES, Forecaster, Policy
@@ -271,11 +272,14 @@ def inspect(
     if inputs is not None:
         measuring = Session(method)
         measuring.attach_pipeline(pipe)
+        generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
         try:
             pipe(**{**inputs, "num_inference_steps": 2})
             assert measuring.last_run is not None
             sizes = measuring.last_run.sizes
         finally:
+            for generator, state in generators:
+                generator.set_state(state)
             disable(pipe)
             if before is not None:
                 Session.attach_pipeline(before, pipe)
@@ -287,6 +291,11 @@ def inspect(
         for span in layout.spans
     )
     return Inspection(type(pipe).__name__, spans, method.forecaster.history)
+
+
+def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
+    values = [value for given in inputs.values() for value in (given if isinstance(given, list) else [given])]
+    return [value for value in values if isinstance(value, torch.Generator)]
 
 
 def _summarise(session: Session, cache_run: CacheRun) -> Summary:
@@ -341,6 +350,7 @@ def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, A
         for field in dataclasses.fields(given):  # type: ignore[arg-type]
             if field.name in options:
                 raise ConfigError(f"{field.name!r} belongs to the {registry.kind}, which is an instance: set it there")
+        check_options(f"{registry.kind} {given.name!r}", type(given), vars(given))
         return given
     if not isinstance(given, str):
         raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")

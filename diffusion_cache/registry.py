@@ -32,7 +32,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 def check_options(what: str, cls: type, options: Mapping[str, Any]) -> None:
     """ConfigError for an option that cannot be of the type its field declares."""
-    hints = get_type_hints(cls)
+    try:
+        hints = get_type_hints(cls)
+    except NameError:
+        return  # annotations that only a type checker can resolve
     for name, value in options.items():
         if not _fits(value, hints[name]):
             raise ConfigError(f"{what}: {name} must be {_described(hints[name])}, not {value!r}")

@@ -53,7 +53,7 @@ class Listed(str, Enum):
 def _demo(
     model: Annotated[list[str] | None, typer.Option(help="A shipped model; repeat for several. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures, page and figures.")] = Path("demo_output"),
-    samples: Annotated[int, typer.Option(help="Samples that every figure is computed from.")] = 24,
+    samples: Annotated[int, typer.Option(help="Samples that every figure is computed from.")] = 16,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampler steps. Default: each model's own.")] = None,

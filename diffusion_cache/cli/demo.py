@@ -31,11 +31,11 @@ from .tables import markdown_table, rich_table
 
 INTERVALS = (2, 3)  # the budgets: one computed step in 2, in 3
 FITTING_SEED_OFFSET = 100_000
-FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 8, 2, 1, 10
+FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 4, 2, 1, 10
 # how the computed steps of a mask crowd: above 1 towards the start of the run, below 1 towards its end
 SPACINGS = (0.5, 0.7, 1.0, 1.4, 2.0)
 THRESHOLDS = (1e-3, 4.0)  # from nearly always computing to nearly never
-BISECTIONS = 7
+BISECTIONS = 6
 REUSE, TAYLOR = {"forecaster": "reuse"}, {"forecaster": "taylor", "order": 1}
 FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR = "fewer steps", "uniform, reuse", "uniform, Taylor"
 SPACED_TAYLOR, FIRST_BLOCK = "spaced, Taylor", "first block"
@@ -47,11 +47,11 @@ STAGES = 3 + 5 * len(INTERVALS)
 class Settings:
     """What to measure. steps: sampler steps (None: each model's own); pairs: timed pairs of runs of timed_samples."""
 
-    samples: int = 24
+    samples: int = 16
     seed: int = 0
     steps: int | None = None
     pairs: int = 3
-    timed_samples: int = 2
+    timed_samples: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("seed", 0), ("steps", 4), ("pairs", 1), ("timed_samples", 1)):

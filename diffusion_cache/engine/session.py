@@ -84,7 +84,7 @@ class Session:
         self.last_run: CacheRun | None = None
         self._owner: weakref.ref[Any] | None = None
         self._finalizer: weakref.finalize | None = None
-        self._marked: weakref.WeakSet[Any] = weakref.WeakSet()  # schedulers
+        self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._patched: list[tuple[type, str]] = []
 
@@ -190,8 +190,10 @@ class Session:
             self._unbind(name)
         while self._patched:
             patches.release(*self._patched.pop())
-        for scheduler in self._marked:
-            _mark(scheduler, _marks(scheduler) - {self.token})
+        for marked in self._marked:
+            scheduler = marked()
+            if scheduler is not None:
+                _mark(scheduler, _marks(scheduler) - {self.token})
         self._marked.clear()
 
     # running
@@ -201,8 +203,10 @@ class Session:
         self._refresh(pipe)
         for scheduler in _schedulers(pipe):
             self._patch(type(scheduler), "step", _counted_step)
+            if self.token in _marks(scheduler):
+                continue
             _mark(scheduler, _marks(scheduler) | {self.token})
-            self._marked.add(scheduler)
+            self._marked.append(weakref.ref(scheduler))
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
         scheduler = getattr(pipe, "scheduler", None)

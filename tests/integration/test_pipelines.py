@@ -1,7 +1,6 @@
 """The wrapper as users use it: the four shipped pipelines with every sampler, and bare denoisers in one's own loop."""
 
 import copy
-import gc
 import weakref
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +14,7 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
-from diffusion_cache.engine import StepRecord, intercept
+from diffusion_cache.engine import StepRecord, intercept, patches
 from diffusion_cache.history import History
 
 STEPS = 6
@@ -47,7 +46,26 @@ def fresh(name, sampler=None):
     pipe = reference.load(name, None if sampler in HEUN else sampler)
     if sampler in HEUN:
         pipe.scheduler = HEUN[sampler].from_config(pipe.scheduler.config)
+    return made(pipe)
+
+
+_made = []
+
+
+def made(pipe):
+    _made.append(pipe)
     return pipe
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Whatever a test did: once everything is disabled, no class is patched that was not before."""
+    before = set(patches._patches)
+    yield
+    for pipe in _made:
+        dc.disable(pipe)
+    _made.clear()
+    assert set(patches._patches) == before
 
 
 def generate(name, pipe, steps=STEPS, labels=(3,), seeds=(5,), guidance=None, **extra):
@@ -408,7 +426,6 @@ def test_features_are_released_at_the_end(name, monkeypatch):
     with dc.cached(pipe, "interval", every=2):
         generate(name, pipe, **({} if name == "dit-digits" else {"callback_on_step_end": count}))
         session = vars(pipe)["_diffusion_cache"]
-        gc.collect()
         assert len(features) >= 3
         assert [ref() for ref in features] == [None] * len(features)
         assert session.last_run._spans == {}
@@ -507,7 +524,7 @@ def test_images_do_not_depend_on_their_neighbours_under_a_planned_policy():
 def test_image_to_image_begins_in_the_middle(strength):
     pipe = fresh("unet-digits")
     pipe.vae.encode = lambda image: SimpleNamespace(latents=image)
-    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
+    pipe = made(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae))
     pipe.set_progress_bar_config(disable=True)
     call = reference.inputs("unet-digits", (3,), (5,), steps=8)
     image = torch.linspace(0, 1, 256).reshape(1, 1, 16, 16)
@@ -523,17 +540,17 @@ def test_image_to_image_begins_in_the_middle(strength):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "other", "after_a_run"),
     [
-        ("dit-digits", diffusers.DDIMScheduler),
-        ("dit-digits", diffusers.DPMSolverMultistepScheduler),
-        ("dit-digits", diffusers.EulerDiscreteScheduler),
-        ("dit-digits", diffusers.HeunDiscreteScheduler),
-        ("wan-moving-digits", diffusers.FlowMatchEulerDiscreteScheduler),
-        ("wan-moving-digits", diffusers.UniPCMultistepScheduler),
+        ("dit-digits", diffusers.DDIMScheduler, True),
+        ("dit-digits", diffusers.DPMSolverMultistepScheduler, True),
+        ("dit-digits", diffusers.DPMSolverMultistepScheduler, False),
+        ("dit-digits", diffusers.EulerDiscreteScheduler, True),
+        ("dit-digits", diffusers.HeunDiscreteScheduler, False),
+        ("wan-moving-digits", diffusers.FlowMatchEulerDiscreteScheduler, False),
+        ("wan-moving-digits", diffusers.UniPCMultistepScheduler, True),
     ],
 )
-@pytest.mark.parametrize("after_a_run", [False, True])
 def test_scheduler_swapped_after_enabling(name, other, after_a_run):
     def scheduler():
         extra = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -559,7 +576,35 @@ def test_scheduler_swapped_after_enabling(name, other, after_a_run):
     assert vars(other) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a scheduler that was swapped out keeps `_diffusion_cache_mark` after disable")
+@dataclass
+class OwnScheduler:
+    """A user's own: no scheduler of diffusers', and not hashable, as dataclasses are."""
+
+    rate: float = 0.05
+
+    init_noise_sigma, order, config = 1.0, 1, {}
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        self.timesteps = torch.linspace(999, 1, num_inference_steps)
+
+    def scale_model_input(self, sample, timestep):
+        return sample
+
+    def step(self, velocity, timestep, sample):
+        return SimpleNamespace(prev_sample=sample - self.rate * velocity)
+
+
+def test_a_scheduler_of_ones_own():
+    pipe = fresh("dit-digits")
+    pipe.scheduler = OwnScheduler()
+    with ByHand("dit-digits", pipe.transformer, {0, 2, 4}, 1, last_feature):
+        expected = generate("dit-digits", pipe)
+    with dc.cached(pipe, "interval", "reuse", every=2):
+        assert torch.equal(generate("dit-digits", pipe), expected)
+        assert dc.summary(pipe).total == STEPS
+    assert set(vars(pipe.scheduler)) == {"rate", "timesteps"}
+
+
 def test_scheduler_swapped_after_enabling_is_forgotten():
     pipe = fresh("dit-digits")
     own = pipe.scheduler
@@ -587,8 +632,7 @@ def test_scheduler_copied_inside_the_run_still_counts():
         assert dc.summary(pipe).records == records
 
 
-@pytest.mark.parametrize("after_a_run", [False, True])
-@each_model
+@pytest.mark.parametrize(("name", "after_a_run"), [("dit-digits", False), *((name, True) for name in reference.MODELS)])
 def test_denoiser_swapped_after_enabling(name, after_a_run):
     pipe = fresh(name)
     part = reference.spec(name).denoiser
@@ -626,7 +670,6 @@ def test_denoiser_swapped_and_never_run_again():
     assert untouched(pipe.transformer)
 
 
-@pytest.mark.filterwarnings("default::diffusion_cache.errors.DiffusionCacheWarning")
 def test_denoiser_swapped_for_one_that_cannot_be_cached_runs_uncached():
     pipe = fresh("dit-digits")
     own = pipe.transformer
@@ -656,7 +699,7 @@ def test_a_pipeline_that_shares_the_denoiser_is_unaffected(name):
     uncached = generate(name, pipe)
     dc.enable(pipe, "interval", every=2)
     cached = generate(name, pipe)
-    other = type(pipe).from_pipe(pipe, vae=pipe.vae)
+    other = made(type(pipe).from_pipe(pipe, vae=pipe.vae))
     other.set_progress_bar_config(disable=True)
     assert denoiser_of(name, other) is denoiser_of(name, pipe)
     assert torch.equal(generate(name, other), uncached)
@@ -678,7 +721,7 @@ def test_a_pipeline_that_shares_the_denoiser_is_unaffected(name):
 
 def test_a_pipeline_of_another_class_that_shares_the_denoiser():
     pipe = fresh("flux-digits")
-    other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
+    other = made(diffusers.FluxImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae))
     other.set_progress_bar_config(disable=True)
     call = dict(image=torch.linspace(0, 1, 256).reshape(1, 1, 16, 16), strength=0.5)
 
@@ -747,6 +790,13 @@ def test_inspect_measures_with_inputs(name):
     assert whole.cache_bytes == used
     assert untouched(denoiser_of(name, pipe))
     assert torch.equal(generate(name, pipe), uncached)
+
+
+def test_inspect_leaves_the_generators_alone():
+    call = reference.inputs("dit-digits", (3,), (5,), steps=4)
+    before = call["generator"][0].get_state()
+    dc.inspect(shared("dit-digits"), call)
+    assert torch.equal(call["generator"][0].get_state(), before)
 
 
 def test_inspect_that_fails_restores_what_was_enabled():
@@ -825,7 +875,7 @@ def test_own_loop(loop_by_hand, how, num_steps):
     assert {r.reason for r in summary.records} == {"schedule" if num_steps else "interval"} | (
         set() if num_steps else {"warm-up"}
     )
-    assert 0 < summary.cache_bytes
+    assert summary.cache_bytes > 0
     assert untouched(loop.denoiser)
     assert vars(diffusers.DDIMScheduler) == before
 
@@ -847,12 +897,15 @@ def test_two_runs_of_one_loop_are_apart(loop_by_hand):
 def test_own_loop_with_an_exception_leaves_nothing():
     loop = Loop()
     uncached = loop()
+
+    def fail():
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError), dc.run(loop.denoiser, "interval", every=3) as run:
-        loop()
-        _ = 1 / 0
+        loop(after_step=lambda: len(run.summary().records) == 8 and fail())
     assert untouched(loop.denoiser)
     assert run._run._spans == {}
-    assert run.summary().hit_rate == pytest.approx(4 / 6)
+    assert run.summary().hit_rate == 0.5
     assert torch.equal(loop(), uncached)
 
 
@@ -874,14 +927,13 @@ def test_any_module_that_takes_a_timestep_can_be_run():
             return {"velocity": x * t, "extra": None}
 
     model, x = Plain(), torch.ones(2, 3)
-    with dc.run(model, "interval", "taylor", every=3) as run:
+    with dc.run(model, "interval", "taylor", every=3):
         outputs = [model(x, t)["velocity"][0, 0].item() for t in (1.0, 3.0, 5.0, 8.0, 20.0, 30.0, 40.0)]
     # the line through (0, 1) and (3, 8), in steps
     assert outputs == pytest.approx([1, 1, 1, 8, 8 + 7 / 3, 8 + 14 / 3, 40])
     assert model.calls == 3
 
 
-@pytest.mark.xfail(strict=True, reason="dc.run detaches its session at the end, so spans is 0 and scopes is ()")
 def test_summary_of_a_run_after_its_block():
     loop = Loop()
     with dc.run(loop.denoiser, "interval", every=3) as run:
