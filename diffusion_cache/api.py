@@ -347,10 +347,11 @@ def _method(
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
     """An instance from a name and those of the options that are its fields, which are taken out."""
     if isinstance(given, kind):
-        for field in dataclasses.fields(given):  # type: ignore[arg-type]
-            if field.name in options:
-                raise ConfigError(f"{field.name!r} belongs to the {registry.kind}, which is an instance: set it there")
-        check_options(f"{registry.kind} {given.name!r}", type(given), vars(given))
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}  # type: ignore[arg-type]
+        for name in fields:
+            if name in options:
+                raise ConfigError(f"{name!r} belongs to the {registry.kind}, which is an instance: set it there")
+        check_options(f"{registry.kind} {type(given).__name__}", type(given), fields)
         return given
     if not isinstance(given, str):
         raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")

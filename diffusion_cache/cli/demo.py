@@ -27,7 +27,7 @@ from . import environment
 from .figures import model_figure, overview_figure
 from .page import html_page
 from .results import ModelResult, Panel, Row
-from .tables import markdown_table, rich_table
+from .tables import markdown_table, overview_markdown, rich_table
 
 INTERVALS = (2, 3)  # the budgets: one computed step in 2, in 3
 FITTING_SEED_OFFSET = 100_000
@@ -413,7 +413,8 @@ def run_demo(models: Sequence[str], out: Path, settings: Settings, console: Cons
     (out / "demo.png").write_bytes(overview)
     summary = {**facts, "models": [result.to_json() for result in results]}
     (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown_table(results), encoding="utf-8")
+    overall = overview_markdown(results, baselines=(FEWER_STEPS, UNIFORM_REUSE))
+    (out / "table.md").write_text(f"{overall}\n{markdown_table(results)}", encoding="utf-8")
     (out / "index.html").write_text(html_page(results, facts, overview, pictures), encoding="utf-8")
     for result in results:
         console.print(rich_table(result))

@@ -92,6 +92,29 @@ def rich_table(result: ModelResult) -> Table:
     return table
 
 
+def overview_markdown(results: Sequence[ModelResult], baselines: Sequence[str]) -> str:
+    """One row per model and budget: the best row beside the baselines, as PSNR mean / worst in dB."""
+
+    def psnr(row: Row | None) -> str:
+        quality = row and row.quality
+        return f"{decibels(quality.psnr_mean)} / {decibels(quality.psnr_worst)}" if quality else _ABSENT
+
+    names = ("model (pipeline, sampler)", "faster", "FLOPs", *baselines, "best cached", "which")
+    lines = ["| " + " | ".join(names) + " |", "| --- " + "| ---: " * (len(names) - 2) + "| --- |"]
+    for result in results:
+        for best in best_rows(result.rows):
+            others = {row.label: row for row in result.rows if row.every == best.every}
+            cells = [
+                f"{result.name} ({result.pipeline}, {result.sampler})",
+                COLUMNS["wall"](best),
+                COLUMNS["FLOPs"](best),
+            ]
+            cells += [psnr(others.get(label)) for label in baselines]
+            cells += [f"**{psnr(best)}**", f"{best.label}, {COLUMNS['budget'](best)}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"PSNR mean / worst in dB over {len(results[0].reporting_seeds)} seeds.", ""])
+
+
 def markdown_table(results: Sequence[ModelResult]) -> str:
     """A section with one table per model, to paste into a README."""
     parts = []
