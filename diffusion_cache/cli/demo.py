@@ -31,11 +31,11 @@ from .tables import markdown_table, overview_markdown, rich_table
 
 INTERVALS = (2, 3)  # the budgets: one computed step in 2, in 3
 FITTING_SEED_OFFSET = 100_000
-FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 4, 2, 1, 10
+FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 2, 2, 1, 10
 # how the computed steps of a mask crowd: above 1 towards the start of the run, below 1 towards its end
-SPACINGS = (0.5, 0.7, 1.0, 1.4, 2.0)
+SPACINGS = (0.5, 1.0, 1.6)
 THRESHOLDS = (1e-3, 4.0)  # from nearly always computing to nearly never
-BISECTIONS = 6
+BISECTIONS = 4
 REUSE, TAYLOR = {"forecaster": "reuse"}, {"forecaster": "taylor", "order": 1}
 FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR = "fewer steps", "uniform, reuse", "uniform, Taylor"
 SPACED_TAYLOR, FIRST_BLOCK = "spaced, Taylor", "first block"
@@ -47,10 +47,10 @@ STAGES = 3 + 5 * len(INTERVALS)
 class Settings:
     """What to measure. steps: sampler steps (None: each model's own); pairs: timed pairs of runs of timed_samples."""
 
-    samples: int = 16
+    samples: int = 10
     seed: int = 0
     steps: int | None = None
-    pairs: int = 3
+    pairs: int = 2
     timed_samples: int = 1
 
     def __post_init__(self) -> None:

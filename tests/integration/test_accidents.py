@@ -431,6 +431,106 @@ def test_6_a_denoiser_that_never_calls_its_blocks_is_told(scope):
         assert run.summary().hit_rate == 0
 
 
+class Block(nn.Module):
+    def __init__(self, residual):
+        super().__init__()
+        self.linear, self.residual = nn.Linear(4, 4), residual
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)) + (x if self.residual else 0)
+
+
+class Chain(nn.Module):
+    """Two stacks that run as `order` says: names of stacks with the index of a block. around: a residual round each."""
+
+    def __init__(self, order, hint=0.0, around=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.ModuleList(Block(not around) for _ in range(2))
+        self.second = nn.ModuleList(Block(not around) for _ in range(2))
+        self.order, self.hint, self.around = order, hint, around
+
+    def forward(self, x, timestep):
+        for stack, index in self.order(timestep):
+            x = getattr(self, stack)[index](x) + self.hint + (x if self.around else 0)
+        return x
+
+
+def chain(*blocks):
+    return lambda timestep: blocks
+
+
+IN_ORDER = chain(("first", 0), ("first", 1), ("second", 0), ("second", 1))
+
+
+@pytest.mark.parametrize(
+    ("scope", "around"),
+    [
+        ("stack", False),
+        ("block", False),
+        ("block", True),
+        pytest.param(
+            "stack",
+            True,
+            marks=pytest.mark.xfail(
+                strict=True, reason="x = x + block(x) around the last block adds what skipped blocks passed through"
+            ),
+        ),
+    ],
+)
+def test_6_what_is_added_between_blocks_is_counted_once(scope, around):
+    model, x = Chain(IN_ORDER, hint=0.3, around=around), torch.linspace(-1, 1, 8).reshape(2, 4)
+    expected = model(x, 0)
+    with torch.no_grad(), dc.run(model, "interval", every=2, num_steps=4, scope=scope) as run:
+        for step in range(4):
+            torch.testing.assert_close(model(x, step), expected, rtol=0, atol=1e-6)
+        assert computed(run.summary()) == "1010"
+
+
+@pytest.mark.parametrize(
+    ("order", "messages"),
+    [
+        (
+            chain(("first", 0), ("second", 0), ("first", 1), ("second", 1)),
+            ["second runs between the blocks of first", "first is interrupted by second"],
+        ),
+        (
+            chain(("first", 0), ("first", 1), ("first", 0), ("first", 1), ("second", 0), ("second", 1)),
+            ["first runs several times in one call"],
+        ),
+        (
+            # a block that is left out at some steps, as with skipped layers
+            lambda step: IN_ORDER(step)[: 4 - step % 2],
+            ["second is not called in the same way at every step"],
+        ),
+    ],
+    ids=["interleaved", "repeated", "left out"],
+)
+def test_6_stacks_that_are_no_chain_are_computed_and_told(order, messages):
+    samples = [torch.linspace(-1, 1, 8).reshape(2, 4) * (1 + step) for step in range(6)]
+    plain = Chain(order)
+    first_spans_reused = "first" not in " ".join(messages)
+    with torch.no_grad():
+        expected = [plain(x, step) for step, x in enumerate(samples)]
+        model = Chain(order)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with dc.run(model, "interval", "reuse", every=2, num_steps=6) as run:
+                found = [model(x, step) for step, x in enumerate(samples)]
+        records = run.summary().records
+    found_messages = [str(w.message) for w in caught if w.category is dc.DiffusionCacheWarning]
+    assert len(found_messages) == len(messages)
+    for found_message, message in zip(found_messages, messages, strict=True):
+        assert message in found_message
+        assert "try scope 'block' or 'denoiser'" in found_message
+    right = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+    assert right == [r.spans_reused == 0 for r in records]
+    assert all(right[::2])
+    if messages[0].startswith("second runs"):
+        assert all(right)
+    assert first_spans_reused or not any(r.spans_reused == 2 for r in records)
+
+
 @pytest.mark.parametrize(("front", "back"), [(1, 0), (1, 1), (4, 3), (11, 0), (1, 10)])
 def test_7_front_and_back_blocks_run_once(front, back):
     pipe = load(DIT)

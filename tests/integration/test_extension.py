@@ -470,6 +470,35 @@ def test_a_policy_that_needs_an_unknown_signal(registered):
         dc.enable(reference.load(DIT), "curious")
 
 
+class NoDataclass(Policy):
+    name = "no_dataclass"
+    scopes = frozenset(SCOPES)
+
+    def decide(self, step, signals, state):
+        return Verdict(step.index % 2 == 0, "even")
+
+
+@pytest.mark.xfail(strict=True, reason="TypeError: must be called with a dataclass type or instance")
+def test_an_instance_that_is_no_dataclass():
+    with pytest.raises(dc.ConfigError, match="must be a frozen dataclass"):
+        dc.enable(reference.load(DIT), NoDataclass())
+
+
+@dataclass(frozen=True)
+class Nameless(Powers):
+    """Never registered, and without a name of its own."""
+
+
+@pytest.mark.xfail(strict=True, reason="AttributeError: only registration sets `name`, which summary and errors read")
+def test_an_instance_without_a_name():
+    pipe = reference.load(DIT)
+    with pytest.raises(dc.ConfigError, match="Unknown option 'bas' for policy 'Nameless'"):
+        dc.enable(pipe, Nameless(base=3), bas=4)
+    with dc.cached(pipe, Nameless(base=3)):
+        generate(DIT, pipe)
+        assert "Nameless(base=3)" in dc.summary(pipe).method
+
+
 def failing(error):
     @dataclass(frozen=True)
     class Failing(Policy):
