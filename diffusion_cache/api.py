@@ -347,7 +347,9 @@ def _method(
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
     """An instance from a name and those of the options that are its fields, which are taken out."""
     if isinstance(given, kind):
-        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(given):
+            raise ConfigError(f"{registry.kind}: {type(given).__name__} must be a frozen dataclass")
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
         for name in fields:
             if name in options:
                 raise ConfigError(f"{name!r} belongs to the {registry.kind}, which is an instance: set it there")

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -74,6 +74,11 @@ class Policy(ABC):
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__  # until it is registered under another
+
     @property
     def needs(self) -> Needs:
         return Needs()
@@ -104,6 +109,11 @@ class Forecaster(ABC):
 
     name: ClassVar[str]
     feature: Feature
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__  # until it is registered under another
 
     def __post_init__(self) -> None:
         if self.feature not in get_args(Feature):

@@ -77,7 +77,7 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{self.kind} {name!r}: {cls.__name__} must be a frozen dataclass")
             if self._classes.get(name, cls) is not cls:
                 raise ConfigError(f"{self.kind} {name!r} is already registered by {self._classes[name].__name__}")
-            if "name" not in vars(cls):  # a second name does not rename it
+            if cls not in self._classes.values():  # a second name does not rename it
                 cls.name = name  # type: ignore[attr-defined]
             self._classes[name] = cls
             return cls

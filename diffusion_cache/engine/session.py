@@ -203,10 +203,9 @@ class Session:
         self._refresh(pipe)
         for scheduler in _schedulers(pipe):
             self._patch(type(scheduler), "step", _counted_step)
-            if self.token in _marks(scheduler):
-                continue
             _mark(scheduler, _marks(scheduler) | {self.token})
-            self._marked.append(weakref.ref(scheduler))
+            if not any(marked() is scheduler for marked in self._marked):
+                self._marked.append(weakref.ref(scheduler))
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
         scheduler = getattr(pipe, "scheduler", None)

@@ -632,7 +632,6 @@ def test_scheduler_copied_inside_the_run_still_counts():
         assert dc.summary(pipe).records == records
 
 
-@pytest.mark.xfail(strict=True, reason="a copy made after a run holds the mark, as if its session had marked it itself")
 def test_copies_of_a_scheduler_are_forgotten_too():
     pipe = fresh("wan-moving-digits")
     own = set(vars(pipe.scheduler))
