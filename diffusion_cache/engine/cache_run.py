@@ -65,7 +65,7 @@ class Frame:
         self.reason = ""
         self.signals: dict[str, Tensor] = {}
         self.probe_input: Tensor | None = None
-        self.entries: dict[Span, tuple[Inputs, tuple]] = {}  # of spans being computed and stored: inputs and signature
+        self.entries: dict[Span, tuple[Inputs, tuple, SpanState]] = {}  # what is computed and stored, as it was entered
         self.forecasts: dict[Span, Any] = {}
         self.finished: set[Span] = set()
         self.reentered: set[Span] = set()
@@ -244,13 +244,14 @@ class CacheRun:
                 return frame.forecasts[span]
             return self._spans[frame.key, span].passthrough[member].output(args, kwargs)
         output = inner(*args, **kwargs)
-        if span in frame.entries:
+        entry = frame.entries.get(span)
+        if entry is not None and (last or member not in entry[2].passthrough):
             try:
                 if last:
                     frame.open = None
                     self._observe(frame, span, output)
                 else:
-                    self._note_structure(frame, span, member, output, args, kwargs)
+                    self._note_structure(entry[2], span, member, output, args, kwargs)
             except Exception as error:
                 self._forget(self._spans[frame.key, span])
                 self._warn_failure("storing a feature", error)
@@ -285,7 +286,7 @@ class CacheRun:
                 return
         # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
         if (frame.stores or reuse) and not state.unusable:
-            frame.entries[span] = inputs, signature(inputs)
+            frame.entries[span] = inputs, signature(inputs), state
             frame.open = span
 
     def _measure(self, frame: Frame, inputs: Inputs) -> None:
@@ -334,16 +335,13 @@ class CacheRun:
             return None
 
     def _note_structure(
-        self, frame: Frame, span: Span, member: int, output: Any, args: tuple, kwargs: dict[str, Any]
+        self, state: SpanState, span: Span, member: int, output: Any, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        state = self._spans[frame.key, span]
-        if member not in state.passthrough:
-            inputs = tensor_inputs(args, kwargs) if span.stores_residual else {}
-            state.passthrough[member] = PassThrough.of(output, inputs)
+        inputs = tensor_inputs(args, kwargs) if span.stores_residual else {}
+        state.passthrough[member] = PassThrough.of(output, inputs)
 
     def _observe(self, frame: Frame, span: Span, output: Any) -> None:
-        state = self._spans[frame.key, span]
-        inputs, entered = frame.entries[span]
+        inputs, entered, state = frame.entries[span]
         feature = self.method.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
         tensors = state.template.split(output) if state.template and state.signature == entered else None
