@@ -28,6 +28,7 @@ T = TypeVar("T")
 __all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "enable", "inspect", "run", "summary"]
 
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
+GRANULARITIES = ("sample", "batch")
 
 
 def enable(
@@ -36,7 +37,8 @@ def enable(
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
     *,
     scope: str | None = None,
-    depth: int = 1,
+    depth: int | None = None,
+    granularity: str = "sample",
     **options: Any,
 ) -> Session:
     """Make a pipeline's next generations reuse features between steps. Enabling again replaces what was enabled.
@@ -44,8 +46,11 @@ def enable(
     Args:
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances.
-        scope: "denoiser", "stack", "block" or "cut"; None picks cut for UNets and stack for transformers.
-        depth: for cuts, how many down and up blocks stay outside the cut.
+        scope: "denoiser", "stack", "block", "branch" or "cut"; None picks cut for UNets and stack for transformers.
+        depth: for cuts, how many down and up blocks stay outside the cut; None for 1.
+        granularity: with an adaptive policy, "sample" decides for every sample of a batch apart and computes only
+            those that ask for it, so that an image does not depend on its neighbours (falling back, told once, where
+            samples cannot be told apart); "batch" computes all if any asks.
         options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end,
             max_consecutive, max_reused).
 
@@ -53,7 +58,7 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    session = Session(_method(policy, forecaster, scope, depth, options))
+    session = Session(_method(policy, forecaster, scope, depth, granularity, options))
     session.attach_pipeline(pipe)
     return session
 
@@ -99,7 +104,8 @@ def run(
     *,
     num_steps: int | None = None,
     scope: str | None = None,
-    depth: int = 1,
+    depth: int | None = None,
+    granularity: str = "sample",
     **options: Any,
 ) -> Iterator[Run]:
     """One generation of a bare denoiser, cached. Options and errors as for `enable`.
@@ -112,7 +118,7 @@ def run(
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
-    method = _method(policy, forecaster, scope, depth, options)
+    method = _method(policy, forecaster, scope, depth, granularity, options)
     session = Session(method)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps)
@@ -255,7 +261,7 @@ def inspect(
     *,
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
     scope: str | None = None,
-    depth: int = 1,
+    depth: int | None = None,
 ) -> Inspection:
     """Which spans were found, their sizes, and the bytes a cache would take.
 
@@ -265,7 +271,7 @@ def inspect(
     Raises:
         ConfigError, NoSpansError: as `enable`.
     """
-    method = _method("interval", forecaster, scope, depth, {"every": 2})
+    method = _method("interval", forecaster, scope, depth, "batch", {"every": 2})
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
     sizes: dict[str, int] = {}
@@ -324,12 +330,19 @@ def _session(pipe: Any) -> Session | None:
 
 
 def _method(
-    policy: str | Policy, forecaster: str | Forecaster, scope: str | None, depth: int, options: Mapping[str, Any]
+    policy: str | Policy,
+    forecaster: str | Forecaster,
+    scope: str | None,
+    depth: int | None,
+    granularity: str,
+    options: Mapping[str, Any],
 ) -> Method:
     if scope is not None and scope not in SCOPES:
         raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
-    if not isinstance(depth, int) or isinstance(depth, bool):
-        raise ConfigError(f"depth must be a whole number, not {depth!r}")
+    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
+        raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f"Unknown granularity {granularity!r}. {suggest(str(granularity), GRANULARITIES)}")
     remaining = dict(options)
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
@@ -339,9 +352,9 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for policy {built_policy.name!r} with forecaster {built_forecaster.name!r}. "
-            f"{suggest(name, [*known, 'scope', 'depth'])}"
+            f"{suggest(name, [*known, 'scope', 'depth', 'granularity'])}"
         )
-    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth)
+    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, granularity)
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from .errors import ConfigError
 from .schedule import Schedule
 
 Feature = Literal["auto", "residual", "output"]
-SCOPES = ("denoiser", "stack", "block", "cut")
+SCOPES = ("denoiser", "stack", "block", "branch", "cut")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Needs:
 
 
 class Verdict(NamedTuple):
-    """A decision for all spans of one call, with its reason in a few words."""
+    """A decision for all spans of one call, or for one sample in them, with its reason in a few words."""
 
     compute: bool
     reason: str
@@ -53,12 +53,11 @@ class Verdict(NamedTuple):
 
 @dataclass
 class PassState:
-    """What a policy may know of the past of its pass. kept: each needed signal as of the last computed step."""
+    """What a policy may know of the past of its pass: of one sample in it, where samples are decided on apart."""
 
     last_computed: int = -1
     consecutive: int = 0
     reused: int = 0
-    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, index: int, computed: bool) -> None:
         if computed:
@@ -69,7 +68,12 @@ class PassState:
 
 
 class Policy(ABC):
-    """When to compute. A frozen dataclass of primitives; state lives in PassState."""
+    """When to compute. A frozen dataclass of primitives; state lives in PassState.
+
+    A planned policy decides from the step alone. An adaptive one names the signals it needs, turns them into one
+    number per batch row on their device (`measure`), and decides from a sample's number (`decide`); the engine reads
+    all rows back at once.
+    """
 
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
@@ -87,9 +91,17 @@ class Policy(ABC):
         """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
         return None
 
+    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+        """One number per batch row, [rows]: from this step's signals and those of each row's last computed step.
+
+        Both map the needed names to tensors of equal shape, [rows, ...]. Of the rows that belong to one sample
+        (guidance branches) the largest number counts, and NaN above all.
+        """
+        raise NotImplementedError(f"policy {self.name!r} names signals and so must define measure")
+
     @abstractmethod
-    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
-        """Compute or reuse at this step. Without needed signals this must depend on step and state alone."""
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        """Compute or reuse at this step. value: what was measured; None with no signals needed, or nothing kept."""
 
 
 class Query(NamedTuple):

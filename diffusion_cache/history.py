@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# the filled slots of a batch row, oldest first: (step of the feature, slot)
+Lane = list[tuple[float, int]]
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -15,61 +18,125 @@ class Leaf:
 
 
 class History:
-    """Up to `capacity` features, oldest first. A feature is one tensor per leaf of the span's output.
+    """Up to `capacity` features. A feature is one tensor per leaf of the span's output.
 
-    Slots are allocated once and written in place, so memory never exceeds capacity × the feature's bytes.
+    Slots are allocated once and written in place, so memory never exceeds capacity × the feature's bytes. All batch
+    rows share one lane until rows are observed apart; then each has its own.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.nodes: list[float] = []
+        self.lanes: list[Lane] = [[]]
         self.slots: list[list[Tensor]] = []
 
-    def __len__(self) -> int:
-        return len(self.nodes)
+    def __bool__(self) -> bool:
+        return any(self.lanes)
 
-    def observe(self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]) -> None:
+    @property
+    def nodes(self) -> list[float]:
+        """Steps of the stored features, oldest first, where all rows share them."""
+        (lane,) = self.lanes
+        return [node for node, _ in lane]
+
+    def observe(
+        self,
+        node: float,
+        outputs: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        rows: Sequence[int] | None = None,
+        batch: int = 0,
+    ) -> None:
         """Store outputs[i] − bases[i], or a copy of outputs[i] where there is no base, as the feature of step `node`.
 
-        A feature of the same step is replaced. Whatever fails leaves the history empty rather than half written.
+        rows: of a batch of `batch`, those that the tensors hold; None for all. A feature of the same step is
+        replaced. Whatever fails leaves the history empty rather than half written.
         """
-        replaced = bool(self.nodes) and self.nodes[-1] == node
-        if replaced:
-            slot: list[Tensor | None] = list(self.slots.pop())
-            self.nodes.pop()
-        elif len(self.slots) == self.capacity:
-            slot = list(self.slots.pop(0))
-            self.nodes.pop(0)
-        else:
-            slot = [None] * len(outputs)
         try:
-            feature = [_store(out, base, old) for out, base, old in zip(outputs, bases, slot, strict=True)]
-        except Exception:
+            if rows is None:
+                self._join_lanes()
+            elif len(self.lanes) == 1:
+                self.lanes = [list(self.lanes[0]) for _ in range(batch)]
+            if rows is None and len(self.lanes) == 1:
+                slot = self._claim(self.lanes[0], node)
+                old = self.slots[slot] if slot < len(self.slots) else [None] * len(outputs)
+                feature = [_store(out, base, into) for out, base, into in zip(outputs, bases, old, strict=True)]
+                self.slots[slot : slot + 1] = [feature]
+            else:
+                self._observe_rows(node, outputs, bases, range(len(self.lanes)) if rows is None else rows)
+        except BaseException:
             self.clear()
             raise
-        self.slots.append(feature)
-        self.nodes.append(node)
+
+    def _join_lanes(self) -> None:
+        """One lane again, if all rows hold the same steps; rows that hold them in other slots are moved."""
+        first, *others = self.lanes
+        if any([node for node, _ in lane] != [node for node, _ in first] for lane in others):
+            return
+        moved = [row for row, lane in enumerate(self.lanes) if lane != first]
+        if moved:
+            before = [[tensor[moved] for tensor in feature] for feature in self.slots]
+            for place, (_, slot) in enumerate(first):
+                for i, tensor in enumerate(self.slots[slot]):
+                    values = [before[self.lanes[row][place][1]][i][j] for j, row in enumerate(moved)]
+                    tensor[moved] = torch.stack(values)
+        del self.lanes[1:]
+
+    def _claim(self, lane: Lane, node: float) -> int:
+        """The slot for a lane's next feature, which is noted as filled."""
+        if lane and lane[-1][0] == node:
+            slot = lane.pop()[1]
+        elif len(lane) == self.capacity:
+            slot = lane.pop(0)[1]
+        else:
+            slot = min(set(range(self.capacity)) - {slot for _, slot in lane})
+        lane.append((node, slot))
+        return slot
+
+    def _observe_rows(
+        self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], rows: Sequence[int]
+    ) -> None:
+        by_slot: dict[int, list[int]] = {}
+        for position, row in enumerate(rows):
+            by_slot.setdefault(self._claim(self.lanes[row], node), []).append(position)
+        features = [_store(out, base, None) for out, base in zip(outputs, bases, strict=True)]
+        while len(self.slots) <= max(by_slot):
+            # zeros: a row that has not filled a slot weighs it with zero, which must not meet a NaN
+            self.slots.append([feature.new_zeros(len(self.lanes), *feature.shape[1:]) for feature in features])
+        for slot, positions in by_slot.items():
+            for into, feature in zip(self.slots[slot], features, strict=True):
+                source = torch.tensor(positions, device=feature.device)
+                target = torch.tensor([rows[position] for position in positions], device=feature.device)
+                into.index_copy_(0, target, feature.index_select(0, source))
 
     def leaf(self, index: int) -> list[Tensor]:
-        """The stored tensors of one leaf, oldest first."""
+        """The slots' tensors of one leaf."""
         return [feature[index] for feature in self.slots]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is stored."""
+        return [tensor for feature in self.slots for tensor in feature]
+
     def clear(self) -> None:
-        self.nodes.clear()
+        self.lanes = [[]]
         self.slots.clear()
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for feature in self.slots for tensor in feature)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of one feature; 0 while there is none."""
+        return sum(tensor.nbytes for tensor in self.slots[0]) if self.slots else 0
 
     @property
     def on_host(self) -> bool:
-        return self.slots[-1][0].device.type == "cpu"
+        return self.slots[0][0].device.type == "cpu"
 
-    def is_finite(self, newest: int = 1) -> bool:
-        """Whether the newest features hold only finite numbers; reads a sum of each tensor back to the host."""
-        features = self.slots[-newest:]
-        return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for feature in features for tensor in feature)
+
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors hold only finite numbers; reads a sum of each back to the host."""
+    return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
 
 
 def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:

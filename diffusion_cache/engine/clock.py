@@ -118,18 +118,42 @@ def begin_index(scheduler: Any, timestep: Any = None) -> int:
     told = getattr(scheduler, "begin_index", None)
     if told is not None:
         return told
+    timesteps = scheduler.timesteps
     if isinstance(timestep, Tensor) and timestep.numel():
+        place = _entry(timesteps, timestep)
+        if place is not None:
+            return place
         timestep = timestep.flatten()[0].item()
     if isinstance(timestep, (int, float)):
-        places = (scheduler.timesteps.double().cpu() == timestep).nonzero()
-        return int(places[0]) if len(places) else 0
+        places = (timesteps.double().cpu() == timestep).nonzero().flatten().tolist()
+        return places[min(1, len(places) - 1)] if places else 0  # of several the second, as schedulers do themselves
     return 0
+
+
+def _entry(timesteps: Tensor, timestep: Tensor) -> int | None:
+    """Which entry of the list this very tensor is a view of: only that tells PNDM's repeated entries apart."""
+    if timestep.device != timesteps.device or timestep.dtype != timesteps.dtype or not timesteps.is_contiguous():
+        return None
+    place = (timestep.data_ptr() - timesteps.data_ptr()) // timesteps.element_size()
+    return place if 0 <= place < len(timesteps) else None
 
 
 def scheduler_total(scheduler: Any, timestep: Any = None) -> int | None:
     """Iterations that a scheduler with its timesteps set still has before it, from the first call's timestep on."""
     timesteps = getattr(scheduler, "timesteps", None)
     return None if timesteps is None else len(timesteps) - begin_index(scheduler, timestep)
+
+
+def loop_total(scheduler: Any, timestep: Any, progress_total: int | None) -> int | None:
+    """A run's iterations from what its progress bar counts to, where it has one, and its scheduler."""
+    listed = scheduler_total(scheduler, timestep)
+    if listed is None or progress_total is None:
+        return progress_total or listed
+    # bars of order-2 samplers, and of those that repeat timesteps, count what the user asked for
+    repeats = len(set(scheduler.timesteps.tolist())) < len(scheduler.timesteps)
+    if getattr(scheduler, "order", 1) > 1 or repeats:
+        return listed
+    return min(listed, progress_total)
 
 
 def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
@@ -157,9 +181,12 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
 def is_flow(scheduler: Any) -> bool:
     """Whether the scheduler's sigmas mix data and noise linearly, x = (1 − σ)·x0 + σ·noise."""
     config = getattr(scheduler, "config", {})
-    return "Flow" in type(scheduler).__name__ or bool(
-        config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    )
+    if "Flow" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+        return True
+    if config.get("prediction_type") == "flow_prediction":
+        return True
+    # others say so in no name or option, but have no ᾱ and end at pure noise, where σ is 1
+    return not hasattr(scheduler, "alphas_cumprod") and bool((torch.as_tensor(scheduler.sigmas) <= 1).all())
 
 
 def _log(value: float) -> float:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..context import Forecaster
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..models import Layout, Span, default_scope, find_denoisers, find_layout, unwrap
+from ..models import Layout, Span, arrange, default_scope, find_denoisers, find_layout, merged, unwrap
 from ..policies import Guarded
 from ..registry import unknown_name
 from . import patches
 from .cache_run import SIGNALS, CacheRun
-from .clock import StepClock, noise_levels, scheduler_total
+from .clock import StepClock, loop_total, noise_levels
 from .intercept import intercept, is_intercepted, release
 from .patches import ACTIVE
 
@@ -35,7 +35,8 @@ class Method:
     guarded: Guarded
     forecaster: Forecaster
     scope: str | None = None
-    depth: int = 1
+    depth: int | None = None
+    granularity: str = "sample"
 
     def __str__(self) -> str:
         def text(part: Any) -> str:
@@ -69,7 +70,9 @@ class Method:
                 f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: "
                 f"set depth instead of front and back"
             )
-        return find_layout(denoiser, scope, self.depth, needs.probe, needs.tail)
+        if self.depth is not None and scope != "cut":
+            raise ConfigError(f"depth is for scope 'cut' of UNets; {type(unwrap(denoiser)).__name__} runs at {scope!r}")
+        return find_layout(denoiser, scope, self.depth or 1, needs.probe, needs.tail)
 
 
 class Session:
@@ -82,6 +85,13 @@ class Session:
         self.denoisers: dict[str, nn.Module] = {}
         self.span_index: dict[Span, int] = {}
         self.last_run: CacheRun | None = None
+        self.agree: Callable[[Tensor], Tensor] | None = None  # makes ranks that share a sample decide alike
+        # learned once and kept over runs: denoisers whose blocks' order is known; ways of calling them in which nothing
+        # but the last block's output was seen to be used; spans whose batch rows were seen to be independent, or not
+        self.traced: set[str] = set()
+        self.verified: dict[str, set[tuple]] = {}
+        self.independent: dict[tuple[Span, tuple], bool] = {}
+        self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
         self._owner: weakref.ref[Any] | None = None
         self._finalizer: weakref.finalize | None = None
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
@@ -101,7 +111,8 @@ class Session:
         try:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
-            self._patch(type(pipe), "__call__", _bracket)
+            for cls in {type(pipe), *_imported_pipelines()}:
+                self._patch(cls, "__call__", _bracket)
             self._patch_progress_bar(pipe)
             for denoiser in denoisers.values():
                 self._patch_cache_context(denoiser)
@@ -163,6 +174,24 @@ class Session:
         for module, handler in handlers:
             intercept(module, self, handler)
 
+    def arrange_spans(self, name: str, trace: list[tuple[Span, int]]) -> None:
+        """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
+        self.traced.add(name)
+        self._rebind(name, arrange(self.layouts[name], trace))
+
+    def merge_spans(self, name: str) -> bool:
+        """Make one span of all stacks, if there are several."""
+        if self.layouts[name].scope != "stack" or sum(not span.side for span in self.layouts[name].spans) < 2:
+            return False
+        self._rebind(name, merged(self.layouts[name]))
+        return True
+
+    def _rebind(self, name: str, layout: Layout) -> None:
+        if layout is not self.layouts[name]:
+            denoiser = self.denoisers[name]
+            self._unbind(name)
+            self._bind(name, denoiser, layout)
+
     def _unbind(self, name: str) -> None:
         for module, _ in self._handlers.pop(name, ()):
             release(module, self)
@@ -201,6 +230,16 @@ class Session:
     def begin(self, pipe: Any) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         self._refresh(pipe)
+        return self._begin(pipe)
+
+    def begin_part(self, whole: CacheRun, pipe: Any) -> CacheRun:
+        """Start a run of a pipeline that another, which this session is enabled on, is made of."""
+        self._patch_progress_bar(pipe)
+        run = self._begin(pipe)
+        run.records = whole.records
+        return run
+
+    def _begin(self, pipe: Any) -> CacheRun:
         for scheduler in _schedulers(pipe):
             self._patch(type(scheduler), "step", _counted_step)
             _mark(scheduler, _marks(scheduler) | {self.token})
@@ -213,13 +252,13 @@ class Session:
         def total(timestep: Any) -> int | None:
             if getattr(pipe, "_num_timesteps", None):
                 return int(pipe._num_timesteps)
-            return run.progress_total or scheduler_total(scheduler, timestep)
+            return loop_total(scheduler, timestep, run.progress_total)
 
-        run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep))
+        run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
         return run
 
     def begin_model(self, num_steps: int | None) -> CacheRun:
-        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [], any_scheduler=True)
+        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [])
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run
@@ -251,7 +290,17 @@ def _member_handler(span: Span, member: int) -> Callable:
     def handler(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         return run.member_call(span, member, inner, args, kwargs)
 
-    return handler
+    def middle(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # most calls of most runs come through here: nothing is looked up that need not be
+        frame = run.frame
+        if frame is None:
+            return inner(*args, **kwargs)
+        visit = frame.visits.get(span)
+        if (visit is None and frame.trace is None) or (visit is not None and visit.quiet):
+            return inner(*args, **kwargs)
+        return run.spans.call(frame, span, member, inner, args, kwargs)
+
+    return middle if 0 < member < len(span.members) - 1 else handler
 
 
 def session_of(pipe: Any) -> Session | None:
@@ -282,13 +331,24 @@ def _schedulers(pipe: Any) -> list[Any]:
 def _imported_schedulers() -> list[type]:
     from diffusers import SchedulerMixin
 
+    return [cls for cls in _subclasses(SchedulerMixin) if "step" in vars(cls)]
+
+
+def _imported_pipelines() -> list[type]:
+    """Pipelines that may share a denoiser with an enabled one, and may be called from its callback."""
+    from diffusers import DiffusionPipeline
+
+    return [cls for cls in _subclasses(DiffusionPipeline) if "__call__" in vars(cls)]
+
+
+def _subclasses(root: type) -> list[type]:
     found: list[type] = []
-    queue: list[type] = [SchedulerMixin]
+    queue = [root]
     while queue:
         cls = queue.pop()
-        queue += cls.__subclasses__()
-        if "step" in vars(cls):
+        if cls not in found:
             found.append(cls)
+            queue += cls.__subclasses__()
     return found
 
 
@@ -296,21 +356,25 @@ def _bracket(original: Callable) -> Callable:
     """A pipeline's `__call__` as a run, where this very pipeline has a session."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session, active = session_of(self), ACTIVE.get()
-        if session is None:
-            # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
-            token = ACTIVE.set(active if active is not None and active.any_scheduler else None)
-        elif active is not None and active.session is session:
+        session = session_of(self)
+        active: CacheRun | None = ACTIVE.get()
+        run: CacheRun | None
+        if session is not None and active is not None and active.session is session:
             return original(self, *args, **kwargs)
+        if session is not None:
+            run = session.begin(self)
+        elif active is not None and active.has_part(self):
+            run = active.session.begin_part(active, self)
         else:
-            token = ACTIVE.set(session.begin(self))
-        run = ACTIVE.get()
+            # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
+            run = active if active is not None and active.any_scheduler else None
+        token = ACTIVE.set(run)
         try:
             return original(self, *args, **kwargs)
         finally:
             ACTIVE.reset(token)
-            if session is not None:
-                session.finish(run)
+            if run is not None and run is not active:
+                run.session.finish(run)
 
     return __call__
 
@@ -323,19 +387,22 @@ def _counted_step(original: Callable) -> Callable:
         run = ACTIVE.get()
         if run is not None and (run.any_scheduler or run.session.token in _marks(self)):
             run.clock.scheduler_stepped()
+            sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+            if isinstance(sample, Tensor) and sample.ndim:
+                run.samples = len(sample)
         return result
 
     return step
 
 
 def _noted_progress_bar(original: Callable) -> Callable:
-    def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
+    def progress_bar(self: Any, iterable: Any = None, total: int | None = None, *args: Any, **kwargs: Any) -> Any:
         run = ACTIVE.get()
-        if run is not None and session_of(self) is run.session:
+        if run is not None and run.pipe is not None and run.pipe() is self:
             length = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
             if length:
                 run.progress_total = length
-        return original(self, iterable, total)
+        return original(self, iterable, total, *args, **kwargs)
 
     return progress_bar
 

@@ -38,12 +38,24 @@ def unflatten(leaves: list[Any], shape: Shape) -> Any:
 
 
 def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
-    """The tensors among a call's arguments, by position or name."""
-    found: Inputs = {i: value for i, value in enumerate(args) if isinstance(value, Tensor)}
+    """The tensors among a call's arguments, by position or name; those inside lists and dicts as "name.0"."""
+    found: Inputs = {}
+    for i, value in enumerate(args):
+        _note(i, value, found)
     for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            found[name] = value
+        _note(name, value, found)
     return found
+
+
+def _note(key: int | str, value: Any, found: Inputs) -> None:
+    if isinstance(value, Tensor):
+        found[key] = value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _note(f"{key}.{i}", item, found)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _note(f"{key}.{name}", item, found)
 
 
 def image_stream(inputs: Inputs) -> Tensor:
@@ -112,31 +124,47 @@ class Like(NamedTuple):
 
 @dataclass(frozen=True)
 class PassThrough:
-    """What a skipped member that is not its span's last returns: its inputs where shapes match, else empty tensors.
+    """What a skipped member that is not its span's last returns: tensors of the right shapes, with any content.
 
     Nothing of it reaches the output (the last member's forecast replaces it), but code between members may read its
-    structure and add to it.
+    structure and add to it. They are new tensors, for that code may also write into them.
     """
 
     shape: Shape
     constants: tuple[Any, ...]
-    sources: tuple[tuple[int, int | str | None, Like], ...]  # leaf, the input it takes, what it looks like
+    tensors: tuple[tuple[int, Like], ...]
 
     @classmethod
-    def of(cls, output: Any, inputs: Inputs) -> "PassThrough":
+    def of(cls, output: Any) -> "PassThrough":
         flat, shape = flatten(output)
-        sources = []
-        for i, leaf in enumerate(flat):
-            if isinstance(leaf, Tensor):
-                same = (key for key, x in inputs.items() if x.shape == leaf.shape and x.dtype == leaf.dtype)
-                sources.append((i, next(same, None), Like(leaf.shape, leaf.dtype, leaf.device)))
-        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tuple(sources))
+        tensors = [(i, Like(x.shape, x.dtype, x.device)) for i, x in enumerate(flat) if isinstance(x, Tensor)]
+        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tuple(tensors))
 
-    def output(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def output(self, poisoned: bool = False) -> Any:
+        """poisoned: filled with NaN, which shows up in whatever depends on it."""
         flat = list(self.constants)
-        for i, key, like in self.sources:
-            if key is None:
-                flat[i] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            else:
-                flat[i] = args[key] if isinstance(key, int) else kwargs[key]
+        for i, like in self.tensors:
+            flat[i] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            if poisoned and like.dtype.is_floating_point:
+                flat[i].fill_(float("nan"))
         return unflatten(flat, self.shape)
+
+    def spread(self, output: Any, rows: Tensor) -> Any:
+        """An output of some batch rows as part of one of the whole batch; the other rows are zero."""
+        flat, _ = flatten(output)
+        for i, like in self.tensors:
+            if flat[i].shape != like.shape:
+                whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                flat[i] = whole.index_copy_(0, rows, flat[i])
+        return unflatten(flat, self.shape)
+
+
+def select_rows(value: Any, batch: int, rows: Tensor) -> Any:
+    """The value with only some rows of the tensors in it whose first axis is the batch."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, rows) if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {name: select_rows(item, batch, rows) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(select_rows(item, batch, rows) for item in value)
+    return value

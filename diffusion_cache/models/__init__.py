@@ -1,6 +1,17 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
+from .calls import fills_cache
 from .denoisers import find_denoisers, unwrap
-from .spans import Layout, Span, default_scope, find_layout
+from .spans import Layout, Span, arrange, default_scope, find_layout, merged
 
-__all__ = ["Layout", "Span", "default_scope", "find_denoisers", "find_layout", "unwrap"]
+__all__ = [
+    "Layout",
+    "Span",
+    "arrange",
+    "default_scope",
+    "fills_cache",
+    "find_denoisers",
+    "find_layout",
+    "merged",
+    "unwrap",
+]

@@ -14,7 +14,15 @@ OTHER_PACKAGES = (
     "diffusers.models.adapter",
     "transformers.",
 )
-TIME_ARGUMENTS = ("timestep", "timesteps", "timestep_ratio", "t")
+# denoisers that live elsewhere in diffusers
+DENOISERS = ("UNetControlNetXSModel", "UniDiffuserModel", "WuerstchenPrior", "WuerstchenDiffNeXt")
+TIME_ARGUMENTS = ("timestep", "timesteps", "timestep_ratio", "t", "r", "timestep_img")
+# pipelines that look into their denoiser while it runs, and so need every block of it at every step
+LOOKING_INSIDE = {
+    "StableDiffusionSAGPipeline": "attention maps for self-attention guidance",
+    "StableDiffusionAttendAndExcitePipeline": "attention maps, and gradients through the blocks",
+    "StableDiffusionPix2PixZeroPipeline": "attention maps, and gradients through the blocks",
+}
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -29,10 +37,12 @@ def is_denoiser(component: Any) -> bool:
     cls = type(unwrap(component))
     if cls.__module__.startswith(DENOISER_PACKAGES):
         return True
+    if cls.__name__ in DENOISERS:
+        return True
     if cls.__module__.startswith(OTHER_PACKAGES):
         return False
     parameters = inspect.signature(cls.forward).parameters
-    return any(name in parameters for name in TIME_ARGUMENTS)
+    return any(name in parameters for name in TIME_ARGUMENTS[:4])
 
 
 def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -40,7 +50,7 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
 
     Raises:
         ConfigError: if this is no diffusers pipeline.
-        NoSpansError: if none of its components is a denoiser.
+        NoSpansError: if none of its components is a denoiser, or its blocks must run at every step.
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
@@ -48,6 +58,12 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
             f"expected a diffusers pipeline, got {type(pipe).__name__}; "
             f"for a bare denoiser use diffusion_cache.run(model, …)"
         )
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in LOOKING_INSIDE:
+            raise NoSpansError(
+                f"{type(pipe).__name__} reads {LOOKING_INSIDE[cls.__name__]} from inside its denoiser at every step, "
+                "so that no block may be skipped"
+            )
     found = {name: component for name, component in components.items() if is_denoiser(component)}
     if not found:
         raise NoSpansError(f"{type(pipe).__name__} has no denoiser among its components ({', '.join(components)})")

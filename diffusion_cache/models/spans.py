@@ -5,7 +5,9 @@ out. What flows between, and which output belongs to which input, is read off th
 (`engine/structure.py`), so no table of model families is needed.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,20 +17,35 @@ from ..errors import ConfigError, NoSpansError
 from ..registry import unknown_name
 from .denoisers import unwrap
 
-MIN_PARAMETER_SHARE = 0.05
+MIN_PARAMETER_SHARE = 0.005
+# by the names in use across diffusers: what attention and feed-forward modules are called, and what only sounds so
+BRANCH_CLASS = re.compile(
+    r"Attention|Attn|FeedForward|FFN?$|MLP|Mlp|SwiGLU|MoE|GLUMB|LiteLA$|Transition$|TriangleMult|Dense$"
+)
+BRANCH_ATTRIBUTE = re.compile(r"^(ff|ffn|mlp|feed_forward|attn\d?|attention|self_attn|cross_attn)$")
+COMPOSITE_CLASS = re.compile(r"Block|Transformer|Norm|Embed|(?<!MoE)Layer|Pool|Processor")
+NO_BRANCH = re.compile(r"adaln|modulation|embed|processor|norm")
+# stacks beside the main one, of text or conditions; they run before it or between its blocks
+SIDE_STACK = re.compile(r"text|txt|context|caption|siglip|vace|face|motion|adapter|control|perceiver")
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
     """One thing that is cached.
 
-    kind: denoiser, stack, block or cut. members: the modules that are skipped, in the order they run; the last one's
-    output is what the history holds. Residuals are stored unless the kind says that input and output differ in nature.
+    kind: denoiser, stack, block, branch or cut. members: the modules that are skipped, in the order they run; the
+    last one's output is what the history holds. Residuals are stored unless the kind says that input and output
+    differ in nature.
     """
 
     name: str
     kind: str
     members: tuple[nn.Module, ...]
+
+    @property
+    def side(self) -> bool:
+        """Whether this is a stack beside the main ones."""
+        return self.kind == "stack" and bool(SIDE_STACK.search(self.name))
 
     @property
     def stores_residual(self) -> bool:
@@ -48,18 +65,57 @@ class Layout:
     probe: nn.Module | None = None
 
 
-def stacks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
-    """The denoiser's ModuleLists of blocks: composite modules that hold a real share of its parameters."""
+def stacks(denoiser: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """The denoiser's lists of blocks, each by name: composite modules that hold a real share of its parameters.
+
+    Its own lists, or else those of its parts.
+    """
+    own = _block_lists(denoiser, denoiser.named_children())
+    return own or _block_lists(denoiser, denoiser.named_modules())
+
+
+def _block_lists(denoiser: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, nn.Module]]:
     total = sum(p.numel() for p in denoiser.parameters())
-    found = {}
-    for name, child in denoiser.named_children():
-        if not isinstance(child, nn.ModuleList) or not len(child):
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, module in modules:
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        composite = all(any(True for _ in block.children()) for block in child)
-        share = sum(p.numel() for p in child.parameters()) / max(total, 1)
-        if composite and share >= MIN_PARAMETER_SHARE:
-            found[name] = child
+        blocks = dict(_blocks(name, module))
+        share = sum(p.numel() for p in module.parameters()) / max(total, 1)
+        if blocks and all(any(block.children()) for block in blocks.values()) and share >= MIN_PARAMETER_SHARE:
+            found[name] = blocks
     return found
+
+
+def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a ModuleList that are called: containers in it are not."""
+    for key, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _blocks(f"{name}.{key}", child)
+        else:
+            yield f"{name}.{key}", child
+
+
+def branches(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Attention and feed-forward modules inside the denoiser's blocks, by dotted name; outermost only."""
+    lists = ["down_blocks", "mid_block", "up_blocks"] if is_unet(denoiser) else [*stacks(denoiser)]
+    found: dict[str, nn.Module] = {}
+    for name, module in denoiser.named_modules():
+        if not name.startswith(tuple(f"{blocks}." for blocks in lists)):
+            continue
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if not nested and not NO_BRANCH.search(name) and _is_branch(name.rsplit(".", 1)[-1], module):
+            found[name] = module
+    return found
+
+
+def _is_branch(attribute: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if not any(module.children()):
+        return False
+    if BRANCH_ATTRIBUTE.search(attribute):
+        return True
+    return bool(BRANCH_CLASS.search(kind)) and not COMPOSITE_CLASS.search(kind)
 
 
 def is_unet(denoiser: nn.Module) -> bool:
@@ -67,10 +123,10 @@ def is_unet(denoiser: nn.Module) -> bool:
 
 
 def default_scope(denoiser: nn.Module) -> str:
-    """cut for UNets, stack where there are stacks, else denoiser."""
+    """cut for UNets (block where a level is no module), stack where there are stacks, else denoiser."""
     denoiser = unwrap(denoiser)
     if is_unet(denoiser):
-        return "cut"
+        return "cut" if _has_levels(denoiser) else "block"
     return "stack" if stacks(denoiser) else "denoiser"
 
 
@@ -89,6 +145,11 @@ def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0,
         raise unknown_name("scope", scope, SCOPES)
     if scope == "denoiser":
         return Layout(scope, (Span("denoiser", scope, (denoiser,)),))
+    if scope == "branch":
+        spans = tuple(Span(name, scope, (module,)) for name, module in branches(inner).items())
+        if not spans:
+            raise NoSpansError(f"{type(inner).__name__} has no attention or feed-forward modules inside its blocks")
+        return Layout(scope, spans)
     if is_unet(inner):
         if scope == "cut":
             return _cut_layout(inner, depth)
@@ -100,14 +161,17 @@ def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0,
         others = "stack, block or denoiser" if found else "denoiser"
         raise NoSpansError(f"{type(inner).__name__} has no {scope} to cache; use scope {others}")
     if scope == "block":
-        named = ((f"{name}.{i}", block) for name, stack in found.items() for i, block in enumerate(stack))
+        named = (item for stack in found.values() for item in stack.items())
         return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in named))
     return _stack_layout(inner, found, probe, tail)
 
 
-def _stack_layout(denoiser: nn.Module, found: dict[str, nn.ModuleList], probe: int, tail: int) -> Layout:
+def _stack_layout(denoiser: nn.Module, found: Mapping[str, Mapping[str, nn.Module]], probe: int, tail: int) -> Layout:
+    if probe or tail:
+        # side stacks may run before the probe has told what to do
+        found = {name: stack for name, stack in found.items() if not SIDE_STACK.search(name)} or found
     names = list(found)
-    blocks = {name: list(stack) for name, stack in found.items()}
+    blocks = {name: list(stack.values()) for name, stack in found.items()}
     sizes = ", ".join(f"{name}: {len(stack)}" for name, stack in found.items())
     total = sum(map(len, found.values()))
     if probe + tail >= total or probe > len(found[names[0]]) or tail > len(found[names[-1]]):
@@ -122,14 +186,71 @@ def _stack_layout(denoiser: nn.Module, found: dict[str, nn.ModuleList], probe: i
     return Layout("stack", spans, first_block if probe else None)
 
 
+def arrange(layout: Layout, trace: Sequence[tuple[Span, int]]) -> Layout:
+    """The layout as one call ran it; trace: spans and members in the order they were called.
+
+    Members take the order in which they ran, and spans whose members took turns become one; side stacks that run
+    between the blocks of another are left out. The layout itself where nothing changes.
+    """
+    first: dict[tuple[Span, int], int] = {}
+    for place, called in enumerate(trace):
+        first.setdefault(called, place)
+    between = [span for span in layout.spans if span.side and _is_between(span, layout.spans, first)]
+    first = {key: place for key, place in first.items() if key[0] not in between}
+    groups: list[tuple[list[Span], int, int]] = []  # spans, first and last place
+    for span in sorted((span for span in layout.spans if _places(span, first)), key=lambda s: min(_places(s, first))):
+        places = _places(span, first)
+        if groups and min(places) < groups[-1][2]:
+            spans, start, end = groups.pop()
+            groups.append(([*spans, span], start, max(end, *places)))
+        else:
+            groups.append(([span], min(places), max(places)))
+    arranged = []
+    for spans, _, _ in groups:
+        ran = sorted((key for key in first if key[0] in spans), key=lambda key: first[key])
+        members = tuple(owner.members[member] for owner, member in ran)
+        known = len(spans) == 1 and len(members) > 1 and members == spans[0].members
+        name = "+".join(span.name for span in spans)
+        arranged.append(spans[0] if known or len(members) < 2 else Span(name, spans[0].kind, members))
+    if not between and set(arranged) <= set(layout.spans):
+        return layout
+    never = [span for span in layout.spans if span not in between and not _places(span, first)]
+    return replace(layout, spans=(*arranged, *never))
+
+
+def _is_between(side: Span, spans: Iterable[Span], first: Mapping[tuple[Span, int], int]) -> bool:
+    own = _places(side, first)
+    others = [_places(span, first) for span in spans if span is not side and not span.side]
+    return any(own and places and min(own) < max(places) and max(own) > min(places) for places in others)
+
+
+def merged(layout: Layout) -> Layout:
+    """The layout with all its main stacks as one span, for models whose later blocks take earlier ones' outputs."""
+    main = [span for span in layout.spans if not span.side]
+    members = tuple(member for span in main for member in span.members)
+    whole = Span("+".join(span.name for span in main), main[0].kind, members)
+    return replace(layout, spans=(*(span for span in layout.spans if span.side), whole))
+
+
+def _places(span: Span, first: Mapping[tuple[Span, int], int]) -> list[int]:
+    return [first[span, member] for member in range(len(span.members)) if (span, member) in first]
+
+
 def _unet_blocks(unet: Any) -> list[tuple[str, nn.Module]]:
-    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+    blocks = [*_blocks("down_blocks", unet.down_blocks)]
     if getattr(unet, "mid_block", None) is not None:
         blocks.append(("mid_block", unet.mid_block))
-    return blocks + [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+    return [*blocks, *_blocks("up_blocks", unet.up_blocks)]
+
+
+def _has_levels(unet: Any) -> bool:
+    """Whether each level of a UNet is one module, so that cuts can be made."""
+    return not any(isinstance(level, nn.ModuleList) for level in (*unet.down_blocks, *unet.up_blocks))
 
 
 def _cut_layout(unet: Any, depth: int) -> Layout:
+    if not _has_levels(unet):
+        raise NoSpansError(f"{type(unet).__name__} runs the blocks of its levels one by one; use scope block")
     deepest = min(len(unet.down_blocks), len(unet.up_blocks))
     if getattr(unet, "mid_block", None) is None:
         deepest -= 1

@@ -22,7 +22,7 @@ class FirstBlock(Policy):
 
     threshold: largest relative L1 change of the front blocks' residual since the last computed step that is still
     reused. On UNet cuts the probe is the down blocks above the cut (`depth`), and its output is compared as it is.
-    Guidance branches stacked in one batch are judged apart; the call is computed if any of them asks for it.
+    Batch rows are judged apart; a sample is computed if any of its guidance branches in the call asks for it.
     """
 
     threshold: float = 0.08
@@ -41,11 +41,11 @@ class FirstBlock(Policy):
     def needs(self) -> Needs:
         return Needs(signals=("probe_residual",), probe=self.front, tail=self.back)
 
-    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
-        kept = state.kept.get("probe_residual")
-        current = signals["probe_residual"]
-        if kept is None or kept.shape != current.shape:
+    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+        return relative_l1(signals["probe_residual"], kept["probe_residual"])
+
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        if value is None:
             return Verdict(True, "nothing to compare with")
-        change = relative_l1(current, kept, step.rows).max().item()
         # written so that NaN computes
-        return Verdict(not change <= self.threshold, f"change {change:.3g}")
+        return Verdict(not value <= self.threshold, f"change {value:.3g}")

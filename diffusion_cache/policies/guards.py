@@ -1,10 +1,7 @@
 """Guards: limits on reuse that hold for every policy, as one wrapper."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from ..context import Needs, PassState, Policy, Step, Verdict
 from ..errors import ConfigError
@@ -96,12 +93,12 @@ class Guarded:
                 elif own is not None:
                     spans = own.row(index, position)
                 else:
-                    spans = (self.policy.decide(step, {}, state).compute,)
+                    spans = (self.policy.decide(step, None, state).compute,)
                 state.update(index, computed=any(spans))
                 row.append(spans)
             rows.append(tuple(row))
         return Schedule(tuple(rows))
 
-    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         reason = self.guards.forced(step, state)
-        return Verdict(True, reason) if reason else self.policy.decide(step, signals, state)
+        return Verdict(True, reason) if reason else self.policy.decide(step, value, state)

@@ -1,9 +1,6 @@
 """Compute every N-th step (FORA, arXiv 2407.01425; the uniform schedule other methods are compared with)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from ..context import SCOPES, PassState, Policy, Step, Verdict
 from ..errors import ConfigError
@@ -23,5 +20,5 @@ class Interval(Policy):
         if self.every < 1:
             raise ConfigError(f"interval: every must be at least 1, not {self.every} (1 computes every step)")
 
-    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         return Verdict(step.index - state.last_computed >= self.every, "interval")

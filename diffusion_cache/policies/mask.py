@@ -1,12 +1,10 @@
 """Compute at explicitly listed steps."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-
-from torch import Tensor
 
 from ..context import SCOPES, PassState, Policy, Step, Verdict
 from ..errors import ConfigError, DiffusionCacheWarning
@@ -61,7 +59,7 @@ class Mask(Policy):
 
         return frozenset(step for step in range(total) if computed_before(step + 1) > computed_before(step))
 
-    def decide(self, step: Step, signals: Mapping[str, Tensor], state: PassState) -> Verdict:
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if step.total is None:
             raise ConfigError("mask needs the run's number of steps: pass num_steps to diffusion_cache.run")
         return Verdict(step.index in self.computed(step.total), "mask")

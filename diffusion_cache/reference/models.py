@@ -75,7 +75,7 @@ def _build_unet() -> Any:
         sample_size=IMAGE_SIZE,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(32, 96, 128),
+        block_out_channels=(32, 80, 112),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -62,7 +62,7 @@ def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
         errors = []
         for _ in range(STEPS):
             run.next_step()
-            for state in run._run._spans.values():
+            for state in run._run.spans._states.values():
                 for feature in state.history.slots:
                     for tensor in feature:
                         tensor += 0.1 * tensor.abs().mean() * torch.randn_like(tensor)

@@ -193,7 +193,7 @@ METHODS = [
     ),
     # scopes
     bad(dict(scope="stak"), "Unknown scope 'stak'", "Did you mean 'stack'?"),
-    bad(dict(scope=""), "Unknown scope ''", "Known: block, cut, denoiser, stack"),
+    bad(dict(scope=""), "Unknown scope ''", "Known: block, branch, cut, denoiser, stack"),
     bad(dict(scope=3), "Unknown scope 3", "Known: "),
     bad(dict(scope=["block"]), "Unknown scope ['block']"),
     bad(
@@ -234,8 +234,9 @@ NOT_FOUND = [
     ),
     (UNET, dict(policy="first_block", scope="stack"), dc.NoSpansError, "no stack", "cut, block or denoiser"),
     (UNET, dict(policy="first_block", scope="block"), dc.ConfigError, "does not serve scope 'block'", "cut, stack"),
-    (UNET, dict(depth=0), dc.ConfigError, "depth must be between 1 and 3", "not 0"),
-    (UNET, dict(depth=-1), dc.ConfigError, "depth must be between 1 and 3", "not -1"),
+    (UNET, dict(depth=0), dc.ConfigError, "depth must be a whole number of at least 1", "not 0"),
+    (UNET, dict(depth=-1), dc.ConfigError, "depth must be a whole number of at least 1", "not -1"),
+    (DIT, dict(depth=1), dc.ConfigError, "depth is for scope 'cut'", "DiTTransformer2DModel runs at 'stack'"),
     (UNET, dict(depth=4), dc.ConfigError, "depth must be between 1 and 3", "UNet2DConditionModel", "not 4"),
     (UNET, dict(policy="first_block", front=2), dc.ConfigError, "UNet cut", "set depth instead of front and back"),
     (UNET, dict(policy="first_block", back=1), dc.ConfigError, "UNet cut", "set depth instead of front and back"),

@@ -50,7 +50,7 @@ class Powers(Policy):
         if self.base < 2:
             raise dc.ConfigError(f"powers: base must be at least 2, not {self.base}")
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         index = step.index
         while index > 1 and index % self.base == 0:
             index //= self.base
@@ -66,7 +66,7 @@ class PerPass(Policy):
     def schedule(self, total):
         return Schedule(tuple(((i % 2 == 0,), (i % 4 == 0,)) for i in range(total)))
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         raise AssertionError("a policy with a schedule is not asked")
 
 
@@ -81,7 +81,7 @@ class PerSpan(Policy):
     def schedule(self, total):
         return Schedule(tuple(((i % 2 == 0, *[i % 4 == 0] * (self.spans - 1)),) for i in range(total)))
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         raise AssertionError("a policy with a schedule is not asked")
 
 
@@ -97,11 +97,12 @@ class Norm(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",), probe=2)
 
-    def decide(self, step, signals, state):
-        if "probe_residual" not in state.kept:
-            return Verdict(True, "nothing kept")
-        ratio = (signals["probe_residual"].norm() / state.kept["probe_residual"].norm()).item()
-        return Verdict(not 1 / self.factor <= ratio <= self.factor, "norm")
+    def measure(self, signals, kept):
+        now, then = signals["probe_residual"], kept["probe_residual"]
+        return now.flatten(1).norm(dim=1) / then.flatten(1).norm(dim=1)
+
+    def decide(self, step, value, state):
+        return Verdict(value is None or not 1 / self.factor <= value <= self.factor, "norm")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class At(Policy):
     steps: Sequence[int] = (0,)
     scopes = frozenset(SCOPES)
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         return Verdict(step.index in self.steps, "listed")
 """
 
@@ -445,7 +446,7 @@ def test_a_class_that_is_no_policy():
 def test_a_policy_that_names_no_scopes(registered):
     @dataclass(frozen=True)
     class Scopeless(Policy):
-        def decide(self, step, signals, state):
+        def decide(self, step, value, state):
             return Verdict(True, "")
 
     registered(scopeless=Scopeless)
@@ -462,7 +463,7 @@ def test_a_policy_that_needs_an_unknown_signal(registered):
         def needs(self):
             return Needs(signals=("no_such_signal",))
 
-        def decide(self, step, signals, state):
+        def decide(self, step, value, state):
             return Verdict(bool(signals["no_such_signal"].sum() > 0), "")
 
     registered(curious=Curious)
@@ -474,7 +475,7 @@ class NoDataclass(Policy):
     name = "no_dataclass"
     scopes = frozenset(SCOPES)
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         return Verdict(step.index % 2 == 0, "even")
 
 
@@ -506,7 +507,10 @@ def failing(error):
         def needs(self):
             return Needs(signals=("probe_residual",), probe=1)
 
-        def decide(self, step, signals, state):
+        def measure(self, signals, kept):
+            return signals["probe_residual"].flatten(1).mean(1)
+
+        def decide(self, step, value, state):
             raise error
 
     return Failing
@@ -529,7 +533,7 @@ def test_a_planned_policy_that_fails_is_computed_instead(registered):
     class FailingPlan(Policy):
         scopes = frozenset(SCOPES)
 
-        def decide(self, step, signals, state):
+        def decide(self, step, value, state):
             raise ZeroDivisionError("float division by zero")
 
     registered(failing=FailingPlan)

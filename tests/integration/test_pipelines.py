@@ -273,9 +273,13 @@ class Spy(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",), probe=1)
 
-    def decide(self, step, signals, state):
-        self.steps.append(step)
+    def measure(self, signals, kept):
         self.signals.append(signals["probe_residual"].shape)
+        return signals["probe_residual"].flatten(1).mean(1)
+
+    def decide(self, step, value, state):
+        if step not in self.steps:  # asked for every sample
+            self.steps.append(step)
         return Verdict(True, "spying")
 
 
@@ -428,8 +432,8 @@ def test_features_are_released_at_the_end(name, monkeypatch):
         session = vars(pipe)["_diffusion_cache"]
         assert len(features) >= 3
         assert [ref() for ref in features] == [None] * len(features)
-        assert session.last_run._spans == {}
-        assert session.last_run._passes == {}
+        assert session.last_run.spans._states == {}
+        assert session.last_run.decisions._states == {}
     if name != "dit-digits":
         assert max(alive) > 0  # they did live during the run
 
@@ -445,7 +449,7 @@ def test_features_are_released_after_an_exception():
     with dc.cached(pipe, "interval", every=2):
         with pytest.raises(RuntimeError, match="stop"):
             generate("flux-digits", pipe, callback_on_step_end=stop)
-        assert vars(pipe)["_diffusion_cache"].last_run._spans == {}
+        assert vars(pipe)["_diffusion_cache"].last_run.spans._states == {}
         assert [r.step for r in dc.summary(pipe).records] == [0, 1, 2, 3]
 
 
@@ -915,7 +919,7 @@ def test_own_loop_with_an_exception_leaves_nothing():
     with pytest.raises(ZeroDivisionError), dc.run(loop.denoiser, "interval", every=3) as run:
         loop(after_step=lambda: len(run.summary().records) == 8 and fail())
     assert untouched(loop.denoiser)
-    assert run._run._spans == {}
+    assert run._run.spans._states == {}
     assert run.summary().hit_rate == 0.5
     assert torch.equal(loop(), uncached)
 

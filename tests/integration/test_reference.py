@@ -13,9 +13,7 @@ FEW = 20
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_are_small(name, request):
-    if name == "unet-digits":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="14.8 MB: needs training again with fewer channels"))
+def test_weights_are_small(name):
     assert (reference.WEIGHTS / name / "model.safetensors").stat().st_size <= 12e6
 
 

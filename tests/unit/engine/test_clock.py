@@ -11,10 +11,19 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
-from diffusion_cache.engine.clock import StepClock, _Seen, begin_index, noise_levels, scheduler_total, timestep_of
+from diffusion_cache.engine.clock import (
+    StepClock,
+    _Seen,
+    begin_index,
+    loop_total,
+    noise_levels,
+    scheduler_total,
+    timestep_of,
+)
 
 # diffusers' own, with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -222,6 +231,46 @@ def test_begin_index_by_a_fractional_timestep():
     assert begin_index(scheduler, scheduler.timesteps[2].expand(2)) == 2
     assert scheduler_total(scheduler, scheduler.timesteps[2]) == 6
     assert noise_levels(scheduler, scheduler.timesteps[2]) == noise_levels(scheduler)[2:]
+
+
+def pndm():
+    """Its 5 steps are 800, 600, 600, 400, 200, 0."""
+    scheduler = PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(5)
+    return scheduler
+
+
+def test_begin_index_among_repeated_timesteps():
+    scheduler = pndm()
+    assert [begin_index(scheduler, t) for t in scheduler.timesteps] == [0, 1, 2, 3, 4, 5]
+    assert [begin_index(scheduler, t.expand(2)) for t in scheduler.timesteps[1:]] == [1, 2, 3, 4, 5]
+    # by value alone the second is taken
+    assert [begin_index(scheduler, t.clone()) for t in scheduler.timesteps] == [0, 2, 2, 3, 4, 5]
+    assert begin_index(scheduler, 600) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "counted", "expected"),
+    [
+        (ddim, 0, None, 10),
+        (ddim, 3, None, 7),
+        (ddim, 0, 10, 10),
+        (ddim, 0, 4, 4),  # a loop that ends early
+        (ddim, 3, 4, 4),
+        (ddim, 3, 10, 7),
+        (pndm, 0, 5, 6),  # bars count what was asked for, loops what is listed
+        (pndm, 0, 3, 6),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_loop_total(make, first, counted, expected):
+    scheduler = make()
+    assert loop_total(scheduler, scheduler.timesteps[first], counted) == expected
+
+
+def test_loop_total_of_a_scheduler_without_a_list():
+    assert loop_total(object(), None, 7) == 7
+    assert loop_total(object(), None, None) is None
 
 
 @pytest.mark.parametrize("t", [None, 601, 600.5, torch.tensor(601), torch.tensor([]), "600", torch.tensor(math.nan)])

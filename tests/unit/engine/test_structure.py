@@ -11,6 +11,7 @@ from diffusion_cache.engine.structure import (
     Template,
     image_stream,
     matching_input,
+    select_rows,
     signature,
     tensor_inputs,
 )
@@ -129,6 +130,38 @@ def test_image_stream():
     assert image_stream({0: x, "encoder_hidden_states": text}) is x
 
 
+def test_tensors_inside_lists_and_dicts_are_inputs():
+    a, b, c, d, e = (full(i) for i in range(5))
+    inputs = tensor_inputs(
+        ([a, None, b], "x", {"skip": (c, 3)}), {"kwargs": {"ids": d, "none": None}, "text": e, "flags": [True]}
+    )
+    assert list(inputs) == ["0.0", "0.2", "2.skip.0", "kwargs.ids", "text"]
+    assert all(tensor is other for tensor, other in zip(inputs.values(), (a, b, c, d, e), strict=True))
+
+
+def test_tensors_of_named_tuples_and_model_outputs_are_inputs():
+    inputs = tensor_inputs((Pair(A, B), Transformer2DModelOutput(sample=A)), {})
+    assert list(inputs) == ["0.0", "0.1", "1.sample"]
+
+
+def test_an_output_may_continue_an_input_inside_a_list():
+    inputs = tensor_inputs(([full(0, 4), full(0)],), {})
+    assert [leaf.base for leaf in Template.of((full(1), full(2, 4)), inputs, residual=True).leaves] == ["0.1", "0.0"]
+
+
+def test_image_stream_inside_a_list():
+    x = full(1)
+    assert image_stream(tensor_inputs(([x, full(2)], full(3)), {})) is x
+    assert image_stream(tensor_inputs(([full(2)],), {"hidden_states": x})) is x
+
+
+def test_signature_tells_how_long_a_list_is():
+    skips = [full(1), full(1)]
+    base = signature(tensor_inputs((), {"skips": skips}))
+    assert base == signature(tensor_inputs((), {"skips": tuple(skips)}))
+    assert base != signature(tensor_inputs((), {"skips": skips[:1]}))
+
+
 def test_signature_tells_shapes_dtypes_and_names():
     base = signature({0: full(1), "text": full(2, 4)})
     assert base == signature({0: full(7), "text": full(8, 4)})
@@ -144,29 +177,98 @@ def test_signature_tells_shapes_dtypes_and_names():
 # members that are passed through
 
 
-def test_passthrough_gives_the_inputs_of_now():
-    hidden, text = full(1), full(2, 4)
-    inputs = tensor_inputs((full(0, 9), hidden), {"text": text})
-    through = PassThrough.of((text + 1, hidden + 1, None, 7), inputs)
-    new_hidden, new_text = full(10), full(20, 4)
-    out = through.output((full(0, 9), new_hidden), {"text": new_text})
-    assert out[0] is new_text
-    assert out[1] is new_hidden
-    assert out[2:] == (None, 7)
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_passthrough_looks_like_the_output(name, poisoned):
+    output, tensors = OUTPUTS[name]
+    through = PassThrough.of(output).output(poisoned)
+    template = Template.of(output, {}, residual=False)
+    parts = template.split(through)
+    assert [(part.shape, part.dtype) for part in parts] == [(tensor.shape, tensor.dtype) for tensor in tensors]
+    for part in parts:
+        part.fill_(0)
+    zeros = template.join([torch.zeros_like(tensor) for tensor in tensors])
+    assert equal(through, zeros)  # and what is no tensor is the same
 
 
-def test_passthrough_of_what_no_input_fits_has_the_right_shape():
-    through = PassThrough.of((full(1, 5), (full(1), torch.arange(3))), {0: full(1)})
-    x = full(3)
-    skipped, (kept, integers) = through.output((x,), {})
-    assert (skipped.shape, skipped.dtype) == ((5,), torch.float32)
-    assert kept is x
+def test_passthrough_tensors_are_new_each_time():
+    """Code between the members may write into them."""
+    through = PassThrough.of((A, (A, B)))
+    first, (second, third) = through.output()
+    again = through.output()
+    seen = {id(A), id(B), *map(id, (first, second, third)), id(again[0]), *map(id, again[1])}
+    assert len(seen) == 8
+    places = [tensor.data_ptr() for tensor in (A, B, first, second, third, again[0], *again[1])]
+    assert len(set(places)) == 8
+
+
+def test_passthrough_does_not_keep_the_output():
+    through = PassThrough.of((A, None, {"text": B, "scale": 2.5}))
+    assert not any(isinstance(constant, torch.Tensor) for constant in through.constants)
+    skipped = through.output()
+    assert (skipped[1], skipped[2]["scale"]) == (None, 2.5)
+
+
+def test_poison_is_nan_where_there_can_be_one():
+    halves = tuple(full(1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64))
+    *floats, integers, flags = PassThrough.of((*halves, torch.arange(3), torch.tensor([True]))).output(poisoned=True)
+    assert all(part.isnan().all() for part in floats)
+    assert [part.dtype for part in floats] == [half.dtype for half in halves]
     assert (integers.shape, integers.dtype) == ((3,), torch.int64)
+    assert (flags.shape, flags.dtype) == ((1,), torch.bool)
 
 
-def test_passthrough_without_inputs_is_all_empty():
-    through = PassThrough.of((A, (A, B)), {})
-    x = full(3)
-    sample, residuals = through.output((x,), {})
-    assert [tensor.shape for tensor in (sample, *residuals)] == [(2, 3), (2, 3), (4,)]
-    assert sample is not x
+def test_spread_puts_rows_where_they_belong():
+    through = PassThrough.of(full(0, 4, 2))
+    rows = torch.tensor([3, 1])
+    spread = through.spread(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), rows)
+    assert spread.tolist() == [[0, 0], [3, 4], [0, 0], [1, 2]]
+
+
+def test_spread_keeps_the_structure_and_what_is_not_batched():
+    scale = full(7, 5)
+    through = PassThrough.of((full(0, 3, 2), None, {"ids": torch.zeros(3, dtype=torch.long), "scale": scale}))
+    part = (full(1, 1, 2), None, {"ids": torch.tensor([9]), "scale": scale})
+    hidden, none, rest = through.spread(part, torch.tensor([2]))
+    assert hidden.tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert none is None
+    assert rest["ids"].tolist() == [0, 0, 9]
+    assert rest["ids"].dtype == torch.long
+    assert rest["scale"] is scale
+    assert torch.equal(part[0], full(1, 1, 2))  # what was given stays as it was
+
+
+def test_spread_of_every_row_is_the_output():
+    output = (full(1, 2, 3), full(2, 2))
+    spread = PassThrough.of(output).spread(output, torch.tensor([0, 1]))
+    assert equal(spread, output)
+
+
+# rows of a batch
+
+
+def test_rows_of_tensors():
+    x = torch.arange(6.0).reshape(3, 2)
+    assert select_rows(x, 3, torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]]
+    assert select_rows(torch.arange(3), 3, torch.tensor([1])).tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(3.0), torch.ones(4, 3), torch.ones(0), None, "text", 3, 2.5])
+def test_what_is_not_batched_stays(value):
+    assert select_rows(value, 3, torch.tensor([1])) is value
+
+
+def test_rows_inside_lists_and_dicts():
+    x, other = torch.arange(3), torch.arange(5)
+    value = ([x, None], {"ids": x, "more": (x, other), "scale": 2})
+    selected = select_rows(value, 3, torch.tensor([2]))
+    assert equal(selected, ([x[2:], None], {"ids": x[2:], "more": (x[2:], other), "scale": 2}))
+    assert value[0][0] is x  # what was given stays as it was
+
+
+def test_arguments_of_a_call_keep_their_kinds():
+    args, kwargs = (torch.arange(2), 1), {"t": torch.arange(2)}
+    rows = torch.tensor([1])
+    assert equal(select_rows(args, 2, rows), (torch.tensor([1]), 1))
+    assert equal(select_rows(kwargs, 2, rows), {"t": torch.tensor([1])})
+    assert select_rows((), 2, rows) == ()

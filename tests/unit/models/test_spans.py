@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_cache.errors import ConfigError, NoSpansError
-from diffusion_cache.models import default_scope, find_denoisers, find_layout, unwrap
+from diffusion_cache.models import Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
 
 
 def build_dit():
@@ -220,7 +220,7 @@ def test_wrong_scopes_say_what_to_use(models):
 def test_unknown_scope_is_an_error(models):
     with pytest.raises(ConfigError, match=r"^Unknown scope 'blocks'\. Did you mean 'block'\?$"):
         find_layout(models["dit"], "blocks")
-    with pytest.raises(ConfigError, match=r"^Unknown scope 'xyz'\. Known: block, cut, denoiser, stack\.$"):
+    with pytest.raises(ConfigError, match=r"^Unknown scope 'xyz'\. Known: block, branch, cut, denoiser, stack\.$"):
         find_layout(models["unet"], "xyz")
 
 
@@ -246,6 +246,148 @@ def test_compiled_models_are_looked_into(models):
     assert find_layout(compiled, "stack").spans[0].members == tuple(models["dit"].transformer_blocks)
     # the whole denoiser is skipped from outside what was compiled
     assert find_layout(compiled, "denoiser").spans[0].members == (compiled,)
+
+
+# spans as they were seen to run
+
+
+def span(name, count, kind="stack"):
+    return Span(name, kind, tuple(nn.Linear(1, 1) for _ in range(count)))
+
+
+def traced(text, spans):
+    """ "a0 b1": the first member of span a, then the second of span b."""
+    by_name = {span.name: span for span in spans}
+    return [(by_name[called[0]], int(called[1:])) for called in text.split()]
+
+
+def arranged(spans, text):
+    """The names of the spans after that trace, with their members named as in it."""
+    names = {member: f"{span.name}{i}" for span in spans for i, member in enumerate(span.members)}
+    layout = Layout("stack", spans, probe=spans[0].members[0])
+    result = arrange(layout, traced(text, spans))
+    assert (result.scope, result.probe) == ("stack", layout.probe)
+    assert all(span.kind == "stack" for span in result.spans)
+    return {span.name: " ".join(names[member] for member in span.members) for span in result.spans}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0 a1 a2 b0 b1",
+        "a0 a1 a2",  # the other span was not reached
+        "b0 b1",
+        "b0 b1 a0 a1 a2",
+        "",
+        "a0 a1 a2 b0 b1 a0 a1 a2 b0 b1",  # a denoiser that runs all of it twice
+        "a0 a1 a2 a0 a1 a2 b0 b1",
+        "a0 a1 a2 b0 b1 a0",  # the first time counts
+        "a0 a0 a1 a1 a2 a2 b0 b1",
+    ],
+)
+def test_a_layout_that_runs_as_it_says_stays_the_same(text):
+    spans = (span("a", 3), span("b", 2))
+    layout = Layout("stack", spans)
+    assert arrange(layout, traced(text, spans)) is layout
+
+
+def test_spans_of_one_member_stay_the_same():
+    spans = tuple(span(name, 1) for name in "abc")
+    layout = Layout("stack", spans)
+    assert arrange(layout, traced("a0 b0 c0 a0", spans)) is layout
+    assert arrange(layout, traced("a0 c0", spans)) is layout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a2 a0 a1 b0 b1", {"a": "a2 a0 a1", "b": "b0 b1"}),
+        ("a0 a1 a2 b1 b0", {"a": "a0 a1 a2", "b": "b1 b0"}),
+        ("a0 a2 b0 b1", {"a": "a0 a2", "b": "b0 b1"}),  # a member that is not called is none
+        ("b0 b1 a1 a0 a2", {"b": "b0 b1", "a": "a1 a0 a2"}),
+        ("b1 b0", {"b": "b1 b0", "a": "a0 a1 a2"}),  # spans that were not reached come last, as they were
+    ],
+)
+def test_members_and_spans_take_the_order_they_ran_in(text, expected):
+    result = arranged((span("a", 3), span("b", 2)), text)
+    assert result == expected
+    assert list(result) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a0 b0 a1 b1 a2", {"a+b": "a0 b0 a1 b1 a2"}),
+        ("b0 a0 a1 b1 a2", {"b+a": "b0 a0 a1 b1 a2"}),
+        ("a0 b0 b1 a1 a2", {"a+b": "a0 b0 b1 a1 a2"}),  # one inside the other
+        ("a0 a1 b0 a2 b1", {"a+b": "a0 a1 b0 a2 b1"}),
+        ("a0 b0 a1 b1 a2 a0 b0 a1 b1 a2", {"a+b": "a0 b0 a1 b1 a2"}),
+        ("a0 b0 a1", {"a+b": "a0 b0 a1"}),
+    ],
+)
+def test_spans_that_take_turns_become_one(text, expected):
+    assert arranged((span("a", 3), span("b", 2)), text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a0 b0 c0 a1 b1 c1", {"a+b+c": "a0 b0 c0 a1 b1 c1"}),
+        ("a0 b0 a1 c0 b1 c1", {"a+b+c": "a0 b0 a1 c0 b1 c1"}),  # each with the next
+        ("a0 b0 a1 b1 c0 c1", {"a+b": "a0 b0 a1 b1", "c": "c0 c1"}),
+        ("c0 c1 a0 b0 a1 b1", {"c": "c0 c1", "a+b": "a0 b0 a1 b1"}),
+        ("a0 c0 a1 c1", {"a+c": "a0 c0 a1 c1", "b": "b0 b1"}),
+        ("a0 b0 b1 c0 c1 a1", {"a+b+c": "a0 b0 b1 c0 c1 a1"}),
+    ],
+)
+def test_turns_among_three_spans(text, expected):
+    result = arranged(tuple(span(name, 2) for name in "abc"), text)
+    assert result == expected
+    assert list(result) == list(expected)
+
+
+def with_side_stack(text, name="context_blocks"):
+    """The names of the spans after that trace, where c is a side stack beside the main stacks a and b."""
+    a, b, c = span("a", 2), span("b", 2), span(name, 2)
+    assert (a.side, c.side) == (False, True)
+    by_letter = {"a": a, "b": b, "c": c}
+    layout = Layout("stack", (c, a, b))
+    result = arrange(layout, [(by_letter[called[0]], int(called[1:])) for called in text.split()])
+    return result is layout, [other.name for other in result.spans], a in result.spans
+
+
+@pytest.mark.parametrize("text", ["a0 c0 c1 a1 b0 b1", "c0 a0 c1 a1 b0 b1", "a0 c0 a1 c1 b0 b1"])
+def test_a_side_stack_between_the_blocks_of_another_is_left_out(text):
+    assert with_side_stack(text) == (False, ["a", "b"], True)
+
+
+@pytest.mark.parametrize("text", ["c0 c1 a0 a1 b0 b1", "a0 a1 c0 c1 b0 b1", "a0 a1 b0 b1"])
+def test_a_side_stack_that_runs_before_another_stays(text):
+    assert with_side_stack(text) == (True, ["context_blocks", "a", "b"], True)
+
+
+def test_a_side_stack_is_left_out_of_main_stacks_that_take_turns():
+    assert with_side_stack("a0 b0 c0 c1 a1 b1") == (False, ["a+b"], False)
+
+
+def test_blocks_are_no_side_stacks():
+    assert not Span("context_blocks.0", "block", (nn.Linear(1, 1),)).side
+
+
+def test_spans_that_do_not_change_stay_themselves():
+    a, b, c = spans = tuple(span(name, 2) for name in "abc")
+    result = arrange(Layout("stack", spans), traced("a0 a1 b1 b0", spans))
+    assert result.spans[0] is a
+    assert result.spans[1] is not b
+    assert result.spans[2] is c
+
+
+def test_an_arranged_layout_runs_as_it_says():
+    """Traced once more, nothing changes."""
+    spans = (span("a", 3), span("b", 2))
+    once = arrange(Layout("stack", spans), traced("b0 a2 b1 a0", spans))
+    (merged,) = once.spans
+    assert arrange(once, [(merged, member) for member in range(4)]) is once
 
 
 # denoisers among components

@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_cache.context import SCOPES, PassState, Policy, Step, Verdict
+from diffusion_cache.context import SCOPES, Needs, PassState, Policy, Step, Verdict
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
 from diffusion_cache.schedule import Schedule
 
-WHOLE = (slice(None),)
 
-
-def step(index, total=None, rows=WHOLE):
-    return Step(index, total, index, None, "0", rows)
+def step(index, total=None):
+    return Step(index, total, index, None, "0", (slice(None),))
 
 
 def text(schedule, pass_index=0, span=0):
@@ -32,7 +30,7 @@ def walked(guarded, steps, total):
     """The decisions of a run that asks step by step."""
     state, decisions = PassState(), ""
     for index in range(steps):
-        compute = guarded.decide(step(index, total), {}, state).compute
+        compute = guarded.decide(step(index, total), None, state).compute
         state.update(index, compute)
         decisions += str(int(compute))
     return decisions
@@ -134,7 +132,7 @@ def test_reasons():
     guarded = Guarded(Interval(50), guards)
 
     def reason(index, **past):
-        return guarded.decide(step(index, 10), {}, PassState(last_computed=1, **past))
+        return guarded.decide(step(index, 10), None, PassState(last_computed=1, **past))
 
     assert reason(1) == (True, "warm-up")
     assert reason(2) == (True, "outside the window")
@@ -284,7 +282,7 @@ class Planned(Policy):
     def schedule(self, total):
         return Schedule(self.compute)
 
-    def decide(self, step, signals, state):
+    def decide(self, step, value, state):
         raise AssertionError("not asked where there is a schedule")
 
 
@@ -306,54 +304,81 @@ def test_limits_hold_for_each_pass_of_a_policys_own_schedule(guards, expected):
 # first_block
 
 
-def decide(policy, current, kept, rows=WHOLE):
-    state = PassState(last_computed=0)
-    if kept is not None:
-        state.kept["probe_residual"] = torch.tensor(kept)
+def measure(current, kept):
     signals = {"probe_residual": torch.tensor(current)}
-    return policy.decide(step(1, 10, rows), signals, state)
+    return FirstBlock().measure(signals, {"probe_residual": torch.tensor(kept)})
+
+
+def test_first_block_measures_the_change_of_each_batch_row():
+    current, kept = [[1.0, 1.5], [2.0, 2.0], [0.0, 1.0]], [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]
+    assert measure(current, kept).tolist() == [0.25, 0, 0.5]
+
+
+def test_first_block_measures_nothing_finite_after_or_at_what_is_not():
+    (change,) = measure([[1.0]], [[float("nan")]])
+    assert change.isnan()
+    (change,) = measure([[float("nan")]], [[1.0]])
+    assert change.isnan()
+    (change,) = measure([[1.0]], [[float("inf")]])
+    assert change.isnan()
+    assert measure([[float("inf")]], [[1.0]]).tolist() == [float("inf")]
+    assert measure([[1.0]], [[0.0]]).tolist() == [float("inf")]
+    assert measure([[0.0]], [[0.0]]).tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("threshold", "current", "compute"),
+    ("threshold", "value", "compute"),
     [
-        (0.08, 1.0, False),
-        (0.08, 1.07, False),
-        (0.08, 1.09, True),
-        (0.08, 0.91, True),
-        (0.25, 1.25, False),  # the threshold itself is reused
-        (0.0, 1.0, False),
-        (0.0, 1.001, True),
+        (0.08, 0.0, False),
+        (0.08, 0.07, False),
+        (0.08, 0.09, True),
+        (0.25, 0.25, False),  # the threshold itself is reused
+        (0.0, 0.0, False),
+        (0.0, 1e-6, True),
         (float("inf"), 1e30, False),
         (0.08, float("nan"), True),
         (float("inf"), float("nan"), True),
         (0.08, float("inf"), True),
     ],
 )
-def test_first_block_thresholds(threshold, current, compute):
-    assert decide(FirstBlock(threshold), [[current, current]], [[1.0, 1.0]]).compute is compute
+def test_first_block_thresholds(threshold, value, compute):
+    assert FirstBlock(threshold).decide(step(1, 10), value, PassState(last_computed=0)).compute is compute
 
 
-def test_first_block_with_nothing_or_another_shape_kept_computes():
-    assert decide(FirstBlock(float("inf")), [[1.0]], None) == (True, "nothing to compare with")
-    assert decide(FirstBlock(float("inf")), [[1.0]], [[1.0, 1.0]]).compute
+def test_first_block_with_nothing_to_compare_with_computes():
+    decided = FirstBlock(float("inf")).decide(step(1, 10), None, PassState(last_computed=0))
+    assert decided == Verdict(True, "nothing to compare with")
 
 
-def test_first_block_after_values_that_were_not_finite_computes():
-    for kept in ("nan", "inf"):
-        assert decide(FirstBlock(1e9), [[1.0]], [[float(kept)]]).compute
-    assert decide(FirstBlock(1e9), [[1.0]], [[0.0]]).compute
-    assert not decide(FirstBlock(0.0), [[0.0]], [[0.0]]).compute
+def test_first_block_tells_what_it_measured():
+    assert FirstBlock(0.1).decide(step(1), 0.051234, PassState()) == Verdict(False, "change 0.0512")
 
 
-@pytest.mark.parametrize("changed", [0, 1])
-def test_one_row_group_over_the_threshold_computes(changed):
-    kept, current = [[1.0], [1.0]], [[1.0], [1.0]]
-    current[changed] = [1.1]
-    groups = (slice(0, 1), slice(1, 2))
-    assert not decide(FirstBlock(0.08), current, kept).compute  # 5% on average
-    assert decide(FirstBlock(0.08), current, kept, groups).compute
-    assert not decide(FirstBlock(0.12), current, kept, groups).compute
+def test_guards_come_before_what_was_measured():
+    guarded = Guarded(FirstBlock(0.1), Guards(warmup=2, max_consecutive=1))
+    assert guarded.decide(step(1, 10), 0.0, PassState(last_computed=0)) == Verdict(True, "warm-up")
+    assert guarded.decide(step(2, 10), 0.0, PassState(last_computed=1)) == Verdict(False, "change 0")
+    assert guarded.decide(step(3, 10), 0.0, PassState(last_computed=1, consecutive=1)).reason == "max_consecutive"
+    assert guarded.decide(step(4, 10), 0.5, PassState(last_computed=3)) == Verdict(True, "change 0.5")
+
+
+@dataclass(frozen=True)
+class Unmeasured(Policy):
+    """Names a signal but does not say what to make of it."""
+
+    scopes = frozenset(SCOPES)
+
+    @property
+    def needs(self):
+        return Needs(signals=("probe_residual",))
+
+    def decide(self, step, value, state):
+        return Verdict(True, "")
+
+
+def test_a_policy_that_names_signals_must_measure():
+    with pytest.raises(NotImplementedError, match="'Unmeasured' names signals and so must define measure"):
+        Unmeasured().measure({}, {})
 
 
 def test_first_block_needs_its_probe_and_has_no_schedule():
@@ -363,7 +388,7 @@ def test_first_block_needs_its_probe_and_has_no_schedule():
     assert guarded.schedule(10) is None
     assert not guarded.planned
     assert Guarded(Interval(2)).planned
-    assert guarded.decide(step(2, 10), {}, PassState()) == Verdict(True, "warm-up")
+    assert guarded.decide(step(2, 10), 0.0, PassState()) == Verdict(True, "warm-up")
 
 
 @pytest.mark.parametrize(

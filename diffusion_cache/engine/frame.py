@@ -1,0 +1,74 @@
+"""What is known of one denoiser call while it runs."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..context import Step
+from ..history import History
+from ..models import Span
+from .structure import Inputs, PassThrough, Template
+
+PassKey = tuple[str, str]  # denoiser, pass
+
+
+@dataclass
+class SpanState:
+    """One span in one pass: its history, and the structure of its output and of its members' outputs."""
+
+    history: History
+    template: Template | None = None
+    signature: tuple = ()
+    passthrough: dict[int, PassThrough] = field(default_factory=dict)
+    unusable: str = ""
+    unchecked: bool = False  # whether the newest feature is not known to be finite
+
+
+class Visit:
+    """One time that a span runs within a denoiser call.
+
+    forecast: the span's output tensors where it is reused, in whole or in part; rows: the batch rows that are
+    computed all the same. quiet: computed with nothing left to learn from its middle members.
+    """
+
+    __slots__ = ("entered", "finished", "forecast", "independent", "inputs", "quiet", "rows", "span", "state", "stores")
+
+    def __init__(self, span: Span, state: SpanState, inputs: Inputs, entered: tuple, stores: bool):
+        self.span = span
+        self.state = state
+        self.inputs = inputs
+        self.entered = entered
+        self.stores = stores
+        self.forecast: list[Tensor] | None = None
+        self.rows: list[int] | None = None
+        self.quiet = False
+        self.finished = False
+        self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
+
+
+class Frame:
+    """One denoiser call: its step, its decision and what its spans are doing."""
+
+    __slots__ = (
+        "actions", "asking", "batch", "computed", "counts", "key", "open", "poisoned", "probe_input",
+        "reason", "reused", "rows", "signals", "step", "stores", "trace", "visits",
+    )  # fmt: skip
+
+    def __init__(self, step: Step, key: PassKey, stores: bool, batch: int):
+        self.step = step
+        self.key = key
+        self.stores = stores
+        self.batch = batch  # rows of the sample
+        self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
+        self.asking: list[bool] = []  # of each sample, whether it is to be computed
+        self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
+        self.reason = ""
+        self.signals: dict[str, Tensor] = {}
+        self.probe_input: Tensor | None = None
+        self.visits: dict[Span, Visit] = {}  # the latest of each span
+        self.counts: dict[Span, int] = {}
+        self.reused: list[Visit] = []
+        self.computed = 0
+        self.open: Visit | None = None  # computed, and between its first and last member
+        self.poisoned = False
+        self.trace: list[tuple[Span, int]] | None = None  # members in the order they are called

@@ -1,0 +1,335 @@
+"""Running spans: entered at their first member, passed through, and left at their last."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..context import Query
+from ..history import History, is_finite
+from ..models import Span
+from .frame import Frame, PassKey, SpanState, Visit
+from .structure import Inputs, PassThrough, Template, flatten, image_stream, select_rows, signature, tensor_inputs
+
+if TYPE_CHECKING:
+    from .cache_run import CacheRun
+
+# rows computed alone may differ from the same rows in a batch by as much, relative, by the order of summation
+ROW_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+LOW_PRECISION_ROW_TOLERANCE = 2e-2
+
+
+class SpanCalls:
+    """The spans of one run: what they have stored, and how each call of their members is answered."""
+
+    def __init__(self, run: "CacheRun"):
+        self._run = run
+        self._method = run.session.method
+        self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
+        self._peak_bytes = 0
+
+    def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output of one member of a span, computed or not."""
+        if frame.trace is not None:
+            frame.trace.append((span, member))
+        visit = self._enter(frame, span, args, kwargs) if member == 0 else frame.visits.get(span)
+        if visit is None:
+            return inner(*args, **kwargs)
+        last = member == len(span.members) - 1
+        if visit.forecast is not None:
+            if visit.rows is not None:
+                return self._compute_rows(frame, visit, member, inner, args, kwargs)
+            if last:
+                visit.finished = True
+                assert visit.state.template is not None
+                return visit.state.template.join(visit.forecast)
+            known = visit.state.passthrough.get(member)
+            return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
+        output = inner(*args, **kwargs)
+        try:
+            if visit.independent:
+                visit.independent = self._rows_are_independent(frame, inner, args, kwargs, output)
+            if last:
+                self._leave(frame, visit, output)
+            elif member not in visit.state.passthrough:
+                visit.state.passthrough[member] = PassThrough.of(output)
+        except Exception as error:
+            self.forget(visit.state)
+            self._run.warn_failure("storing a feature", error)
+        return output
+
+    def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
+        """Decide what happens to a span now. None: it is computed and not stored."""
+        count = frame.counts.get(span, 0)
+        frame.counts[span] = count + 1
+        before = frame.visits.pop(span, None)
+        state = self._state(frame.key, span, count)
+        if before is not None and not before.finished:
+            if before.forecast is None:
+                frame.open = None
+                self.give_up(before.state, span, "is entered again before it ends")
+            return None
+        if frame.open is not None:
+            self._interrupted(frame, state, span)
+            return None
+        inputs = tensor_inputs(args, kwargs)
+        if frame.actions is None:
+            self._measure(frame, inputs)
+            self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
+        assert frame.actions is not None
+        reuse = not frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]
+        visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
+        if reuse and self._forecast(frame, visit):
+            frame.reused.append(visit)
+            frame.computed += visit.rows is not None
+            frame.visits[span] = visit
+            return visit
+        frame.computed += 1
+        # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
+        if not visit.stores or state.unusable:
+            return None
+        if self._tries_rows(frame, span, visit.entered):
+            visit.independent = True
+        if len(span.members) > 1:
+            frame.open = visit
+            visit.quiet = (
+                len(state.passthrough) == len(span.members) - 1 and visit.independent is None and frame.trace is None
+            )
+        frame.visits[span] = visit
+        return visit
+
+    def _interrupted(self, frame: Frame, state: SpanState, span: Span) -> None:
+        assert frame.open is not None
+        if frame.trace is None:  # else the layout is mended at the end of the call
+            self.give_up(state, span, f"runs between the blocks of {frame.open.span.name}")
+            self.give_up(frame.open.state, frame.open.span, f"is interrupted by {span.name}")
+        frame.visits.pop(frame.open.span, None)
+        frame.open = None
+
+    def _state(self, key: PassKey, span: Span, count: int) -> SpanState:
+        if (key, span, count) not in self._states:
+            state = self._states[key, span, count] = SpanState(History(self._method.forecaster.history))
+            if span in self._run.session.unusable:
+                self.give_up(state, span, self._run.session.unusable[span])
+        return self._states[key, span, count]
+
+    def _measure(self, frame: Frame, inputs: Inputs) -> None:
+        """The probe's residual, or its output where the shape changes within (UNet cuts)."""
+        out = image_stream(inputs).detach()
+        before = frame.probe_input
+        if before is not None and before.shape == out.shape:
+            frame.signals["probe_residual"] = out - before.detach()
+        else:
+            frame.signals["probe_residual"] = out.clone()
+
+    # reusing
+
+    def _forecast(self, frame: Frame, visit: Visit) -> bool:
+        """Forecast the span's output from its history. False where it must be computed."""
+        span, state = visit.span, visit.state
+        if state.unusable:
+            frame.reason = f"{span.name} {state.unusable}"
+            return False
+        lanes = state.history.lanes
+        if not state.history or state.template is None:
+            frame.reason = "no history"
+            return False
+        if state.signature != visit.entered:
+            frame.reason = "other shapes"
+            self.forget(state)
+            return False
+        if frame.rows is not None and not (
+            self._run.session.independent.get((span, visit.entered)) and len(state.passthrough) == len(span.members) - 1
+        ):
+            return False  # its rows cannot be told apart, or not yet: computed for all samples
+        # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
+        if state.unchecked and state.history.on_host and not is_finite(state.history.tensors()):
+            self._not_finite(span, state)
+            frame.reason = "not finite"
+            return False
+        state.unchecked = False
+        try:
+            if len(lanes) == 1:
+                (lane,) = lanes
+                weights: Any = self._method.forecaster.weights(Query([node for node, _ in lane], frame.step.index))
+                slots = [slot for _, slot in lane]
+            else:
+                weights, slots = self._row_weights(frame, state), list(range(len(state.history.slots)))
+            visit.forecast = []
+            for i, leaf in enumerate(state.template.leaves):
+                base = None if leaf.base is None else visit.inputs[leaf.base]
+                features = state.history.leaf(i)
+                visit.forecast.append(ops.forecast(base, [features[slot] for slot in slots], weights))
+            visit.rows = frame.rows
+            return True
+        except Exception as error:
+            visit.forecast = None
+            self._run.warn_failure("forecasting", error)
+            self.forget(state)
+            frame.reason = "failure"
+            return False
+
+    def _row_weights(self, frame: Frame, state: SpanState) -> Tensor:
+        """[rows, slots]; rows that were computed at the same steps share what the forecaster says."""
+        known: dict[tuple[float, ...], tuple[float, ...]] = {}
+        table = [[0.0] * len(state.history.slots) for _ in state.history.lanes]
+        for row, lane in zip(table, state.history.lanes, strict=True):
+            nodes = tuple(node for node, _ in lane)
+            if nodes not in known:
+                known[nodes] = self._method.forecaster.weights(Query(nodes, frame.step.index))
+            for (_, slot), weight in zip(lane, known[nodes], strict=True):
+                row[slot] = weight
+        feature = state.history.slots[0][0]
+        wide = torch.float64 if feature.dtype == torch.float64 else torch.float32
+        return torch.tensor(table, dtype=wide, device=feature.device)
+
+    def _compute_rows(
+        self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A member of a span that is computed for some samples and forecast for the others."""
+        state, forecast, rows = visit.state, visit.forecast, visit.rows
+        assert state.template is not None
+        assert forecast is not None
+        assert rows is not None
+        index = torch.tensor(rows, device=next(iter(visit.inputs.values())).device)
+        output = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
+        if member < len(visit.span.members) - 1:
+            return state.passthrough[member].spread(output, index)
+        visit.finished = True
+        tensors = state.template.split(output)
+        assert tensors is not None
+        bases = [
+            None if leaf.base is None else select_rows(visit.inputs[leaf.base], frame.batch, index)
+            for leaf in state.template.leaves
+        ]
+        if torch.is_grad_enabled():
+            whole = [f.index_copy(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
+        else:
+            whole = [f.index_copy_(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
+        try:
+            state.history.observe(frame.step.index, tensors, bases, rows, frame.batch)
+            state.unchecked = True
+        except Exception as error:
+            self.forget(state)
+            self._run.warn_failure("storing a feature", error)
+        return state.template.join(whole)
+
+    # computing
+
+    def _leave(self, frame: Frame, visit: Visit, output: Any) -> None:
+        visit.finished = True
+        frame.open = None
+        span, state = visit.span, visit.state
+        if visit.independent is not None:
+            self._run.session.independent[span, visit.entered] = visit.independent
+        feature = self._method.forecaster.feature
+        residual = span.stores_residual if feature == "auto" else feature == "residual"
+        tensors = state.template.split(output) if state.template and state.signature == visit.entered else None
+        if tensors is None or state.template is None:
+            self.forget(state, structure=False)
+            state.template, state.signature = Template.of(output, visit.inputs, residual), visit.entered
+            tensors = state.template.split(output)
+        if not tensors:
+            self.give_up(state, span, "returns no tensors")
+            return
+        bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
+        state.history.observe(frame.step.index, tensors, bases)
+        state.unchecked = True
+
+    # samples apart
+
+    def _tries_rows(self, frame: Frame, span: Span, entered: tuple) -> bool:
+        """Whether to find out now if this span's batch rows can be computed apart."""
+        return (
+            self._method.granularity == "sample"
+            and bool(self._method.guarded.needs.signals)
+            and len(frame.step.rows) < frame.batch
+            and (span, entered) not in self._run.session.independent
+        )
+
+    def _apart(self, frame: Frame, entered: Span, inputs: Inputs) -> bool:
+        """Whether some samples of this call can be computed and others not: known of every span, it seems."""
+        if self._method.granularity != "sample":
+            return False
+        independent = self._run.session.independent
+        spans = self._run.layouts[frame.key[0]].spans
+        return independent.get((entered, signature(inputs)), False) and all(
+            known for (span, _), known in independent.items() if span in spans
+        )
+
+    def _rows_are_independent(
+        self, frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> bool:
+        """Run the last sample alone and compare: the one sure way to tell which inputs are batched, and how."""
+        size = frame.batch // len(frame.step.rows)
+        rows = [group * size + size - 1 for group in range(len(frame.step.rows))]
+        try:
+            whole = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+            if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):
+                return False
+            index = torch.tensor(rows, device=whole[0].device)
+            alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
+            parts = [leaf for leaf in flatten(alone)[0] if isinstance(leaf, Tensor)]
+            return len(parts) == len(whole) and all(
+                _close(part, leaf.index_select(0, index)) for part, leaf in zip(parts, whole, strict=True)
+            )
+        except Exception:
+            return False  # an input that is not batched was taken for one
+
+    # the rest
+
+    def _not_finite(self, span: Span, state: SpanState) -> None:
+        self.forget(state)
+        self._run.warn(f"{span.name} produced values that are not finite; they are not reused")
+
+    def give_up(self, state: SpanState, span: Span, why: str) -> None:
+        """This span cannot be cached as it is: compute it from here on."""
+        self.forget(state)
+        state.unusable = why
+        self._run.warn(
+            f"{span.name} {why}, so it cannot be cached as one and is computed; try scope 'block' or 'denoiser'"
+        )
+
+    def forget(self, state: SpanState, structure: bool = True) -> None:
+        self._count_bytes()
+        state.history.clear()
+        state.template = None
+        if structure:
+            state.passthrough.clear()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that features have taken so far."""
+        self._count_bytes()
+        return self._peak_bytes
+
+    def _count_bytes(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, sum(state.history.nbytes for state in self._states.values()))
+
+    def feature_bytes(self) -> dict[str, int]:
+        """Bytes of one stored feature of each span, summed over passes."""
+        sizes: dict[str, int] = {}
+        for (_, span, _), state in self._states.items():
+            if state.history:
+                sizes[span.name] = sizes.get(span.name, 0) + state.history.feature_bytes
+        return sizes
+
+    def release(self) -> None:
+        """Let go of every feature, telling of those that could not be checked on the way."""
+        self._count_bytes()
+        newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
+        unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
+        self._states.clear()
+        for span in unchecked:
+            self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = ROW_TOLERANCE.get(a.dtype, LOW_PRECISION_ROW_TOLERANCE)
+    return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm().clamp_min(1e-12))

@@ -1,0 +1,111 @@
+"""What is measured of every denoiser in the zoo, for tests/integration/test_zoo.py and scripts/coverage.py."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo import Case, Draw, build, flat
+
+import diffusion_cache as dc
+from diffusion_cache.models.spans import find_layout, is_unet
+
+STEPS = 4  # computed, reused, computed, reused
+TOLERANCE = 1e-5
+PERTURBED = 1e-4  # a perturbed feature must change the output by more
+
+
+@dataclass(frozen=True)
+class Check:
+    """One denoiser at one scope.
+
+    spans: how many were found. identical: always computing gave the uncached output bit for bit. reused: span runs
+    that were not computed. error: the largest relative error of a step that was reused. perturbed: the change of the
+    output when the stored features are perturbed. restored: the model was as before afterwards. reason: why nothing
+    is reused, where nothing is.
+    """
+
+    scope: str
+    spans: int = 0
+    identical: bool = True
+    reused: int = 0
+    error: float = 0.0
+    perturbed: float = 0.0
+    restored: bool = True
+    reason: str = ""
+
+
+def scopes(case: Case, model: nn.Module) -> list[tuple[str, int | None]]:
+    """The scopes that a model of this kind is asked for: stack or cuts, and the rest."""
+    depths: list[tuple[str, int | None]] = [("cut", depth) for depth in range(1, max(case.levels, 2))]
+    middle: list[tuple[str, int | None]] = depths if is_unet(model) else [("stack", None)]
+    return [("denoiser", None), *middle, ("block", None), ("branch", None)]
+
+
+def check(case: Case, model: nn.Module, scope: str, depth: int | None) -> Check:
+    name = scope if depth is None else f"{scope}.{depth}"
+    expected = _call(case, model)  # before anything else: some prepare tables at their first call
+    before = _attributes(model)
+    try:
+        spans = len(find_layout(model, scope, depth or 1).spans)
+    except (dc.NoSpansError, dc.ConfigError) as error:
+        return Check(name, reason=str(error))
+    with dc.run(model, "interval", "reuse", every=1, num_steps=STEPS, scope=scope, depth=depth) as run:
+        identical = all(_equal(step, expected) for step in _steps(case, model, run))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", dc.DiffusionCacheWarning)
+        with dc.run(model, "interval", "reuse", every=2, num_steps=STEPS, scope=scope, depth=depth) as run:
+            error = max(_error(step, expected) for step in _steps(case, model, run))
+            reused = sum(record.spans_reused for record in run.summary().records)
+            reasons = dict.fromkeys(record.reason for record in run.summary().records[1:])
+        told = [str(w.message) for w in caught if issubclass(w.category, dc.DiffusionCacheWarning)]
+        with dc.run(model, "interval", "reuse", every=2, num_steps=STEPS, scope=scope, depth=depth) as run:
+            perturbed = 0.0
+            for step in _steps(case, model, run):
+                perturbed = max(perturbed, _error(step, expected))
+                _perturb(run)
+    restored = _attributes(model) == before and _equal(_call(case, model), expected)
+    return Check(name, spans, identical, reused, error, perturbed, restored, "; ".join(told or reasons) if not reused else "")
+
+
+def checks(case: Case) -> list[Check]:
+    model = build(case)
+    return [check(case, model, scope, depth) for scope, depth in scopes(case, model)]
+
+
+@torch.no_grad()
+def _call(case: Case, model: nn.Module) -> list[Tensor]:
+    # fresh every time: some forwards empty the lists they are given
+    return [tensor.clone() for tensor in flat(model(**case.inputs(Draw(1))))]
+
+
+def _steps(case: Case, model: nn.Module, run: Any) -> Any:
+    for _ in range(STEPS):
+        run.next_step()
+        yield _call(case, model)
+
+
+def _perturb(run: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for state in run._run.spans._states.values():
+        for tensor in state.history.tensors():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.add_(noise.to(tensor) * (0.1 * tensor.abs().mean() + 1e-3))
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _error(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest relative error among the tensors of an output."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    errors = [((x - y).double().norm() / y.double().norm().clamp_min(1e-12)).item() for x, y in zip(a, b, strict=True)]
+    return float("inf") if any(error != error for error in errors) else max(errors, default=0.0)
