@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test demo lint format bench-overhead train clean
+.PHONY: help venv test demo lint format bench-overhead coverage publish-demo train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ format: venv ## format the code and apply safe fixes
 
 bench-overhead: venv ## measure what the cache layer costs per step
 	$(PYTHON) scripts/bench_overhead.py
+
+coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
+	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py
+
+publish-demo: demo ## run the demo and put its table, picture and figures where the README shows them
+	cp demo_output/table.md docs/demo.md
+	cp demo_output/demo.png docs/demo.png
+	cp demo_output/summary.json results/demo.json
 
 train: venv ## train the shipped reference models (hours on a CPU)
 	for name in $(REFERENCES); do $(PYTHON) scripts/train_reference.py reference=$$name || exit 1; done

@@ -22,6 +22,7 @@ from .registry import policies as policy_registry
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ def enable(
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
+    group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Session:
     """Make a pipeline's next generations reuse features between steps. Enabling again replaces what was enabled.
@@ -51,6 +53,10 @@ def enable(
         granularity: with an adaptive policy, "sample" decides for every sample of a batch apart and computes only
             those that ask for it, so that an image does not depend on its neighbours (falling back, told once, where
             samples cannot be told apart); "batch" computes all if any asks.
+        group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
+            samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
+            parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
+            none, as every sample is decided on by itself.
         options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end,
             max_consecutive, max_reused).
 
@@ -58,7 +64,7 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    session = Session(_method(policy, forecaster, scope, depth, granularity, options))
+    session = Session(_method(policy, forecaster, scope, depth, granularity, options), group)
     session.attach_pipeline(pipe)
     return session
 
@@ -106,6 +112,7 @@ def run(
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
+    group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
     """One generation of a bare denoiser, cached. Options and errors as for `enable`.
@@ -119,7 +126,7 @@ def run(
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
     method = _method(policy, forecaster, scope, depth, granularity, options)
-    session = Session(method)
+    session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps)
     token = ACTIVE.set(cache_run)
@@ -352,7 +359,7 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for policy {built_policy.name!r} with forecaster {built_forecaster.name!r}. "
-            f"{suggest(name, [*known, 'scope', 'depth', 'granularity'])}"
+            f"{suggest(name, [*known, 'scope', 'depth', 'granularity', 'group'])}"
         )
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, granularity)
 

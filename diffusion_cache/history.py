@@ -103,6 +103,7 @@ class History:
             # zeros: a row that has not filled a slot weighs it with zero, which must not meet a NaN
             self.slots.append([feature.new_zeros(len(self.lanes), *feature.shape[1:]) for feature in features])
         for slot, positions in by_slot.items():
+            self.slots[slot] = [writable(tensor) for tensor in self.slots[slot]]
             for into, feature in zip(self.slots[slot], features, strict=True):
                 source = torch.tensor(positions, device=feature.device)
                 target = torch.tensor([rows[position] for position in positions], device=feature.device)
@@ -139,10 +140,22 @@ def is_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
 
 
+def _is_writable(tensor: Tensor) -> bool:
+    """Tensors made in inference mode cannot be written into outside of it."""
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it cannot be written into."""
+    return tensor if _is_writable(tensor) else tensor.clone()
+
+
 def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         out, base = out.detach(), None if base is None else base.detach()
     if slot is not None and (slot.shape != out.shape or slot.dtype != out.dtype or slot.device != out.device):
+        slot = None
+    if slot is not None and not _is_writable(slot):
         slot = None
     if base is not None:
         return torch.sub(out, base, out=slot)

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class PipelineCase:
@@ -31,3 +35,22 @@ class PipelineCase:
 def cases() -> list[PipelineCase]:
     parts = ("pipelines_unet", "pipelines_image", "pipelines_video")
     return [case for part in parts for case in importlib.import_module(part).CASES]
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The images, latents or sounds of a pipeline's output, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, np.ndarray):
+        return [torch.from_numpy(output)]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in tensors(item)]
+    if hasattr(output, "getdata"):
+        return [torch.from_numpy(np.array(output))]
+    return []
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))

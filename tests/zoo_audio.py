@@ -331,11 +331,10 @@ PROTEINA = dict(
 
 
 def proteina_case(variant: str = "", inputs: Any = proteina) -> Case:
-    # They take turns: update "0" runs after layer 0 and update "2" after layer 2, on the pairs that the layers
-    # take as a second input. The tokens themselves run through the layers alone.
-    chain = {"transformer_layers": 4, "pair_update_layers": 2}
-    pairs = ("tri_mult_out", "tri_mult_in", "transition_out")
-    branches = {"transformer_layers": ("mhba", "transition"), "pair_update_layers": pairs}
+    # pair_update_layers run between the layers, on the pairs that the layers take as a second input; the tokens
+    # themselves run through the layers alone
+    chain = {"transformer_layers": 4}
+    branches = {"transformer_layers": ("mhba", "transition")}
     return Case("RFD4ProteinaTransformer", PROTEINA, inputs, variant, chain, branches)
 
 

@@ -66,7 +66,9 @@ def check(case: Case, model: nn.Module, scope: str, depth: int | None) -> Check:
                 perturbed = max(perturbed, _error(step, expected))
                 _perturb(run)
     restored = _attributes(model) == before and _equal(_call(case, model), expected)
-    return Check(name, spans, identical, reused, error, perturbed, restored, "; ".join(told or reasons) if not reused else "")
+    return Check(
+        name, spans, identical, reused, error, perturbed, restored, "; ".join(told or reasons) if not reused else ""
+    )
 
 
 def checks(case: Case) -> list[Check]:

@@ -2,13 +2,13 @@
 holds.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor
+from torch.nn.functional import pad
 from zoo import Case, Draw
 from zoo_image import grid, prefix_mask, steps
 
@@ -42,6 +42,11 @@ def residuals(draw: Draw, double: int, single: int, length: int = 8) -> dict[str
     )
 
 
+def with_image(mask: Tensor) -> Tensor:
+    """The text's mask, with the image's eight tokens behind it."""
+    return pad(mask, (0, 8), value=True)
+
+
 def diagonal(length: int, modality: int = 0) -> Tensor:
     """(modality, n, n) of the nth text token."""
     return torch.stack([torch.full((length,), modality), torch.arange(length), torch.arange(length)], dim=-1).float()
@@ -71,15 +76,13 @@ def bria_inputs(draw: Draw, **extra: Any) -> dict[str, Any]:
 
 
 # Before each of the seven blocks, the second half of the text's channels is replaced by a layer of the text encoder.
-FIBO = dict(
-    name="BriaFiboTransformer2DModel", config=dict(in_channels=16, text_encoder_dim=12, **SHARED), **FLUX_LIKE
-)
+FIBO = dict(name="BriaFiboTransformer2DModel", config=dict(in_channels=16, text_encoder_dim=12, **SHARED), **FLUX_LIKE)
 
 
 def fibo_inputs(draw: Draw, mask: Tensor | None = None, edited: int = 0) -> dict[str, Any]:
-    kwargs = {} if mask is None else {"attention_mask": torch.nn.functional.pad(mask, (0, 8), value=True)[:, None, None]}
     return tokens(
-        draw, edited=edited, timestep=steps(700.0), joint_attention_kwargs=kwargs,
+        draw, edited=edited, timestep=steps(700.0),
+        joint_attention_kwargs={} if mask is None else {"attention_mask": with_image(mask)[:, None, None]},
         text_encoder_layers=[draw(2, 5, 12) for _ in range(7)],
     )  # fmt: skip
 
@@ -95,8 +98,7 @@ CHROMA = dict(
 
 
 def chroma_inputs(draw: Draw, **extra: Any) -> dict[str, Any]:
-    mask = torch.nn.functional.pad(prefix_mask(5, 3), (0, 8), value=True)
-    return tokens(draw, attention_mask=mask, joint_attention_kwargs=None, **extra)
+    return tokens(draw, attention_mask=with_image(prefix_mask(5, 3)), joint_attention_kwargs=None, **extra)
 
 
 COGVIEW = dict(
@@ -126,7 +128,8 @@ FLUX_CONFIG = dict(in_channels=16, pooled_projection_dim=20, guidance_embeds=Tru
 
 
 def flux_inputs(draw: Draw, **extra: Any) -> dict[str, Any]:
-    return tokens(draw, **dict(pooled_projections=draw(2, 20), guidance=steps(3.5), joint_attention_kwargs=None) | extra)
+    own = dict(pooled_projections=draw(2, 20), guidance=steps(3.5), joint_attention_kwargs=None)
+    return tokens(draw, **own | extra)
 
 
 # The gates are computed once for each stack. A single block's attn holds its feed-forward too.
@@ -140,13 +143,13 @@ FLUX2_CONFIG = SHARED | dict(in_channels=16, timestep_guidance_channels=16, axes
 
 def ids4(frame: int, last: int = 0, scale: float = 1.0) -> Tensor:
     """(frame, row, column, last) of each of 4x2 tokens."""
-    ids = torch.nn.functional.pad(grid(frame, 4, 2).float(), (0, 1), value=last)
+    ids = pad(grid(frame, 4, 2).float(), (0, 1), value=last)
     ids[:, 1:3] *= scale
     return ids
 
 
 def text4(length: int = 5) -> Tensor:
-    return torch.nn.functional.pad(torch.arange(length).float()[:, None], (3, 0))
+    return pad(torch.arange(length).float()[:, None], (3, 0))
 
 
 def flux2_inputs(draw: Draw, edited: int = 0, **extra: Any) -> dict[str, Any]:
@@ -189,23 +192,27 @@ GLM = dict(
 )  # fmt: skip
 
 
-def glm_inputs(draw: Draw, cache: GlmImageKVCache | None = None, drop: bool = False, **extra: Any) -> dict[str, Any]:
-    return dict(
-        hidden_states=draw(2, 4, 8, 4), encoder_hidden_states=draw(2, 5, 24), prior_token_id=draw.ints(20, 2, 8),
-        prior_token_drop=torch.full((2, 8), drop), timestep=steps(699.0), target_size=torch.tensor([[64.0, 32]] * 2),
-        crop_coords=torch.zeros(2, 2), attention_kwargs=None, kv_caches=cache, return_dict=False,
-    ) | extra  # fmt: skip
-
-
-def glm_cache(mode: str, draw: Draw | None = None) -> GlmImageKVCache:
-    """draw: for the keys and values of an edited image of six tokens."""
+def glm_inputs(draw: Draw, mode: str | None = None, edited: bool = False, drop: bool = False) -> dict[str, Any]:
+    """mode: of the cache of keys and values, which holds those of an edited image of six tokens if edited."""
     cache = GlmImageKVCache(3)
-    for _ in range(0 if draw is None else 2):
+    for _ in range(2 if edited else 0):
         for layer in range(3):
             cache[layer].store(draw(1, 6, 2, 16), draw(1, 6, 2, 16))
         cache.next_sample()
     cache.set_mode(mode)
-    return cache
+    return dict(
+        hidden_states=draw(2, 4, 8, 4), encoder_hidden_states=draw(2, 5, 24), prior_token_id=draw.ints(20, 2, 8),
+        prior_token_drop=torch.full((2, 8), drop), timestep=steps(699.0), target_size=torch.tensor([[64.0, 32]] * 2),
+        crop_coords=torch.zeros(2, 2), attention_kwargs=None, kv_caches=cache, return_dict=False,
+    )  # fmt: skip
+
+
+def glm_write_inputs(draw: Draw) -> dict[str, Any]:
+    """Before the first step, over one edited image alone: every block stores its keys and values."""
+    inputs = {
+        key: value[:1] if isinstance(value, Tensor) else value for key, value in glm_inputs(draw, "write").items()
+    }
+    return inputs | dict(encoder_hidden_states=torch.zeros(1, 0, 24), timestep=torch.zeros(1))
 
 
 # Every block gets a layer of Llama's after the text so far, and what became of it is cut off behind the block.
@@ -232,6 +239,7 @@ def hidream_inputs(draw: Draw, width: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+# The projection of the second text is 2048 wide whatever the config: 4 of the 4.5 million parameters.
 HUNYUAN = dict(name="HunyuanImageTransformer2DModel", **FLUX_LIKE)
 HUNYUAN_CONFIG = dict(
     in_channels=4, out_channels=4, num_layers=3, num_single_layers=4, num_refiner_layers=3, mlp_ratio=2.0,
@@ -313,7 +321,7 @@ SD3_CONFIG = dict(
     sample_size=8, in_channels=4, out_channels=4, num_layers=4, joint_attention_dim=24, caption_projection_dim=32,
     pooled_projection_dim=20, pos_embed_max_size=8, **HEADS,
 )  # fmt: skip
-SD3_BRANCHES: Mapping[str, tuple[str, ...]] = {"transformer_blocks": DOUBLE}
+SD3_BRANCHES = {"transformer_blocks": DOUBLE}
 
 
 def sd3_inputs(draw: Draw, **extra: Any) -> dict[str, Any]:
@@ -392,15 +400,10 @@ CASES = [
         inputs=lambda d: flux3_inputs(d, edited=True, target_timestep=steps(0.4)),
     ),
     Case(**GLM, inputs=glm_inputs),
-    Case(**GLM, variant="unconditional", inputs=lambda d: glm_inputs(d, glm_cache("skip", d), drop=True)),
-    # Before the first step: over one edited image, without text, for the keys and values that every block stores.
-    Case(
-        **GLM,
-        variant="kv_write",
-        inputs=lambda d: {k: v[:1] if isinstance(v, Tensor) else v for k, v in glm_inputs(d, glm_cache("write")).items()}
-        | dict(encoder_hidden_states=torch.zeros(1, 0, 24), timestep=torch.zeros(1)),
-    ),
-    Case(**GLM, variant="kv_read", inputs=lambda d: glm_inputs(d, glm_cache("read", d))),
+    Case(**GLM, variant="kv_write", inputs=glm_write_inputs),
+    Case(**GLM, variant="kv_read", inputs=lambda d: glm_inputs(d, "read", edited=True)),
+    # The same cache in the negative prompt's call, which must not read it.
+    Case(**GLM, variant="kv_skip", inputs=lambda d: glm_inputs(d, "skip", edited=True, drop=True)),
     Case(**HIDREAM, inputs=lambda d: hidream_inputs(d, 8)),
     # Images that are not square are padded to the longest sequence, here 16 tokens, and come with a mask.
     Case(**HIDREAM, variant="padded", inputs=lambda d: hidream_inputs(d, 4)),
@@ -437,7 +440,7 @@ CASES = [
         config=QWEN_CONFIG,
         inputs=lambda d: qwen_inputs(d, controlnet_block_samples=[d(2, 8, 32), d(2, 8, 32)]),
     ),
-    # Inside, the embedding of the timestep has four rows: the tokens of the edited image are modulated by a timestep 0.
+    # Inside, the timestep's embedding has four rows: the edited images' tokens are modulated by those of timestep 0.
     Case(
         **QWEN,
         variant="edit",

@@ -448,19 +448,9 @@ CASES = [
             pooled_text_emb=d(2, 12),
             micro_conds=d.ints(64, 2, 5),
         ),
-        # res_blocks and attention_blocks run in turns; without skip connections, for all its name
-        chain={
-            "down_block.res_blocks": 3,
-            "down_block.attention_blocks": 3,
-            "transformer_layers": 3,
-            "up_block.res_blocks": 3,
-            "up_block.attention_blocks": 3,
-        },
-        branches={
-            "down_block.attention_blocks": ("attn1", "attn2"),
-            "transformer_layers": ("attn1", "attn2", "ff"),
-            "up_block.attention_blocks": ("attn1", "attn2"),
-        },
+        # between one down and one up block; without skip connections, for all its name
+        chain={"transformer_layers": 3},
+        branches={"transformer_layers": ("attn1", "attn2", "ff")},
     ),
     Case(
         "UNetControlNetXSModel",  # two streams: down and mid blocks take and return the base's and the control's states

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..context import PassState, Step, Verdict
 from ..errors import DiffusionCacheError
+from ..history import writable
 from ..schedule import Schedule
 from .frame import Frame, PassKey
 
@@ -133,6 +134,7 @@ class Decisions:
             self._kept[frame.key] = frame.signals
             return
         for name, signal in frame.signals.items():
+            kept[name] = writable(kept[name])
             kept[name][frame.rows] = signal[frame.rows]
 
 

@@ -21,6 +21,7 @@ from .cache_run import SIGNALS, CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .intercept import intercept, is_intercepted, release
 from .patches import ACTIVE
+from .ranks import Agree, agreement, checked_group
 
 SESSION = "_diffusion_cache"
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
@@ -78,14 +79,15 @@ class Method:
 class Session:
     """Interceptors on the denoisers' modules and brackets on classes, installed together and removed exactly."""
 
-    def __init__(self, method: Method):
+    def __init__(self, method: Method, group: Any = None):
         self.method = method
+        self.group = checked_group(group)  # ranks that must decide alike, where the user names them
         self.token = next(_tokens)
         self.layouts: dict[str, Layout] = {}
         self.denoisers: dict[str, nn.Module] = {}
         self.span_index: dict[Span, int] = {}
         self.last_run: CacheRun | None = None
-        self.agree: Callable[[Tensor], Tensor] | None = None  # makes ranks that share a sample decide alike
+        self.agree: Agree | None = None  # makes ranks that share their work decide alike; found at each run's start
         # learned once and kept over runs: denoisers whose blocks' order is known; ways of calling them in which nothing
         # but the last block's output was seen to be used; spans whose batch rows were seen to be independent, or not
         self.traced: set[str] = set()
@@ -254,10 +256,12 @@ class Session:
                 return int(pipe._num_timesteps)
             return loop_total(scheduler, timestep, run.progress_total)
 
+        self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
         return run
 
     def begin_model(self, num_steps: int | None) -> CacheRun:
+        self.agree = agreement(self.denoisers.values(), self.group)
         return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [])
 
     def finish(self, run: CacheRun) -> None:

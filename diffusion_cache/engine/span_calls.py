@@ -90,6 +90,8 @@ class SpanCalls:
         # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
         if not visit.stores or state.unusable:
             return None
+        if state.template is not None and state.signature != visit.entered:
+            self.forget(state)  # its members return other shapes as well
         if self._tries_rows(frame, span, visit.entered):
             visit.independent = True
         if len(span.members) > 1:
@@ -190,7 +192,8 @@ class SpanCalls:
     ) -> Any:
         """A member of a span that is computed for some samples and forecast for the others."""
         state, forecast, rows = visit.state, visit.forecast, visit.rows
-        assert state.template is not None
+        template = state.template
+        assert template is not None
         assert forecast is not None
         assert rows is not None
         index = torch.tensor(rows, device=next(iter(visit.inputs.values())).device)
@@ -198,11 +201,11 @@ class SpanCalls:
         if member < len(visit.span.members) - 1:
             return state.passthrough[member].spread(output, index)
         visit.finished = True
-        tensors = state.template.split(output)
+        tensors = template.split(output)
         assert tensors is not None
         bases = [
             None if leaf.base is None else select_rows(visit.inputs[leaf.base], frame.batch, index)
-            for leaf in state.template.leaves
+            for leaf in template.leaves
         ]
         if torch.is_grad_enabled():
             whole = [f.index_copy(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
@@ -214,7 +217,7 @@ class SpanCalls:
         except Exception as error:
             self.forget(state)
             self._run.warn_failure("storing a feature", error)
-        return state.template.join(whole)
+        return template.join(whole)
 
     # computing
 
@@ -242,10 +245,12 @@ class SpanCalls:
 
     def _tries_rows(self, frame: Frame, span: Span, entered: tuple) -> bool:
         """Whether to find out now if this span's batch rows can be computed apart."""
+        # samples that begin at the same noise look like guidance branches until the first scheduler step
+        several = len(frame.step.rows) < frame.batch or (self._run.samples is None and frame.batch > 1)
         return (
-            self._method.granularity == "sample"
+            several
+            and self._method.granularity == "sample"
             and bool(self._method.guarded.needs.signals)
-            and len(frame.step.rows) < frame.batch
             and (span, entered) not in self._run.session.independent
         )
 
@@ -263,8 +268,9 @@ class SpanCalls:
         self, frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> bool:
         """Run the last sample alone and compare: the one sure way to tell which inputs are batched, and how."""
-        size = frame.batch // len(frame.step.rows)
-        rows = [group * size + size - 1 for group in range(len(frame.step.rows))]
+        groups = len(frame.step.rows) if len(frame.step.rows) < frame.batch else 1
+        size = frame.batch // groups
+        rows = [group * size + size - 1 for group in range(groups)]
         try:
             whole = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
             if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):

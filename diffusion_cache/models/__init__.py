@@ -1,10 +1,12 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
 from .calls import fills_cache
-from .denoisers import find_denoisers, unwrap
+from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
 from .spans import Layout, Span, arrange, default_scope, find_layout, merged
 
 __all__ = [
+    "DENOISERS",
+    "LOOKING_INSIDE",
     "Layout",
     "Span",
     "arrange",

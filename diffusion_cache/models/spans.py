@@ -70,7 +70,11 @@ def stacks(denoiser: nn.Module) -> dict[str, dict[str, nn.Module]]:
 
     Its own lists, or else those of its parts.
     """
-    own = _block_lists(denoiser, denoiser.named_children())
+    children = dict(denoiser.named_children())
+    for name, child in denoiser.named_children():
+        if isinstance(child, nn.ModuleDict):  # a list for each modality
+            children |= {f"{name}.{key}": module for key, module in child.items()}
+    own = _block_lists(denoiser, children.items())
     return own or _block_lists(denoiser, denoiser.named_modules())
 
 

@@ -3,10 +3,9 @@
 import warnings
 from typing import Any
 
-import numpy as np
 import pipeline_zoo
 import pytest
-import torch
+from pipeline_zoo import equal, tensors
 from torch import Tensor
 
 import diffusion_cache as dc
@@ -36,9 +35,7 @@ class Subject:
         self.case = case
         self.pipe = case.build()
         self.calls = 0
-        hooks = [
-            denoiser.register_forward_pre_hook(self._count) for denoiser in find_denoisers(self.pipe).values()
-        ]
+        hooks = [denoiser.register_forward_pre_hook(self._count) for denoiser in find_denoisers(self.pipe).values()]
         self.uncached = self.generate()
         for hook in hooks:
             hook.remove()
@@ -48,25 +45,6 @@ class Subject:
 
     def generate(self) -> list[Tensor]:
         return tensors(self.pipe(**self.case.call()))
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The images, latents or sounds of a pipeline's output, in order."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, np.ndarray):
-        return [torch.from_numpy(output)]
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in tensors(item)]
-    if hasattr(output, "getdata"):
-        return [torch.from_numpy(np.array(output))]
-    return []
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
 
 
 def test_there_are_many():
