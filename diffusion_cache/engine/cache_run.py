@@ -135,7 +135,8 @@ class CacheRun:
             frame.actions = (True,)
         if name not in self.session.traced and any(len(span.members) > 1 for span in spans):
             frame.trace = []
-        frame.poisoned = _arguments(args, kwargs) not in self.session.verified.get(name, ())
+        frame.variant = (len(args), frozenset(key for key, value in kwargs.items() if value is not None), frame.actions)
+        frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         return frame
 
     def _rows(self, batch: int) -> tuple[slice, ...]:
@@ -170,7 +171,7 @@ class CacheRun:
             why = "has blocks whose output is used outside of it as well"
             self.session.unusable.update({visit.span: why for visit in skipping})
             return [(visit, why) for visit in skipping]
-        self.session.verified.setdefault(frame.key[0], set()).add(_arguments(args, kwargs))
+        self.session.verified.setdefault(frame.key[0], set()).add(frame.variant)
         return []
 
     def _close_frame(self, frame: Frame, name: str, spans: tuple[Span, ...]) -> None:
@@ -237,11 +238,6 @@ class CacheRun:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
-
-
-def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Which arguments a call gave: what may change the way through a denoiser."""
-    return len(args), frozenset(name for name, value in kwargs.items() if value is not None)
 
 
 def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:

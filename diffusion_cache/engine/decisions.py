@@ -65,11 +65,11 @@ class Decisions:
         elif self.guarded.planned:
             self._decide(frame, 1, [[]])
 
-    def after_probe(self, frame: Frame, apart: bool) -> None:
-        """With the frame's signals. apart: whether some samples can be computed and others not."""
+    def after_probe(self, frame: Frame, apart: bool | None) -> None:
+        """With the frame's signals. apart: whether some samples can be computed and others not, None if not known."""
         self._decide(frame, len(samples_of(frame.step, frame.batch)), samples_of(frame.step, frame.batch), apart)
 
-    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool = False) -> None:
+    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool | None = False) -> None:
         states = self._states.get(frame.key, [])
         if len(states) != count:
             # how many samples the rows make is known for sure from the first scheduler step on
@@ -86,7 +86,7 @@ class Decisions:
         asking = sum(frame.asking)
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
-        if 0 < asking < count and not apart and self._granularity == "sample":
+        if 0 < asking < count and apart is False and self._granularity == "sample":
             self._warn(
                 "samples of a batch cannot be told apart in this model, so a call is computed for all of them if any "
                 "asks for it (granularity 'batch'): an image may depend on its neighbours in the batch"

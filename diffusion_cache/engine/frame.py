@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..context import Step
 from ..history import History
-from ..models import Span
+from ..models import Called, Span
 from .structure import Inputs, PassThrough, Template
 
 PassKey = tuple[str, str]  # denoiser, pass
@@ -50,8 +50,8 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "computed", "counts", "key", "open", "poisoned", "probe_input",
-        "reason", "reused", "rows", "signals", "step", "stores", "trace", "visits",
+        "actions", "asking", "batch", "computed", "counts", "key", "open", "outputs", "poisoned", "probe_input",
+        "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int):
@@ -70,5 +70,7 @@ class Frame:
         self.reused: list[Visit] = []
         self.computed = 0
         self.open: Visit | None = None  # computed, and between its first and last member
+        self.outputs: dict[Span, list[Tensor]] = {}  # while tracing: of each span's latest member
+        self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
         self.poisoned = False
-        self.trace: list[tuple[Span, int]] | None = None  # members in the order they are called
+        self.trace: list[Called] | None = None  # members in the order they are called

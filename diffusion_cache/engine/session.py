@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..context import Forecaster
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..models import Layout, Span, arrange, default_scope, find_denoisers, find_layout, merged, unwrap
+from ..models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, merged, unwrap
 from ..policies import Guarded
 from ..registry import unknown_name
 from . import patches
@@ -88,8 +88,9 @@ class Session:
         self.span_index: dict[Span, int] = {}
         self.last_run: CacheRun | None = None
         self.agree: Agree | None = None  # makes ranks that share their work decide alike; found at each run's start
-        # learned once and kept over runs: denoisers whose blocks' order is known; ways of calling them in which nothing
-        # but the last block's output was seen to be used; spans whose batch rows were seen to be independent, or not
+        # learned once and kept over runs: denoisers whose blocks' order is known; ways of calling them (arguments, what
+        # is reused) in which nothing but the last blocks' output was seen to be used; spans whose batch rows were seen
+        # to be independent, or not
         self.traced: set[str] = set()
         self.verified: dict[str, set[tuple]] = {}
         self.independent: dict[tuple[Span, tuple], bool] = {}
@@ -176,7 +177,7 @@ class Session:
         for module, handler in handlers:
             intercept(module, self, handler)
 
-    def arrange_spans(self, name: str, trace: list[tuple[Span, int]]) -> None:
+    def arrange_spans(self, name: str, trace: list[Called]) -> None:
         """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
         self.traced.add(name)
         self._rebind(name, arrange(self.layouts[name], trace))

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..context import Query
 from ..history import History, is_finite
-from ..models import Span
+from ..models import Called, Span
 from .frame import Frame, PassKey, SpanState, Visit
 from .structure import Inputs, PassThrough, Template, flatten, image_stream, select_rows, signature, tensor_inputs
 
@@ -29,12 +29,38 @@ class SpanCalls:
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._peak_bytes = 0
+        self._several: set[tuple[Span, tuple]] = set()  # computed in full when samples were known from passes
 
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
-        if frame.trace is not None:
-            frame.trace.append((span, member))
         visit = self._enter(frame, span, args, kwargs) if member == 0 else frame.visits.get(span)
+        if frame.trace is not None:
+            return self._traced(frame, visit, Called(span, member), inner, args, kwargs)
+        return self._member(frame, visit, span, member, inner, args, kwargs)
+
+    def _traced(
+        self, frame: Frame, visit: Visit | None, called: Called, inner: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A member's output, noting when it ran and whether it took what the span's last member gave."""
+        assert frame.trace is not None
+        given = {id(tensor) for tensor in tensor_inputs(args, kwargs).values()}
+        before = frame.outputs.get(called.span, [])
+        linked = any(id(tensor) in given for tensor in before)
+        frame.trace.append(called._replace(linked=linked))
+        output = self._member(frame, visit, called.span, called.member, inner, args, kwargs)
+        frame.outputs[called.span] = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+        return output
+
+    def _member(
+        self,
+        frame: Frame,
+        visit: Visit | None,
+        span: Span,
+        member: int,
+        inner: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
         if visit is None:
             return inner(*args, **kwargs)
         last = member == len(span.members) - 1
@@ -227,6 +253,8 @@ class SpanCalls:
         span, state = visit.span, visit.state
         if visit.independent is not None:
             self._run.session.independent[span, visit.entered] = visit.independent
+        if len(frame.step.rows) < frame.batch:
+            self._several.add((span, visit.entered))
         feature = self._method.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
         tensors = state.template.split(output) if state.template and state.signature == visit.entered else None
@@ -245,19 +273,23 @@ class SpanCalls:
 
     def _tries_rows(self, frame: Frame, span: Span, entered: tuple) -> bool:
         """Whether to find out now if this span's batch rows can be computed apart."""
-        # samples that begin at the same noise look like guidance branches until the first scheduler step
-        several = len(frame.step.rows) < frame.batch or (self._run.samples is None and frame.batch > 1)
         return (
-            several
-            and self._method.granularity == "sample"
+            self._method.granularity == "sample"
             and bool(self._method.guarded.needs.signals)
+            and len(frame.step.rows) < frame.batch
             and (span, entered) not in self._run.session.independent
         )
 
-    def _apart(self, frame: Frame, entered: Span, inputs: Inputs) -> bool:
-        """Whether some samples of this call can be computed and others not: known of every span, it seems."""
+    def _apart(self, frame: Frame, entered: Span, inputs: Inputs) -> bool | None:
+        """Whether some samples of this call can be computed and others not: known of every span, it seems.
+
+        None where this run could not have found it out, even if an earlier one has: samples that begin at one noise
+        look like guidance branches at the first step, and a run must not depend on those before it.
+        """
         if self._method.granularity != "sample":
             return False
+        if (entered, signature(inputs)) not in self._several:
+            return None
         independent = self._run.session.independent
         spans = self._run.layouts[frame.key[0]].spans
         return independent.get((entered, signature(inputs)), False) and all(
@@ -266,11 +298,13 @@ class SpanCalls:
 
     def _rows_are_independent(
         self, frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> bool:
-        """Run the last sample alone and compare: the one sure way to tell which inputs are batched, and how."""
-        groups = len(frame.step.rows) if len(frame.step.rows) < frame.batch else 1
-        size = frame.batch // groups
-        rows = [group * size + size - 1 for group in range(groups)]
+    ) -> bool | None:
+        """Run the last sample alone and compare: the one sure way to tell which inputs are batched, and how.
+
+        None where nothing can be learned, for the values are not finite.
+        """
+        size = frame.batch // len(frame.step.rows)
+        rows = [group * size + size - 1 for group in range(len(frame.step.rows))]
         try:
             whole = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
             if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):
@@ -278,9 +312,10 @@ class SpanCalls:
             index = torch.tensor(rows, device=whole[0].device)
             alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
             parts = [leaf for leaf in flatten(alone)[0] if isinstance(leaf, Tensor)]
-            return len(parts) == len(whole) and all(
+            close = len(parts) == len(whole) and all(
                 _close(part, leaf.index_select(0, index)) for part, leaf in zip(parts, whole, strict=True)
             )
+            return close or (False if is_finite([leaf for leaf in whole if leaf.is_floating_point()]) else None)
         except Exception:
             return False  # an input that is not batched was taken for one
 

@@ -2,11 +2,12 @@
 
 from .calls import fills_cache
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
-from .spans import Layout, Span, arrange, default_scope, find_layout, merged
+from .spans import Called, Layout, Span, arrange, default_scope, find_layout, merged
 
 __all__ = [
     "DENOISERS",
     "LOOKING_INSIDE",
+    "Called",
     "Layout",
     "Span",
     "arrange",

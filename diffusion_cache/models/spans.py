@@ -8,7 +8,7 @@ out. What flows between, and which output belongs to which input, is read off th
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -54,6 +54,14 @@ class Span:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for member in self.members for p in member.parameters())
+
+
+class Called(NamedTuple):
+    """One call of a span's member. linked: it took what the member before it had given."""
+
+    span: Span
+    member: int
+    linked: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +198,17 @@ def _stack_layout(denoiser: nn.Module, found: Mapping[str, Mapping[str, nn.Modul
     return Layout("stack", spans, first_block if probe else None)
 
 
-def arrange(layout: Layout, trace: Sequence[tuple[Span, int]]) -> Layout:
-    """The layout as one call ran it; trace: spans and members in the order they were called.
+def arrange(layout: Layout, trace: Sequence[Called]) -> Layout:
+    """The layout as one call ran it; trace: members in the order they were called.
 
     Members take the order in which they ran, and spans whose members took turns become one; side stacks that run
-    between the blocks of another are left out. The layout itself where nothing changes.
+    between the blocks of another, or are no chain, are left out. The layout itself where nothing changes.
     """
     first: dict[tuple[Span, int], int] = {}
     for place, called in enumerate(trace):
-        first.setdefault(called, place)
-    between = [span for span in layout.spans if span.side and _is_between(span, layout.spans, first)]
+        first.setdefault((called.span, called.member), place)
+    loose = {called.span for called in trace if called.member and not called.linked}
+    between = [span for span in layout.spans if span.side and (span in loose or _is_between(span, layout.spans, first))]
     first = {key: place for key, place in first.items() if key[0] not in between}
     groups: list[tuple[list[Span], int, int]] = []  # spans, first and last place
     for span in sorted((span for span in layout.spans if _places(span, first)), key=lambda s: min(_places(s, first))):

@@ -4,11 +4,13 @@ Each scenario runs in two processes over gloo: this file, run as a script, is wh
 """
 
 import datetime
+import functools
 import math
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,19 +52,22 @@ def context_parallel(name, threshold, **parallel):
     """One pipeline, first on a rank alone and then, still enabled, sharded over both."""
     from diffusers import ContextParallelConfig
 
-    sent = count_all_reduces()
+    sent, tokens = count_all_reduces(), set()
     pipe = reference.load(name)
-    session = dc.enable(pipe, "first_block", "reuse", threshold=float(threshold))
+    block = (getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks)[1]
+    block.register_forward_hook(
+        lambda module, args, output: tokens.add((output[-1] if isinstance(output, tuple) else output).shape[1])
+    )
+    session = dc.enable(pipe, "first_block", "reuse", threshold=threshold)
     alone = {"images": generate(name, pipe), "records": records(pipe), "sent": [*sent], "agree": session.agree}
+    alone["tokens"] = [*tokens]
+    tokens.clear()
 
     torch.accelerator.device_count = lambda: 1  # diffusers counts devices, and divides by none without an accelerator
     mesh = dist.init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=RANKS, mesh=mesh, **parallel)
     pipe.transformer.enable_parallelism(config=config)
-    tokens = []
-    block = (getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks)[1]
-    block.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1] if args else None))
-    sharded = {"images": generate(name, pipe), "records": records(pipe), "sent": [*sent]}
+    sharded = {"images": generate(name, pipe), "records": records(pipe), "sent": [*sent], "tokens": [*tokens]}
 
     sent.clear()
     dc.enable(pipe, "interval", every=2)
@@ -73,12 +78,15 @@ def context_parallel(name, threshold, **parallel):
     return {"alone": alone, "sharded": sharded, "planned": planned, "uncached": uncached}
 
 
+# thresholds well between the values that are measured, some of them between those of a batch's samples
+
+
 def flux():
-    return context_parallel("flux-digits", 0.5, ulysses_anything=True)  # three heads over two ranks
+    return context_parallel("flux-digits", 0.416, ulysses_anything=True)  # three heads over two ranks
 
 
 def wan():
-    return context_parallel("wan-moving-digits", 0.15)
+    return context_parallel("wan-moving-digits", 0.11)
 
 
 def ring():
@@ -162,7 +170,7 @@ def loop(gathers, policy="first_block", poison=None, **options):
 def sharded_by_hand():
     sent = count_all_reduces()
     group = dist.group.WORLD
-    fast = dict(threshold=0.1)
+    fast = dict(threshold=0.25)
     found = {"without": loop(False, **fast), "without sent": [*sent]}
     found |= {"with": loop(False, group=group, **fast), "with sent": [*sent]}
     found |= {"meeting": loop(True, group=group, **fast)}
@@ -224,19 +232,24 @@ def work(name, rank, folder):
         timeout=datetime.timedelta(seconds=SECONDS / 2),
     )
     (scenario,) = (scenario for scenario in SCENARIOS if scenario.__name__ == name)
-    torch.save(scenario(), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    found = Path(folder, f"{rank}.part")
+    torch.save(scenario(), found)
+    found.rename(found.with_suffix(".pt"))
+    while len([*Path(folder).glob("*.pt")]) < RANKS:
+        time.sleep(0.05)  # another may still be reading what this one sent
+    os._exit(0)  # gloo's threads can end a process that shuts down by an abort
 
 
 # what comes of it
 
 
-@pytest.fixture
-def ranks(tmp_path):
-    """Runs a scenario on two ranks and gives what each found; a hang fails."""
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Runs a scenario on two ranks, once, and gives what each found; a hang fails."""
 
+    @functools.cache
     def run(scenario):
+        tmp_path = tmp_path_factory.mktemp(scenario.__name__)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         logs = [tmp_path / f"{rank}.log" for rank in range(RANKS)]
         processes = []
@@ -284,6 +297,7 @@ def test_context_parallel_ranks_decide_alike_and_as_one_rank_alone(ranks, scenar
     assert True in computed
     assert False in computed
     assert largest_difference(alone["images"], first["uncached"]) > 1e-3  # the cache was at work
+    assert [2 * count for count in sharded["tokens"]] == alone["tokens"]
     # at most one all-reduce a call, of one number a sample
     assert 0 < len(sharded["sent"]) <= len(sharded["records"])
     assert set(sharded["sent"]) == {len(LABELS)}
@@ -294,7 +308,7 @@ def test_context_parallel_computes_samples_apart_and_sends_nothing_for_planned_p
     found = ranks(flux)
     assert any("of 4 samples" in record[4] for record in found[0]["sharded"]["records"])
     for rank in found:
-        assert [record[3] for record in rank["planned"]["records"]] == [i % 2 == 0 for i in range(STEPS - 1)] + [True]
+        assert [record[3] for record in rank["planned"]["records"]] == [i % 2 == 0 for i in range(STEPS)]
         assert rank["planned"]["sent"] == []
 
 
@@ -326,7 +340,8 @@ def test_ranks_that_the_user_shards_disagree_without_a_group_and_agree_with_it(r
     # with collectives in the blocks it would hang
     assert first["meeting"] == second["meeting"]
     assert 1 < len(first["meeting"]) < 8
-    assert (first["planned"], first["planned sent"]) == (second["planned"], second["planned sent"]) == ([0, 3, 6, 7], [])
+    for rank in (first, second):
+        assert (rank["planned"], rank["planned sent"]) == ([0, 3, 6], [])
 
 
 def test_what_one_rank_does_not_know_is_computed_on_all(ranks):
@@ -356,7 +371,7 @@ def test_what_is_no_process_group_is_told(group):
     pipe = reference.load("dit-digits")
     with pytest.raises(dc.ConfigError, match="ProcessGroup that this rank belongs to"):
         dc.enable(pipe, group=group)
-    with pytest.raises(dc.ConfigError, match="no summary|not enabled"):
+    with pytest.raises(dc.ConfigError, match="not enabled"):
         dc.summary(pipe)
     with (
         pytest.raises(dc.ConfigError, match="ProcessGroup that this rank belongs to"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_cache.errors import ConfigError, NoSpansError
-from diffusion_cache.models import Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
+from diffusion_cache.models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
 
 
 def build_dit():
@@ -258,7 +258,7 @@ def span(name, count, kind="stack"):
 def traced(text, spans):
     """ "a0 b1": the first member of span a, then the second of span b."""
     by_name = {span.name: span for span in spans}
-    return [(by_name[called[0]], int(called[1:])) for called in text.split()]
+    return [Called(by_name[called[0]], int(called[1:])) for called in text.split()]
 
 
 def arranged(spans, text):
@@ -352,7 +352,7 @@ def with_side_stack(text, name="context_blocks"):
     assert (a.side, c.side) == (False, True)
     by_letter = {"a": a, "b": b, "c": c}
     layout = Layout("stack", (c, a, b))
-    result = arrange(layout, [(by_letter[called[0]], int(called[1:])) for called in text.split()])
+    result = arrange(layout, [Called(by_letter[called[0]], int(called[1:])) for called in text.split()])
     return result is layout, [other.name for other in result.spans], a in result.spans
 
 
@@ -387,7 +387,7 @@ def test_an_arranged_layout_runs_as_it_says():
     spans = (span("a", 3), span("b", 2))
     once = arrange(Layout("stack", spans), traced("b0 a2 b1 a0", spans))
     (merged,) = once.spans
-    assert arrange(once, [(merged, member) for member in range(4)]) is once
+    assert arrange(once, [Called(merged, member) for member in range(4)]) is once
 
 
 # denoisers among components
