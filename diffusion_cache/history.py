@@ -67,6 +67,11 @@ class History:
             self.clear()
             raise
 
+    def reserve(self, like: Sequence[Tensor]) -> None:
+        """Allocate all slots now, filled with zeros, for code that takes every one of them with its weight."""
+        while len(self.slots) < self.capacity:
+            self.slots.append([torch.zeros_like(tensor) for tensor in like])
+
     def _join_lanes(self) -> None:
         """One lane again, if all rows hold the same steps; rows that hold them in other slots are moved."""
         first, *others = self.lanes

@@ -102,9 +102,26 @@ class CacheRun:
         return output
 
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        assert self.frame is not None
+        compiled = self.session.compiled.get(self.frame.key[0])
+        if compiled is not None:
+            self._reached[self.frame.key[0]] = True
+            return compiled.call(self, self.frame, inner, args, kwargs)
         if spans[0].kind == "denoiser":
             return self.member_call(spans[0], 0, inner, args, kwargs)
         return inner(*args, **kwargs)
+
+    def is_verified_uncompiled(self, computed: Frame, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Reuse right away what a step has computed, to see that nothing but the last blocks' output is used."""
+        self.frame = frame = Frame(computed.step, computed.key, False, computed.batch)
+        frame.actions, frame.poisoned, frame.variant = (False,), True, computed.variant
+        try:
+            wrong = self._wrongly_reused(frame, forward(*args, **kwargs), args, kwargs)
+        finally:
+            self.frame = computed
+        for visit, why in wrong:
+            self.spans.give_up(visit.state, visit.span, why) if why else self.spans.forget(visit.state)
+        return not wrong
 
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
         clock = self.clock
@@ -228,7 +245,8 @@ class CacheRun:
             if not reached:
                 self.warn(
                     f"nothing was cached in {name}: it ran without calling the modules of its spans. If it is compiled "
-                    "as a whole, use scope 'denoiser', or compile its blocks (compile_repeated_blocks)"
+                    "as a whole, use scope 'denoiser', a planned policy at scope 'stack', or compile its blocks "
+                    "(compile_repeated_blocks)"
                 )
 
     def warn_failure(self, what: str, error: Exception) -> None:

@@ -55,6 +55,11 @@ class Decisions:
                 self._warn_failure("the policy", error)
         return self._schedules[total]
 
+    def ever_reuses(self, total: int | None) -> bool:
+        """Whether anything can be reused in a run of this length."""
+        schedule = self.schedule(total)
+        return schedule is None or not all(all(row) for step in schedule.compute for row in step)
+
     def open(self, frame: Frame, position: int) -> None:
         """At the start of a call: what is known without its signals."""
         schedule = self.schedule(frame.step.total)

@@ -9,8 +9,10 @@ copied.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..models import unwrap
 from .patches import ACTIVE
 
 ATTRIBUTE = "_compiled_call_impl"
@@ -46,6 +48,8 @@ class Interceptor:
             setattr(self.module, ATTRIBUTE, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.inner(*args, **kwargs)  # part of something larger that is compiled: see compiled.py
         run = ACTIVE.get()
         if run is not None:
             handler = self.handlers.get(run.session)
@@ -64,6 +68,13 @@ def intercept(module: nn.Module, session: Any, handler: Handler) -> None:
 def is_intercepted(module: nn.Module, session: Any) -> bool:
     current = vars(module).get(ATTRIBUTE)
     return isinstance(current, Interceptor) and session in current.handlers
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module itself run compiled, by `torch.compile(module)` or `module.compile()`."""
+    current = vars(module).get(ATTRIBUTE)
+    inner = current.previous if isinstance(current, Interceptor) else current
+    return inner is not None or unwrap(module) is not module
 
 
 def release(module: nn.Module, session: Any) -> None:

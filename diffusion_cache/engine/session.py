@@ -19,7 +19,8 @@ from ..registry import unknown_name
 from . import patches
 from .cache_run import SIGNALS, CacheRun
 from .clock import StepClock, loop_total, noise_levels
-from .intercept import intercept, is_intercepted, release
+from .compiled import CompiledSpans
+from .intercept import intercept, is_compiled, is_intercepted, release
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
 
@@ -98,6 +99,7 @@ class Session:
         self._owner: weakref.ref[Any] | None = None
         self._finalizer: weakref.finalize | None = None
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
+        self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._patched: list[tuple[type, str]] = []
 
@@ -176,6 +178,8 @@ class Session:
         self.denoisers[name], self.layouts[name] = denoiser, layout
         for module, handler in handlers:
             intercept(module, self, handler)
+        if layout.scope == "stack" and self.method.guarded.planned and is_compiled(denoiser):
+            self.compiled[name] = CompiledSpans(unwrap(denoiser), spans)
 
     def arrange_spans(self, name: str, trace: list[Called]) -> None:
         """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
@@ -196,6 +200,8 @@ class Session:
             self._bind(name, denoiser, layout)
 
     def _unbind(self, name: str) -> None:
+        if name in self.compiled:
+            self.compiled.pop(name).remove()
         for module, _ in self._handlers.pop(name, ()):
             release(module, self)
         self.denoisers.pop(name, None)
@@ -281,8 +287,9 @@ class Session:
                     self._bind(name, denoiser, self.method.layout(denoiser))
                     self._patch_cache_context(denoiser)
                 elif not all(is_intercepted(module, self) for module, _ in self._handlers[name]):
-                    for module, handler in self._handlers[name]:
-                        intercept(module, self, handler)
+                    layout = self.layouts[name]  # compiled since
+                    self._unbind(name)
+                    self._bind(name, denoiser, layout)
         except DiffusionCacheError as error:
             warnings.warn(
                 f"running without the cache, which cannot be attached any more: {error}",

@@ -1,5 +1,6 @@
 """Running spans: entered at their first member, passed through, and left at their last."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class SpanCalls:
         count = frame.counts.get(span, 0)
         frame.counts[span] = count + 1
         before = frame.visits.pop(span, None)
-        state = self._state(frame.key, span, count)
+        state = self.state(frame.key, span, count)
         if before is not None and not before.finished:
             if before.forecast is None:
                 frame.open = None
@@ -136,7 +137,7 @@ class SpanCalls:
         frame.visits.pop(frame.open.span, None)
         frame.open = None
 
-    def _state(self, key: PassKey, span: Span, count: int) -> SpanState:
+    def state(self, key: PassKey, span: Span, count: int) -> SpanState:
         if (key, span, count) not in self._states:
             state = self._states[key, span, count] = SpanState(History(self._method.forecaster.history))
             if span in self._run.session.unusable:
@@ -172,12 +173,9 @@ class SpanCalls:
             self._run.session.independent.get((span, visit.entered)) and len(state.passthrough) == len(span.members) - 1
         ):
             return False  # its rows cannot be told apart, or not yet: computed for all samples
-        # reading back is free on the CPU; elsewhere it would stall, so those runs check once, at their end
-        if state.unchecked and state.history.on_host and not is_finite(state.history.tensors()):
-            self._not_finite(span, state)
+        if not self._is_checked(span, state):
             frame.reason = "not finite"
             return False
-        state.unchecked = False
         try:
             if len(lanes) == 1:
                 (lane,) = lanes
@@ -198,6 +196,28 @@ class SpanCalls:
             self.forget(state)
             frame.reason = "failure"
             return False
+
+    def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> list[float] | None:
+        """What a span whose every slot is taken is forecast with, [slots]; None where it must be computed."""
+        assert frame.actions is not None
+        if frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]:
+            return None
+        if not state.history:
+            frame.reason = "no history"
+            return None
+        if not self._is_checked(span, state):
+            frame.reason = "not finite"
+            return None
+        (lane,) = state.history.lanes
+        try:
+            weights = self._method.forecaster.weights(Query([node for node, _ in lane], frame.step.index))
+            by_slot = dict(zip((slot for _, slot in lane), weights, strict=True))
+        except Exception as error:
+            self._run.warn_failure("forecasting", error)
+            self.forget(state)
+            frame.reason = "failure"
+            return None
+        return [by_slot.get(slot, 0.0) for slot in range(state.history.capacity)]
 
     def _row_weights(self, frame: Frame, state: SpanState) -> Tensor:
         """[rows, slots]; rows that were computed at the same steps share what the forecaster says."""
@@ -252,7 +272,7 @@ class SpanCalls:
         frame.open = None
         span, state = visit.span, visit.state
         if visit.independent is not None:
-            self._run.session.independent[span, visit.entered] = visit.independent
+            self._run.session.independent[span, visit.entered] = self._agreed(visit)
         if len(frame.step.rows) < frame.batch:
             self._several.add((span, visit.entered))
         feature = self._method.forecaster.feature
@@ -296,6 +316,14 @@ class SpanCalls:
             known for (span, _), known in independent.items() if span in spans
         )
 
+    def _agreed(self, visit: Visit) -> bool:
+        """Whether batch rows were seen to be independent on all ranks that work on them."""
+        agree = self._run.session.agree
+        if agree is None:
+            return bool(visit.independent)
+        device = next(iter(visit.inputs.values())).device
+        return bool(agree(torch.tensor([0.0 if visit.independent else math.nan], device=device)) == 0)
+
     def _rows_are_independent(
         self, frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> bool | None:
@@ -321,9 +349,19 @@ class SpanCalls:
 
     # the rest
 
-    def _not_finite(self, span: Span, state: SpanState) -> None:
-        self.forget(state)
-        self._run.warn(f"{span.name} produced values that are not finite; they are not reused")
+    def _is_checked(self, span: Span, state: SpanState) -> bool:
+        """Whether a span's history may be used; forgets and tells where it holds values that are not finite.
+
+        Reading back is free on the CPU. Elsewhere it would stall, and ranks would decide apart: those runs look once,
+        at their end.
+        """
+        here = state.history.on_host and self._run.session.agree is None
+        if state.unchecked and here and not is_finite(state.history.tensors()):
+            self.forget(state)
+            self._run.warn(f"{span.name} produced values that are not finite; they are not reused")
+            return False
+        state.unchecked = False
+        return True
 
     def give_up(self, state: SpanState, span: Span, why: str) -> None:
         """This span cannot be cached as it is: compute it from here on."""

@@ -1490,10 +1490,10 @@ def test_a_denoiser_compiled_as_a_whole_is_cached_as_a_whole(how):
     assert untouched(own) or how == "in place"
 
 
-def test_stacks_of_a_denoiser_compiled_as_a_whole_are_told():
+def test_an_adaptive_policy_on_stacks_of_a_denoiser_compiled_as_a_whole_is_told():
     torch._dynamo.reset()
     pipe, plain = small_dit()
-    dc.enable(pipe, "interval", every=2, scope="stack")
+    dc.enable(pipe, "first_block", threshold=1e9)
     pipe.transformer.compile(backend="eager")
     with warned(1, "compiled as a whole, use scope 'denoiser'"):
         assert torch.equal(generate(DIT, pipe), plain)

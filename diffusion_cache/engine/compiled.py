@@ -1,0 +1,183 @@
+"""Stacks inside a denoiser that is compiled as a whole, where no call of a block can be intercepted.
+
+The blocks' `forward` is replaced by one that the compiler traces: it reads one bool, so that there are two graphs, one
+that computes the span and gives its feature as a further output, and one that takes the stored features and a tensor
+of weights. All decisions, counting and storing stay outside. What blocks receive and return is learned beforehand,
+from one computed and one reused step that run uncompiled.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models import Span
+from .frame import Frame, SpanState, Visit
+from .structure import PassThrough, Template, signature, tensor_inputs
+
+if TYPE_CHECKING:
+    from .cache_run import CacheRun
+
+
+class Cell:
+    """What the traced code of one span reads and writes. slots: [history][leaf]; weights: [history]."""
+
+    def __init__(self) -> None:
+        self.reuse = False
+        self.template: Template | None = None
+        self.passthrough: dict[int, PassThrough] = {}
+        self.slots: list[list[Tensor]] = []
+        self.weights: Tensor | None = None
+        self.bases: list[Tensor | None] = []
+        self.feature: list[Tensor] | None = None
+
+
+class Learned(NamedTuple):
+    """What an uncompiled step has shown of one span. like: one tensor per leaf, as features are."""
+
+    state: SpanState
+    like: list[Tensor]
+
+
+class CompiledSpans:
+    """The spans of one denoiser that is compiled as a whole, while a session is attached to it."""
+
+    def __init__(self, denoiser: nn.Module, spans: tuple[Span, ...]):
+        self.denoiser = denoiser
+        self.spans = spans
+        self.cells = {span: Cell() for span in spans}
+        self._learned: dict[tuple, dict[Span, Learned]] = {}
+        self._own: list[tuple[nn.Module, Callable | None]] = []
+        for span, cell in self.cells.items():
+            for member, module in enumerate(span.members):
+                self._own.append((module, vars(module).get("forward")))
+                last = member == len(span.members) - 1
+                module.forward = _traced(cell, member, last, module.forward)
+
+    def remove(self) -> None:
+        """Give every block its own forward back."""
+        while self._own:
+            module, own = self._own.pop()
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+
+    def call(self, run: "CacheRun", frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The denoiser's output, its spans computed or reused as the frame says."""
+        key = frame.variant[:2], signature(tensor_inputs(args, kwargs))
+        learned = self._learned.get(key)
+        if learned is None:
+            if not run.decisions.ever_reuses(frame.step.total):
+                return inner(*args, **kwargs)
+            return self._learn(run, frame, key, args, kwargs)
+        for span in self.spans:
+            self._prepare(run, frame, span, learned.get(span))
+        output = inner(*args, **kwargs)
+        for span in self.spans:
+            self._store(run, frame, span)
+        return output
+
+    def _learn(self, run: "CacheRun", frame: Frame, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute the step uncompiled, then reuse it, to see what blocks return and that nothing else is used."""
+        for cell in self.cells.values():
+            cell.template = None
+        frame.actions, frame.stores = (True,), True
+        frame.reason = "learning what the blocks return"
+        output = self.denoiser._call_impl(*_unshared(args), **_unshared(kwargs))
+        if self is not run.session.compiled.get(frame.key[0]):
+            return output  # the spans were arranged anew
+        states = {visit.span: visit.state for visit in frame.visits.values() if visit.finished}
+        learned = {
+            span: Learned(replace(state, passthrough=dict(state.passthrough)), list(state.history.slots[0]))
+            for span, state in states.items()
+            if state.history and not state.unusable
+        }
+        if run.is_verified_uncompiled(frame, self.denoiser._call_impl, _unshared(args), _unshared(kwargs)):
+            self._learned[key] = learned
+        return output
+
+    def _prepare(self, run: "CacheRun", frame: Frame, span: Span, learned: Learned | None) -> None:
+        """Set a span's cell for the next call."""
+        cell, state = self.cells[span], run.spans.state(frame.key, span, 0)
+        cell.reuse, cell.template, cell.feature = False, None, None
+        if learned is None or state.unusable:
+            return
+        if state.signature != learned.state.signature or state.template is None:
+            run.spans.forget(state)
+            state.template, state.signature = learned.state.template, learned.state.signature
+            state.passthrough = dict(learned.state.passthrough)
+        state.history.reserve(learned.like)
+        cell.template, cell.passthrough, cell.slots = state.template, state.passthrough, state.history.slots
+        weights = run.spans.slot_weights(frame, span, state)
+        cell.reuse = weights is not None
+        if weights is not None:
+            cell.weights = _on_device(weights, learned.like[0])
+
+    def _store(self, run: "CacheRun", frame: Frame, span: Span) -> None:
+        cell, state = self.cells[span], run.spans.state(frame.key, span, 0)
+        feature, cell.feature, cell.bases = cell.feature, None, []
+        visit = Visit(span, state, {}, state.signature, frame.stores)
+        visit.finished = True
+        frame.visits[span] = visit
+        if cell.reuse:
+            frame.reused.append(visit)
+            return
+        frame.computed += 1
+        if feature and frame.stores:
+            state.history.observe(frame.step.index, feature, [None] * len(feature))
+            state.unchecked = True
+
+
+def _on_device(weights: list[float], like: Tensor) -> Tensor:
+    values = torch.tensor(weights, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
+
+
+def _unshared(value: Any) -> Any:
+    """The value with lists and dicts of its own: some forwards empty those they are given."""
+    if isinstance(value, dict):
+        return {name: _unshared(item) for name, item in value.items()}
+    return type(value)(map(_unshared, value)) if type(value) in (list, tuple) else value
+
+
+def _traced(cell: Cell, member: int, last: bool, forward: Callable) -> Callable:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if cell.template is None:
+            return forward(*args, **kwargs)
+        if member == 0:
+            keys = [leaf.base for leaf in cell.template.leaves]
+            cell.bases = [None if key is None else _argument(key, args, kwargs) for key in keys]
+        if cell.reuse:
+            if not last:
+                return cell.passthrough[member].output()
+            assert cell.weights is not None
+            tensors = [
+                ops.forecast(base, [feature[i] for feature in cell.slots], cell.weights)
+                for i, base in enumerate(cell.bases)
+            ]
+            return cell.template.join(tensors)
+        output = forward(*args, **kwargs)
+        if last:
+            outputs = cell.template.split(output) or []
+            cell.feature = [
+                out.clone() if base is None else out - base for out, base in zip(outputs, cell.bases, strict=True)
+            ]
+        return output
+
+    return traced
+
+
+def _argument(key: int | str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    if isinstance(key, int):
+        return args[key]
+    if key in kwargs:
+        return kwargs[key]
+    first, *path = key.split(".")
+    value: Any = args[int(first)] if first.isdigit() else kwargs[first]
+    for part in path:
+        value = value[part] if isinstance(value, Mapping) else value[int(part)]
+    return value

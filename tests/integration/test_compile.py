@@ -1,0 +1,199 @@
+"""torch.compile: of the whole denoiser or of its blocks, before or after enabling."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def generate(name, pipe, steps=STEPS, labels=(3,)):
+    return reference.images(name, pipe(**reference.inputs(name, labels, range(len(labels)), steps=steps)))
+
+
+def denoiser_name(name):
+    return reference.spec(name).denoiser
+
+
+def wrap(name, pipe, backend):
+    denoiser = getattr(pipe, denoiser_name(name))
+    setattr(pipe, denoiser_name(name), torch.compile(denoiser, backend=backend, fullgraph=True))
+
+
+def in_place(name, pipe, backend):
+    getattr(pipe, denoiser_name(name)).compile(backend=backend, fullgraph=True)
+
+
+def repeated_blocks(name, pipe, backend):
+    getattr(pipe, denoiser_name(name)).compile_repeated_blocks(backend=backend, fullgraph=True)
+
+
+def counting(backend="eager"):
+    return CompileCounterWithBackend(backend)
+
+
+def cached_uncompiled(name, steps, **method):
+    pipe = reference.load(name)
+    with dc.cached(pipe, **method):
+        return generate(name, pipe, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "compile_it", "before"),
+    [
+        ("flux-digits", "stack", wrap, True),
+        ("flux-digits", "stack", wrap, False),
+        ("flux-digits", "stack", in_place, True),
+        ("flux-digits", "stack", in_place, False),
+        ("dit-digits", "stack", in_place, False),
+        ("wan-moving-digits", "stack", wrap, False),
+        ("flux-digits", "denoiser", wrap, True),
+        ("unet-digits", "denoiser", in_place, False),
+    ],
+)
+def test_a_whole_denoiser_has_two_graphs_and_no_break(name, scope, compile_it, before):
+    method = dict(policy="interval", forecaster="taylor", every=2, scope=scope)
+    expected, longer = cached_uncompiled(name, STEPS, **method), cached_uncompiled(name, STEPS + 3, **method)
+    # aot_eager functionalises as the real backends do: writes into what blocks pass on would be seen
+    pipe, backend = reference.load(name), counting("aot_eager" if compile_it is wrap else "eager")
+    attributes = {key: dict(vars(module)) for key, module in getattr(pipe, denoiser_name(name)).named_modules()}
+    uncached = generate(name, pipe)
+    if before:
+        compile_it(name, pipe, backend)
+    dc.enable(pipe, **method)
+    if not before:
+        compile_it(name, pipe, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dc.DiffusionCacheWarning)
+        assert (generate(name, pipe) - expected).abs().max() <= 1e-5
+        assert backend.frame_count == (2 if scope == "stack" else 1)
+        assert [r.computed for r in dc.summary(pipe).records][:: passes(name)] == [True, False] * (STEPS // 2)
+        # other step indices, history lengths and weights
+        assert (generate(name, pipe) - expected).abs().max() <= 1e-5
+        assert (generate(name, pipe, STEPS + 3) - longer).abs().max() <= 1e-5
+    assert backend.frame_count == (2 if scope == "stack" else 1)
+    dc.disable(pipe)
+    own = getattr(pipe, denoiser_name(name))
+    assert (generate(name, pipe) - uncached).abs().max() <= 1e-5
+    for key, module in getattr(own, "_orig_mod", own).named_modules():
+        if key:
+            assert dict(vars(module)) == attributes[key]
+
+
+def passes(name):
+    return 2 if name == "wan-moving-digits" else 1
+
+
+def test_what_a_reused_graph_holds():
+    """The blocks are not in it."""
+    name, sizes = "flux-digits", []
+
+    def backend(graph, inputs):
+        sizes.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    pipe = reference.load(name)
+    wrap(name, pipe, backend)
+    with dc.cached(pipe, "interval", "taylor", every=2, scope="stack"):
+        generate(name, pipe)
+    computed, reused = sizes[-2:] if sizes[-2] > sizes[-1] else sizes[-1:-3:-1]
+    assert reused < 0.2 * computed
+
+
+def test_another_size_is_learned_anew():
+    name, method = "flux-digits", dict(policy="interval", forecaster="taylor", every=2, scope="stack")
+    plain = reference.load(name)
+    pipe, backend = reference.load(name), counting()
+    wrap(name, pipe, backend)
+    dc.enable(plain, **method)
+    dc.enable(pipe, **method)
+    for labels in ((3,), (1, 2)):
+        assert (generate(name, pipe, labels=labels) - generate(name, plain, labels=labels)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylor"])
+def test_a_mask_with_a_long_warmup(forecaster):
+    name = "dit-digits"
+    method = dict(policy="mask", forecaster=forecaster, mask="11110100", scope="stack")
+    pipe, backend = reference.load(name), counting()
+    wrap(name, pipe, backend)
+    dc.enable(pipe, **method)
+    assert (generate(name, pipe) - cached_uncompiled(name, STEPS, **method)).abs().max() <= 1e-5
+    assert backend.frame_count <= 2
+
+
+def test_always_computing_compiles_once():
+    name = "flux-digits"
+    pipe, backend = reference.load(name), counting()
+    uncached = generate(name, pipe)
+    wrap(name, pipe, backend)
+    with dc.cached(pipe, "interval", every=1, scope="stack"):
+        assert (generate(name, pipe) - uncached).abs().max() <= 1e-5
+        assert dc.summary(pipe).reused == 0
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["compiled first", "enabled first"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        dict(policy="interval", forecaster="taylor", every=2, scope="stack"),
+        dict(policy="interval", forecaster="taylor", every=2, scope="block"),
+        dict(policy="first_block", forecaster="taylor", threshold=0.3),
+    ],
+    ids=["stack", "block", "adaptive"],
+)
+def test_compiled_blocks(method, before):
+    """Each block has its one graph; decisions, adaptive ones as well, stay outside."""
+    name = "flux-digits"
+    pipe, backend = reference.load(name), counting()
+    uncompiled = cached_uncompiled(name, STEPS, **method)
+    if before:
+        repeated_blocks(name, pipe, backend)
+        generate(name, pipe)
+        count = backend.frame_count
+    dc.enable(pipe, **method)
+    if not before:
+        repeated_blocks(name, pipe, backend)
+    assert (generate(name, pipe) - uncompiled).abs().max() <= 1e-5
+    assert dc.summary(pipe).reused > 0
+    if before:
+        assert backend.frame_count == count
+    count = backend.frame_count
+    assert (generate(name, pipe) - uncompiled).abs().max() <= 1e-5
+    assert backend.frame_count == count
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("flux-digits", dict(policy="interval", every=2, scope="block")),
+        ("flux-digits", dict(policy="interval", every=2, scope="branch")),
+        ("flux-digits", dict(policy="first_block", threshold=0.3)),
+        ("unet-digits", dict(policy="interval", every=2, scope="cut")),
+    ],
+    ids=["block", "branch", "adaptive", "cut"],
+)
+def test_what_a_whole_compiled_denoiser_hides_is_told(name, method):
+    pipe = reference.load(name)
+    uncached = generate(name, pipe)
+    wrap(name, pipe, "eager")
+    with dc.cached(pipe, **method), pytest.warns(dc.DiffusionCacheWarning, match="compiled as a whole"):
+        assert (generate(name, pipe) - uncached).abs().max() <= 1e-5
+    with dc.cached(pipe, **method):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dc.DiffusionCacheWarning)
+            generate(name, pipe)
+        assert dc.summary(pipe).reused == 0
