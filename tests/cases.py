@@ -39,7 +39,7 @@ class Case:
 
 def scopes_of(model: str) -> set[str]:
     denoiser = reference.spec(model).build()
-    return {"denoiser", "block", "cut"} if models.default_scope(denoiser) == "cut" else {"denoiser", "block", "stack"}
+    return {"denoiser", "block", "branch", "cut" if models.default_scope(denoiser) == "cut" else "stack"}
 
 
 CASES = [

@@ -23,6 +23,7 @@ from .compiled import CompiledSpans
 from .intercept import intercept, is_compiled, is_intercepted, release
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
+from .structure import Template
 
 SESSION = "_diffusion_cache"
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
@@ -95,6 +96,7 @@ class Session:
         self.traced: set[str] = set()
         self.verified: dict[str, set[tuple]] = {}
         self.independent: dict[tuple[Span, tuple], bool] = {}
+        self.templates: dict[tuple[Span, int, tuple], Template] = {}  # what spans return, by visit and inputs
         self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
         self._owner: weakref.ref[Any] | None = None
         self._finalizer: weakref.finalize | None = None

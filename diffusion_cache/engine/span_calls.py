@@ -277,12 +277,18 @@ class SpanCalls:
             self._several.add((span, visit.entered))
         feature = self._method.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
-        tensors = state.template.split(output) if state.template and state.signature == visit.entered else None
-        if tensors is None or state.template is None:
+        if state.template is None or state.signature != visit.entered:
             self.forget(state, structure=False)
-            state.template, state.signature = Template.of(output, visit.inputs, residual), visit.entered
+            # kept over runs: to tell which input an output continues may take reading them back
+            known = self._run.session.templates.get((span, frame.counts[span], visit.entered))
+            state.template, state.signature = known, visit.entered
+        tensors = state.template.split(output) if state.template else None
+        if tensors is None:
+            self.forget(state, structure=False)
+            state.template = Template.of(output, visit.inputs, residual)
+            self._run.session.templates[span, frame.counts[span], visit.entered] = state.template
             tensors = state.template.split(output)
-        if not tensors:
+        if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
             return
         bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]

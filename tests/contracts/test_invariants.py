@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from cases import COMPUTING, REUSING, STEPS
+from cases import COMPUTING, REUSING, STEPS, Subject
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
 from diffusion_cache import registry
-from diffusion_cache.engine import intercept
+from diffusion_cache.engine import CacheRun, intercept
+from diffusion_cache.history import History
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -115,6 +117,51 @@ def test_passes_do_not_mix(subject, case):
         summary = run.summary()
     assert summary.reused >= 4
     assert {record.pass_name for record in summary.records} == {"0", "1"}
+
+
+READING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read back to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in READING
+        return func(*args, **(kwargs or {}))
+
+
+def test_planned_policies_add_no_host_sync(subject, case, monkeypatch):
+    if registry.policies.get(case.policy)(**_own(case, REUSING)).needs.signals:
+        pytest.skip("adaptive policies read their signal back")
+    monkeypatch.setattr(History, "on_host", False)  # on the CPU reading back is free, and done
+    finish, before_the_end = CacheRun.finish, []
+
+    def finished(run):
+        before_the_end.append(cached.count)
+        finish(run)
+
+    with Reads() as uncached:
+        subject.generate()
+    with dc.cached(subject.pipe, **case.options()):
+        subject.generate()  # a session's first run looks at what it reuses
+        monkeypatch.setattr(CacheRun, "finish", finished)
+        with Reads() as cached:
+            subject.generate()
+        assert dc.summary(subject.pipe).reused > 0
+    assert before_the_end[0] <= uncached.count
+
+
+def test_reads_are_counted():
+    subject = Subject("flux-digits")
+    with Reads() as uncached:
+        subject.generate()
+    with dc.cached(subject.pipe, "first_block", threshold=10.0), Reads() as cached:
+        subject.generate()
+    assert cached.count >= uncached.count + STEPS - 2
 
 
 def test_history_stays_within_its_stated_bytes(subject, case):

@@ -298,9 +298,11 @@ def test_context_parallel_ranks_decide_alike_and_as_one_rank_alone(ranks, scenar
     assert False in computed
     assert largest_difference(alone["images"], first["uncached"]) > 1e-3  # the cache was at work
     assert [2 * count for count in sharded["tokens"]] == alone["tokens"]
-    # at most one all-reduce a call, of one number a sample
-    assert 0 < len(sharded["sent"]) <= len(sharded["records"])
-    assert set(sharded["sent"]) == {len(LABELS)}
+    # at most one all-reduce a call, of one number a sample; besides one for each span and pass, whether rows are apart
+    decided = [count for count in sharded["sent"] if count == len(LABELS)]
+    assert 0 < len(decided) <= len(sharded["records"])
+    assert set(sharded["sent"]) - {len(LABELS)} <= {1}
+    assert len(sharded["sent"]) - len(decided) <= 2
 
 
 @pytest.mark.slow
