@@ -67,10 +67,10 @@ class History:
             self.clear()
             raise
 
-    def reserve(self, like: Sequence[Tensor]) -> None:
+    def reserve(self, like: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> None:
         """Allocate all slots now, filled with zeros, for code that takes every one of them with its weight."""
         while len(self.slots) < self.capacity:
-            self.slots.append([torch.zeros_like(tensor) for tensor in like])
+            self.slots.append([torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in like])
 
     def _join_lanes(self) -> None:
         """One lane again, if all rows hold the same steps; rows that hold them in other slots are moved."""

@@ -126,7 +126,6 @@ class CacheRun:
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
         clock = self.clock
         clock.denoiser_called(args, kwargs)
-        self._reached.setdefault(name, False)
         batch = batch_size(args, kwargs)
         if clock.evaluation == 0:
             self._levels = self._noise_levels(clock.first_timestep)
@@ -195,6 +194,7 @@ class CacheRun:
         whole = sum(visit.rows is None for visit in frame.reused)
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
+        self._reached.setdefault(name, False)
         count = max(len(spans), frame.computed + whole)
         self.records.append(
             StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole)

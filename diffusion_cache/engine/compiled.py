@@ -7,16 +7,16 @@ from one computed and one reused step that run uncompiled.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..models import Span
-from .frame import Frame, SpanState, Visit
-from .structure import PassThrough, Template, signature, tensor_inputs
+from .frame import Frame, Visit
+from .structure import Like, PassThrough, Template, signature, tensor_inputs
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
@@ -36,10 +36,12 @@ class Cell:
 
 
 class Learned(NamedTuple):
-    """What an uncompiled step has shown of one span. like: one tensor per leaf, as features are."""
+    """What an uncompiled step has shown of one span. like: what its features look like, one per leaf."""
 
-    state: SpanState
-    like: list[Tensor]
+    template: Template
+    signature: tuple
+    passthrough: dict[int, PassThrough]
+    like: list[Like]
 
 
 class CompiledSpans:
@@ -48,34 +50,30 @@ class CompiledSpans:
     def __init__(self, denoiser: nn.Module, spans: tuple[Span, ...]):
         self.denoiser = denoiser
         self.spans = spans
-        self.cells = {span: Cell() for span in spans}
-        self._learned: dict[tuple, dict[Span, Learned]] = {}
-        self._own: list[tuple[nn.Module, Callable | None]] = []
-        for span, cell in self.cells.items():
-            for member, module in enumerate(span.members):
-                self._own.append((module, vars(module).get("forward")))
-                last = member == len(span.members) - 1
-                module.forward = _traced(cell, member, last, module.forward)
+        self._kept = _kept(denoiser, spans)
+        self.cells = dict(zip(spans, self._kept.cells, strict=True))
+        self._kept.install()
 
     def remove(self) -> None:
         """Give every block its own forward back."""
-        while self._own:
-            module, own = self._own.pop()
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = own
+        self.release()
+        self._kept.remove()
+
+    def release(self) -> None:
+        """Let go of what the last call took and gave."""
+        for cell in self.cells.values():
+            cell.slots, cell.bases, cell.weights, cell.feature = [], [], None, None
 
     def call(self, run: "CacheRun", frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, its spans computed or reused as the frame says."""
         key = frame.variant[:2], signature(tensor_inputs(args, kwargs))
-        learned = self._learned.get(key)
+        learned = self._kept.learned.get(key)
         if learned is None:
             if not run.decisions.ever_reuses(frame.step.total):
                 return inner(*args, **kwargs)
             return self._learn(run, frame, key, args, kwargs)
-        for span in self.spans:
-            self._prepare(run, frame, span, learned.get(span))
+        for i, span in enumerate(self.spans):
+            self._prepare(run, frame, span, learned.get(i))
         output = inner(*args, **kwargs)
         for span in self.spans:
             self._store(run, frame, span)
@@ -90,14 +88,14 @@ class CompiledSpans:
         output = self.denoiser._call_impl(*_unshared(args), **_unshared(kwargs))
         if self is not run.session.compiled.get(frame.key[0]):
             return output  # the spans were arranged anew
-        states = {visit.span: visit.state for visit in frame.visits.values() if visit.finished}
-        learned = {
-            span: Learned(replace(state, passthrough=dict(state.passthrough)), list(state.history.slots[0]))
-            for span, state in states.items()
-            if state.history and not state.unusable
-        }
+        learned = {}
+        for i, span in enumerate(self.spans):
+            state = run.spans.state(frame.key, span, 0)
+            if state.template is not None and state.history and not state.unusable:
+                like = [Like(t.shape, t.dtype, t.device) for t in state.history.slots[0]]
+                learned[i] = Learned(state.template, state.signature, dict(state.passthrough), like)
         if run.is_verified_uncompiled(frame, self.denoiser._call_impl, _unshared(args), _unshared(kwargs)):
-            self._learned[key] = learned
+            self._kept.learned[key] = learned
         return output
 
     def _prepare(self, run: "CacheRun", frame: Frame, span: Span, learned: Learned | None) -> None:
@@ -106,10 +104,10 @@ class CompiledSpans:
         cell.reuse, cell.template, cell.feature = False, None, None
         if learned is None or state.unusable:
             return
-        if state.signature != learned.state.signature or state.template is None:
+        if state.signature != learned.signature or state.template is None:
             run.spans.forget(state)
-            state.template, state.signature = learned.state.template, learned.state.signature
-            state.passthrough = dict(learned.state.passthrough)
+            state.template, state.signature = learned.template, learned.signature
+            state.passthrough = dict(learned.passthrough)
         state.history.reserve(learned.like)
         cell.template, cell.passthrough, cell.slots = state.template, state.passthrough, state.history.slots
         weights = run.spans.slot_weights(frame, span, state)
@@ -132,9 +130,54 @@ class CompiledSpans:
             state.unchecked = True
 
 
-def _on_device(weights: list[float], like: Tensor) -> Tensor:
+class _Kept:
+    """The replaced forwards of one choice of blocks, kept with their denoiser: new ones would be compiled anew."""
+
+    def __init__(self, spans: tuple[Span, ...]):
+        self.cells = [Cell() for _ in spans]
+        self.learned: dict[tuple, dict[int, Learned]] = {}
+        self.users = 0
+        self._own: list[tuple[nn.Module, Callable | None, Callable]] = []
+        for span, cell in zip(spans, self.cells, strict=True):
+            for member, module in enumerate(span.members):
+                traced = _traced(cell, member, member == len(span.members) - 1, module.forward)
+                self._own.append((module, vars(module).get("forward"), traced))
+
+    @property
+    def current(self) -> bool:
+        """Whether blocks still have the forwards that were replaced: hooks may have come or gone."""
+        return all(vars(module).get("forward") in (own, traced) for module, own, traced in self._own)
+
+    def install(self) -> None:
+        self.users += 1
+        for module, _, traced in self._own:
+            module.forward = traced
+
+    def remove(self) -> None:
+        self.users -= 1
+        for module, own, _ in self._own if not self.users else ():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+
+
+_KEPT: "WeakKeyDictionary[nn.Module, dict[tuple, _Kept]]" = WeakKeyDictionary()
+
+
+def _kept(denoiser: nn.Module, spans: tuple[Span, ...]) -> _Kept:
+    by_blocks = _KEPT.setdefault(denoiser, {})
+    blocks = tuple(tuple(id(member) for member in span.members) for span in spans)
+    if blocks not in by_blocks or not by_blocks[blocks].current:
+        by_blocks[blocks] = _Kept(spans)
+    return by_blocks[blocks]
+
+
+def _on_device(weights: list[float], like: Like) -> Tensor:
     values = torch.tensor(weights, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-    return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
+    if like.device.type == "cuda":
+        return values.pin_memory().to(like.device, non_blocking=True)
+    return values.to(like.device)
 
 
 def _unshared(value: Any) -> Any:

@@ -276,6 +276,8 @@ class Session:
     def finish(self, run: CacheRun) -> None:
         self.last_run = run
         run.finish()
+        for compiled in self.compiled.values():
+            compiled.release()
 
     def _refresh(self, pipe: Any) -> None:
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""

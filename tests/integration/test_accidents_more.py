@@ -145,7 +145,10 @@ def test_interrupted(name, method):
     assert dc.summary(pipe).total == STEPS
     assert {step for step, *_ in seen} == {0, 1, 2}
     assert torch.equal(generate(name, pipe), whole)
-    assert torch.equal(generate(name, pipe, steps=3, **at_step(0, interrupt)), anew(name, twin, method, steps=3, **at_step(0, interrupt))[0])
+    assert torch.equal(
+        generate(name, pipe, steps=3, **at_step(0, interrupt)),
+        anew(name, twin, method, steps=3, **at_step(0, interrupt))[0],
+    )
     dc.disable(pipe)
     assert torch.equal(generate(name, pipe, **at_step(2, interrupt)), generate(name, twin, **at_step(2, interrupt)))
     assert torch.equal(generate(name, pipe), uncached(name))
@@ -218,4 +221,868 @@ def test_stopped_while_only_some_samples_are_computed(name):
     hook.remove()
     hook_root.remove()
     assert torch.equal(generate(name, pipe, **batch), whole)
+    assert records(pipe) == seen
+
+
+# the next call is another
+
+
+OTHERS = [
+    dict(labels=(1, 2, 7), seeds=(1, 2, 3)),
+    dict(steps=9),
+    dict(guidance=1.0),
+    dict(labels=(4, 4), seeds=(0, 0), steps=4),  # one noise for both
+    dict(labels=(4, 9), seeds=(0, 0), steps=8),
+]
+SIZES = {UNET: dict(height=24, width=16), FLUX: dict(height=16, width=24), WAN: dict(height=32, width=16, num_frames=2)}
+
+
+@pytest.mark.parametrize("granularity", ["sample", "batch"])
+@each_model
+def test_every_call_is_as_the_first_one(name, granularity):
+    method = ADAPTIVE | dict(granularity=granularity)
+    calls = [{}, *OTHERS, *([SIZES[name] | dict(labels=(3, 8), seeds=(5, 6))] if name in SIZES else [])]
+    twin, pipe = load(name), load(name)
+    alone = [anew(name, twin, method, **given) for given in calls]
+    dc.enable(pipe, **method)
+    for order in (range(len(calls)), reversed(range(len(calls)))):
+        for i in order:
+            images, seen = alone[i]
+            assert torch.equal(generate(name, pipe, **calls[i]), images)
+            assert records(pipe) == seen
+
+
+def test_samples_that_begin_at_one_noise_are_told_apart():
+    """At the first step their rows look like guidance branches; an earlier run has learned that they are not."""
+    given, method = dict(labels=(1, 7), seeds=(5, 5), steps=8), ADAPTIVE
+    first, seen = anew(DIT, load(DIT), method, **given)
+    assert [reason[:14] for *_, reason, _ in seen].count("1 of 2 samples") >= 3
+    pipe = load(DIT)
+    dc.enable(pipe, **method)
+    for labels, seeds in (((1, 7), (5, 6)), ((2,), (5,)), ((1, 7), (5, 5))):
+        generate(DIT, pipe, labels=labels, seeds=seeds, steps=8)
+        assert torch.equal(generate(DIT, pipe, **given), first)
+        assert records(pipe) == seen
+
+
+def without_guidance(pipe, kwargs):
+    pipe._guidance_scale = 1.0
+    return dict(prompt_embeds=kwargs["prompt_embeds"].chunk(2)[1])
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_half_the_rows_from_some_step_on(step, threshold):
+    """Guidance ends within a run: what has been learned of the larger batch fits no more."""
+    given = dict(labels=(1, 7), seeds=(5, 6), steps=10) | at_step(step, without_guidance)
+    given |= dict(callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    twin, pipe = load(UNET), load(UNET)
+    plain = generate(UNET, twin, **given)
+    images, seen = anew(UNET, twin, dict(policy="first_block", threshold=threshold), **given)
+    assert images.shape == plain.shape
+    assert (images - plain).abs().mean() < 0.1
+    dc.enable(pipe, "first_block", threshold=threshold)
+    for _ in range(2):
+        assert torch.equal(generate(UNET, pipe, **given), images)
+        assert records(pipe) == seen
+
+
+def test_nan_of_one_run_teaches_nothing_about_batches():
+    """Rows that are not finite equal no others; that does not make them depend on each other."""
+    given = dict(labels=(3, 8), seeds=(5, 6), steps=10)
+    images, seen = anew(DIT, load(DIT), ADAPTIVE, **given)
+    assert any(reason.startswith("1 of 2 samples") for *_, reason, _ in seen)
+    pipe = load(DIT)
+    dc.enable(pipe, **ADAPTIVE)
+    hook = pipe.transformer.transformer_blocks[5].register_forward_hook(lambda m, args, output: output * float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dc.DiffusionCacheWarning)
+        generate(DIT, pipe, **given)
+    hook.remove()
+    assert torch.equal(generate(DIT, pipe, **given), images)
+    assert records(pipe) == seen
+
+
+@each_method
+@each_model
+def test_moved_between_calls_and_within_one(name, method):
+    pipe = load(name)
+    expected, _ = anew(name, load(name), method)
+    dc.enable(pipe, **method)
+    generate(name, pipe, steps=2)
+    pipe.to("cpu")
+    pipe.to(torch.float64)
+    pipe.to(torch.float32)  # the shipped weights have 16 bits: nothing is lost
+    assert torch.equal(generate(name, pipe), expected)
+    if name != DIT:
+        assert torch.equal(generate(name, pipe, **at_step(2, lambda pipe, kwargs: pipe.to("cpu") and None)), expected)
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), uncached(name))
+
+
+# enabled and disabled within a call
+
+
+@with_callbacks
+def test_enabled_anew_in_its_own_callback(name):
+    """The rest of that call is computed; the next is the new method's."""
+    twin, pipe = load(name), load(name)
+    expected, _ = anew(name, twin, PLANNED | dict(forecaster="reuse", end=0.5))
+    dc.enable(pipe, **PLANNED, forecaster="reuse")
+
+    def replace(pipe, kwargs):
+        dc.enable(pipe, "interval", every=3)
+
+    assert torch.equal(generate(name, pipe, **at_step(2, replace)), expected)
+    with pytest.raises(dc.ConfigError, match="nothing was generated"):
+        dc.summary(pipe)
+    assert torch.equal(generate(name, pipe), anew(name, twin, dict(policy="interval", every=3))[0])
+    dc.disable(pipe)
+    assert untouched(denoiser_of(name, pipe))
+    assert torch.equal(generate(name, pipe), uncached(name))
+
+
+@with_callbacks
+def test_enabled_for_the_first_time_in_a_callback(name):
+    pipe = load(name)
+    assert torch.equal(
+        generate(name, pipe, **at_step(1, lambda pipe, kwargs: dc.enable(pipe, **PLANNED) and None)), uncached(name)
+    )
+    assert torch.equal(generate(name, pipe), anew(name, load(name))[0])
+
+
+@with_callbacks
+def test_looked_at_in_a_callback(name):
+    pipe = load(name)
+    expected, _ = anew(name, load(name))
+    dc.enable(pipe, **PLANNED)
+    before = generate(name, pipe, steps=3)
+    seen = []
+
+    def look(pipe, kwargs):
+        seen.append((len(dc.summary(pipe).records), dc.inspect(pipe).cache_bytes))
+
+    assert torch.equal(generate(name, pipe, **at_step(2, look)), expected)
+    assert seen[0][0] % 3 == 0
+    assert seen[0][1] > 0
+    assert torch.equal(generate(name, pipe, steps=3), before)
+
+
+# LoRA
+
+
+def lora(name, seed):
+    """A small adapter for the attention of a shipped model, as pipelines load it from a file."""
+    peft = pytest.importorskip("peft")
+    denoiser = reference.denoiser(name)
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
+    denoiser.add_adapter(config)
+    prefix = reference.spec(name).denoiser
+    return {f"{prefix}.{key}": 2 * value for key, value in peft.get_peft_model_state_dict(denoiser).items()}
+
+
+LORA = {
+    "load": lambda name, pipe: pipe.load_lora_weights(lora(name, 0), adapter_name="one"),
+    "load another": lambda name, pipe: pipe.load_lora_weights(lora(name, 1), adapter_name="two"),
+    "both": lambda name, pipe: pipe.set_adapters(["one", "two"], [0.7, 0.4]),
+    "off": lambda name, pipe: pipe.disable_lora(),
+    "on": lambda name, pipe: pipe.enable_lora(),
+    "fuse": lambda name, pipe: pipe.fuse_lora(components=[reference.spec(name).denoiser], adapter_names=["one"]),
+    "unfuse": lambda name, pipe: pipe.unfuse_lora(components=[reference.spec(name).denoiser]),
+    "delete": lambda name, pipe: pipe.delete_adapters(["two"]),
+    "unload": lambda name, pipe: pipe.unload_lora_weights(),
+}
+
+
+@pytest.mark.parametrize("scope", [None, "block", "denoiser"])
+@with_callbacks
+def test_lora_after_enabling(name, scope):
+    method = PLANNED | dict(scope=scope)
+    twin, pipe = load(name), load(name)
+    first, _ = anew(name, twin, method)
+    dc.enable(pipe, **method)
+    assert torch.equal(generate(name, pipe), first)
+    before = first
+    for what, act in LORA.items():
+        act(name, twin)
+        act(name, pipe)
+        images = generate(name, pipe)
+        expected, seen = anew(name, twin, method)
+        assert torch.equal(images, expected), what
+        assert records(pipe) == seen, what
+        if what not in ("fuse", "unfuse", "delete"):
+            assert (images - before).abs().max() > 1e-3, what
+        before = images
+    torch.testing.assert_close(before, first, rtol=0, atol=1e-3)  # fused and unfused: the weights are rounded
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), generate(name, twin))
+    assert untouched(denoiser_of(name, pipe))
+
+
+@with_callbacks
+def test_lora_before_enabling(name):
+    plain, pipe = load(name), load(name)
+    for loaded in (plain, pipe):
+        LORA["load"](name, loaded)
+    adapted = generate(name, plain)
+    dc.enable(pipe, **PLANNED)
+    assert torch.equal(generate(name, pipe), anew(name, plain)[0])
+    LORA["unload"](name, pipe)
+    assert torch.equal(generate(name, pipe), anew(name, load(name))[0])
+    LORA["load"](name, pipe)
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), adapted)
+    LORA["unload"](name, pipe)
+    assert torch.equal(generate(name, pipe), uncached(name))
+
+
+# parameters that are elsewhere or in another form between calls; here onto the one device there is
+
+
+def offload_model(name, pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    return pipe.remove_all_hooks
+
+
+def offload_sequentially(name, pipe):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert {p.device.type for p in denoiser_of(name, pipe).parameters()} == {"meta"}
+    return pipe.remove_all_hooks
+
+
+def offload_groups(**options):
+    def offload(name, pipe):
+        from diffusers.hooks import HookRegistry, apply_group_offloading
+        from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+
+        denoiser = denoiser_of(name, pipe)
+        apply_group_offloading(denoiser, onload_device=CPU, offload_device=CPU, **options)
+        return lambda: HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(_GROUP_OFFLOADING)
+
+    return offload
+
+
+OFFLOAD = {
+    "model": offload_model,
+    "sequential": offload_sequentially,
+    "blocks": offload_groups(offload_type="block_level", num_blocks_per_group=2),
+    "leaves": offload_groups(offload_type="leaf_level"),
+}
+
+
+@in_any_order
+@pytest.mark.parametrize("how", OFFLOAD)
+@each_model
+def test_offloading(name, how, first, undone_first):
+    pipe, others = load(name), {}
+    acts = [lambda: others.update(undo=OFFLOAD[how](name, pipe)), lambda: dc.enable(pipe, **PLANNED)]
+    for act in acts if first else acts[::-1]:
+        act()
+    expected, seen = anew(name, load(name))
+    assert torch.equal(generate(name, pipe), expected)
+    assert records(pipe) == seen
+    assert torch.equal(generate(name, pipe), expected)
+    if undone_first:
+        others["undo"]()
+        assert torch.equal(generate(name, pipe), expected)
+        dc.disable(pipe)
+    else:
+        dc.disable(pipe)
+        assert torch.equal(generate(name, pipe), uncached(name))
+        others["undo"]()
+    assert torch.equal(generate(name, pipe), uncached(name))
+    assert untouched(denoiser_of(name, pipe))
+
+
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_offloading_where_only_some_samples_are_computed(how):
+    given, pipe = dict(labels=(3, 8), seeds=(5, 6), steps=10), load(DIT)
+    expected, seen = anew(DIT, load(DIT), ADAPTIVE, **given)
+    assert any(reason.startswith("1 of 2 samples") for *_, reason, _ in seen)
+    OFFLOAD[how](DIT, pipe)
+    dc.enable(pipe, **ADAPTIVE)
+    for _ in range(2):
+        assert torch.equal(generate(DIT, pipe, **given), expected)
+        assert records(pipe) == seen
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.parametrize("cast_first", [True, False])
+@each_model
+def test_layerwise_casting(name, cast_first, storage):
+    def cast(pipe):
+        denoiser_of(name, pipe).enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+
+    twin, pipe = load(name), load(name)
+    cast(twin)
+    plain = generate(name, twin)
+    if not cast_first:
+        dc.enable(pipe, **PLANNED)
+        generate(name, pipe)
+    cast(pipe)
+    dc.enable(pipe, **PLANNED)
+    assert torch.equal(generate(name, pipe), anew(name, twin)[0])
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), plain)
+    assert not torch.equal(plain, uncached(name))
+
+
+# quantised weights
+
+
+def quantized_by_torchao(name):
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def quantize(pipe):
+        torchao.quantize_(denoiser_of(name, pipe), torchao.Int8WeightOnlyConfig())
+
+    return quantize
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("quantized_first", [True, False])
+@each_method
+@each_model
+def test_torchao_int8_weights(name, method, quantized_first):
+    quantize = quantized_by_torchao(name)
+    twin, pipe = load(name), load(name)
+    quantize(twin)
+    linears = [module for module in denoiser_of(name, twin).modules() if isinstance(module, nn.Linear)]
+    assert {type(module.weight.data).__name__ for module in linears} == {"Int8Tensor"}
+    plain = generate(name, twin)
+    if not quantized_first:
+        dc.enable(pipe, **method)
+        generate(name, pipe)
+    quantize(pipe)
+    if quantized_first:
+        dc.enable(pipe, **method)
+    expected, seen = anew(name, twin, method)
+    assert torch.equal(generate(name, pipe), expected)
+    assert records(pipe) == seen
+    assert any(reused for *_, reused in seen)
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), plain)
+    assert not torch.equal(plain, uncached(name))
+
+
+def has(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def check_quantised_anew(name, denoiser, tmp_path, config, device, **options):
+    """A denoiser that is read from a file in another form, cached by every scope."""
+    twin, pipe = load(name), load(name)
+    for loaded in (twin, pipe):
+        put(name, loaded, type(denoiser).from_pretrained(tmp_path, quantization_config=config, **options))
+        loaded.to(device)
+    given = {
+        key: value.to(device)
+        for key, value in reference.inputs(name, (3,), (5,), steps=STEPS).items()
+        if isinstance(value, torch.Tensor)
+    }
+    plain = generate(name, twin, **given)
+    for scope in ("stack", "block", "denoiser"):
+        method = PLANNED | dict(scope=scope)
+        dc.enable(pipe, **method)
+        assert torch.equal(generate(name, pipe, **given), anew(name, twin, method, **given)[0])
+        assert dc.summary(pipe).hit_rate == 0.5
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe, **given), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has("bitsandbytes"), reason="needs bitsandbytes, which diffusers loads only with a GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(bits, tmp_path):
+    denoiser = reference.denoiser(FLUX)
+    denoiser.save_pretrained(tmp_path)
+    config = diffusers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    check_quantised_anew(FLUX, denoiser, tmp_path, config, "cuda", torch_dtype=torch.float16)
+
+
+@pytest.mark.skipif(not has("gguf"), reason="needs the gguf package")
+def test_gguf(tmp_path):
+    import gguf
+    from diffusers.quantizers.gguf.utils import _replace_with_gguf_linear
+
+    def quantize(pipe):
+        """As diffusers does when it reads a .gguf file: linear layers that hold packed weights."""
+        denoiser = pipe.transformer
+        weights = {f"{n}.weight": m.weight for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+        kind = gguf.GGMLQuantizationType.Q8_0
+        packed = {
+            key: diffusers.quantizers.gguf.utils.GGUFParameter(
+                torch.from_numpy(gguf.quants.quantize(weight.detach().numpy(), kind)), quant_type=kind
+            )
+            for key, weight in weights.items()
+            if weight.shape[-1] % 32 == 0
+        }
+        biases = {n: m.bias for n, m in denoiser.named_modules() if f"{n}.weight" in packed}
+        _replace_with_gguf_linear(denoiser, torch.float32, packed)
+        for key, parameter in packed.items():
+            module = denoiser.get_submodule(key.removesuffix(".weight"))
+            module.weight, module.bias = parameter, biases[key.removesuffix(".weight")]
+        assert len(packed) > 20
+
+    twin, pipe = load(FLUX), load(FLUX)
+    quantize(twin)
+    plain = generate(FLUX, twin)
+    assert not torch.equal(plain, uncached(FLUX))
+    torch.testing.assert_close(plain, uncached(FLUX), rtol=0, atol=0.2)
+    dc.enable(pipe, **PLANNED)
+    generate(FLUX, pipe)
+    quantize(pipe)
+    assert torch.equal(generate(FLUX, pipe), anew(FLUX, twin)[0])
+    assert dc.summary(pipe).hit_rate == 0.5
+    dc.disable(pipe)
+    assert torch.equal(generate(FLUX, pipe), plain)
+
+
+# copies and files
+
+
+@each_model
+def test_a_saved_pipeline_reloads_uncached_and_can_be_enabled(name, tmp_path):
+    pipe = load(name)
+    expected, _ = anew(name, load(name))
+    dc.enable(pipe, **PLANNED)
+    generate(name, pipe)
+    pipe.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*.json") if "diffusion_cache_mark" in path.read_text()]
+    assert torch.equal(generate(name, pipe), expected)  # saving has changed nothing
+    other = made(type(pipe).from_pretrained(tmp_path, vae=pipe.vae))
+    other.set_progress_bar_config(disable=True)
+    assert untouched(denoiser_of(name, other))
+    # equal weights read from a file lie elsewhere in memory, which alone changes how sums are rounded
+    torch.testing.assert_close(generate(name, other), uncached(name), rtol=0, atol=1e-4)
+    dc.enable(other, **PLANNED)
+    torch.testing.assert_close(generate(name, other), expected, rtol=0, atol=1e-4)
+    assert torch.equal(generate(name, pipe), expected)
+
+
+def by_pickle(denoiser):
+    return pickle.loads(pickle.dumps(denoiser))
+
+
+def by_file(denoiser):
+    file = io.BytesIO()
+    torch.save(denoiser, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, by_pickle, by_file])
+@pytest.mark.parametrize("within", [True, False])
+@each_model
+def test_a_copy_of_the_denoiser_runs_on_its_own(name, duplicate, within):
+    """Made between calls or within one, it is uncached, and can be cached by another pipeline."""
+    if within and name == DIT:
+        pytest.skip("DiTPipeline has no callbacks")
+    pipe, copies = load(name), []
+    expected, _ = anew(name, load(name))
+    dc.enable(pipe, **PLANNED)
+
+    def take(pipe, kwargs):
+        copies.append(duplicate(denoiser_of(name, pipe)))
+
+    if within:
+        assert torch.equal(generate(name, pipe, **at_step(2, take)), expected)
+    else:
+        generate(name, pipe)
+        take(pipe, {})
+    other = load(name)
+    put(name, other, copies[0])
+    atol = 1e-4 if duplicate in (by_pickle, by_file) else 0  # weights lie elsewhere in memory
+    torch.testing.assert_close(generate(name, other), uncached(name), rtol=0, atol=atol)
+    dc.enable(other, **PLANNED)
+    torch.testing.assert_close(generate(name, other), expected, rtol=0, atol=atol)
+    dc.disable(pipe)
+    torch.testing.assert_close(generate(name, other), expected, rtol=0, atol=atol)
+    assert torch.equal(generate(name, pipe), uncached(name))
+    dc.disable(other)
+    assert untouched(denoiser_of(name, pipe))
+    assert untouched(copies[0])
+
+
+# hooks
+
+
+class Counting(diffusers.hooks.ModelHook):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@in_any_order
+@each_model
+def test_diffusers_hooks_in_any_order(name, first, undone_first):
+    from diffusers.hooks import HookRegistry
+
+    pipe = load(name)
+    denoiser = denoiser_of(name, pipe)
+    modules = [denoiser, *(module for module in denoiser.modules() if "Block" in type(module).__name__)]
+    forwards = [module.forward.__func__ for module in modules]
+    hooks = {module: Counting() for module in modules}
+
+    def hook():
+        for module, own in hooks.items():
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(own, "counting")
+
+    def unhook():
+        for module in hooks:
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook("counting", recurse=False)
+
+    acts = [hook, lambda: dc.enable(pipe, **PLANNED)]
+    for act in acts if first else acts[::-1]:
+        act()
+    expected, seen = anew(name, load(name))
+    assert torch.equal(generate(name, pipe), expected)
+    assert records(pipe) == seen
+    calls = [own.calls for own in hooks.values()]
+    assert calls[0] == len(seen)  # the denoiser itself runs at every step, its blocks at the computed ones
+    assert min(calls) == sum(done for _, _, done, *_ in seen) == calls[0] // 2
+    if undone_first:
+        unhook()
+        assert torch.equal(generate(name, pipe), expected)
+        dc.disable(pipe)
+    else:
+        dc.disable(pipe)
+        assert torch.equal(generate(name, pipe), uncached(name))
+        assert [own.calls - before for own, before in zip(hooks.values(), calls, strict=True)] == [len(seen)] * len(
+            calls
+        )
+        unhook()
+    assert torch.equal(generate(name, pipe), uncached(name))
+    assert [module.forward.__func__ for module in modules] == forwards
+    assert untouched(denoiser)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_diffusers_own_cache_on_the_same_denoiser(ours_first):
+    """Ours lies around it: what ours computes, theirs may reuse."""
+    config = diffusers.FirstBlockCacheConfig(threshold=0.3)
+    twin, pipe = load(FLUX), load(FLUX)
+    twin.transformer.enable_cache(config)
+    theirs = generate(FLUX, twin)
+    assert not torch.equal(theirs, uncached(FLUX))
+    acts = [lambda: dc.enable(pipe, "interval", every=1), lambda: pipe.transformer.enable_cache(config)]
+    for act in acts if ours_first else acts[::-1]:
+        act()
+    assert torch.equal(generate(FLUX, pipe), theirs)
+    pipe.transformer.disable_cache()
+    assert torch.equal(generate(FLUX, pipe), uncached(FLUX))
+    pipe.transformer.enable_cache(config)
+    dc.disable(pipe)
+    assert torch.equal(generate(FLUX, pipe), theirs)
+    pipe.transformer.disable_cache()
+    assert torch.equal(generate(FLUX, pipe), uncached(FLUX))
+
+
+# modes of torch
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylor"])
+@pytest.mark.parametrize("method", [PLANNED, dict(policy="first_block", threshold=0.02)], ids=["planned", "adaptive"])
+def test_inference_mode_comes_and_goes_within_a_run(method, forecaster):
+    """What was stored in inference mode cannot be written into outside of it."""
+    denoiser = reference.denoiser(DIT)
+    noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    samples = [noise + step * torch.tensor([0.2, 0.0]).reshape(2, 1, 1, 1) for step in range(8)]
+
+    def outputs(modes):
+        with dc.run(denoiser, forecaster=forecaster, num_steps=8, **method) as run:
+            found = []
+            for sample, mode in zip(samples, modes, strict=True):
+                run.next_step()
+                with mode():
+                    found.append(denoiser(sample, torch.tensor([500, 500]), class_labels=torch.tensor([1, 2])).sample)
+            return found, [(r.reason, r.spans_reused) for r in run.summary().records]
+
+    expected, seen = outputs([torch.no_grad] * 8)
+    assert len({reason for reason, _ in seen}) > 1 or method is PLANNED
+    for mixed in ("nniinnii", "iinnnini", "innnnnni", "ngingigi"):
+        modes = [dict(n=torch.no_grad, i=torch.inference_mode, g=torch.enable_grad)[letter] for letter in mixed]
+        found, said = outputs(modes)
+        assert said == seen
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Chain(nn.Module):
+    """Three residual blocks between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+        self.around = nn.ModuleList(Residual(block) for block in self.blocks)
+        del self.blocks
+
+    def forward(self, x, timestep):
+        x = self.enter(x)
+        for block in self.around:
+            x = block(x)
+        return self.leave(torch.tanh(x))
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def gradients(output, *wanted):
+    weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+    return torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylor"])
+@pytest.mark.parametrize("scope", ["stack", "block"])
+def test_a_reused_step_has_the_gradient_of_base_plus_a_constant(scope, forecaster):
+    """What a span adds to its input was computed at other steps, and is constant to this one."""
+    model = Chain()
+    samples = [torch.randn(2, 4, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(4)]
+    constants = []
+    with dc.run(model, "mask", forecaster, mask="1110", num_steps=4, scope=scope) as run:
+        outputs = []
+        for step, sample in enumerate(samples):
+            run.next_step()
+            outputs.append(model(sample, step))
+        assert [r.spans_reused for r in run.summary().records] == [0, 0, 0, 1 if scope == "stack" else 3]
+    for step in range(3):
+        plain = model(samples[step], step)
+        assert torch.equal(outputs[step], plain)
+        wanted = (samples[step], *model.parameters())
+        for found, expected in zip(gradients(outputs[step], *wanted), gradients(plain, *wanted), strict=True):
+            assert torch.equal(found, expected)
+
+    x = samples[3]
+    entered = model.enter(x)
+    with torch.no_grad():
+        states = [[model.enter(sample)] for sample in samples[:3]]
+        for state in states:
+            for block in model.around:
+                state.append(block(state[-1]))
+        parts = [(0, 3)] if scope == "stack" else [(0, 1), (1, 2), (2, 3)]
+        for start, end in parts:
+            features = [state[end] - state[start] for state in states]
+            constants.append(features[2] if forecaster == "reuse" else 2 * features[2] - features[1])
+    by_hand = model.leave(torch.tanh(entered + sum(constants)))
+    torch.testing.assert_close(outputs[3], by_hand)
+    wanted = (x, *model.enter.parameters(), *model.leave.parameters())
+    for found, expected in zip(gradients(outputs[3], *wanted), gradients(by_hand, *wanted), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)
+    inside = list(model.around.parameters())
+    assert gradients(outputs[3], *inside) == (None,) * len(inside)
+
+
+def test_gradients_where_only_some_samples_are_computed():
+    """Rows that are computed have their own gradient, the others that of base plus a constant."""
+    model = Chain()
+    moved, still = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
+    samples = [torch.cat([moved + step * torch.linspace(0, 1, 4), still]).requires_grad_() for step in range(4)]
+    with dc.run(model, "first_block", "reuse", threshold=0.01, num_steps=4) as run:
+        outputs = []
+        for step, sample in enumerate(samples):
+            run.next_step()
+            outputs.append(model(sample, step))
+        reasons = [r.reason for r in run.summary().records]
+    assert [reason.startswith("1 of 2 samples") for reason in reasons] == [False, True, True, True]
+    for step in range(1, 4):
+        wanted = (samples[step], *model.around[1].parameters())
+        plain = model(samples[step], step)
+        torch.testing.assert_close(outputs[step], plain)
+        found, expected = gradients(outputs[step][:1], *wanted), gradients(plain[:1], *wanted)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert found[0][1].abs().max() == 0  # a row takes nothing from the others
+        assert gradients(outputs[step][1:], *wanted[1:])[0].abs().max() == 0
+        assert gradients(outputs[step][1:], samples[step])[0][1].abs().max() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_whole_loop_is_differentiated_with_checkpoints(use_reentrant):
+    """The blocks run once more on the way back, when the run is over: computed, whatever the run had decided."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Chain):
+        def forward(self, x, timestep):
+            x = self.enter(x)
+            for block in self.around:
+                x = checkpoint(block, x, use_reentrant=use_reentrant)
+            return self.leave(torch.tanh(x))
+
+    def loop(model):
+        x = start = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        with dc.run(model, "interval", "reuse", every=2, scope="block", num_steps=6) as run:
+            for step in range(6):
+                run.next_step()
+                x = x - 0.1 * model(x, step)
+            assert [r.spans_reused for r in run.summary().records] == [0, 3] * 3
+        return gradients(x, start, *model.parameters())
+
+    for found, expected in zip(loop(Checkpointed()), loop(Chain()), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)
+
+
+# threads
+
+
+@each_method
+@pytest.mark.parametrize("name", [UNET, FLUX])
+def test_enabling_and_disabling_in_another_thread(name, method):
+    """Another pipeline around the same denoiser comes and goes while this one runs."""
+    first = load(name)
+    second = made(type(first).from_pipe(first, vae=first.vae, scheduler=copy.deepcopy(first.scheduler)))
+    second.set_progress_bar_config(disable=True)
+    expected, seen = anew(name, load(name), method)
+    dc.enable(first, **method)
+    barrier, results = threading.Barrier(2), []
+
+    def meet(pipe, kwargs):
+        barrier.wait(timeout=60)
+
+    def everywhere(pipe, index, timestep, kwargs):
+        meet(pipe, kwargs)
+        return kwargs
+
+    def come_and_go():
+        for _ in range(STEPS // 3):
+            dc.enable(second, "interval", every=3)
+            barrier.wait(timeout=60)
+            results.append(generate(name, second, steps=3))
+            barrier.wait(timeout=60)
+            dc.disable(second)
+            barrier.wait(timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        works = [pool.submit(generate, name, first, callback_on_step_end=everywhere), pool.submit(come_and_go)]
+        images, _ = [work.result(timeout=120) for work in works]
+    assert torch.equal(images, expected)
+    assert records(first) == seen
+    other, _ = anew(name, load(name), dict(policy="interval", every=3), steps=3)
+    assert all(torch.equal(result, other) for result in results)
+    dc.disable(first)
+    assert untouched(denoiser_of(name, first))
+
+
+def test_two_threads_differentiate_one_denoiser():
+    model = Chain()
+    barrier = threading.Barrier(2)
+
+    def work(seed):
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        with dc.run(model, "interval", "reuse", every=2 + seed, num_steps=6) as run:
+            total = 0.0
+            for step in range(6):
+                run.next_step()
+                if barrier.parties > 1:
+                    barrier.wait(timeout=60)
+                total = total + model(x * (1 + step), step)
+            return [total, *gradients(total, x)], [r.computed for r in run.summary().records]
+
+    with ThreadPoolExecutor(2) as pool:
+        together = [future.result(timeout=60) for future in [pool.submit(work, seed) for seed in (0, 1)]]
+    barrier = threading.Barrier(1)
+    for (values, steps), (expected, expected_steps) in zip(together, [work(0), work(1)], strict=True):
+        assert steps == expected_steps
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert together[0][1] == [True, False] * 3
+    assert together[1][1] == [True, False, False] * 2
+    assert untouched(model)
+
+
+# no memory
+
+
+def out_of_memory(function, calls):
+    """The function, but for the given calls of it."""
+    count = iter(range(10**6))
+
+    def fails(*args, **kwargs):
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("no room")
+        return function(*args, **kwargs)
+
+    return fails
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylor"])
+@each_model
+def test_no_room_for_one_feature(name, forecaster, monkeypatch):
+    """That step is computed all the same, and the next one too: as with a mask that says so."""
+    method = dict(policy="interval", every=2, forecaster=forecaster, scope="denoiser")
+    per_step = len(anew(name, load(name))[1]) // STEPS
+    missing = set(range(per_step, 2 * per_step))  # those of the second computed step
+    mask = dict(policy="mask", mask="101110", forecaster=forecaster, scope="denoiser")
+    expected, _ = anew(name, load(name), mask)
+    if forecaster == "taylor":  # at its last step it knows the two steps before, as the cached run does
+        assert not torch.equal(expected, anew(name, load(name), mask | dict(forecaster="reuse"))[0])
+    pipe = load(name)
+    dc.enable(pipe, **method)
+    before = generate(name, pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "_store", out_of_memory(history._store, missing))
+        with warned(1, "OutOfMemoryError: no room"):
+            assert torch.equal(generate(name, pipe), expected)
+    assert computed(pipe)[::per_step] == "101110"
+    assert torch.equal(generate(name, pipe), before)
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), uncached(name))
+
+
+@pytest.mark.parametrize("what", [(history, "_store"), (ops, "forecast")], ids=["storing", "forecasting"])
+@each_method
+@each_model
+def test_no_room_at_all(name, method, what, monkeypatch):
+    given, pipe = dict(labels=(3, 8), seeds=(5, 6)), load(name)
+    plain = generate(name, pipe, **given)
+    dc.enable(pipe, **method)
+    before = generate(name, pipe, **given)
+    assert not torch.equal(before, plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(*what, out_of_memory(getattr(*what), range(10**6)))
+        with warned(1, "OutOfMemoryError: no room"):
+            assert torch.equal(generate(name, pipe, **given), plain)
+    assert dc.summary(pipe).hit_rate == 0
+    assert torch.equal(generate(name, pipe, **given), before)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 3])
+@pytest.mark.parametrize("name", [DIT, UNET])
+def test_no_room_where_only_some_samples_are_computed(name, nth, monkeypatch):
+    """Their call goes on with what was computed and forecast; the next one is computed for all."""
+    given, pipe = dict(labels=(3, 8), seeds=(5, 6), steps=10), load(name)
+    images, seen = anew(name, load(name), ADAPTIVE, **given)
+    partly = [i for i, (*_, reason, _) in enumerate(seen) if reason.startswith("1 of 2 samples")]
+    assert len(partly) > nth
+    dc.enable(pipe, **ADAPTIVE)
+    observe_rows, count = history.History._observe_rows, []
+
+    def fails(self, *args):
+        count.append(1)
+        if len(count) == nth + 1:
+            raise torch.OutOfMemoryError("no room")
+        return observe_rows(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history.History, "_observe_rows", fails)
+        with warned(1, "OutOfMemoryError: no room"):
+            stopped = generate(name, pipe, **given)
+    found = records(pipe)
+    assert found[: partly[nth] + 1] == seen[: partly[nth] + 1]
+    assert found[partly[nth] + 1][4] == 0  # no span is reused next
+    assert stopped.isfinite().all()
+    assert (stopped - generate(name, load(name), **given)).abs().mean() < 0.1
+    assert torch.equal(generate(name, pipe, **given), images)
     assert records(pipe) == seen

@@ -197,3 +197,34 @@ def test_what_a_whole_compiled_denoiser_hides_is_told(name, method):
             warnings.simplefilter("ignore", dc.DiffusionCacheWarning)
             generate(name, pipe)
         assert dc.summary(pipe).reused == 0
+
+
+def test_runs_of_a_bare_denoiser_share_their_graphs():
+    name = "flux-digits"
+    pipe, backend = reference.load(name), counting()
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    generate(name, pipe)
+    hook.remove()
+    model = pipe.transformer
+    model.compile(backend=backend, fullgraph=True)
+    outputs = []
+    for _ in range(12):  # more than the compiler would compile anew
+        with torch.no_grad(), dc.run(model, "interval", "taylor", every=2, num_steps=4, scope="stack") as run:
+            outputs.append([model(**call)[0] for call in calls[:4] if run.next_step() is None])
+            assert [record.computed for record in run.summary().records] == [True, False, True, False]
+    assert backend.frame_count == 2
+    assert all((a - b).abs().max() <= 1e-5 for later in outputs[1:] for a, b in zip(outputs[0], later, strict=True))
+    assert not [key for block in model.transformer_blocks for key in vars(block) if key == "forward"]
+
+
+def test_features_of_a_compiled_denoiser_are_released():
+    name = "flux-digits"
+    pipe = reference.load(name)
+    wrap(name, pipe, "eager")
+    dc.enable(pipe, "interval", "taylor", every=2, scope="stack")
+    generate(name, pipe)
+    (compiled,) = vars(pipe)["_diffusion_cache"].compiled.values()
+    assert all(
+        (cell.slots, cell.bases, cell.weights, cell.feature) == ([], [], None, None) for cell in compiled.cells.values()
+    )
