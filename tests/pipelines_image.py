@@ -1553,30 +1553,6 @@ def _amused_text() -> dict[str, Any]:
     return _noise(text | {f"negative_{key}": shape for key, shape in text.items()})
 
 
-def _shape(name: str) -> Any:
-    prior = _model(
-        "PriorTransformer",
-        num_layers=3,
-        embedding_dim=16,
-        num_embeddings=12,
-        additional_embeddings=0,
-        time_embed_act_fn="gelu",
-        norm_in_type="layer",
-        embedding_proj_norm_type=None if name == "ShapEPipeline" else "layer",
-        encoder_hid_proj_type=None,
-        added_emb_type=None,
-        time_embed_dim=64,
-        embedding_proj_dim=24,
-        clip_embed_dim=32,
-        **HEADS,
-    )
-    scheduler = _scheduler("HeunDiscreteScheduler", beta_schedule="exp", prediction_type="sample", clip_sample=True)
-    pipe = _pipe(name, prior=prior, scheduler=scheduler)
-    text = (2, 24) if name == "ShapEPipeline" else (2, 5, 24)
-    pipe._encode_prompt = pipe._encode_image = lambda *_: Draw(1)(*text)  # takes no embeddings
-    return pipe
-
-
 def _vqdiffusion(name: str) -> Any:
     transformer = _model(
         "Transformer2DModel",
@@ -1677,14 +1653,12 @@ OTHER_CASES = [
         _unidiffuser,
         lambda: _two_texts(lengths=(6, 6)) | {"guidance_scale": 8.0},
         calls=2,
+        variant="embeddings",
     ),
     _row("DreamLitePipeline", _dreamlite, lambda: {"prompt": "a"}),
     _row("DreamLitePipeline", _dreamlite, lambda: {"prompt": "a", "image": _picture()}, variant="edit"),
     _row("DreamLiteMobilePipeline", _dreamlite, lambda: {"prompt": "a"}),
     _row("DreamLiteMobilePipeline", _dreamlite, lambda: {"prompt": "a", "image": _picture()}, variant="edit"),
-    # Heun: each step but the last takes two timesteps
-    _row("ShapEPipeline", _shape, lambda: {"prompt": "a", "guidance_scale": 4.0}, iterations=2 * STEPS - 1),
-    _row("ShapEImg2ImgPipeline", _shape, lambda: {"image": _image(), "guidance_scale": 4.0}, iterations=2 * STEPS - 1),
 ]
 
 CASES = [

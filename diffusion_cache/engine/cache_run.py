@@ -57,8 +57,11 @@ class CacheRun:
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
+        self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
+        self._part_bytes = 0
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
+        self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         self._adaptive = not session.method.guarded.planned
@@ -137,7 +140,7 @@ class CacheRun:
             total=clock.total,
             evaluation=clock.evaluation,
             noise_level=self._levels[clock.index] if clock.index < len(self._levels) else None,
-            pass_name=self.pass_name or str(clock.position),
+            pass_name=self.pass_name or self._position_name(clock.position),
             rows=self._rows(batch),
         )
         frame = Frame(step, (name, step.pass_name), True, batch)
@@ -154,6 +157,9 @@ class CacheRun:
         frame.variant = (len(args), frozenset(key for key, value in kwargs.items() if value is not None), frame.actions)
         frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         return frame
+
+    def _position_name(self, position: int) -> str:
+        return self.guided[position] if position < len(self.guided) else str(position)
 
     def _rows(self, batch: int) -> tuple[slice, ...]:
         groups = self._groups if batch == self._grouped_batch else 1
@@ -231,11 +237,14 @@ class CacheRun:
     @property
     def cache_bytes(self) -> int:
         """The most bytes that features have taken in this run."""
-        return self.spans.peak_bytes
+        return max(self.spans.peak_bytes, self._part_bytes)
 
     def finish(self) -> None:
         """Release every feature, then tell what could not be checked on the way."""
-        self.sizes = self.spans.feature_bytes()
+        self.sizes |= self.spans.feature_bytes()
+        if self.whole is not None:
+            self.whole.sizes |= self.sizes
+            self.whole._part_bytes = max(self.whole._part_bytes, self.cache_bytes)
         self.spans.release()
         self.decisions.clear()
         # what is kept for summary must not keep the pipeline alive

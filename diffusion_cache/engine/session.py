@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from .structure import Template
 
 SESSION = "_diffusion_cache"
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
+GUIDER_INPUTS = ("prepare_inputs", "prepare_inputs_from_block_state")
 
 _tokens = itertools.count()
 
@@ -125,6 +127,7 @@ class Session:
                 self._patch_cache_context(denoiser)
             for scheduler in _schedulers(pipe):
                 self._patch(type(scheduler), "step", _counted_step)
+            self._patch_guiders(pipe)
         except BaseException:
             self._detach()
             raise
@@ -225,6 +228,12 @@ class Session:
         if hasattr(cls, "cache_context"):
             self._patch(cls, "cache_context", _noted_cache_context)
 
+    def _patch_guiders(self, pipe: Any) -> None:
+        for component in pipe.components.values():
+            if all(hasattr(component, name) for name in ("prepare_models", *GUIDER_INPUTS)):
+                for name in GUIDER_INPUTS:
+                    self._patch(type(component), name, _noted_passes)
+
     def _detach(self) -> None:
         for name in list(self._handlers):
             self._unbind(name)
@@ -247,7 +256,7 @@ class Session:
         """Start a run of a pipeline that another, which this session is enabled on, is made of."""
         self._patch_progress_bar(pipe)
         run = self._begin(pipe)
-        run.records = whole.records
+        run.whole, run.records = whole, whole.records
         return run
 
     def _begin(self, pipe: Any) -> CacheRun:
@@ -256,6 +265,7 @@ class Session:
             _mark(scheduler, _marks(scheduler) | {self.token})
             if not any(marked() is scheduler for marked in self._marked):
                 self._marked.append(weakref.ref(scheduler))
+        self._patch_guiders(pipe)
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
         scheduler = getattr(pipe, "scheduler", None)
@@ -354,7 +364,11 @@ def _imported_pipelines() -> list[type]:
     """Pipelines that may share a denoiser with an enabled one, and may be called from its callback."""
     from diffusers import DiffusionPipeline
 
-    return [cls for cls in _subclasses(DiffusionPipeline) if "__call__" in vars(cls)]
+    roots = [DiffusionPipeline]
+    modular = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")
+    if modular is not None:
+        roots.append(modular.ModularPipeline)
+    return [cls for root in roots for cls in _subclasses(root) if "__call__" in vars(cls)]
 
 
 def _subclasses(root: type) -> list[type]:
@@ -440,3 +454,16 @@ def _noted_cache_context(original: Callable) -> Callable:
                 run.pass_name = outer
 
     return functools.wraps(original)(cache_context)
+
+
+def _noted_passes(original: Callable) -> Callable:
+    """A guider's batches name the step's passes, which come and go over a run: the second one is not always the same."""
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches = original(self, *args, **kwargs)
+        run = ACTIVE.get()
+        if run is not None and run.pipe is not None:
+            run.guided = [str(getattr(batch, self._identifier_key, i)) for i, batch in enumerate(batches)]
+        return batches
+
+    return prepare

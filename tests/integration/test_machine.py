@@ -162,7 +162,7 @@ class Machine(RuleBasedStateMachine):
 
     @classmethod
     def run(cls, pipe, call, event=None):
-        """The images and what was computed, or the name of the error that stopped the call."""
+        """The images or the name of the error that stopped the call, what was computed, and if the event took place."""
         happened = []
 
         def callback(pipe, index, timestep, kwargs):
@@ -191,7 +191,7 @@ class Machine(RuleBasedStateMachine):
             images = type(error).__name__
         session = vars(pipe).get(SESSION)
         run = None if session is None else session.last_run
-        return images, None if run is None else list(run.records)
+        return images, None if run is None else list(run.records), bool(happened)
 
     @classmethod
     def twin(cls, weights, scheduler, method, call, event=None):
@@ -211,14 +211,14 @@ class Machine(RuleBasedStateMachine):
 
     def check(self, slot, call, event=None):
         pipe, method = self.pipes[slot], self.methods[slot]
-        expected, records = self.twin(self.weights[slot], self.sampler[slot], method, call, event)
-        images, found = self.run(pipe, call, event)
+        expected, records, _ = self.twin(self.weights[slot], self.sampler[slot], method, call, event)
+        images, found, happened = self.run(pipe, call, event)
         if isinstance(expected, str):
             assert images == expected
         else:
             assert isinstance(images, torch.Tensor)
             assert torch.equal(images, expected), (images - expected).abs().max()
-        if event is not None and event.step < call.steps and event.what in ("disable", "enable"):
+        if happened and event.what in ("disable", "enable"):
             self.methods[slot] = event.method
         elif records is not None and method is not None:
             assert found == records
@@ -276,7 +276,7 @@ class Machine(RuleBasedStateMachine):
     @rule(slot=SLOTS, call=CALLS, inner=CALLS, step=st.integers(0, 6))
     def preview_with_the_other(self, slot, call, inner, step):
         """The other pipeline is called from this one's callback."""
-        expected, _ = self.twin(self.weights[slot], self.sampler[slot], self.methods[slot], call)
+        expected, *_ = self.twin(self.weights[slot], self.sampler[slot], self.methods[slot], call)
         other = 1 - slot
 
         def preview(pipe, index, timestep, kwargs):
@@ -356,7 +356,7 @@ class Machine(RuleBasedStateMachine):
         assert not [scheduler for scheduler in self.built if MARK in vars(scheduler)]
         for slot, pipe in enumerate(self.pipes):
             call = Call(4, (3, 8), 0, False, 3.0, 16, False)
-            expected, _ = self.twin(self.weights[slot], self.sampler[slot], None, call)
+            expected, *_ = self.twin(self.weights[slot], self.sampler[slot], None, call)
             assert torch.equal(self.run(pipe, call)[0], expected)
 
 

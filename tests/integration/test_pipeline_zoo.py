@@ -89,6 +89,7 @@ def test_cached(subject, policy, options):
             cached = subject.generate()
             summary = dc.summary(subject.pipe)
     assert len(summary.records) == subject.calls
+    assert summary.cache_bytes > 0
     assert [tensor.shape for tensor in cached] == [tensor.shape for tensor in subject.uncached]
     assert all(tensor.double().isfinite().all() for tensor in cached)
     assert (summary.reused > 0) == (subject.case.id not in ALTERNATING or policy != "mask")
