@@ -17,7 +17,7 @@ from .clock import StepClock
 from .decisions import Decisions
 from .frame import Frame, Visit
 from .span_calls import SpanCalls
-from .structure import IMAGE_STREAM, image_stream, tensor_inputs
+from .structure import IMAGE_STREAM, image_stream, tensor_inputs, unshared
 
 if TYPE_CHECKING:
     from .session import Session
@@ -65,6 +65,7 @@ class CacheRun:
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         self._adaptive = not session.method.guarded.planned
+        self._told_before: Any = None
         self._noise_levels = noise_levels
         self._levels: list[float] = []
         self._groups, self._grouped_batch = 1, 0
@@ -86,6 +87,8 @@ class CacheRun:
         except Exception as error:
             self.warn_failure("tracking the step", error)
             return inner(*args, **kwargs)
+        layout = self.layouts[name]
+        given = unshared(args), unshared(kwargs)
         try:
             output = self._forward(spans, inner, args, kwargs)
             wrong = self._wrongly_reused(frame, output, args, kwargs)
@@ -102,7 +105,40 @@ class CacheRun:
         finally:
             self.frame = None
         self._close_frame(frame, name, spans)
+        if self.session.layouts.get(name) is not layout and frame.stores and not frame.reused:
+            self._learn(frame, inner, *given)
         return output
+
+    def _learn(self, computed: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Compute the step once more for spans that have been arranged anew, and try reusing it right away.
+
+        Blocks have turned out to run in another order than they are listed in. At the first step already, so that a
+        first run is like those after it.
+        """
+        try:
+            self._repeat(computed, (True,), inner, args, kwargs)
+            for pattern in self.decisions.patterns(computed.step.total):
+                self._repeat(computed, pattern, inner, args, kwargs)
+        except Exception as error:
+            self.warn_failure("looking at what would be reused", error)
+
+    def _repeat(
+        self, computed: Frame, actions: tuple[bool, ...] | None, inner: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> list[tuple[Visit, str]]:
+        """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
+        reuse = actions is None or not all(actions)
+        self.frame = frame = Frame(computed.step, computed.key, not reuse, computed.batch)
+        frame.actions, frame.poisoned = actions or (False,), reuse
+        frame.variant = (*computed.variant[:2], actions)
+        args, kwargs = unshared(args), unshared(kwargs)
+        try:
+            output = self._forward(self.layouts[computed.key[0]].spans, inner, args, kwargs)
+            wrong = self._wrongly_reused(frame, output, args, kwargs)
+        finally:
+            self.frame = None
+        for visit, why in wrong:
+            self.spans.give_up(visit.state, visit.span, why) if why else self.spans.forget(visit.state)
+        return wrong
 
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.frame is not None
@@ -130,7 +166,10 @@ class CacheRun:
         clock = self.clock
         clock.denoiser_called(args, kwargs)
         batch = batch_size(args, kwargs)
-        if clock.evaluation == 0:
+        if clock.index == 0 and clock.position == 0:
+            if clock.evaluation > 0:  # another loop of the same run: nothing is carried over
+                self.spans.release()
+                self.decisions.clear()
             self._levels = self._noise_levels(clock.first_timestep)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
@@ -208,6 +247,21 @@ class CacheRun:
         if frame.trace:
             self.session.arrange_spans(name, frame.trace)
             self.layouts[name] = self.session.layouts[name]
+
+    def timesteps_set(self) -> None:
+        """A scheduler's timesteps are set: a loop follows, of which the pipeline may tell the length."""
+        self.clock.timesteps_set()
+        pipe = self.pipe() if self.pipe is not None else None
+        if pipe is not None:  # what it has told before is of all loops, or of the last one
+            self._told_before = vars(pipe).pop("_num_timesteps", self._told_before)
+
+    def told_total(self) -> Any:
+        """What the pipeline says is the length of the loop that begins, if it does."""
+        pipe = self.pipe() if self.pipe is not None else None
+        told = getattr(pipe, "_num_timesteps", None)
+        if pipe is not None and told is None and self._told_before is not None:
+            pipe._num_timesteps = self._told_before
+        return told
 
     def has_part(self, pipe: Any) -> bool:
         """Whether a pipeline is one that this run's pipeline is made of."""

@@ -16,8 +16,10 @@ from ..models.denoisers import TIME_ARGUMENTS
 class StepClock:
     """Counts sampler iterations and, within each, the calls of the denoiser (its passes).
 
-    A new iteration is a call after at least one `scheduler.step`; before the first one is seen, a call at another
-    timestep; and in a loop that calls `next_step`, exactly that. total: asked once, with the first call's timestep.
+    A new iteration is a call after at least one `scheduler.step`, unless at the very entry of the timesteps that the
+    last call was at (views of a panorama are stepped one by one); before the first step is seen, a call at another
+    timestep; and in a loop that calls `next_step`, exactly that. Where a scheduler's timesteps are set again, counting
+    begins again. total: asked with the first call's timestep of each loop.
     """
 
     def __init__(self, total: Callable[[Any], int | None]):
@@ -41,6 +43,11 @@ class StepClock:
         if not self._suppressed and not self._explicit:
             self._stepped = self._advance = True
 
+    def timesteps_set(self) -> None:
+        """A scheduler's timesteps are set: the next call is the first of a loop."""
+        if not self._suppressed and not self._explicit:
+            self.index = -1
+
     def next_step(self) -> None:
         """The user's own loop says that the next call belongs to the next step."""
         self._explicit = self._advance = True
@@ -57,8 +64,12 @@ class StepClock:
             self.total = self._ask_total(self.first_timestep)
             self._timestep = _Seen(self.first_timestep)
             new = True
-        elif self._explicit or self._stepped:
+        elif self._explicit:
             new = self._advance
+        elif self._stepped:
+            timestep = timestep_of(args, kwargs)
+            new = self._advance and not self._timestep.is_same_entry(timestep)
+            self._timestep = _Seen(timestep)
         else:
             timestep = timestep_of(args, kwargs)
             new = not self._timestep.equals(timestep)
@@ -96,14 +107,19 @@ class _Seen:
     def __init__(self, timestep: Any):
         self.value = timestep.clone() if isinstance(timestep, Tensor) else timestep
         self.identity = _identity(timestep)
+        self._alive = timestep  # or its memory may become another's
+
+    def is_same_entry(self, timestep: Any) -> bool:
+        """Whether this is the same entry of the scheduler's list, unchanged, expanded or not."""
+        identity = _identity(timestep)
+        return identity is not None and identity == self.identity
 
     def equals(self, timestep: Any) -> bool:
         if isinstance(timestep, Tensor) and isinstance(self.value, Tensor):
             if timestep.shape != self.value.shape:  # passes of one step may have different numbers of rows
                 return torch.equal(timestep.unique(), self.value.unique())
             # one unchanged entry of the scheduler's list, expanded anew: no need to read it back
-            identity = _identity(timestep)
-            return (identity is not None and identity == self.identity) or torch.equal(timestep, self.value)
+            return self.is_same_entry(timestep) or torch.equal(timestep, self.value)
         return type(timestep) is type(self.value) and bool(timestep == self.value)
 
 
@@ -170,6 +186,8 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
     if sigmas is not None and len(sigmas) >= len(timesteps):
         values = torch.as_tensor(sigmas).double().cpu()[begin : len(timesteps)].tolist()
         if is_flow(scheduler):
+            if getattr(scheduler, "config", {}).get("invert_sigmas"):  # they say how much data there is
+                values = [1 - sigma for sigma in values]
             return [2 * (_log(1 - sigma) - _log(sigma)) for sigma in values]
         return [-2 * _log(sigma) for sigma in values]
     if alphas is not None:

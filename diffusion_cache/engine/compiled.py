@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models import Span
 from .frame import Frame, Visit
-from .structure import Like, PassThrough, Template, signature, tensor_inputs
+from .structure import Like, PassThrough, Template, signature, tensor_inputs, unshared
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
@@ -85,7 +85,7 @@ class CompiledSpans:
             cell.template = None
         frame.actions, frame.stores = (True,), True
         frame.reason = "learning what the blocks return"
-        output = self.denoiser._call_impl(*_unshared(args), **_unshared(kwargs))
+        output = self.denoiser._call_impl(*unshared(args), **unshared(kwargs))
         if self is not run.session.compiled.get(frame.key[0]):
             return output  # the spans were arranged anew
         learned = {}
@@ -94,7 +94,7 @@ class CompiledSpans:
             if state.template is not None and state.history and not state.unusable:
                 like = [Like(t.shape, t.dtype, t.device) for t in state.history.slots[0]]
                 learned[i] = Learned(state.template, state.signature, dict(state.passthrough), like)
-        if run.is_verified_uncompiled(frame, self.denoiser._call_impl, _unshared(args), _unshared(kwargs)):
+        if run.is_verified_uncompiled(frame, self.denoiser._call_impl, unshared(args), unshared(kwargs)):
             self._kept.learned[key] = learned
         return output
 
@@ -178,13 +178,6 @@ def _on_device(weights: list[float], like: Like) -> Tensor:
     if like.device.type == "cuda":
         return values.pin_memory().to(like.device, non_blocking=True)
     return values.to(like.device)
-
-
-def _unshared(value: Any) -> Any:
-    """The value with lists and dicts of its own: some forwards empty those they are given."""
-    if isinstance(value, dict):
-        return {name: _unshared(item) for name, item in value.items()}
-    return type(value)(map(_unshared, value)) if type(value) in (list, tuple) else value
 
 
 def _traced(cell: Cell, member: int, last: bool, forward: Callable) -> Callable:

@@ -60,6 +60,15 @@ class Decisions:
         schedule = self.schedule(total)
         return schedule is None or not all(all(row) for step in schedule.compute for row in step)
 
+    def patterns(self, total: int | None) -> list[tuple[bool, ...] | None]:
+        """What may be computed and reused together, wherever anything is reused; None: by an adaptive policy."""
+        if not self.guarded.planned:
+            return [None]
+        schedule = self.schedule(total)
+        if schedule is None:
+            return [(False,)]
+        return list(dict.fromkeys(row for step in schedule.compute for row in step if not all(row)))
+
     def open(self, frame: Frame, position: int) -> None:
         """At the start of a call: what is known without its signals."""
         schedule = self.schedule(frame.step.total)
@@ -70,11 +79,11 @@ class Decisions:
         elif self.guarded.planned:
             self._decide(frame, 1, [[]])
 
-    def after_probe(self, frame: Frame, apart: bool | None) -> None:
-        """With the frame's signals. apart: whether some samples can be computed and others not, None if not known."""
+    def after_probe(self, frame: Frame, apart: bool) -> None:
+        """With the frame's signals. apart: whether some samples can be computed and others not."""
         self._decide(frame, len(samples_of(frame.step, frame.batch)), samples_of(frame.step, frame.batch), apart)
 
-    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool | None = False) -> None:
+    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool = False) -> None:
         states = self._states.get(frame.key, [])
         if len(states) != count:
             # how many samples the rows make is known for sure from the first scheduler step on
@@ -91,7 +100,7 @@ class Decisions:
         asking = sum(frame.asking)
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
-        if 0 < asking < count and apart is False and self._granularity == "sample":
+        if 0 < asking < count and not apart and self._granularity == "sample":
             self._warn(
                 "samples of a batch cannot be told apart in this model, so a call is computed for all of them if any "
                 "asks for it (granularity 'batch'): an image may depend on its neighbours in the batch"

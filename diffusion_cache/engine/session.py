@@ -126,7 +126,7 @@ class Session:
             for denoiser in denoisers.values():
                 self._patch_cache_context(denoiser)
             for scheduler in _schedulers(pipe):
-                self._patch(type(scheduler), "step", _counted_step)
+                self._patch_scheduler(type(scheduler))
             self._patch_guiders(pipe)
         except BaseException:
             self._detach()
@@ -155,7 +155,7 @@ class Session:
             self._bind("denoiser", model, layout)
             self._patch_cache_context(model)
             for cls in _imported_schedulers():
-                self._patch(cls, "step", _counted_step)
+                self._patch_scheduler(cls)
         except BaseException:
             self._detach()
             raise
@@ -219,6 +219,11 @@ class Session:
             patches.acquire(cls, attribute, make)
             self._patched.append((cls, attribute))
 
+    def _patch_scheduler(self, cls: type) -> None:
+        self._patch(cls, "step", _counted_step)
+        if hasattr(cls, "set_timesteps"):
+            self._patch(cls, "set_timesteps", _noted_timesteps)
+
     def _patch_progress_bar(self, pipe: Any) -> None:
         if hasattr(type(pipe), "progress_bar"):
             self._patch(type(pipe), "progress_bar", _noted_progress_bar)
@@ -261,7 +266,7 @@ class Session:
 
     def _begin(self, pipe: Any) -> CacheRun:
         for scheduler in _schedulers(pipe):
-            self._patch(type(scheduler), "step", _counted_step)
+            self._patch_scheduler(type(scheduler))
             _mark(scheduler, _marks(scheduler) | {self.token})
             if not any(marked() is scheduler for marked in self._marked):
                 self._marked.append(weakref.ref(scheduler))
@@ -271,9 +276,8 @@ class Session:
         scheduler = getattr(pipe, "scheduler", None)
 
         def total(timestep: Any) -> int | None:
-            if getattr(pipe, "_num_timesteps", None):
-                return int(pipe._num_timesteps)
-            return loop_total(scheduler, timestep, run.progress_total)
+            told = run.told_total()
+            return int(told) if told else loop_total(scheduler, timestep, run.progress_total)
 
         self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
@@ -415,7 +419,7 @@ def _counted_step(original: Callable) -> Callable:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         run = ACTIVE.get()
-        if run is not None and (run.any_scheduler or run.session.token in _marks(self)):
+        if run is not None and _counts(run, self):
             run.clock.scheduler_stepped()
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
             if isinstance(sample, Tensor) and sample.ndim:
@@ -423,6 +427,23 @@ def _counted_step(original: Callable) -> Callable:
         return result
 
     return step
+
+
+def _noted_timesteps(original: Callable) -> Callable:
+    """A scheduler's `set_timesteps`: in the middle of a run it begins another loop (of the next window, say)."""
+
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        run = ACTIVE.get()
+        if run is not None and _counts(run, self):
+            run.timesteps_set()
+        return result
+
+    return set_timesteps
+
+
+def _counts(run: CacheRun, scheduler: Any) -> bool:
+    return run.any_scheduler or run.session.token in _marks(scheduler)
 
 
 def _noted_progress_bar(original: Callable) -> Callable:
@@ -457,7 +478,7 @@ def _noted_cache_context(original: Callable) -> Callable:
 
 
 def _noted_passes(original: Callable) -> Callable:
-    """A guider's batches name the step's passes, which come and go over a run: the second one is not always the same."""
+    """A guider names the batches of each step, which come and go over a run: the second is not always the same."""
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         batches = original(self, *args, **kwargs)

@@ -30,7 +30,6 @@ class SpanCalls:
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._peak_bytes = 0
-        self._several: set[tuple[Span, tuple]] = set()  # computed in full when samples were known from passes
 
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
@@ -273,8 +272,6 @@ class SpanCalls:
         span, state = visit.span, visit.state
         if visit.independent is not None:
             self._run.session.independent[span, visit.entered] = self._agreed(visit)
-        if len(frame.step.rows) < frame.batch:
-            self._several.add((span, visit.entered))
         feature = self._method.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
         if state.template is None or state.signature != visit.entered:
@@ -298,24 +295,21 @@ class SpanCalls:
     # samples apart
 
     def _tries_rows(self, frame: Frame, span: Span, entered: tuple) -> bool:
-        """Whether to find out now if this span's batch rows can be computed apart."""
+        """Whether to find out now if this span's batch rows can be computed apart.
+
+        At the first step already, where samples that begin at one noise look like guidance branches of one.
+        """
         return (
             self._method.granularity == "sample"
             and bool(self._method.guarded.needs.signals)
-            and len(frame.step.rows) < frame.batch
+            and frame.batch > 1
             and (span, entered) not in self._run.session.independent
         )
 
-    def _apart(self, frame: Frame, entered: Span, inputs: Inputs) -> bool | None:
-        """Whether some samples of this call can be computed and others not: known of every span, it seems.
-
-        None where this run could not have found it out, even if an earlier one has: samples that begin at one noise
-        look like guidance branches at the first step, and a run must not depend on those before it.
-        """
+    def _apart(self, frame: Frame, entered: Span, inputs: Inputs) -> bool:
+        """Whether some samples of this call can be computed and others not: known of every span, it seems."""
         if self._method.granularity != "sample":
             return False
-        if (entered, signature(inputs)) not in self._several:
-            return None
         independent = self._run.session.independent
         spans = self._run.layouts[frame.key[0]].spans
         return independent.get((entered, signature(inputs)), False) and all(
@@ -333,17 +327,15 @@ class SpanCalls:
     def _rows_are_independent(
         self, frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> bool | None:
-        """Run the last sample alone and compare: the one sure way to tell which inputs are batched, and how.
+        """Run the last row alone and compare: the one sure way to tell which inputs are batched, and how.
 
         None where nothing can be learned, for the values are not finite.
         """
-        size = frame.batch // len(frame.step.rows)
-        rows = [group * size + size - 1 for group in range(len(frame.step.rows))]
         try:
             whole = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
             if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):
                 return False
-            index = torch.tensor(rows, device=whole[0].device)
+            index = torch.tensor([frame.batch - 1], device=whole[0].device)
             alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
             parts = [leaf for leaf in flatten(alone)[0] if isinstance(leaf, Tensor)]
             close = len(parts) == len(whole) and all(

@@ -168,3 +168,10 @@ def select_rows(value: Any, batch: int, rows: Tensor) -> Any:
     if type(value) in (list, tuple):
         return type(value)(select_rows(item, batch, rows) for item in value)
     return value
+
+
+def unshared(value: Any) -> Any:
+    """The value with lists and dicts of its own: some forwards empty those they are given."""
+    if isinstance(value, dict):
+        return {name: unshared(item) for name, item in value.items()}
+    return type(value)(map(unshared, value)) if type(value) in (list, tuple) else value

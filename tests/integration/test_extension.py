@@ -267,7 +267,7 @@ def test_an_adaptive_policy(registered):
     pipe.transformer.transformer_blocks[2].register_forward_pre_hook(lambda module, args: calls.append("span"))
     uncached = generate(DIT, pipe)
     calls.clear()
-    with dc.cached(pipe, "norm", factor=1e9):
+    with dc.cached(pipe, "norm", factor=1e9, granularity="batch"):
         generate(DIT, pipe)
         assert computed(dc.summary(pipe)) == "10000000"
         assert [r.reason for r in dc.summary(pipe).records] == ["warm-up"] + ["norm"] * 7

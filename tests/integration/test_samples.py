@@ -38,6 +38,20 @@ def test_an_image_of_a_mixed_batch_equals_the_image_alone(name, forecaster):
         assert (together[i] - image[0]).abs().max() <= 1e-4
 
 
+def test_samples_that_begin_at_one_noise_do_not_couple():
+    name = "flux-digits"
+    pipe = reference.load(name)
+    seeds = (5, 5, 5, 5)
+    with dc.cached(pipe, "first_block", "reuse", threshold=THRESHOLDS[name]):
+        together = generate(name, pipe, seeds=seeds)
+        records = dc.summary(pipe).records
+        again = generate(name, pipe, seeds=seeds)
+        alone = [generate(name, pipe, (label,), (5,)) for label in LABELS]
+    assert [record for record in records if "of 4 samples" in record.reason]
+    assert torch.equal(again, together)
+    assert all((together[i] - image[0]).abs().max() <= 1e-4 for i, image in enumerate(alone))
+
+
 def test_whole_batches_couple_where_asked_for():
     name = "flux-digits"
     pipe = reference.load(name)
