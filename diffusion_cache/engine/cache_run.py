@@ -11,13 +11,12 @@ from torch.utils import _pytree as pytree
 
 from ..context import Step
 from ..errors import DiffusionCacheError, DiffusionCacheWarning
-from ..history import is_finite
 from ..models import Span, fills_cache
 from .clock import StepClock
 from .decisions import Decisions
-from .frame import Frame, Visit
+from .frame import Frame, Visit, version_of
 from .span_calls import SpanCalls
-from .structure import IMAGE_STREAM, image_stream, tensor_inputs, unshared
+from .structure import IMAGE_STREAM, copied, forked_rng, image_stream, tensor_inputs
 
 if TYPE_CHECKING:
     from .session import Session
@@ -88,7 +87,7 @@ class CacheRun:
             self.warn_failure("tracking the step", error)
             return inner(*args, **kwargs)
         layout = self.layouts[name]
-        given = unshared(args), unshared(kwargs)
+        given = (copied(args), copied(kwargs)) if frame.trace is not None else ((), {})
         try:
             output = self._forward(spans, inner, args, kwargs)
             wrong = self._wrongly_reused(frame, output, args, kwargs)
@@ -105,7 +104,7 @@ class CacheRun:
         finally:
             self.frame = None
         self._close_frame(frame, name, spans)
-        if self.session.layouts.get(name) is not layout and frame.stores and not frame.reused:
+        if frame.trace is not None and self.session.layouts.get(name) is not layout and frame.stores:
             self._learn(frame, inner, *given)
         return output
 
@@ -116,26 +115,31 @@ class CacheRun:
         first run is like those after it.
         """
         try:
-            self._repeat(computed, (True,), inner, args, kwargs)
+            self.repeat(computed, (True,), inner, args, kwargs)
             for pattern in self.decisions.patterns(computed.step.total):
-                self._repeat(computed, pattern, inner, args, kwargs)
+                self.repeat(computed, pattern, inner, args, kwargs)
         except Exception as error:
             self.warn_failure("looking at what would be reused", error)
 
-    def _repeat(
+    def repeat(
         self, computed: Frame, actions: tuple[bool, ...] | None, inner: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> list[tuple[Visit, str]]:
         """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
         reuse = actions is None or not all(actions)
-        self.frame = frame = Frame(computed.step, computed.key, not reuse, computed.batch)
+        outer, self.frame = self.frame, Frame(computed.step, computed.key, not reuse, computed.batch)
+        frame = self.frame
         frame.actions, frame.poisoned = actions or (False,), reuse
         frame.variant = (*computed.variant[:2], actions)
-        args, kwargs = unshared(args), unshared(kwargs)
+        args, kwargs = copied(args), copied(kwargs)
         try:
-            output = self._forward(self.layouts[computed.key[0]].spans, inner, args, kwargs)
+            with forked_rng():
+                if computed.key[0] in self.session.compiled:
+                    output = inner(*args, **kwargs)
+                else:
+                    output = self._forward(self.layouts[computed.key[0]].spans, inner, args, kwargs)
             wrong = self._wrongly_reused(frame, output, args, kwargs)
         finally:
-            self.frame = None
+            self.frame = outer
         for visit, why in wrong:
             self.spans.give_up(visit.state, visit.span, why) if why else self.spans.forget(visit.state)
         return wrong
@@ -149,18 +153,6 @@ class CacheRun:
         if spans[0].kind == "denoiser":
             return self.member_call(spans[0], 0, inner, args, kwargs)
         return inner(*args, **kwargs)
-
-    def is_verified_uncompiled(self, computed: Frame, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Reuse right away what a step has computed, to see that nothing but the last blocks' output is used."""
-        self.frame = frame = Frame(computed.step, computed.key, False, computed.batch)
-        frame.actions, frame.poisoned, frame.variant = (False,), True, computed.variant
-        try:
-            wrong = self._wrongly_reused(frame, forward(*args, **kwargs), args, kwargs)
-        finally:
-            self.frame = computed
-        for visit, why in wrong:
-            self.spans.give_up(visit.state, visit.span, why) if why else self.spans.forget(visit.state)
-        return not wrong
 
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
         clock = self.clock
@@ -193,8 +185,13 @@ class CacheRun:
             frame.actions = (True,)
         if name not in self.session.traced and any(len(span.members) > 1 for span in spans):
             frame.trace = []
-        frame.variant = (len(args), frozenset(key for key, value in kwargs.items() if value is not None), frame.actions)
-        frame.poisoned = frame.variant not in self.session.verified.get(name, ())
+        if frame.actions is None or not all(frame.actions) or frame.trace is not None or name in self.session.compiled:
+            frame.variant = (
+                tuple(map(_form, args)),
+                frozenset((key, _form(value)) for key, value in kwargs.items()),
+                frame.actions,
+            )
+            frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         return frame
 
     def _position_name(self, position: int) -> str:
@@ -223,8 +220,8 @@ class CacheRun:
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if any(bool(leaf.isnan().any()) for leaf in leaves):
             given = [*tensor_inputs(args, kwargs).values(), *(t for v in skipping for t in v.state.history.tensors())]
-            if not is_finite([tensor for tensor in given if tensor.is_floating_point()]):
-                return []  # the NaN may come from there: nothing learned
+            if any(bool(tensor.isnan().any()) for tensor in given if tensor.is_floating_point()):
+                return [(visit, "") for visit in skipping]  # the NaN may come from there: nothing is learned
             if self.session.merge_spans(frame.key[0]):
                 # a later stack may be what uses it (U-ViT): cached as one, from the next computed step on
                 self.layouts = dict(self.session.layouts)
@@ -274,7 +271,9 @@ class CacheRun:
         """The first probe block: note what goes in."""
         if self.frame is not None:
             inputs = tensor_inputs(args, kwargs)
-            self.frame.probe_input = image_stream(inputs) if inputs else None
+            if inputs:
+                self.frame.probe_input = image_stream(inputs)
+                self.frame.probe_version = version_of(self.frame.probe_input)
         return inner(*args, **kwargs)
 
     def member_call(self, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -319,6 +318,11 @@ class CacheRun:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
+
+
+def _form(value: Any) -> Any:
+    """What of an argument may change the way through a denoiser: that it is there, and switches."""
+    return value if value is None or isinstance(value, (bool, str)) else True
 
 
 def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:

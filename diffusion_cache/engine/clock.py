@@ -110,7 +110,12 @@ class _Seen:
         self._alive = timestep  # or its memory may become another's
 
     def is_same_entry(self, timestep: Any) -> bool:
-        """Whether this is the same entry of the scheduler's list, unchanged, expanded or not."""
+        """Whether this is the same entry of a list of timesteps, unchanged, expanded or not."""
+        base = timestep._base if isinstance(timestep, Tensor) else None
+        return base is not None and base.numel() > 1 and self.is_unchanged(timestep)
+
+    def is_unchanged(self, timestep: Any) -> bool:
+        """Whether this is the same memory, and nothing was written into it."""
         identity = _identity(timestep)
         return identity is not None and identity == self.identity
 
@@ -119,7 +124,7 @@ class _Seen:
             if timestep.shape != self.value.shape:  # passes of one step may have different numbers of rows
                 return torch.equal(timestep.unique(), self.value.unique())
             # one unchanged entry of the scheduler's list, expanded anew: no need to read it back
-            return self.is_same_entry(timestep) or torch.equal(timestep, self.value)
+            return self.is_unchanged(timestep) or torch.equal(timestep, self.value)
         return type(timestep) is type(self.value) and bool(timestep == self.value)
 
 

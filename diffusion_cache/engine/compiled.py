@@ -6,6 +6,7 @@ of weights. All decisions, counting and storing stay outside. What blocks receiv
 from one computed and one reused step that run uncompiled.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..models import Span
 from .frame import Frame, Visit
-from .structure import Like, PassThrough, Template, signature, tensor_inputs, unshared
+from .structure import Like, PassThrough, Template, copied, signature, tensor_inputs
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
@@ -60,23 +61,29 @@ class CompiledSpans:
         self._kept.remove()
 
     def release(self) -> None:
-        """Let go of what the last call took and gave."""
+        """Let go of what the last call took and gave, so that calls from elsewhere pass through."""
         for cell in self.cells.values():
+            cell.reuse, cell.template = False, None
             cell.slots, cell.bases, cell.weights, cell.feature = [], [], None, None
 
     def call(self, run: "CacheRun", frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, its spans computed or reused as the frame says."""
-        key = frame.variant[:2], signature(tensor_inputs(args, kwargs))
+        feature = run.session.method.forecaster.feature
+        key = feature, frame.variant[:2], signature(tensor_inputs(args, kwargs))
         learned = self._kept.learned.get(key)
         if learned is None:
             if not run.decisions.ever_reuses(frame.step.total):
                 return inner(*args, **kwargs)
             return self._learn(run, frame, key, args, kwargs)
-        for i, span in enumerate(self.spans):
-            self._prepare(run, frame, span, learned.get(i))
-        output = inner(*args, **kwargs)
-        for span in self.spans:
-            self._store(run, frame, span)
+        with self._kept.lock:  # another thread may run the same blocks
+            try:
+                for i, span in enumerate(self.spans):
+                    self._prepare(run, frame, span, learned.get(i))
+                output = inner(*args, **kwargs)
+                for span in self.spans:
+                    self._store(run, frame, span)
+            finally:
+                self.release()
         return output
 
     def _learn(self, run: "CacheRun", frame: Frame, key: tuple, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -85,7 +92,8 @@ class CompiledSpans:
             cell.template = None
         frame.actions, frame.stores = (True,), True
         frame.reason = "learning what the blocks return"
-        output = self.denoiser._call_impl(*unshared(args), **unshared(kwargs))
+        given = copied(args), copied(kwargs)
+        output = self.denoiser._call_impl(*args, **kwargs)
         if self is not run.session.compiled.get(frame.key[0]):
             return output  # the spans were arranged anew
         learned = {}
@@ -94,7 +102,8 @@ class CompiledSpans:
             if state.template is not None and state.history and not state.unusable:
                 like = [Like(t.shape, t.dtype, t.device) for t in state.history.slots[0]]
                 learned[i] = Learned(state.template, state.signature, dict(state.passthrough), like)
-        if run.is_verified_uncompiled(frame, self.denoiser._call_impl, unshared(args), unshared(kwargs)):
+        patterns = run.decisions.patterns(frame.step.total)
+        if all(not run.repeat(frame, pattern, self.denoiser._call_impl, *given) for pattern in patterns):
             self._kept.learned[key] = learned
         return output
 
@@ -137,6 +146,7 @@ class _Kept:
         self.cells = [Cell() for _ in spans]
         self.learned: dict[tuple, dict[int, Learned]] = {}
         self.users = 0
+        self.lock = threading.RLock()
         self._own: list[tuple[nn.Module, Callable | None, Callable]] = []
         for span, cell in zip(spans, self.cells, strict=True):
             for member, module in enumerate(span.members):
@@ -155,9 +165,11 @@ class _Kept:
 
     def remove(self) -> None:
         self.users -= 1
-        for module, own, _ in self._own if not self.users else ():
+        for module, own, traced in self._own if not self.users else ():
+            if vars(module).get("forward") is not traced:
+                continue  # wrapped since: what is left of ours in there passes calls through
             if own is None:
-                vars(module).pop("forward", None)
+                del module.forward
             else:
                 module.forward = own
 

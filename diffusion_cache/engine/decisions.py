@@ -140,8 +140,8 @@ class Decisions:
         all_computed = not frame.reused
         for i, state in enumerate(states):
             asked = frame.rows is not None and frame.asking[i]
-            state.update(frame.step.index, all_computed or asked or (frame.rows is None and frame.computed > 0))
-        if not frame.signals or not (all_computed or frame.computed):
+            state.update(frame.step.index, all_computed or asked)
+        if not frame.signals or not (all_computed or frame.rows):
             return
         kept = self._kept.get(frame.key)
         if frame.rows is None or all_computed or not kept:

@@ -31,7 +31,19 @@ class Visit:
     computed all the same. quiet: computed with nothing left to learn from its middle members.
     """
 
-    __slots__ = ("entered", "finished", "forecast", "independent", "inputs", "quiet", "rows", "span", "state", "stores")
+    __slots__ = (
+        "entered",
+        "finished",
+        "forecast",
+        "independent",
+        "inputs",
+        "quiet",
+        "rows",
+        "span",
+        "state",
+        "stores",
+        "versions",
+    )
 
     def __init__(self, span: Span, state: SpanState, inputs: Inputs, entered: tuple, stores: bool):
         self.span = span
@@ -43,7 +55,21 @@ class Visit:
         self.rows: list[int] | None = None
         self.quiet = False
         self.finished = False
+        unknown = state.template is None or state.signature != entered
+        self.versions = {key: version_of(tensor) for key, tensor in inputs.items()} if unknown else {}
         self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
+
+    def unchanged_inputs(self) -> Inputs:
+        """The inputs less those that the span has written into, which say nothing of where it began."""
+        return {key: tensor for key, tensor in self.inputs.items() if version_of(tensor) == self.versions.get(key)}
+
+
+def written_since(tensor: Tensor, version: int) -> bool:
+    return version_of(tensor) != version
+
+
+def version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Frame:
@@ -51,7 +77,7 @@ class Frame:
 
     __slots__ = (
         "actions", "asking", "batch", "computed", "counts", "key", "open", "outputs", "poisoned", "probe_input",
-        "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "visits",
+        "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int):
@@ -65,6 +91,7 @@ class Frame:
         self.reason = ""
         self.signals: dict[str, Tensor] = {}
         self.probe_input: Tensor | None = None
+        self.probe_version = 0
         self.visits: dict[Span, Visit] = {}  # the latest of each span
         self.counts: dict[Span, int] = {}
         self.reused: list[Visit] = []

@@ -99,6 +99,7 @@ class Session:
         self.verified: dict[str, set[tuple]] = {}
         self.independent: dict[tuple[Span, tuple], bool] = {}
         self.templates: dict[tuple[Span, int, tuple], Template] = {}  # what spans return, by visit and inputs
+        self.written: set[Span] = set()  # spans that write into what they are given
         self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
         self._owner: weakref.ref[Any] | None = None
         self._finalizer: weakref.finalize | None = None
@@ -188,7 +189,6 @@ class Session:
 
     def arrange_spans(self, name: str, trace: list[Called]) -> None:
         """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
-        self.traced.add(name)
         self._rebind(name, arrange(self.layouts[name], trace))
 
     def merge_spans(self, name: str) -> bool:
@@ -203,8 +203,11 @@ class Session:
             denoiser = self.denoisers[name]
             self._unbind(name)
             self._bind(name, denoiser, layout)
+        self.traced.add(name)
 
     def _unbind(self, name: str) -> None:
+        self.traced.discard(name)  # of the next denoiser of this name nothing is known
+        self.verified.pop(name, None)
         if name in self.compiled:
             self.compiled.pop(name).remove()
         for module, _ in self._handlers.pop(name, ()):

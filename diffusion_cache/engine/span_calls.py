@@ -11,8 +11,19 @@ from .. import ops
 from ..context import Query
 from ..history import History, is_finite
 from ..models import Called, Span
-from .frame import Frame, PassKey, SpanState, Visit
-from .structure import Inputs, PassThrough, Template, flatten, image_stream, select_rows, signature, tensor_inputs
+from .frame import Frame, PassKey, SpanState, Visit, written_since
+from .structure import (
+    Inputs,
+    PassThrough,
+    Template,
+    copied,
+    flatten,
+    forked_rng,
+    image_stream,
+    select_rows,
+    signature,
+    tensor_inputs,
+)
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
@@ -100,7 +111,12 @@ class SpanCalls:
         if frame.open is not None:
             self._interrupted(frame, state, span)
             return None
+        if frame.actions is not None and not frame.stores and all(frame.actions):
+            frame.computed += 1
+            return None
         inputs = tensor_inputs(args, kwargs)
+        if span in self._run.session.written:
+            inputs = copied(inputs)
         if frame.actions is None:
             self._measure(frame, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
@@ -147,7 +163,7 @@ class SpanCalls:
         """The probe's residual, or its output where the shape changes within (UNet cuts)."""
         out = image_stream(inputs).detach()
         before = frame.probe_input
-        if before is not None and before.shape == out.shape:
+        if before is not None and before.shape == out.shape and not written_since(before, frame.probe_version):
             frame.signals["probe_residual"] = out - before.detach()
         else:
             frame.signals["probe_residual"] = out.clone()
@@ -282,6 +298,9 @@ class SpanCalls:
         tensors = state.template.split(output) if state.template else None
         if tensors is None:
             self.forget(state, structure=False)
+            if residual and len(visit.unchanged_inputs()) < len(visit.inputs):
+                self._run.session.written.add(span)  # where it began is not known any more; copied from now on
+                return
             state.template = Template.of(output, visit.inputs, residual)
             self._run.session.templates[span, frame.counts[span], visit.entered] = state.template
             tensors = state.template.split(output)
@@ -336,7 +355,8 @@ class SpanCalls:
             if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):
                 return False
             index = torch.tensor([frame.batch - 1], device=whole[0].device)
-            alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
+            with forked_rng():
+                alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
             parts = [leaf for leaf in flatten(alone)[0] if isinstance(leaf, Tensor)]
             close = len(parts) == len(whole) and all(
                 _close(part, leaf.index_select(0, index)) for part, leaf in zip(parts, whole, strict=True)

@@ -170,8 +170,16 @@ def select_rows(value: Any, batch: int, rows: Tensor) -> Any:
     return value
 
 
-def unshared(value: Any) -> Any:
-    """The value with lists and dicts of its own: some forwards empty those they are given."""
+def copied(value: Any) -> Any:
+    """The value with tensors, lists and dicts of its own: some forwards write into those they are given."""
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, dict):
-        return {name: unshared(item) for name, item in value.items()}
-    return type(value)(map(unshared, value)) if type(value) in (list, tuple) else value
+        return {name: copied(item) for name, item in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
+def forked_rng() -> Any:
+    """A context after which torch's random numbers go on as if nothing had been drawn in it."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=list(devices))
