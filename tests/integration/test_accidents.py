@@ -476,11 +476,11 @@ IN_ORDER = chain(("first", 0), ("first", 1), ("second", 0), ("second", 1))
 def test_6_what_is_added_between_blocks_is_counted_once(scope, around, expected_steps, told):
     model, x = Chain(IN_ORDER, hint=0.3, around=around), torch.linspace(-1, 1, 8).reshape(2, 4)
     expected = model(x, 0)
-    with warned(told, "used outside of it"), torch.no_grad():
-        with dc.run(model, "interval", every=2, num_steps=4, scope=scope) as run:
-            for step in range(4):
-                torch.testing.assert_close(model(x, step), expected, rtol=0, atol=1e-6)
-            assert computed(run.summary()) == expected_steps
+    run = dc.run(model, "interval", every=2, num_steps=4, scope=scope)
+    with warned(told, "used outside of it"), torch.no_grad(), run as running:
+        for step in range(4):
+            torch.testing.assert_close(model(x, step), expected, rtol=0, atol=1e-6)
+        assert computed(running.summary()) == expected_steps
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,56 @@ def test_features_of_a_compiled_denoiser_are_released():
     assert all(
         (cell.slots, cell.bases, cell.weights, cell.feature) == ([], [], None, None) for cell in compiled.cells.values()
     )
+
+
+def test_calls_from_outside_the_run_pass_through():
+    """An uncached pipeline on the same compiled transformer, called from a callback, gives what it always gives."""
+    name = "flux-digits"
+    pipe, other = reference.load(name), reference.load(name)
+    wrap(name, pipe, "eager")
+    other.transformer = pipe.transformer
+    expected = generate(name, other, 2)
+    seen = []
+
+    def look(pipe, index, timestep, kwargs):
+        seen.append(generate(name, other, 2))
+        return kwargs
+
+    with dc.cached(pipe, "interval", "taylor", every=2, scope="stack"):
+        pipe(**reference.inputs(name, (3,), (0,), steps=6), callback_on_step_end=look)
+        assert (generate(name, other, 2) - expected).abs().max() <= 1e-5
+    assert len(seen) == 6
+    assert all((image - expected).abs().max() <= 1e-5 for image in seen)
+
+
+def test_forwards_replaced_in_the_meantime_stay():
+    name = "flux-digits"
+    pipe = reference.load(name)
+    wrap(name, pipe, "eager")
+    block = pipe.transformer.transformer_blocks[1]
+    with dc.cached(pipe, "interval", "taylor", every=2, scope="stack"):
+        generate(name, pipe)
+        inner, calls = block.forward, []
+
+        def hooked(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        block.forward = hooked
+    assert block.forward is hooked
+    torch._dynamo.reset()
+    pipe.transformer = pipe.transformer._orig_mod
+    expected = generate(name, reference.load(name))
+    assert torch.equal(generate(name, pipe), expected)
+    assert len(calls) == STEPS
+
+
+def test_each_forecaster_keeps_its_own_features():
+    name = "flux-digits"
+    pipe = reference.load(name)
+    wrap(name, pipe, "eager")
+    for feature in ("residual", "output", "residual"):
+        method = dict(policy="interval", forecaster="reuse", feature=feature, every=2, scope="stack")
+        with dc.cached(pipe, **method):
+            found = generate(name, pipe)
+        assert (found - cached_uncompiled(name, STEPS, **method)).abs().max() <= 1e-5

@@ -463,8 +463,11 @@ def test_a_policy_that_needs_an_unknown_signal(registered):
         def needs(self):
             return Needs(signals=("no_such_signal",))
 
+        def measure(self, signals, kept):
+            return signals["no_such_signal"]
+
         def decide(self, step, value, state):
-            return Verdict(bool(signals["no_such_signal"].sum() > 0), "")
+            return Verdict(value is None, "")
 
     registered(curious=Curious)
     with pytest.raises(dc.ConfigError, match="no_such_signal"):
