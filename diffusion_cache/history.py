@@ -52,9 +52,10 @@ class History:
         replaced. Whatever fails leaves the history empty rather than half written.
         """
         try:
-            if rows is None:
-                self._join_lanes()
-            elif len(self.lanes) == 1:
+            if len(self.lanes) > 1:
+                if rows is None:
+                    self._join_lanes()
+            elif rows is not None:
                 self.lanes = [list(self.lanes[0]) for _ in range(batch)]
             if rows is None and len(self.lanes) == 1:
                 slot = self._claim(self.lanes[0], node)
@@ -158,9 +159,9 @@ def writable(tensor: Tensor) -> Tensor:
 def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         out, base = out.detach(), None if base is None else base.detach()
-    if slot is not None and (slot.shape != out.shape or slot.dtype != out.dtype or slot.device != out.device):
-        slot = None
-    if slot is not None and not _is_writable(slot):
+    if slot is not None and not (
+        slot.shape == out.shape and slot.dtype == out.dtype and slot.device == out.device and _is_writable(slot)
+    ):
         slot = None
     if base is not None:
         return torch.sub(out, base, out=slot)

@@ -153,7 +153,7 @@ def _env() -> None:
     """Show versions and hardware, for a bug report."""
     import platform
 
-    from . import environment
+    from ..measure import environment
 
     table = Table(show_header=False, box=None)
     for name, version in environment.versions().items():

@@ -23,7 +23,7 @@ import diffusion_cache as dc
 from .. import reference
 from ..errors import ConfigError
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
-from . import environment
+from ..measure import environment
 from .figures import model_figure, overview_figure
 from .page import html_page
 from .results import ModelResult, Panel, Row

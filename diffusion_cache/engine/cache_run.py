@@ -151,7 +151,7 @@ class CacheRun:
             self._reached[self.frame.key[0]] = True
             return compiled.call(self, self.frame, inner, args, kwargs)
         if spans[0].kind == "denoiser":
-            return self.member_call(spans[0], 0, inner, args, kwargs)
+            return self.spans.call(self.frame, spans[0], 0, inner, args, kwargs)
         return inner(*args, **kwargs)
 
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
@@ -236,7 +236,8 @@ class CacheRun:
         whole = sum(visit.rows is None for visit in frame.reused)
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
-        self._reached.setdefault(name, False)
+        if not self._reached.get(name):
+            self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
         self.records.append(
             StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole)
@@ -275,15 +276,6 @@ class CacheRun:
                 self.frame.probe_input = image_stream(inputs)
                 self.frame.probe_version = version_of(self.frame.probe_input)
         return inner(*args, **kwargs)
-
-    def member_call(self, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One member of a span: enter it, pass through it or leave it."""
-        frame = self.frame
-        if frame is None:
-            return inner(*args, **kwargs)
-        if member == 0:
-            self._reached[frame.key[0]] = True
-        return self.spans.call(frame, span, member, inner, args, kwargs)
 
     # the end
 

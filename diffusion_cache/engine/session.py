@@ -320,8 +320,11 @@ class Session:
 
 
 def _member_handler(span: Span, member: int) -> Callable:
-    def handler(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return run.member_call(span, member, inner, args, kwargs)
+    def end(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        frame = run.frame
+        if frame is None:
+            return inner(*args, **kwargs)
+        return run.spans.call(frame, span, member, inner, args, kwargs)
 
     def middle(run: CacheRun, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         # most calls of most runs come through here: nothing is looked up that need not be
@@ -333,7 +336,7 @@ def _member_handler(span: Span, member: int) -> Callable:
             return inner(*args, **kwargs)
         return run.spans.call(frame, span, member, inner, args, kwargs)
 
-    return middle if 0 < member < len(span.members) - 1 else handler
+    return middle if 0 < member < len(span.members) - 1 else end
 
 
 def session_of(pipe: Any) -> Session | None:

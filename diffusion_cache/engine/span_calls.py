@@ -47,6 +47,8 @@ class SpanCalls:
         visit = self._enter(frame, span, args, kwargs) if member == 0 else frame.visits.get(span)
         if frame.trace is not None:
             return self._traced(frame, visit, Called(span, member), inner, args, kwargs)
+        if visit is None:
+            return inner(*args, **kwargs)
         return self._member(frame, visit, span, member, inner, args, kwargs)
 
     def _traced(
@@ -114,14 +116,15 @@ class SpanCalls:
         if frame.actions is not None and not frame.stores and all(frame.actions):
             frame.computed += 1
             return None
+        session = self._run.session
         inputs = tensor_inputs(args, kwargs)
-        if span in self._run.session.written:
+        if span in session.written:
             inputs = copied(inputs)
         if frame.actions is None:
             self._measure(frame, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
-        reuse = not frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]
+        reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
         visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
         if reuse and self._forecast(frame, visit):
             frame.reused.append(visit)
@@ -153,11 +156,12 @@ class SpanCalls:
         frame.open = None
 
     def state(self, key: PassKey, span: Span, count: int) -> SpanState:
-        if (key, span, count) not in self._states:
+        state = self._states.get((key, span, count))
+        if state is None:
             state = self._states[key, span, count] = SpanState(History(self._method.forecaster.history))
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
-        return self._states[key, span, count]
+        return state
 
     def _measure(self, frame: Frame, inputs: Inputs) -> None:
         """The probe's residual, or its output where the shape changes within (UNet cuts)."""

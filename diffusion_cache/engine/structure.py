@@ -40,10 +40,12 @@ def unflatten(leaves: list[Any], shape: Shape) -> Any:
 def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
     """The tensors among a call's arguments, by position or name; those inside lists and dicts as "name.0"."""
     found: Inputs = {}
-    for i, value in enumerate(args):
-        _note(i, value, found)
-    for name, value in kwargs.items():
-        _note(name, value, found)
+    given: tuple[tuple[int | str, Any], ...] = (*enumerate(args), *kwargs.items())
+    for name, value in given:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif value is not None:
+            _note(name, value, found)
     return found
 
 
@@ -68,7 +70,7 @@ def image_stream(inputs: Inputs) -> Tensor:
 
 def signature(inputs: Inputs) -> tuple:
     """What must be equal for a stored feature to fit a call: shapes, dtypes and devices of all tensor inputs."""
-    return tuple((key, tensor.shape, tensor.dtype, tensor.device) for key, tensor in inputs.items())
+    return tuple([(key, tensor.shape, tensor.dtype, tensor.device) for key, tensor in inputs.items()])
 
 
 def matching_input(out: Tensor, inputs: Inputs) -> int | str | None:
@@ -104,6 +106,8 @@ class Template:
 
     def split(self, output: Any) -> list[Tensor] | None:
         """The output's tensors, or None if its structure is another."""
+        if self.shape.kind == "tensor":
+            return [output] if isinstance(output, Tensor) else None
         flat, shape = flatten(output)
         if shape != self.shape or [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)] != self.tensors:
             return None

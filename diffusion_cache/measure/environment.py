@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import __version__
 
-PACKAGES = ("torch", "diffusers", "accelerate", "triton")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "torchmetrics", "cache-dit", "DeepCache")
 
 
 def versions() -> dict[str, str | None]:
@@ -50,3 +50,18 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+
+
+def git_commit() -> str | None:
+    """The commit that this package's source is at, with "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    try:
+        answers = [
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answers[0].strip()[:12] + ("+" if answers[1].strip() else "")
