@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test demo lint format bench-overhead coverage publish-demo train clean
+.PHONY: help venv test demo lint format bench-overhead bench-gpu evaluate evaluate-full coverage publish-demo train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,17 @@ format: venv ## format the code and apply safe fixes
 
 bench-overhead: venv ## measure what the cache layer costs per step
 	$(PYTHON) scripts/bench_overhead.py
+
+bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up to 9 minutes)
+	$(PYTHON) scripts/bench_gpu.py --budget-seconds 520 --out results/gpu
+
+evaluate: venv ## compare all methods and rivals on the shipped models (under an hour) and publish the report
+	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
+	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
+
+evaluate-full: venv ## the same with 256 images and 32 videos each, over as many sittings as it takes
+	.venv/bin/diffusion-cache evaluate experiment=reference_full launcher=joblib -m
+	.venv/bin/diffusion-cache report outputs/evaluate/reference_full --out results/reference_full
 
 coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py

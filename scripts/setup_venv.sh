@@ -25,4 +25,6 @@ fi
 "$python" -c "import torch" 2>/dev/null || "$python" -m pip install --retries 0 --timeout 15 \
   --extra-index-url https://download.pytorch.org/whl/cpu "torch==$1"
 
-"$python" -m pip install --editable ".[dev,report]"
+# what the extras need must not replace the torch that is there
+"$python" -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' >.venv/constraints.txt
+"$python" -m pip install --constraint .venv/constraints.txt --editable ".[dev,report,peers,sweep]"

@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that help is quick."""
 
+import dataclasses
 import os
 from enum import Enum
 from pathlib import Path
@@ -74,6 +75,29 @@ def _demo(
     run_demo(names, out, settings, Console())
 
 
+@app.command(
+    "evaluate", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def _evaluate(context: typer.Context) -> None:
+    """Measure quality and speed of methods and rivals: a Hydra command line (-m sweeps, --cfg job, --help)."""
+    from .evaluate import evaluate
+
+    evaluate(context.args)
+
+
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(help="What `evaluate` has written: <out>/<name>.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write to. Default: the folder itself.")] = None,
+) -> None:
+    """Write the tables, the CSV file and the page of an evaluation."""
+    from ..evaluation.report import write_report
+
+    paths = write_report(folder, out)
+    for path in dataclasses.astuple(paths):
+        Console().print(str(path), soft_wrap=True)
+
+
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
     """List policies, forecasters or shipped models."""
@@ -93,8 +117,6 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
 
 def _methods(registry: "Registry[Any]") -> Table:
     """The methods of a registry with their options; an option without a default is shown by its name alone."""
-    import dataclasses
-
     table = Table(registry.kind, "options", "what it does")
     for name in registry.names():
         options = [
@@ -153,7 +175,7 @@ def _env() -> None:
     """Show versions and hardware, for a bug report."""
     import platform
 
-    from ..measure import environment
+    from ..evaluation import environment
 
     table = Table(show_header=False, box=None)
     for name, version in environment.versions().items():

@@ -22,8 +22,9 @@ import diffusion_cache as dc
 
 from .. import reference
 from ..errors import ConfigError
+from ..evaluation import environment
+from ..evaluation.contenders import spaced_mask
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
-from ..measure import environment
 from .figures import model_figure, overview_figure
 from .page import html_page
 from .results import ModelResult, Panel, Row
@@ -180,29 +181,6 @@ class StepCosts:
         computed = subject.generate(sample).flops / subject.steps
         never = subject.generate_cached(sample, {"policy": "first_block", "threshold": math.inf, **TAYLOR})
         return cls(computed, (never.flops - never.nfe * computed) / (subject.steps - never.nfe))
-
-
-def spaced_mask(steps: int, computed: int, exponent: float) -> tuple[int, ...]:
-    """A 0/1 mask over `steps` with exactly `computed` ones, the first step among them, spaced by a power law.
-
-    With u = j / computed, and n = steps rounded up to a multiple of computed, the j-th one stands at n · u^exponent
-    for exponents ≥ 1 (crowded at the start) and at its mirror image n · (1 − (1 − u)^(1/exponent)) below 1 (crowded
-    at the end), rounded down and moved where places collide or run out. Exponent 1 is every (n / computed)-th step.
-
-    Raises:
-        ConfigError: unless 1 ≤ computed ≤ steps and exponent > 0.
-    """
-    if not 1 <= computed <= steps or exponent <= 0:
-        raise ConfigError(f"no mask of {computed} computed steps in {steps} with exponent {exponent}")
-    length = computed * math.ceil(steps / computed)
-    shares = [j / computed for j in range(computed)]
-    bent = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
-    places = [int(length * u + 1e-9) for u in bent]  # a whole number may come out a hair below itself
-    for j in range(1, computed):  # one step each …
-        places[j] = max(places[j], places[j - 1] + 1)
-    for j in range(computed):  # … and none past the end
-        places[j] = min(places[j], steps - computed + j)
-    return tuple(int(step in places) for step in range(steps))
 
 
 def fit_spacing(subject: Subject, fitting: Samples, uncached: Tensor, computed: int) -> float:

@@ -1,6 +1,6 @@
 """What caching costs and saves: output quality, executed arithmetic and paired wall time."""
 
-from .flops import BlockCount, count_blocks, executed_flops
+from .flops import BlockCount, count_blocks, executed_flops, flop_counter
 from .metrics import Quality, latent_error, psnr, quality, ssim
 from .timing import PairedTiming, paired
 
@@ -10,6 +10,7 @@ __all__ = [
     "Quality",
     "count_blocks",
     "executed_flops",
+    "flop_counter",
     "latent_error",
     "paired",
     "psnr",

@@ -23,13 +23,17 @@ def _attention_flops(
     return int(sdpa_flop_count(query, key, value))
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with formulas for the attention kernels that it has none for."""
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_UNCOUNTED_ATTENTION, _attention_flops))
+
+
 def executed_flops(fn: Callable[[], object]) -> int:
     """Call fn() and count the floating point operations of its matrix products, convolutions and attention.
 
     A multiplication and its addition count as two. Element-wise work is not counted. Whatever fn raises is raised.
     """
-    formulas = dict.fromkeys(_UNCOUNTED_ATTENTION, _attention_flops)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with flop_counter() as counter:
         fn()
     return counter.get_total_flops()
 

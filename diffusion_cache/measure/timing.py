@@ -53,7 +53,14 @@ class PairedTiming:
         return median(self.b_wall)
 
 
-def paired(a: Callable[[], object], b: Callable[[], object], pairs: int = 5, warmup: int = 1) -> PairedTiming:
+def paired(
+    a: Callable[[], object],
+    b: Callable[[], object],
+    pairs: int = 5,
+    warmup: int = 1,
+    before_a: Callable[[], object] | None = None,
+    before_b: Callable[[], object] | None = None,
+) -> PairedTiming:
     """Run a, b, a, b, … and time every run; where CUDA is in use, a run ends when the device has finished.
 
     Args:
@@ -61,6 +68,7 @@ def paired(a: Callable[[], object], b: Callable[[], object], pairs: int = 5, war
         b: what is compared with it.
         pairs: number of timed pairs, at least 1.
         warmup: untimed pairs that run first.
+        before_a, before_b: run untimed before every a or b, to set up what it is to find.
 
     Raises:
         ConfigError: for pairs < 1 or warmup < 0.
@@ -68,9 +76,9 @@ def paired(a: Callable[[], object], b: Callable[[], object], pairs: int = 5, war
     if pairs < 1 or warmup < 0:
         raise ConfigError(f"need pairs >= 1 and warmup >= 0, got pairs={pairs}, warmup={warmup}")
     for _ in range(warmup):
-        a()
-        b()
-    runs = [(_timed(a), _timed(b)) for _ in range(pairs)]
+        _timed(a, before_a)
+        _timed(b, before_b)
+    runs = [(_timed(a, before_a), _timed(b, before_b)) for _ in range(pairs)]
     return PairedTiming(
         a_wall=tuple(first[0] for first, _ in runs),
         b_wall=tuple(second[0] for _, second in runs),
@@ -84,8 +92,10 @@ def _ratios(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(x / y if y else math.inf for x, y in zip(a, b, strict=True))
 
 
-def _timed(fn: Callable[[], object]) -> tuple[float, float]:
+def _timed(fn: Callable[[], object], before: Callable[[], object] | None = None) -> tuple[float, float]:
     """Wall and CPU seconds of one call."""
+    if before is not None:
+        before()
     _synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     fn()

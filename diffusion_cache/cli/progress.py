@@ -1,0 +1,24 @@
+"""Progress of a job on the terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@contextmanager
+def announcing(console: Console, title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A function to be told what runs, how much of it is done, and of how much; 0 of 0 for a remark that stays."""
+    bars = (TextColumn("{task.fields[title]}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, TextColumn("{task.description}"), console=console, transient=True) as progress:
+        task = progress.add_task("starting", title=escape(title), total=None)
+
+        def announce(what: str, done: int, of: int) -> None:
+            if of == 0:
+                progress.console.print(escape(what), soft_wrap=True)
+            else:
+                progress.update(task, description=escape(what), completed=done, total=of)
+
+        yield announce

@@ -1,0 +1,1 @@
+"""Measuring quality and speed: runs, metrics, rivals and the report over them."""

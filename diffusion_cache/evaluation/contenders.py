@@ -1,0 +1,258 @@
+"""What is compared: baselines, our methods and rivals, each set up on a pipeline and taken off again."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import api, registry
+from ..errors import ConfigError
+from ..policies import Guards
+from ..registry import check_options, suggest
+from .peers import peer, settings_of
+from .subjects import Subject
+
+KINDS = ("ours", "rival", "baseline")
+
+
+@dataclass(frozen=True)
+class Contender(ABC):
+    """One method with one choice of settings.
+
+    kind: ours, rival or baseline. method: its name in tables. settings: what tells it from others of that method.
+    """
+
+    kind: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    scope: str = ""
+    batchable = True  # whether a sample's result does not depend on the others in its batch
+
+    @abstractmethod
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        """Its cache on the subject's pipeline, inside the block."""
+
+    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any] | None:
+        """The same, but reusing nothing; None where that means nothing."""
+        return None
+
+    def steps(self, steps: int) -> int:
+        """Sampler steps, where the uncached run takes `steps`."""
+        return steps
+
+    def cache_bytes(self, subject: Subject) -> int | None:
+        """The most bytes that features took in the last run, if known."""
+        return None
+
+    def why_not(self, subject: Subject) -> str | None:
+        """Why it cannot run on this subject at all, if so."""
+        return None
+
+
+@dataclass(frozen=True)
+class Uncached(Contender):
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class FewerSteps(Contender):
+    """No cache, and a share `ratio` of the sampler's steps, rounded."""
+
+    ratio: float = 1.0
+
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def steps(self, steps: int) -> int:
+        return max(1, round(steps * self.ratio))
+
+
+@dataclass(frozen=True)
+class Ours(Contender):
+    """A policy and a forecaster of this package; options: arguments of `enable`."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, Any] = field(default_factory=dict)
+
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return api.cached(subject.pipe, **self.options)
+
+    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return api.cached(subject.pipe, **self.control)
+
+    def cache_bytes(self, subject: Subject) -> int | None:
+        return api.summary(subject.pipe).cache_bytes
+
+
+@dataclass(frozen=True)
+class Adaptive(Ours):
+    """Decides by what it sees, so samples are generated one by one."""
+
+    batchable = False
+
+
+@dataclass(frozen=True)
+class Rival(Contender):
+    peer: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batchable(self) -> bool:  # type: ignore[override]
+        return peer(self.peer).batchable
+
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return peer(self.peer).apply(subject.pipe, self.options, steps)
+
+    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return peer(self.peer).apply(subject.pipe, peer(self.peer).never(self.options), steps)
+
+    def why_not(self, subject: Subject) -> str | None:
+        return peer(self.peer).why_not(subject.pipe)
+
+
+def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+    """A `method` configuration without its grid, once for every combination of the grid's values.
+
+    grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
+    models: by model name, another grid and points.
+
+    Raises:
+        ConfigError: for a grid that is not of that form or names a key that the method does not have.
+    """
+    node = dict(node)
+    if node["kind"] == "rival":
+        rest = {"kind": "rival", "label": node.get("label"), "peer": node["peer"]}
+        parts = {key: value for key, value in node.items() if key != "label"}
+        return [{**rest, "settings": settings} for settings in settings_of(parts, model)]
+    chosen = (node.pop("models", None) or {}).get(model) or node
+    grid, points = chosen.get("grid") or {}, chosen.get("points") or []
+    node.pop("grid", None), node.pop("points", None)
+    if not isinstance(grid, Mapping) or not all(isinstance(values, Sequence) for values in grid.values()):
+        raise ConfigError("method.grid must map keys to lists of values, as in {policy.every: [2, 3, 5]}")
+    choices: list[dict[str, Any]] = [dict(point) for point in points]
+    if grid or not points:
+        names = list(grid)
+        choices += [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [_with(node, choice) for choice in choices]
+
+
+def _with(node: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
+    result = _copied(node)
+    for key, value in choice.items():
+        *path, last = key.split(".")
+        place = result
+        for name in path:
+            if not isinstance(place.get(name), dict):
+                raise ConfigError(f"the grid's key {key!r} is not in the method. {suggest(key, _keys(node))}")
+            place = place[name]
+        # options of a policy are checked when it is made
+        if not path and last not in place:
+            raise ConfigError(f"the grid's key {key!r} is not in the method. {suggest(key, _keys(node))}")
+        place[last] = value
+    return result
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in node.items():
+        found.append(prefix + key)
+        if isinstance(value, Mapping):
+            found += _keys(value, f"{prefix}{key}.")
+    return found
+
+
+def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:
+    """What a `method` configuration without a grid describes.
+
+    Raises:
+        ConfigError: for names, options or combinations that cannot work.
+    """
+    kind, label = node["kind"], node.get("label")
+    if kind == "rival":
+        options = dict(node["settings"])
+        usual = {option.name: option.default for option in dataclasses.fields(peer(node["peer"]).Settings)}
+        told = {key: value for key, value in options.items() if key not in usual or value != usual[key]}
+        told.pop("ratios", None)  # MagCache's: one number a step
+        return Rival(kind, label or node["peer"], told, peer=node["peer"], options=options)
+    if "steps_ratio" in node:
+        ratio = node["steps_ratio"]
+        if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            raise ConfigError(f"method.steps_ratio must be above 0 and at most 1, not {ratio!r}")
+        if ratio == 1:
+            return Uncached(kind, label or "uncached")
+        return FewerSteps(kind, label or "fewer steps", {"steps": max(1, round(steps * ratio))}, ratio=ratio)
+    return _ours(node, forecaster, steps)
+
+
+def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:
+    policy = dict(node["policy"])
+    predictor = dict(node.get("forecaster") or forecaster)
+    guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
+    name, predictor_name = policy.pop("name"), predictor.pop("name")
+    if "spaced" in policy:
+        policy["mask"] = "".join(map(str, spaced_mask(steps, *_spacing(policy.pop("spaced"), steps))))
+    cls = registry.policies.get(name)
+    for what, found, given in (
+        (name, cls, policy),
+        (predictor_name, registry.forecasters.get(predictor_name), predictor),
+    ):
+        unknown = set(given) - {option.name for option in dataclasses.fields(found)}
+        if unknown:
+            option = sorted(unknown)[0]
+            known = [option.name for option in dataclasses.fields(found)]
+            raise ConfigError(f"{what} has no option {option!r}. {suggest(option, known)}")
+        check_options(what, found, given)
+    made = cls(**policy)
+    Guards(**guards)
+    place = {key: node[key] for key in ("scope", "depth") if node.get(key) is not None}
+    common = {"forecaster": predictor_name, **predictor, **place}
+    options = {"policy": name, **policy, **guards, **common}
+    control = {"policy": "interval", "every": 1, **common}
+    settings = {**policy, **guards, **({"depth": node["depth"]} if node.get("depth") is not None else {})}
+    if node.get("forecaster") is None or name not in ("interval",):
+        settings |= {"forecaster": predictor_name, **predictor}
+    label = node.get("label") or f"{name}, {predictor_name}"
+    form = Adaptive if made.needs.signals else Ours
+    return form(node["kind"], label, settings, scope=node.get("scope") or "", options=options, control=control)
+
+
+def _spacing(spaced: Mapping[str, Any], steps: int) -> tuple[int, float]:
+    """(computed steps, exponent) of a mask given as {share, exponent}."""
+    if set(spaced) != {"share", "exponent"}:
+        raise ConfigError("policy.spaced takes a share of computed steps and an exponent")
+    return math.ceil(steps * spaced["share"] - 1e-9), spaced["exponent"]
+
+
+def spaced_mask(steps: int, computed: int, exponent: float) -> tuple[int, ...]:
+    """A 0/1 mask over `steps` with exactly `computed` ones, the first step among them, spaced by a power law.
+
+    With u = j / computed, and n = steps rounded up to a multiple of computed, the j-th one stands at n · u^exponent
+    for exponents ≥ 1 (crowded at the start) and at its mirror image n · (1 − (1 − u)^(1/exponent)) below 1 (crowded
+    at the end), rounded down and moved where places collide or run out. Exponent 1 is every (n / computed)-th step.
+
+    Raises:
+        ConfigError: unless 1 ≤ computed ≤ steps and exponent > 0.
+    """
+    if not 1 <= computed <= steps or exponent <= 0:
+        raise ConfigError(f"no mask of {computed} computed steps in {steps} with exponent {exponent}")
+    length = computed * math.ceil(steps / computed)
+    shares = [j / computed for j in range(computed)]
+    bent = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
+    places = [int(length * u + 1e-9) for u in bent]  # a whole number may come out a hair below itself
+    for j in range(1, computed):  # one step each …
+        places[j] = max(places[j], places[j - 1] + 1)
+    for j in range(computed):  # … and none past the end
+        places[j] = min(places[j], steps - computed + j)
+    return tuple(int(step in places) for step in range(steps))

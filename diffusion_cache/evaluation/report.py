@@ -1,0 +1,643 @@
+"""Finished runs as a CSV file, Markdown tables and a web page.
+
+Everything a run's files say is taken for untrusted text: prompts, labels, settings and names are escaped where they
+are shown.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DiffusionCacheWarning
+from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
+
+KINDS = ("baseline", "ours", "rival")
+UNCACHED = "uncached"
+BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
+TOLERANCE = 1.05  # a run may exceed its budget by this factor: whole steps do not divide evenly
+RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
+SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
+SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
+ABSENT = "–"
+
+NOTES = (
+    "NFE: denoiser evaluations, FLOPs: operations that really ran, both as a share of the uncached run. Speed: wall "
+    "time of the uncached run over this one's, median of pairs that take turns in one process (smallest to largest "
+    "pair). PSNR in dB and SSIM: against the uncached output of the same noise, unquantised; at least 95% of the "
+    "samples reach p5. A sample equal to its reference has infinite PSNR, and then so has the mean."
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric over a run's samples. p5: its bad tail, reached or bettered by 95% of them; worst_seed: of `worst`."""
+
+    mean: float | None = None
+    p5: float | None = None
+    worst: float | None = None
+    worst_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated, and each sample's metrics (name → one value per sample, None where there is none)."""
+
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    values: Mapping[str, tuple[float | None, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as read.
+
+    costs: the names of RATIOS and SPEEDS; speeds are None where the run is not correct or was not timed.
+    scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
+    heatmap: {"rows": block names, "computed": shares [steps][blocks]}.
+    """
+
+    folder: Path
+    model: str
+    sampler: str
+    scope: str
+    kind: str
+    method: str
+    label: str
+    settings: Mapping[str, Any]
+    steps: int
+    n: int
+    correct: bool
+    problem: str | None
+    random_weights: bool
+    quality_only: bool
+    costs: Mapping[str, float | None]
+    scores: Mapping[str, Score]
+    distribution: Mapping[str, float | None]
+    heatmap: Mapping[str, Any] | None
+    samples: Samples
+    environment: Mapping[str, Any]
+    pictures: bool
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        return self.model, self.sampler
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """Runs of one family differ in their settings only."""
+        return self.kind, self.method
+
+    @property
+    def note(self) -> str:
+        """What a reader of the figures must know, if anything."""
+        if not self.correct:
+            return f"incorrect: {self.problem or 'no reason given'}"
+        if self.random_weights:
+            return "random weights: speed only"
+        return "quality only, not timed" if self.quality_only and self.method != UNCACHED else ""
+
+    def score(self, metric: str) -> Score:
+        return self.scores.get(metric, Score())
+
+    @property
+    def rank(self) -> tuple[float, float] | None:
+        """What the best of several runs is chosen by; None for a run that cannot be chosen."""
+        if not self.correct:
+            return None
+        if self.random_weights:
+            speed = self.costs["speed_ratio"]
+            return None if speed is None else (speed, 0.0)
+        psnr = self.score("psnr")
+        return None if psnr.mean is None else (psnr.mean, -math.inf if psnr.p5 is None else psnr.p5)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """runs: in the order of the tables. left_out: one sentence for each run that could not be read."""
+
+    name: str
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def subjects(self) -> list[tuple[str, str]]:
+        """(model, sampler) of the runs, those with trained weights first."""
+        found = sorted({(run.random_weights, run.subject) for run in self.runs})
+        return list(dict.fromkeys(subject for _, subject in found))
+
+    def of(self, subject: tuple[str, str]) -> list[Run]:
+        return [run for run in self.runs if run.subject == subject]
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    csv: Path
+    markdown: Path
+    html: Path
+    environment: Path
+
+
+class _DamagedError(Exception):
+    """A file of a run that is not as it should be; the message names it."""
+
+
+def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
+    """Write summary.csv, report.md, environment.json and report.html over the finished runs of an experiment.
+
+    Args:
+        folder: the experiment's folder, which holds `runs/`.
+        out: where to write; made if need be. Default: `folder`.
+
+    A run that cannot be read is left out, with a DiffusionCacheWarning; the report says so too.
+
+    Raises:
+        ConfigError: if there is nothing to report, `out` cannot be written to, or plotly is missing (everything but
+            the page is written then).
+    """
+    experiment = read_experiment(folder)
+    out = Path(folder if out is None else out)
+    paths = ReportPaths(*(out / name for name in ("summary.csv", "report.md", "report.html", "environment.json")))
+    environments = merged_environments(experiment.runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(paths.csv, csv_text(experiment.runs))
+        _write(paths.markdown, markdown(experiment))
+        _write(paths.environment, json.dumps(environments, indent=2) + "\n")
+        from .report_page import page  # after the rest is written: it needs an optional package
+
+        _write(paths.html, page(experiment, environments))
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {out}: {error.strerror}; choose another folder") from error
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    """Write at once: an interrupted call leaves the file as it was."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8", newline="\n")
+    draft.replace(path)
+
+
+# reading
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The finished runs of an experiment's folder; unfinished ones (`*.partial`) are passed over.
+
+    Raises:
+        ConfigError: if it is no such folder, or holds no finished run that can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: give one that `diffusion-cache evaluate` wrote")
+    home = folder / "runs"
+    places = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    places = [path for path in places if path.suffix != ".partial"]
+    if not places:
+        raise ConfigError(
+            f"{folder} holds no finished runs (folders in {home}): run `diffusion-cache evaluate` first, or give "
+            "the folder that holds `runs`"
+        )
+    runs, left_out = [], []
+    for place in places:
+        try:
+            runs.append(read_run(place))
+        except _DamagedError as error:
+            left_out.append(f"{error}; delete the folder {place} and run the same sweep again to redo it")
+            warnings.warn(f"a run is left out of the report: {left_out[-1]}", DiffusionCacheWarning, stacklevel=3)
+    if not runs:
+        raise ConfigError(f"none of the {len(places)} runs in {home} can be read. The first: {left_out[0]}")
+    return Experiment(folder.resolve().name, tuple(sorted(runs, key=_order)), tuple(left_out))
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    """Models with trained weights first; of each baselines (uncached leading), ours, rivals; of each the most work."""
+    nfe = run.costs["nfe_ratio"]
+    return (
+        run.random_weights,
+        run.subject,
+        KINDS.index(run.kind),
+        run.method != UNCACHED,
+        run.method,
+        run.scope,
+        math.inf if nfe is None else -nfe,
+        json.dumps(run.settings, sort_keys=True),
+        run.folder.name,
+    )
+
+
+def read_run(folder: Path) -> Run:
+    """One finished run. Raises _DamagedError, naming the file, for one that is missing, cut off or incomplete."""
+    summary = _json_object(folder / SUMMARY)
+    _json_object(folder / CONFIG)
+    environment = _json_object(folder / ENVIRONMENT)
+    try:
+        kind = summary["kind"]
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+        correct, random_weights = bool(summary["correct"]), bool(summary["random_weights"])
+        metrics = {} if random_weights else summary["metrics"]
+        run = Run(
+            folder=folder,
+            kind=kind,
+            **{key: str(summary[key]) for key in ("model", "sampler", "scope", "method")},
+            label=str(summary.get("label") or summary["method"]),
+            settings=dict(summary["settings"]),
+            steps=int(summary["steps"]),
+            n=int(summary["n"]),
+            correct=correct,
+            problem=None if summary["problem"] is None else str(summary["problem"]),
+            random_weights=random_weights,
+            quality_only=bool(summary["quality_only"]),
+            costs={
+                **{key: _number(summary[key]) for key in RATIOS},
+                **{key: _number(summary.get(key)) if correct else None for key in SPEEDS},
+            },
+            scores={name: _score(name, facts) for name, facts in metrics.items()},
+            distribution={key: _number(value) for key, value in (summary.get("distribution") or {}).items()},
+            heatmap=_heatmap(summary.get("heatmap")),
+            samples=_samples(folder / ROWS),
+            environment=environment,
+            pictures=not random_weights and _pictures(folder / IMAGES),
+        )
+    except KeyError as error:
+        raise _DamagedError(f"{folder / SUMMARY} lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
+    return run
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _DamagedError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise _DamagedError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise _DamagedError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for null and for what JSON cannot hold."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value) if math.isfinite(value) else None
+
+
+def _score(name: str, facts: Mapping[str, Any]) -> Score:
+    """A missing PSNR where samples equal their reference is an infinite one, which JSON cannot hold."""
+    infinite = name.startswith("psnr") and bool(facts.get("identical"))
+    found = {key: _number(facts.get(key)) for key in ("mean", "p5", "worst")}
+    if infinite:
+        found = {key: math.inf if value is None else value for key, value in found.items()}
+    seed = facts.get("worst_seed")
+    return Score(**found, worst_seed=None if seed is None else int(seed))
+
+
+def _heatmap(facts: Any) -> dict[str, Any] | None:
+    if facts is None or not facts["computed"]:
+        return None
+    rows = [str(row) for row in facts["rows"]]
+    computed = [[_number(share) for share in step] for step in facts["computed"]]
+    if any(len(step) != len(rows) for step in computed):
+        raise ValueError("heatmap has not one value for each block")
+    return {"rows": rows, "computed": computed}
+
+
+def _samples(path: Path) -> Samples:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _DamagedError(f"{path} is damaged or missing: {str(error).splitlines()[0]}") from None
+    if not table.num_rows:
+        return Samples()
+    columns = set(table.column_names)
+    missing = [name for name in ("prompt", "seed") if name not in columns]
+    if missing:
+        raise _DamagedError(f"{path} lacks the column {missing[0]!r}")
+    try:
+        values = {name: _floats(table.column(name).to_pylist()) for name in SAMPLE_METRICS if name in columns}
+        seeds = tuple(int(seed) for seed in table.column("seed").to_pylist())
+    except (TypeError, ValueError) as error:
+        raise _DamagedError(f"{path} is damaged: {error}") from None
+    return Samples(tuple(str(prompt) for prompt in table.column("prompt").to_pylist()), seeds, values)
+
+
+def _floats(values: Iterable[Any]) -> tuple[float | None, ...]:
+    """Unlike JSON, parquet holds infinity; NaN is no value."""
+    return tuple(None if value is None or math.isnan(value) else float(value) for value in values)
+
+
+def _pictures(path: Path) -> bool:
+    """Whether there are pictures; the file's header is checked, the pixels are read when they are drawn."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _DamagedError(f"{path} is damaged: {error}") from None
+    for place in ("median", "worst"):
+        shape = shapes.get(f"{place}.reference")
+        if shape is None or shape != shapes.get(f"{place}.candidate") or len(shape) != 4 or shape[1] not in (1, 3):
+            raise _DamagedError(f"{path} is damaged: the images of the {place} sample are missing or of no known shape")
+    return True
+
+
+# choosing
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each (cost, quality), whether no other point costs no more, is no worse, and is better in one of the two."""
+    return [
+        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points
+    ]
+
+
+def pareto_runs(runs: Sequence[Run]) -> set[Path]:
+    """Folders of the runs on their model's, sampler's and method's Pareto front of mean PSNR against NFE."""
+    groups: dict[tuple[Any, ...], list[tuple[Run, tuple[float, float]]]] = {}
+    for run in runs:
+        nfe, psnr = run.costs["nfe_ratio"], run.score("psnr").mean
+        if run.correct and nfe is not None and psnr is not None:
+            groups.setdefault((run.subject, run.family), []).append((run, (nfe, psnr)))
+    found = set()
+    for members in groups.values():
+        front = pareto_front([point for _, point in members])
+        found |= {run.folder for (run, _), on_front in zip(members, front, strict=True) if on_front}
+    return found
+
+
+def choose(runs: Sequence[Run], ratio: float) -> list[Run]:
+    """Of each method, the best run that spends at most `ratio` (times TOLERANCE) of the uncached run's evaluations.
+
+    Best is the highest mean PSNR (of random weights: the highest speed). A method that has no correct run at all is
+    shown by its first. Order: baselines, then the others, best first.
+
+    Args:
+        runs: of one model and sampler.
+        ratio: the budget, as an NFE ratio.
+    """
+    families: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.method != UNCACHED:
+            families.setdefault(run.family, []).append(run)
+    chosen = []
+    for members in families.values():
+        nfes = [(run, run.costs["nfe_ratio"]) for run in members if run.rank is not None]
+        affordable = [run for run, nfe in nfes if nfe is not None and nfe <= ratio * TOLERANCE]
+        if affordable:
+            chosen.append(max(affordable, key=lambda run: run.rank or (0.0, 0.0)))
+        elif not any(run.correct for run in members):
+            chosen.append(members[0])
+    worst = (-math.inf, -math.inf)
+    score = {run.folder: run.rank or worst for run in chosen}
+    return sorted(chosen, key=lambda run: (run.kind != "baseline", *(-value for value in score[run.folder])))
+
+
+def best_of(chosen: Sequence[Run]) -> Run | None:
+    """The best of the runs that were chosen for a budget."""
+    ranked = [run for run in chosen if run.rank is not None]
+    return max(ranked, key=lambda run: run.rank or (0.0, 0.0), default=None)
+
+
+# values of a table
+
+
+def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
+    """One run's figures by column name; None where there is none."""
+    psnr, ssim = run.score("psnr"), run.score("ssim")
+    return {
+        "model": run.model,
+        "sampler": run.sampler,
+        "scope": run.scope,
+        "kind": run.kind,
+        "method": run.method,
+        "settings": json.dumps(run.settings, sort_keys=True),
+        "steps": run.steps,
+        **{key: run.costs[key] for key in (*RATIOS, *SPEEDS)},
+        "psnr_mean": psnr.mean,
+        "psnr_p5": psnr.p5,
+        "psnr_min": psnr.worst,
+        "psnr_worst_seed": psnr.worst_seed,
+        "ssim_mean": ssim.mean,
+        "ssim_p5": ssim.p5,
+        "latent_error": run.score("latent_error").mean,
+        "lpips_mean": run.score("lpips").mean,
+        **{key: run.distribution.get(key) for key in ("fid", "kid", "class_accuracy")},
+        "n": run.n,
+        "correct": run.correct,
+        "problem": run.problem,
+        "random_weights": run.random_weights,
+        "note": run.note,
+        "pareto": pareto,
+        "run": run.folder.name,
+    }
+
+
+def csv_text(runs: Sequence[Run]) -> str:
+    """The runs as CSV, floats with six significant digits, infinity as inf."""
+    pareto = pareto_runs(runs)
+    rows = [csv_row(run, run.folder in pareto) for run in runs]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
+    return buffer.getvalue()
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def settings_text(run: Run, scope: bool = True) -> str:
+    """Settings in few words, the scope among them if asked for; a mask of 0 and 1 as the number of its ones."""
+
+    def short(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        if len(text) > 8 and set(text) <= {"0", "1"}:
+            return f"{text.count('1')} of {len(text)} steps"
+        return text if len(text) <= 60 else f"{text[:59]}…"
+
+    parts = [f"{key}={short(value)}" for key, value in run.settings.items()]
+    told = scope and run.scope not in ("", "auto") and run.kind != "baseline"
+    return ", ".join([f"scope={run.scope}"] * told + parts)
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return "∞" if math.isinf(value) else f"{value:.1f}"
+
+
+def _speed(run: Run) -> str:
+    median, low, high = (run.costs[key] for key in ("speed_ratio", "speed_low", "speed_high"))
+    if median is None:
+        return ABSENT
+    return f"{median:.2f}×" + ("" if low is None or high is None else f" ({low:.2f}–{high:.2f})")
+
+
+def _share(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.0%}"
+
+
+# Markdown
+
+
+def markdown(experiment: Experiment) -> str:
+    """A compact table over all models, then one for each model and sampler."""
+    parts = [f"# {markdown_text(experiment.name)}", ""]
+    table = overview_table(experiment.runs)
+    if table:
+        parts += [table, "PSNR in dB, mean / 5th percentile, of each method's best setting within the NFE budget.", ""]
+    for subject in experiment.subjects:
+        parts += [model_table(experiment.of(subject)), ""]
+    parts += [NOTES, ""]
+    if experiment.left_out:
+        parts += [f"Left out, {len(experiment.left_out)} run(s) that cannot be read:", ""]
+        parts += [f"- {markdown_text(reason)}" for reason in experiment.left_out] + [""]
+    return "\n".join(parts)
+
+
+def overview_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> str:
+    """Methods × (models × budgets): mean PSNR / p5 in dB; the best mean of each column stands out.
+
+    Models with random weights, whose images mean nothing, are left out; "" if there are no others.
+    """
+    trained = [run for run in runs if not run.random_weights]
+    subjects = list(dict.fromkeys(run.subject for run in trained))
+    if not subjects:
+        return ""
+    several = {model for model, count in Counter(model for model, _ in subjects).items() if count > 1}
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    headers: list[str] = []
+    for model, sampler in subjects:
+        of_subject = [run for run in trained if run.subject == (model, sampler)]
+        for name, ratio in budgets.items():
+            column = len(headers)
+            headers.append(f"{model}{f' {sampler}' if model in several else ''}, {name}")
+            chosen = choose(of_subject, ratio)
+            best = best_of(chosen)
+            for run in chosen:
+                psnr = run.score("psnr")
+                text = f"{_decibels(psnr.mean)} / {_decibels(psnr.p5)}" if run.correct else "incorrect"
+                cells.setdefault(run.family, {})[column] = f"**{text}**" if run is best else text
+    order = sorted(cells, key=lambda family: (KINDS.index(family[0]), family[1]))
+    lines = ["| method | kind | " + " | ".join(map(markdown_text, headers)) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(headers))
+    for kind, method in order:
+        values = [cells[kind, method].get(column, ABSENT) for column in range(len(headers))]
+        lines.append("| " + " | ".join([markdown_text(method), kind, *values]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def model_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> str:
+    """A section with one model's and sampler's table: at each NFE budget the best run of every method."""
+    first = runs[0]
+    random = all(run.random_weights for run in runs)
+    said = "random weights: speed only" if random else f"n = {max(run.n for run in runs)}"
+    steps = max(run.steps for run in runs)
+    names = ["budget", "method", "kind", "settings", "NFE", "FLOPs", "speed (wall)"]
+    names += ["PSNR mean", "PSNR p5", "PSNR worst", "SSIM"]
+    lines = [f"## {markdown_text(first.model)}, {markdown_text(first.sampler)}, {steps} steps", "", f"{said}.", ""]
+    lines.append("| " + " | ".join(names) + " |")
+    lines.append("| " + " | ".join("---" if name in names[:4] else "---:" for name in names) + " |")
+    for name, ratio in budgets.items():
+        chosen = choose(runs, ratio)
+        best = best_of(chosen)
+        for run in chosen:
+            psnr, ssim = run.score("psnr"), run.score("ssim").mean
+            cells = [
+                name,
+                markdown_text(run.method),
+                run.kind,
+                markdown_text(settings_text(run)) or ABSENT,
+                _share(run.costs["nfe_ratio"]),
+                _share(run.costs["flops_ratio"]),
+                _speed(run) if run.correct else "incorrect",
+                *(_decibels(value) for value in (psnr.mean, psnr.p5, psnr.worst)),
+                ABSENT if ssim is None else f"{ssim:.3f}",
+            ]
+            if run is best:
+                cells = [f"**{cell}**" if cell != ABSENT else cell for cell in cells]
+            lines.append("| " + " | ".join(cells) + " |")
+    flawed = Counter((run.method, run.note) for run in runs if not run.correct)
+    notes = [
+        f"- {markdown_text(method)}, {count} run{'s' if count > 1 else ''}: {markdown_text(note)}"
+        for (method, note), count in flawed.items()
+    ]
+    return "\n".join([*lines, "", *notes])
+
+
+def markdown_text(text: str) -> str:
+    """Untrusted text for a Markdown table's cell: shown as it is, on one line, never as markup."""
+    text = escape(" ".join(text.split()), quote=False)
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)
+
+
+# environment
+
+
+def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the runs were made with.
+
+    Returns:
+        {"runs": how many, "environment": what all of them share, "varies": {dotted key: [{"value", "runs"}, …]}}, the
+        value that most runs have first.
+    """
+    flat = [_flat(run.environment) for run in runs]
+    keys = list(dict.fromkeys(key for facts in flat for key in facts))
+    common: dict[str, Any] = {}
+    varies: dict[str, list[dict[str, Any]]] = {}
+    for key in keys:
+        counted = Counter(json.dumps(facts[key], sort_keys=True) for facts in flat if key in facts)
+        values = [{"value": json.loads(text), "runs": count} for text, count in counted.most_common()]
+        if len(values) > 1 or values[0]["runs"] < len(flat):
+            varies[key] = values
+            continue
+        place = common
+        *path, last = key.split(_SEPARATOR)
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = values[0]["value"]
+    return {
+        "runs": len(flat),
+        "environment": common,
+        "varies": {key.replace(_SEPARATOR, "."): v for key, v in varies.items()},
+    }
+
+
+_SEPARATOR = "\0"  # joins nested keys, which may themselves hold dots
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}{_SEPARATOR}")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

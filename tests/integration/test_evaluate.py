@@ -1,0 +1,350 @@
+"""`diffusion-cache evaluate` from its command line to finished runs: sweeps, interruptions, ranks, bad input."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from diffusion_cache.cli import evaluate as command
+from diffusion_cache.engine.session import session_of
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.evaluation import contenders, jobs, runner
+from diffusion_cache.evaluation.jobs import Team, run_job
+from diffusion_cache.evaluation.runner import Job
+from diffusion_cache.evaluation.store import Store
+
+SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
+TIMES = ("first_run_seconds",)
+
+
+def job(folder, *overrides):
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        config = command.resolved(compose("evaluate", [*SMALL, *overrides]))
+    return Job(config, Path(folder))
+
+
+def made(folder, *overrides):
+    found = []
+    for path in run_job(job(folder, *overrides), lambda *news: None, Team()):
+        summary = json.loads((path / "summary.json").read_text())
+        found.append({**{key: value for key, value in summary.items() if key not in TIMES}, "path": path})
+    return found
+
+
+def without_paths(summaries):
+    return [{key: value for key, value in summary.items() if key != "path"} for summary in summaries]
+
+
+def rows(summary):
+    return pq.read_table(summary["path"] / "rows.parquet").to_pylist()
+
+
+def started(*arguments, launcher=(), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    call = [*(launcher or [sys.executable]), "-m", "diffusion_cache.cli", "evaluate", *SMALL, *arguments]
+    return subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+    )
+
+
+# what comes out
+
+
+def test_a_run_says_what_was_made_and_what_it_took(tmp_path):
+    (summary,) = made(tmp_path, "method=interval", "method.policy.every=3", "forecaster=reuse")
+    assert summary["method"] == "interval, reuse"
+    assert (summary["model"], summary["kind"], summary["n"], summary["steps"]) == ("dit-digits", "ours", 3, 6)
+    assert summary["settings"] == {"every": 3, "forecaster": "reuse", "feature": "auto"}
+    assert summary["correct"] is True
+    assert summary["problem"] is None
+    assert summary["nfe_ratio"] == pytest.approx(1 / 3)
+    assert summary["nfe_ratio"] < summary["flops_ratio"] < 0.35
+    assert summary["blocks_ratio"] == pytest.approx(1 / 3, abs=0.03)
+    assert summary["speed_ratio"] is None  # it was not timed
+    # DiT's head takes the first block's embedding of the timestep at every step
+    assert [row[1:] for row in summary["heatmap"]["computed"]] == [[float(step % 3 == 0)] * 11 for step in range(6)]
+    assert summary["cache_bytes"] > 0
+    table = rows(summary)
+    assert [row["seed"] for row in table] == [0, 1, 2]
+    assert [row["prompt"] for row in table] == ["0", "1", "2"]
+    psnr = [row["psnr"] for row in table]
+    assert all(5 < value < 80 for value in psnr)
+    assert summary["metrics"]["psnr"]["mean"] == pytest.approx(sum(psnr) / 3)
+    assert summary["metrics"]["psnr"]["worst"] == pytest.approx(min(psnr))
+    assert summary["metrics"]["psnr"]["worst_seed"] == psnr.index(min(psnr))
+    assert json.loads((summary["path"] / "config.json").read_text())["contender"]["policy"]["every"] == 3
+    assert json.loads((summary["path"] / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_uncached_is_identical_to_itself(tmp_path):
+    (summary,) = made(tmp_path, "method=uncached")
+    assert summary["nfe_ratio"] == summary["flops_ratio"] == 1.0
+    assert summary["metrics"]["psnr"]["identical"] == 3
+    assert [row["latent_error"] for row in rows(summary)] == [0.0] * 3
+
+
+def test_fewer_steps_spend_their_share(tmp_path):
+    summaries = made(tmp_path, "method=fewer_steps")
+    assert [summary["steps"] for summary in summaries] == [3, 2, 1]
+    assert [summary["flops_ratio"] for summary in summaries] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+
+
+def test_timing_is_paired_and_told_with_its_spread(tmp_path):
+    (summary,) = made(tmp_path, "method=interval", "timing.pairs=3")
+    assert summary["speed_low"] <= summary["speed_ratio"] <= summary["speed_high"]
+    assert summary["uncached_seconds"] > summary["seconds"] > 0
+    assert summary["speed_ratio"] > 1.1
+
+
+def test_adaptive_methods_are_judged_sample_by_sample(tmp_path):
+    (summary,) = made(tmp_path, "method=first_block", "method.policy.threshold=0.3", "steps=12")
+    (alone,) = made(tmp_path, "method=first_block", "method.policy.threshold=0.3", "steps=12", "prompts.n=1")
+    first, same = rows(summary)[0], rows(alone)[0]
+    assert first["flops"] == same["flops"]
+    assert first["psnr"] == pytest.approx(same["psnr"], abs=1e-3)  # uncached outputs are made in batches
+    assert 0 < summary["flops_ratio"] < 1
+
+
+def test_a_wrong_method_gets_no_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders.Ours, "never", contenders.Ours.applied)
+    with pytest.warns(DiffusionCacheWarning, match="still changes the output"):
+        (summary,) = made(tmp_path, "method=interval", "timing.pairs=1")
+    assert summary["correct"] is False
+    assert summary["problem"] == "reusing nothing, it still changes the output"
+    assert summary["speed_ratio"] is None
+
+
+def test_outputs_that_are_not_finite_get_no_figures(tmp_path, monkeypatch):
+    generate = runner.Subject.generate
+
+    def broken(self, samples, steps=None):
+        output = generate(self, samples, steps)
+        return output._replace(images=output.images / 0) if session_of(self.pipe) else output
+
+    monkeypatch.setattr(runner.Subject, "generate", broken)
+    monkeypatch.setattr(runner.Worker, "fault", lambda self, what: None)
+    with pytest.warns(DiffusionCacheWarning, match="not finite"):
+        (summary,) = made(tmp_path, "method=interval", "timing.pairs=1")
+    assert summary["problem"] == "3 of 3 outputs hold values that are not finite"
+    assert (summary["correct"], summary["speed_ratio"], summary["metrics"]) == (False, None, {})
+
+
+def test_a_setting_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    original = runner.Worker.generate
+
+    def generate(self, what, label):
+        if what.settings.get("every") == 3:
+            raise ZeroDivisionError("by chance")
+        return original(self, what, label)
+
+    monkeypatch.setattr(runner.Worker, "generate", generate)
+    with pytest.warns(DiffusionCacheWarning, match="ZeroDivisionError: by chance"):
+        summaries = made(tmp_path, "method=interval", "method.grid={policy.every: [2, 3, 4]}")
+    assert [summary["correct"] for summary in summaries] == [True, False, True]
+    assert summaries[1]["problem"] == "failed: ZeroDivisionError: by chance"
+
+
+def test_random_weights_are_for_speed_only(tmp_path):
+    options = ["model=random", "model.name=dit-xl-2", "model.tiny=true", "model.dtype=float32", "timing.pairs=1"]
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        config = command.resolved(compose("evaluate", ["steps=6", "method=interval", *options]))
+    (path,) = run_job(Job(config, tmp_path), lambda *news: None, Team())
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["random_weights"] is True
+    assert summary["metrics"] == {}
+    assert summary["n"] == 0
+    assert summary["speed_ratio"] > 0
+    assert 0.5 <= summary["flops_ratio"] < 0.6
+
+
+# again, and after an interruption
+
+
+def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
+    before = made(tmp_path, "method=interval")
+    monkeypatch.setattr(jobs, "Worker", None)  # nobody may work
+    assert made(tmp_path, "method=interval") == before
+
+
+@pytest.mark.slow
+def test_stopping_at_any_write_and_going_on_gives_the_same(tmp_path, monkeypatch):
+    sweep = ["method=interval", "method.grid={policy.every: [2, 3]}"]
+    whole = made(tmp_path / "whole", *sweep)
+    replaced = Path.replace
+    renamed = Path.rename
+    writes = {"left": None}
+
+    def counted(original):
+        def wrapper(self, target):
+            if writes["left"] == 0:
+                writes["left"] = None
+                raise KeyboardInterrupt
+            if writes["left"] is not None:
+                writes["left"] -= 1
+            return original(self, target)
+
+        return wrapper
+
+    monkeypatch.setattr(Path, "replace", counted(replaced))
+    monkeypatch.setattr(Path, "rename", counted(renamed))
+    stops = 0
+    for stop in range(100):
+        writes["left"] = stop
+        with contextlib.suppress(KeyboardInterrupt):
+            made(tmp_path / f"stopped-{stop}", *sweep)
+        if writes["left"] is not None:
+            break  # there was no such write: all have been stopped at
+        stops += 1
+        again = made(tmp_path / f"stopped-{stop}", *sweep)
+        assert without_paths(again) == without_paths(whole)
+        assert [rows(summary) for summary in again] == [rows(summary) for summary in whole]
+    assert stops >= 10
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path):
+    sweep = ["-m", "method=interval,uniform_reuse", f"out={tmp_path}", "name=killed"]
+    process = started(*sweep, start_new_session=True)
+    runs = tmp_path / "killed" / "runs"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if runs.is_dir() and any(path.suffix == ".partial" for path in runs.iterdir()):
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path.name for path in runs.iterdir() if (path / "summary.json").is_file()}
+    assert len(finished) < 7
+    process = started(*sweep)
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, told
+    assert len([path for path in runs.iterdir() if (path / "summary.json").is_file()]) == 7
+    assert not [path for path in runs.iterdir() if path.suffix == ".partial"]
+    whole = made(tmp_path / "whole", "method=uniform_reuse")
+    again = made(tmp_path / "killed", "method=uniform_reuse")
+    assert without_paths(again) == without_paths(whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    process = started("-m", "method=interval,uniform_reuse,uniform_taylor", f"out={tmp_path}", "name=stopped")
+    runs = tmp_path / "stopped" / "runs"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if runs.is_dir() and any((path / "summary.json").is_file() for path in runs.iterdir()):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, told
+    assert "goes on from there" in told
+    assert [path for path in runs.iterdir() if (path / "summary.json").is_file()]
+
+
+# several processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_table_of_one(tmp_path):
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    process = started("method=first_block", f"out={tmp_path}", "name=two", "batch=1", launcher=launcher)
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, told
+    two = made(tmp_path / "two", "method=first_block", "batch=1")
+    one = made(tmp_path / "one", "method=first_block", "batch=1")
+    assert without_paths(two) == without_paths(one)
+    assert rows(two[0]) == rows(one[0])
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("methd=interval", "Did you mean 'method'"),
+        ("method=intervl", "Did you mean 'interval'"),
+        ("method.policy.thresold=0.1", "Did you mean 'method.policy.threshold'"),
+        ("prompts.nn=3", "Did you mean 'prompts.n'"),
+        ("model=dit-digits,unet-digts", "Did you mean 'unet-digits'"),
+        ("method=interval,uniform_resue", "Did you mean 'uniform_reuse'"),
+        ("prompts.n=[1", "mismatched|missing|no viable|extraneous"),
+    ],
+)
+def test_misspelled_keys_are_told_with_a_suggestion(override, message):
+    command.register_methods()
+    with pytest.raises(ConfigError, match=message):
+        command.check([override, "-m"])
+
+
+def test_what_must_be_given(tmp_path):
+    with pytest.raises(ConfigError, match="policy.mask must be given"):
+        job(tmp_path, "method=mask")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=interval", "method.policy.every=0"], "at least 1"),
+        (["method=interval", "method.grid={policy.evry: [2]}"], "has no option 'evry'. Did you mean 'every'"),
+        (["metrics.names=[psnrr]"], "Did you mean 'psnr'"),
+        (["prompts=builtin"], "takes class labels"),
+        (["prompts=file", "prompts.path=/nowhere.txt"], "takes class labels"),
+        (["sampler=unipc"], "has the samplers"),
+        (["model=hub", "model.repository=/nowhere/at/all", "prompts=builtin"], "cannot be loaded"),
+        (["method=first_block", "method.scope=block"], "scope"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_made(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        made(tmp_path, *overrides)
+    assert not [path for path in (tmp_path / "runs").iterdir() if (path / "summary.json").is_file()]
+
+
+def test_two_sweeps_in_one_folder(tmp_path):
+    task = job(tmp_path, "method=interval")
+    store = Store(tmp_path)
+    with (
+        store.claimed(task.run_config(task.nodes[0])),
+        pytest.raises(ConfigError, match="two sweeps share this folder"),
+    ):
+        made(tmp_path, "method=interval")
+    assert len(made(tmp_path, "method=interval")) == 1
+
+
+def test_a_damaged_part_is_made_again(tmp_path):
+    task = job(tmp_path, "method=interval")
+    folder = Store(tmp_path).partial(task.run_config(task.nodes[0]))
+    (folder / "part-0of1.safetensors").write_bytes(b"half of it")
+    (summary,) = made(tmp_path, "method=interval")
+    assert summary["correct"] is True
+
+
+def test_a_damaged_reference_is_made_again(tmp_path):
+    (before,) = made(tmp_path, "method=interval")
+    (reference,) = (tmp_path / "references").iterdir()
+    reference.write_bytes(reference.read_bytes()[:100])
+    (summary,) = made(tmp_path, "method=interval", "forecaster=reuse")
+    assert summary["correct"] is True
+    assert summary["metrics"]["psnr"]["mean"] != before["metrics"]["psnr"]["mean"]
