@@ -21,6 +21,7 @@ from ..errors import ConfigError, DiffusionCacheError
 from ..policies import Guards
 
 CONFIGS = "diffusion_cache.configs"
+OPEN = (("model", "call"), ("sampler", "options"), ("metrics", "settings"))
 
 
 def register_methods() -> None:
@@ -130,6 +131,9 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
+    for group, key in OPEN:  # null in the files, so that they can be given with any keys
+        if key in config[group] and config[group][key] is None:
+            config[group][key] = {}
     return {str(key): value for key, value in config.items()}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..measure import flop_counter
@@ -49,7 +49,7 @@ class Accountant:
                 if not any(True for _ in module.children()) and next(module.parameters(), None) is not None:
                     self.leaves.append(module)
         self._block_of = [places.get(leaf, -1) for leaf in self.leaves]
-        self._weights = [sum(p.numel() for p in leaf.parameters()) for leaf in self.leaves]
+        self._sizes: list[float] = [0.0] * len(self.leaves)  # multiplications in one call of each, for one sample
         self._known: dict[tuple[int, ...], tuple[int, int]] = {}
 
     @contextmanager
@@ -73,6 +73,8 @@ class Accountant:
         def count(place: int) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 counts[place] += 1
+                if flops:
+                    self._sizes[place] = _multiplications(module, output)
 
             return hook
 
@@ -125,12 +127,23 @@ class Accountant:
         return Observed(steps, observed.reads)
 
     def executed(self, work: StepWork) -> list[float]:
-        """Of each block, the parameters that ran in a step, each as often as it did, [blocks]."""
+        """Of each block, the multiplications by its parameters that ran in a step, for one sample, [blocks].
+
+        Modules that have run in no counted call yet weigh nothing.
+        """
         totals = [0.0] * len(self.blocks)
-        for count, block, weight in zip(work.pattern, self._block_of, self._weights, strict=True):
+        for count, block, size in zip(work.pattern, self._block_of, self._sizes, strict=True):
             if block >= 0:
-                totals[block] += count * weight
+                totals[block] += count * size
         return totals
+
+
+def _multiplications(module: nn.Module, output: Any) -> float:
+    """By a leaf module's weights in one call: each is used once for every position of the output."""
+    weight = next((p for p in module.parameters() if p.ndim > 1), None)
+    if weight is None or not isinstance(output, Tensor):
+        return float(sum(p.numel() for p in module.parameters()))
+    return weight.numel() * output.numel() / weight.shape[0]
 
 
 class _Reads(TorchDispatchMode):

@@ -201,7 +201,9 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     predictor = dict(node.get("forecaster") or forecaster)
     guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
     name, predictor_name = policy.pop("name"), predictor.pop("name")
+    told = dict(policy)  # what tells this choice from others
     if "spaced" in policy:
+        told = {**told.pop("spaced"), **told}
         policy["mask"] = "".join(map(str, spaced_mask(steps, *_spacing(policy.pop("spaced"), steps))))
     cls = registry.policies.get(name)
     for what, found, given in (
@@ -220,12 +222,12 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     common = {"forecaster": predictor_name, **predictor, **place}
     options = {"policy": name, **policy, **guards, **common}
     control = {"policy": "interval", "every": 1, **common}
-    settings = {**policy, **guards, **({"depth": node["depth"]} if node.get("depth") is not None else {})}
-    if node.get("forecaster") is None or name not in ("interval",):
-        settings |= {"forecaster": predictor_name, **predictor}
+    told |= guards | {key: node[key] for key in ("depth",) if node.get(key) is not None}
+    told |= {"forecaster": predictor_name, **predictor}
+    told = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
     label = node.get("label") or f"{name}, {predictor_name}"
     form = Adaptive if made.needs.signals else Ours
-    return form(node["kind"], label, settings, scope=node.get("scope") or "", options=options, control=control)
+    return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control)
 
 
 def _spacing(spaced: Mapping[str, Any], steps: int) -> tuple[int, float]:

@@ -1,25 +1,25 @@
 """Running jobs: which of their runs are still to be made, where, and the results put together."""
 
-import multiprocessing
-import traceback
+import contextlib
+import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DiffusionCacheError
+from ..errors import ConfigError
 from . import distribution, metrics
 from .contenders import contender
 from .runner import Job, Progress, Ranks, Worker
 from .store import Store, read_tensors
 
-POLL_SECONDS = 0.2
 RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
-RESTART = "diffusion-cache evaluate continues where a sweep has stopped: give the same command again"
+RESTART = "The same command goes on from there"
 
 
 class Team:
@@ -100,22 +100,25 @@ def _work_apart(
     job: Job, todo: Sequence[Mapping[str, Any]], store: Store, progress: Progress, team: Team
 ) -> str | None:
     """In a process of its own: rivals change classes, and what one leaves behind must not reach the next."""
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    process = context.Process(target=_child, args=(job, list(todo), messages), daemon=True)
-    process.start()
+    task = {
+        "config": job.config,
+        "folder": str(job.folder),
+        "ranks": [job.ranks.index, job.ranks.count],
+        "todo": list(todo),
+    }
+    command = [sys.executable, "-m", f"{__package__}.child"]
+    # no multiprocessing: a launcher's workers may have set it up in ways of their own
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    assert process.stdin is not None
+    assert process.stdout is not None
     refused = None
     try:
-        while True:
-            try:
-                kind, *content = messages.get(timeout=POLL_SECONDS)
-            except Empty:
-                if not process.is_alive() and messages.empty():
-                    raise ConfigError(
-                        f"the process that ran {job.config['method']['peer']} ended with code {process.exitcode} and "
-                        f"said nothing. {RESTART}"
-                    ) from None
-                continue
+        with contextlib.suppress(BrokenPipeError):  # it could not even start: its exit code says so below
+            json.dump(task, process.stdin)
+            process.stdin.close()
+        ended = False
+        for line in process.stdout:
+            kind, *content = json.loads(line)
             if kind == "progress":
                 progress(*content)
             elif kind == "made":
@@ -126,12 +129,16 @@ def _work_apart(
             elif kind == "error":
                 raise ConfigError(content[0])
             else:
-                break
-        process.join()
+                ended = True
+        if not ended:
+            raise ConfigError(
+                f"the process that ran {job.config['method']['peer']} ended with code {process.wait()} and did not say "
+                f"why. {RESTART}"
+            )
     finally:
-        if process.is_alive():
-            process.terminate()
-            process.join()
+        process.terminate()
+        process.wait()
+        process.stdout.close()
     team.meet()
     if refused is None and team.ranks.count > 1:
         if team.leads:
@@ -139,35 +146,6 @@ def _work_apart(
                 put_together(job, node, store)
         team.meet()
     return refused
-
-
-def _child(job: Job, todo: Sequence[Mapping[str, Any]], messages: Any) -> None:
-    try:
-        _quiet()
-        worker = Worker(job, Store(job.folder), lambda *news: messages.put(("progress", *news)))
-        reason = contender(todo[0], job.config["forecaster"], worker.steps).why_not(worker.subject)
-        if reason is not None:
-            messages.put(("refused", f"{job.config['method']['peer']} on {worker.subject.name}: {reason}"))
-        else:
-            for place, node in enumerate(todo):
-                worker.make(node)
-                messages.put(("made", place))
-        messages.put(("done",))
-    except KeyboardInterrupt:
-        messages.put(("error", "interrupted"))
-    except DiffusionCacheError as error:
-        messages.put(("error", str(error)))
-    except Exception as error:
-        messages.put(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-
-
-def _quiet() -> None:
-    """Leave out the libraries' remarks on optional packages and rounded sizes; errors still show."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
 
 
 def put_together(job: Job, node: Mapping[str, Any], store: Store) -> None:

@@ -35,8 +35,8 @@ __all__ = [
     "summarise",
 ]
 
-# The fifth scale must hold an 11 pixel window. The usual bound of 161 pixels is for halving that rounds up (161, 81, 41,
-# 21, 11); torchmetrics' rounds down and accepts images from 11 · 2⁴ pixels on.
+# The fifth scale must hold an 11 pixel window. The usual bound of 161 pixels is for halving that rounds up (161, 81,
+# 41, 21, 11); torchmetrics' rounds down and accepts images from 11 · 2⁴ pixels on.
 MS_SSIM_MIN_SIDE = 176
 TAIL = 20  # one sample in this many may be worse than the "5th percentile"
 OTHER_SETTINGS = {"inception"}  # what is set beside the metrics here: see `distribution`

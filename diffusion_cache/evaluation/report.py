@@ -110,7 +110,7 @@ class Run:
 
     @property
     def rank(self) -> tuple[float, float] | None:
-        """What the best of several runs is chosen by; None for a run that cannot be chosen."""
+        """What tells the best of several runs: PSNR, or speed with random weights; None for one that cannot be it."""
         if not self.correct:
             return None
         if self.random_weights:
@@ -389,8 +389,8 @@ def pareto_runs(runs: Sequence[Run]) -> set[Path]:
 def choose(runs: Sequence[Run], ratio: float) -> list[Run]:
     """Of each method, the best run that spends at most `ratio` (times TOLERANCE) of the uncached run's evaluations.
 
-    Best is the highest mean PSNR (of random weights: the highest speed). A method that has no correct run at all is
-    shown by its first. Order: baselines, then the others, best first.
+    Best is the highest mean PSNR; of random weights, where the cheapest would always win, it is the run nearest to the
+    budget. A method without any correct run is shown by its first. Order: baselines, then the others, best first.
 
     Args:
         runs: of one model and sampler.
@@ -405,12 +405,17 @@ def choose(runs: Sequence[Run], ratio: float) -> list[Run]:
         nfes = [(run, run.costs["nfe_ratio"]) for run in members if run.rank is not None]
         affordable = [run for run, nfe in nfes if nfe is not None and nfe <= ratio * TOLERANCE]
         if affordable:
-            chosen.append(max(affordable, key=lambda run: run.rank or (0.0, 0.0)))
+            chosen.append(max(affordable, key=_worth))
         elif not any(run.correct for run in members):
             chosen.append(members[0])
     worst = (-math.inf, -math.inf)
     score = {run.folder: run.rank or worst for run in chosen}
     return sorted(chosen, key=lambda run: (run.kind != "baseline", *(-value for value in score[run.folder])))
+
+
+def _worth(run: Run) -> tuple[float, ...]:
+    rank = run.rank or (-math.inf, -math.inf)
+    return (run.costs["nfe_ratio"] or 0.0, *rank) if run.random_weights else rank
 
 
 def best_of(chosen: Sequence[Run]) -> Run | None:
@@ -588,7 +593,7 @@ def model_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> 
         f"- {markdown_text(method)}, {count} run{'s' if count > 1 else ''}: {markdown_text(note)}"
         for (method, note), count in flawed.items()
     ]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, *([""] * bool(notes)), *notes])
 
 
 def markdown_text(text: str) -> str:

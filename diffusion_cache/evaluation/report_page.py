@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -160,15 +161,23 @@ def _compact_heatmap(heatmap: Mapping[str, Any] | None) -> dict[str, Any] | None
 
 
 def _embed_pictures(data: dict[str, Any], runs: Sequence[Run], limit: int) -> None:
-    """Put the pictures of Pareto-optimal runs and baselines into `data`, the runs of the tables first.
+    """Put the pictures of Pareto-optimal runs and baselines into `data`: for every model in turn, tables' runs first.
 
-    A run whose pictures do not fit into `limit` bytes gets {"omitted": true} instead.
+    From the first run on whose pictures do not fit into `limit` bytes, runs get {"omitted": true} instead.
     """
-    chosen = [index for subject in data["subjects"] for picks in subject["picks"].values() for index in picks]
-    others = [i for i, row in enumerate(data["runs"]) if row["pareto"] or row["kind"] == "baseline"]
+    queues = []
+    for number, subject in enumerate(data["subjects"]):
+        chosen = [index for picks in subject["picks"].values() for index in picks]
+        own = ((i, row) for i, row in enumerate(data["runs"]) if row["subject"] == number)
+        queues.append(dict.fromkeys(chosen + [i for i, row in own if row["pareto"] or row["kind"] == "baseline"]))
+    wanted = [index for turn in zip_longest(*queues) for index in turn if index is not None]
     known: dict[str, int] = {}  # the uncached picture of a sample is the same in many runs
-    for index in dict.fromkeys(chosen + others):
+    full = False
+    for index in wanted:
         if not runs[index].pictures:
+            continue
+        if full:
+            data["runs"][index]["pictures"] = {"omitted": True}
             continue
         try:
             pictures = triplets(runs[index])
@@ -178,7 +187,8 @@ def _embed_pictures(data: dict[str, Any], runs: Sequence[Run], limit: int) -> No
         sources = dict.fromkeys(source for triplet in pictures for source in triplet["sources"])
         new = [source for source in sources if source not in known]
         size = sum(len(source) + 8 for source in new)
-        if size > limit:
+        full = size > limit
+        if full:
             data["runs"][index]["pictures"] = {"omitted": True}
             continue
         limit -= size
@@ -193,8 +203,9 @@ def triplets(run: Run) -> list[dict[str, Any]]:
     """Uncached, cached and |difference| of the median and the worst sample.
 
     Returns:
-        for each {"place", "sample": its place in the run's rows, "gain": the difference is shown this many times stronger, "frames": [those shown], "total":
-        frames there are, "sources": [three PNGs in base64]}; the frames of a video stand side by side.
+        for each {"place", "sample": its row, "gain": how many times stronger the difference is shown, "identical",
+        "frames": those shown, "total": how many there are, "sources": three PNGs in base64}. The frames of a video
+        stand side by side.
 
     Raises:
         ValueError: if an image holds values that are not finite.

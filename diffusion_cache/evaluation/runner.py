@@ -1,11 +1,12 @@
 """Jobs: one contender on one model, with every choice of its settings, each a run of its own."""
 
+import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from getpass import getuser
@@ -20,7 +21,7 @@ from ..errors import DiffusionCacheError, DiffusionCacheWarning
 from ..measure import PairedTiming, paired
 from . import distribution, metrics
 from .accounting import Accountant, Observed, StepWork
-from .contenders import Contender, Uncached, contender, expand
+from .contenders import Contender, Ours, Uncached, contender, expand
 from .prompts import Sample, samples
 from .store import Store, read_tensors, write_tensors
 from .subjects import Output, Subject, subject
@@ -94,6 +95,7 @@ class Worker:
             distribution.check(self.subject.name, self.settings)
         self.lock = device_lock(self.subject.device)
         self._alone: dict[int, Tensor] = {}
+        self._faults: dict[str, str | None] = {}
         for steps in (self.steps, FEW_STEPS):
             self.alone(steps)  # now, while nothing has touched the pipeline yet
 
@@ -184,9 +186,16 @@ class Worker:
 
     def fault(self, what: Contender) -> str | None:
         """What is wrong with a contender even where it reuses nothing, or after it is taken off."""
+        key = json.dumps(what.control, sort_keys=True) if isinstance(what, Ours) else None
+        if key is not None and key in self._faults:
+            return self._faults[key]  # it is the same for many choices of settings
         control = what.never(self.subject, self.steps)
-        if control is None:
-            return None
+        found = None if control is None else self._fault(control)
+        if key is not None:
+            self._faults[key] = found
+        return found
+
+    def _fault(self, control: AbstractContextManager[Any]) -> str | None:
         first = [self.first]
         with self.lock.read_lock():
             with control:

@@ -299,7 +299,7 @@ def test_misspelled_keys_are_told_with_a_suggestion(override, message):
 
 
 def test_what_must_be_given(tmp_path):
-    with pytest.raises(ConfigError, match="policy.mask must be given"):
+    with pytest.raises(ConfigError, match=r"policy\.mask must be given"):
         job(tmp_path, "method=mask")
 
 

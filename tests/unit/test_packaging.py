@@ -18,7 +18,7 @@ FOLDERS = {  # folder in the tree -> folder in the wheel
     "configs": "diffusion_cache/configs",
     "profiles": "diffusion_cache/profiles",
 }
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors"}
+SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".css", ".js"}
 IMPORT_SECONDS = 0.3
 HEAVY_MODULES = ("triton", "torchmetrics", "transformers", "hydra", "matplotlib")
 

@@ -61,7 +61,11 @@ def test_operations_of_each_step_equal_an_analytic_count():
     outside, block = 2 * 3 * 4 * 4, 2 * (2 * 3 * 4 * 8)
     assert [work.flops for work in found.steps] == [outside + 2 * block, outside, outside + 2 * block]
     assert [work.block_flops for work in found.steps] == [2 * block, 0, 2 * block]
-    assert [account.executed(work) for work in found.steps] == [[64, 64], [0, 0], [64, 64]]
+    assert [account.executed(work) for work in found.steps] == [
+        [192, 192],
+        [0, 0],
+        [192, 192],
+    ]  # 64 weights at 3 positions
 
 
 def test_a_batch_is_priced_by_what_one_sample_showed():
@@ -75,7 +79,7 @@ def test_a_batch_is_priced_by_what_one_sample_showed():
 
 
 def test_nothing_stays_behind():
-    account, denoiser, scheduler = accountant()
+    account, denoiser, _scheduler = accountant()
     before = Scheduler.step
     with pytest.raises(RuntimeError, match="shapes"), account.observed(flops=True):
         denoiser(torch.randn(3, 5))
@@ -84,7 +88,7 @@ def test_nothing_stays_behind():
 
 
 def test_reads_are_counted():
-    account, denoiser, scheduler = accountant()
+    account, _denoiser, _scheduler = accountant()
     with account.observed(flops=True) as found:
         torch.ones(3).sum().item()
         bool(torch.ones(()) > 0)

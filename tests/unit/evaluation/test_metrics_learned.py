@@ -13,6 +13,7 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation import perceptual, preference
 from diffusion_cache.evaluation.metrics import check, per_sample
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "r</w>", "c</w>", "d</w>"]
 PIXELS, LENGTH = 16, 12
 

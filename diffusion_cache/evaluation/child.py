@@ -1,0 +1,54 @@
+"""A rival's process: reads a job from its standard input, runs it, and says on its standard output how it goes."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiffusionCacheError
+from .contenders import contender
+from .runner import Job, Ranks, Worker
+from .store import Store
+
+
+def run(task: dict[str, Any], say: Callable[..., None]) -> None:
+    """Make the runs of `task`; say(kind, …) is told of progress, of each run made, and of the end."""
+    job = Job(task["config"], Path(task["folder"]), Ranks(*task["ranks"]))
+    try:
+        worker = Worker(job, Store(job.folder), lambda *news: say("progress", *news))
+        reason = contender(task["todo"][0], job.config["forecaster"], worker.steps).why_not(worker.subject)
+        if reason is not None:
+            say("refused", f"{job.config['method']['peer']} on {worker.subject.name}: {reason}")
+        else:
+            for place, node in enumerate(task["todo"]):
+                worker.make(node)
+                say("made", place)
+        say("done")
+    except KeyboardInterrupt:
+        say("error", "interrupted")
+    except DiffusionCacheError as error:
+        say("error", str(error))
+    except Exception as error:
+        say("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+
+def main() -> None:
+    import diffusers
+    import transformers
+
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not for the parent
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+
+    def say(*message: Any) -> None:
+        print(json.dumps(message), file=messages, flush=True)
+
+    run(json.load(sys.stdin), say)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The configuration files: every option of every group composes, and rivals' files name what rivals have."""
+
+import dataclasses
+from importlib.resources import files
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+
+from diffusion_cache import registry
+from diffusion_cache.cli import evaluate as command
+from diffusion_cache.evaluation.contenders import contender, expand
+from diffusion_cache.evaluation.peers import peers
+
+CONFIGS = files("diffusion_cache.configs")
+GIVEN = {"scheduler": "DDIMScheduler", "random": "dit-xl-2", "file": "prompts.txt", "hub": "folder", "mask": "'10'"}
+MISSING = {"scheduler": "sampler.name", "random": "model.name", "file": "prompts.path", "hub": "model.repository"}
+
+
+def options(group):
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in (CONFIGS / group).iterdir() if entry.name[-5:] == ".yaml"
+    )
+
+
+def composed(*overrides):
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        return command.resolved(compose("evaluate", list(overrides)))
+
+
+@pytest.mark.parametrize("group", ["model", "sampler", "prompts", "metrics", "timing"])
+def test_every_option_composes(group):
+    found = options(group)
+    assert found
+    for name in found:
+        more = [f"{MISSING[name]}={GIVEN[name]}"] if name in MISSING else []
+        assert group in composed(f"{group}={name}", *more)
+
+
+@pytest.mark.parametrize("name", [*registry.policies.names(), *options("method")])
+def test_every_method_expands_into_contenders(name):
+    more = ["method.policy.mask='10'"] if name == "mask" else []
+    config = composed(f"method={name}", *more)
+    made = [contender(node, config["forecaster"], 50) for node in expand(config["method"], "dit-digits")]
+    assert made
+    told = [(what.method, what.scope, str(what.settings)) for what in made]
+    assert len(set(told)) == len(told)  # no two choices look the same in a table
+
+
+@pytest.mark.parametrize("name", sorted(peers))
+def test_every_rival_has_a_fair_grid_and_names_its_own_settings(name):
+    node = yaml.safe_load((CONFIGS / "method" / "peer" / f"{name}.yaml").read_text())
+    known = {field.name for field in dataclasses.fields(peers[name].Settings)}
+    assert node["peer"] == name
+    assert set(node["settings"]) == known
+    choices = expand(node, "dit-digits")
+    assert len(choices) >= 12
+    assert all(set(choice["settings"]) == known for choice in choices)
+    assert composed(f"peer={name}")["method"]["peer"] == name
+
+
+def test_the_experiments_sweep_over_everything():
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        config = compose("evaluate", ["experiment=reference_all"], return_hydra_config=True)
+    params = config.hydra.sweeper.params
+    assert params.model.split(",") == ["dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"]
+    methods = [method.strip() for method in params.method.split(",")]
+    assert {method for method in methods if method.startswith("peer/")} == {f"peer/{name}" for name in peers}
+    assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(methods)
+    assert set(methods) - {f"peer/{name}" for name in peers} == set(options("method"))
+
+
+def test_full_is_all_with_more_samples():
+    full, some = composed("experiment=reference_full"), composed("experiment=reference_all")
+    assert full["prompts"]["n"] >= 256
+    assert full["prompts"]["n_video"] >= 32
+    assert {**full, "name": 0, "prompts": 0, "timing": 0} == {**some, "name": 0, "prompts": 0, "timing": 0}

@@ -1,0 +1,440 @@
+"""Reading finished runs, choosing among them, and the tables, on made-up runs whose answers are worked out by hand."""
+
+import csv
+import html.parser
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_runs import ENVIRONMENT, INJECTED_LABEL, INJECTED_PROMPT, write_experiment, write_run
+from safetensors.numpy import load_file, save_file
+
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.evaluation import report, report_page
+from diffusion_cache.evaluation.report import read_experiment, write_report
+
+
+def same(value: float, n: int = 4) -> list[float]:
+    return [value] * n
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_cells(text: str) -> list[list[str]]:
+    """The cells of every table line."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    return write_experiment(tmp_path_factory.mktemp("made-up"), n=4, settings=3, side=8)
+
+
+@pytest.fixture(scope="module")
+def written(experiment) -> report.ReportPaths:
+    pytest.importorskip("plotly")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)
+        return write_report(experiment)
+
+
+# choosing
+
+
+def test_pareto_front_by_hand():
+    #          on front  beaten by 0  on front   equal to 0  beaten (dearer, as good as 2)  beaten (same cost, worse)
+    points = [(0.5, 50), (0.5, 49), (0.2, 30), (0.5, 50), (0.3, 30), (0.2, 29)]
+    assert report.pareto_front(points) == [True, False, True, True, False, False]
+    assert report.pareto_front([(1.0, math.inf), (0.5, math.inf), (0.4, 60.0)]) == [False, True, True]
+    assert report.pareto_front([]) == []
+
+
+def test_pareto_is_within_model_sampler_and_method(tmp_path):
+    best = write_run(tmp_path, method="a", nfe=0.5, psnr=same(50), settings={"k": 1})
+    beaten = write_run(tmp_path, method="a", nfe=0.6, psnr=same(45), settings={"k": 2})
+    cheap = write_run(tmp_path, method="a", nfe=0.2, psnr=same(20), settings={"k": 3})
+    other_method = write_run(tmp_path, method="b", nfe=0.6, psnr=same(40))
+    other_kind = write_run(tmp_path, kind="rival", method="a", nfe=0.7, psnr=same(30))
+    other_sampler = write_run(tmp_path, method="a", sampler="dpm++", nfe=0.6, psnr=same(45))
+    wrong = write_run(tmp_path, method="a", nfe=0.1, psnr=same(90), correct=False, problem="broken", settings={"k": 4})
+    random = write_run(tmp_path, method="a", model="big", nfe=0.5, psnr=same(50), random_weights=True)
+    found = report.pareto_runs(read_experiment(tmp_path).runs)
+    assert found == {best, cheap, other_method, other_kind, other_sampler}
+    assert not {beaten, wrong, random} & found
+
+
+def test_choice_for_a_budget(tmp_path):
+    uncached = write_run(tmp_path, kind="baseline", method="uncached", nfe=0.1, psnr=same(math.inf))
+    fits = write_run(tmp_path, method="a", nfe=0.525, psnr=same(40), settings={"k": 1})  # 1/2 × 1.05, just within
+    write_run(tmp_path, method="a", nfe=0.53, psnr=same(60), settings={"k": 2})
+    cheap = write_run(tmp_path, method="a", nfe=0.3, psnr=same(35), settings={"k": 3})
+    steady = write_run(tmp_path, method="b", nfe=0.5, psnr=[49, 50, 51, 50], settings={"k": 1})
+    write_run(tmp_path, method="b", nfe=0.5, psnr=[40, 60, 40, 60], settings={"k": 2})  # same mean, lower p5
+    baseline = write_run(tmp_path, kind="baseline", method="fewer steps", nfe=0.5, psnr=same(30))
+    write_run(
+        tmp_path, kind="rival", method="c", nfe=0.4, psnr=same(70), correct=False, problem="no", settings={"k": 1}
+    )
+    right = write_run(tmp_path, kind="rival", method="c", nfe=0.4, psnr=same(33), settings={"k": 2})
+    wrong = write_run(tmp_path, kind="rival", method="d", nfe=0.9, psnr=(), correct=False, problem="no")
+    runs = read_experiment(tmp_path).runs
+    folders = [run.folder for run in report.choose(runs, 1 / 2)]
+    assert folders == [baseline, steady, fits, right, wrong]
+    assert uncached not in folders
+    assert [run.folder for run in report.choose(runs, 1 / 3)] == [cheap, wrong]
+    best = report.best_of(report.choose(runs, 1 / 2))
+    assert best is not None
+    assert best.folder == steady
+    assert report.best_of([run for run in runs if not run.correct]) is None
+
+
+def test_random_weights_are_chosen_by_nearness_to_the_budget_then_speed(tmp_path):
+    for every, nfe, speed in ((2, 0.3, 1.5), (3, 0.3, 1.9), (4, 0.3, 1.7), (5, 0.2, 4.0), (6, 0.5, 5.0)):
+        write_run(tmp_path, nfe=nfe, psnr=(), speed=speed, random_weights=True, settings={"every": every})
+    write_run(tmp_path, method="b", nfe=0.33, psnr=(), speed=1.8, random_weights=True)
+    chosen = report.choose(read_experiment(tmp_path).runs, 1 / 3)
+    assert [(run.method, run.settings.get("every")) for run in chosen] == [("interval", 3), ("b", None)]
+    best = report.best_of(chosen)
+    assert best is not None
+    assert best.method == "interval"
+
+
+# CSV
+
+
+def test_csv_values_and_order(tmp_path):
+    pytest.importorskip("plotly")
+    write_run(tmp_path, kind="rival", method="r", nfe=0.25, psnr=[30, 40, 50, 60], speed=3.0, settings={"b": 1, "a": 2})
+    write_run(tmp_path, method="o", nfe=0.5, psnr=[30, math.inf, 50, 60], quality_only=True)
+    write_run(tmp_path, kind="baseline", method="fewer steps", nfe=0.5, psnr=same(20))
+    write_run(tmp_path, kind="baseline", method="uncached", nfe=1.0, psnr=same(math.inf), speed=1.0)
+    write_run(tmp_path, kind="rival", method="w", nfe=0.4, psnr=(), speed=9.0, correct=False, problem="it is off")
+    write_run(tmp_path, model="aaa", method="o", nfe=0.5, psnr=same(50), speed=2.0, random_weights=True)
+    paths = write_report(tmp_path, tmp_path / "out" / "deep")
+    rows = csv_rows(paths.csv)
+    assert [row["method"] for row in rows] == ["uncached", "fewer steps", "o", "r", "w", "o"]  # random weights last
+    uncached, _, ours, rival, wrong, random = rows
+    assert [uncached[key] for key in ("psnr_mean", "psnr_p5", "psnr_min", "note")] == ["inf", "inf", "inf", ""]
+    # one sample equal to its reference: the mean is infinite, the tail is not
+    assert [ours[key] for key in ("psnr_mean", "psnr_p5", "psnr_min", "psnr_worst_seed")] == ["inf", "30", "30", "100"]
+    assert (ours["speed_ratio"], ours["note"]) == ("", "quality only, not timed")
+    assert rival["settings"] == '{"a": 2, "b": 1}'
+    expected = {"nfe_ratio": "0.25", "flops_ratio": "0.26", "speed_ratio": "3", "speed_low": "2.88"}
+    expected |= {"psnr_mean": "45", "n": "4", "correct": "true", "pareto": "true", "class_accuracy": "0.95", "fid": ""}
+    expected |= {"ssim_mean": f"{1 - (10**-1.5 + 1e-2 + 10**-2.5 + 1e-3) / 4:.6g}"}
+    assert {key: rival[key] for key in expected} == expected
+    assert (wrong["correct"], wrong["problem"], wrong["speed_ratio"]) == ("false", "it is off", "")
+    assert (random["random_weights"], random["psnr_mean"], random["speed_ratio"]) == ("true", "", "2")
+    assert random["note"] == "random weights: speed only"
+
+
+def test_report_is_deterministic(experiment, written, tmp_path):
+    again = write_report(experiment, tmp_path)
+    for name in ("csv", "markdown", "environment"):
+        assert getattr(again, name).read_bytes() == getattr(written, name).read_bytes()
+    assert again.html.read_bytes() == written.html.read_bytes()
+    assert len(csv_rows(written.csv)) == 3 * (1 + 8 * 3 + 1) + 3  # the unfinished run is not among them
+
+
+# Markdown
+
+
+def test_model_table(tmp_path):
+    write_run(tmp_path, kind="baseline", method="fewer steps", nfe=0.5, psnr=same(38.04), speed=2.0, scope="denoiser")
+    settings = {"mask": "1010101010101010", "forecaster": "taylor"}
+    write_run(tmp_path, method="mask", nfe=0.5, psnr=[40, 44, 48, 52], speed=1.8, settings=settings, scope="block")
+    write_run(tmp_path, kind="rival", method="x", nfe=0.3, psnr=(), correct=False, problem="a | b", settings={"k": 1})
+    write_run(tmp_path, kind="rival", method="x", nfe=0.2, psnr=(), correct=False, problem="a | b", settings={"k": 2})
+    text = report.model_table(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    rows = markdown_cells(text)[2:]
+    best = ["1/2", "mask", "ours", "scope=block, mask=8 of 16 steps, forecaster=taylor", "50%", "51%"]
+    best += ["1.80× (1.73–1.89)", "46.0", "40.0", "40.0"]
+    assert rows[1][:10] == [f"**{cell}**" for cell in best]
+    assert rows[0][:10] == ["1/2", "fewer steps", "baseline", "–", "50%", "51%", "2.00× (1.92–2.10)", *["38.0"] * 3]
+    assert rows[2][4:] == ["30%", "31%", "incorrect", "–", "–", "–", "–"]
+    assert len(rows) == 3
+    assert text.endswith("- x, 2 runs: incorrect: a \\| b")
+    assert "## dit-digits, ddim, 20 steps\n\nn = 4.\n" in text
+
+
+def test_overview_table(tmp_path):
+    for model, samplers in (("m", ("s1", "s2")), ("v", ("s1",))):
+        for sampler in samplers:
+            write_run(tmp_path, model=model, sampler=sampler, method="good", nfe=0.3, psnr=[41, 43, 45, 47])
+    write_run(tmp_path, model="v", sampler="s1", kind="baseline", method="fewer steps", nfe=0.5, psnr=same(math.inf))
+    write_run(tmp_path, model="v", sampler="s1", kind="rival", method="bad", psnr=(), correct=False, problem="no")
+    write_run(tmp_path, model="huge", sampler="s1", nfe=0.3, psnr=(), random_weights=True)
+    rows = markdown_cells(report.overview_table(read_experiment(tmp_path).runs, {"1/2": 0.5, "1/3": 1 / 3}))
+    assert rows[0] == ["method", "kind", "m s1, 1/2", "m s1, 1/3", "m s2, 1/2", "m s2, 1/3", "v, 1/2", "v, 1/3"]
+    assert rows[2] == ["fewer steps", "baseline", "–", "–", "–", "–", "**∞ / ∞**", "–"]
+    assert rows[3] == ["good", "ours", *["**44.0 / 41.0**"] * 4, "44.0 / 41.0", "**44.0 / 41.0**"]
+    assert rows[4] == ["bad", "rival", "–", "–", "–", "–", "incorrect", "incorrect"]
+
+
+def test_random_weights_say_so(experiment, written):
+    text = written.markdown.read_text(encoding="utf-8")
+    section = text[text.index("## flux-dev") :]
+    assert "\nrandom weights: speed only.\n" in section
+    assert [cell.strip("*") for cell in markdown_cells(section)[2][:3]] == ["1/2", "interval", "ours"]
+    assert "flux-dev" not in text[: text.index("## dit-digits")]  # not in the overview of quality
+    assert '"note":"random weights: speed only"' in written.html.read_text(encoding="utf-8")
+
+
+def test_untrusted_text_in_markdown(written):
+    text = written.markdown.read_text(encoding="utf-8")
+    assert "&lt;b&gt;bold&lt;/b&gt; \\| label" in text
+    assert "<b>" not in text
+    assert report.markdown_text("a|b\n`c` *d* [e](f) <g> _h_ i_j") == (
+        r"a\|b \`c\` \*d\* \[e\](f) &lt;g&gt; \_h\_ i_j"  # an underscore inside a word is none of Markdown's
+    )
+
+
+# the page
+
+
+class Scripts(html.parser.HTMLParser):
+    """Texts of the script elements, and everything that a page may load or run without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.suspicious: list[tuple[str, str, str | None]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag == "script"
+        if self.inside:
+            self.scripts.append("")
+        self.suspicious += [(tag, name, value) for name, value in attrs if name.startswith("on") or name == "src"]
+        self.suspicious += [(tag, "", None)] if tag in ("link", "iframe", "img", "base") else []
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def test_page_is_one_file_and_escapes(written):
+    text = written.html.read_text(encoding="utf-8")
+    parser = Scripts()
+    parser.feed(text)
+    assert parser.suspicious == []
+    assert len(parser.scripts) == 3  # data, plotly, the page's own: the injected </script> ended none of them
+    data = json.loads(parser.scripts[0])
+    assert INJECTED_PROMPT in data["samples"][0]["prompts"]
+    assert INJECTED_LABEL in {run["method"] for run in data["runs"]}
+    assert "<" not in parser.scripts[0]
+    for script in parser.scripts[1:]:
+        assert report_page._hash_source(script) in text  # the policy lets these two run and nothing else
+    assert len(text) < 12_000_000
+
+
+def test_title_is_escaped(tmp_path):
+    pytest.importorskip("plotly")
+    folder = tmp_path / "<i>x<!--"
+    write_run(folder)
+    text = write_report(folder).html.read_text(encoding="utf-8")
+    assert "<title>&lt;i&gt;x&lt;!--: quality" in text
+    assert "<i>" not in text[:2000]
+
+
+def test_page_data(tmp_path):
+    psnr = [30.004, math.inf, 50.0, 60.0]
+    folder = write_run(tmp_path, nfe=0.5, psnr=psnr, steps=4, blocks=3, settings={"every": 2}, scope="block")
+    write_run(tmp_path, nfe=0.5, psnr=same(20), steps=4, settings={"every": 3})
+    experiment = read_experiment(tmp_path)
+    data = report_page.page_data(experiment, {})
+    first, second = data["runs"]
+    assert (first["run"], first["psnr_mean"], first["psnr_p5"]) == (folder.name, "inf", 30.004)
+    assert first["values"]["psnr"] == [30.0, "inf", 50.0, 60.0]
+    assert "lpips" not in first["values"]  # no sample has one
+    assert (first["text"], first["brief"]) == ("scope=block, every=2", "every=2")
+    # reused, computed, reused, computed between blocks that are always computed
+    assert first["heatmap"]["kinds"] == [[100, 0, 100], [100, 100, 100]]
+    assert first["heatmap"]["steps"] == [0, 1, 0, 1]
+    assert first["samples"] == second["samples"] == 0  # one list for both
+    assert data["subjects"][0]["picks"] == {"1/2": [0], "1/3": [], "1/5": []}
+
+
+def test_triplets_show_the_difference_as_much_stronger_as_they_say(tmp_path):
+    folder = write_run(tmp_path, psnr=[50.0, 20.0, 40.0], side=8)
+    reference = np.full((1, 1, 2, 2), 0.5, np.float32)
+    candidate = reference + np.array([[0.0, 0.04], [-0.02, 0.0]], np.float32)
+    pair = {"reference": reference, "candidate": candidate}
+    same_pair = {"reference": reference, "candidate": reference}
+    tensors = {f"median.{key}": value for key, value in pair.items()}
+    save_file(tensors | {f"worst.{key}": value for key, value in same_pair.items()}, folder / "images.safetensors")
+    median, worst = report_page.triplets(read_experiment(tmp_path).runs[0])
+    assert (median["gain"], median["sample"], worst["sample"]) == (20, 2, 1)  # 20 × 0.04 ≤ 1 < 50 × 0.04
+    assert pixels(median["sources"][2]).tolist() == [[0, 204], [102, 0]]  # 255 × 20 × (0.04, 0.02)
+    assert pixels(median["sources"][0]).tolist() == [[128, 128], [128, 128]]
+    assert worst["identical"]
+    assert worst["sources"][0] == worst["sources"][1] == median["sources"][0]
+
+
+def test_frames_stand_side_by_side_and_long_videos_are_thinned(tmp_path):
+    write_run(tmp_path, frames=20, channels=3, side=10)
+    (median, _) = report_page.triplets(read_experiment(tmp_path).runs[0])
+    assert median["frames"] == [0, 3, 5, 8, 11, 14, 16, 19]
+    assert median["total"] == 20
+    assert pixels(median["sources"][0]).shape == (10, 8 * 10 + 7, 3)
+
+
+def pixels(source: str) -> np.ndarray:
+    import base64
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
+
+
+def test_pictures_stop_at_the_limit(tmp_path):
+    write_run(tmp_path, kind="baseline", method="fewer steps", nfe=0.5, psnr=same(20))
+    write_run(tmp_path, method="best", nfe=0.5, psnr=same(40))
+    write_run(tmp_path, method="best", nfe=0.6, psnr=same(30), settings={"k": 2})  # off the front
+    runs = read_experiment(tmp_path)
+    data = report_page.page_data(runs, {})
+    report_page._embed_pictures(data, runs.runs, 10**6)
+    baseline, off_front, best = (run["pictures"] for run in data["runs"])
+    assert off_front is None
+    assert [triplet["place"] for triplet in best] == ["median", "worst"]
+    assert baseline[0]["sources"][0] == best[0]["sources"][0]  # the same uncached picture, embedded once
+    assert len(data["images"]) == len(set(data["images"])) == 2 + 2 * 4
+    spent = sum(len(data["images"][i]) + 8 for i in {i for triplet in baseline for i in triplet["sources"]})
+    data = report_page.page_data(runs, {})
+    report_page._embed_pictures(data, runs.runs, spent)
+    assert [run["pictures"] for run in data["runs"][1:]] == [None, {"omitted": True}]
+    assert len(data["images"]) == 6
+
+
+# environment
+
+
+def test_environments_are_merged(tmp_path):
+    write_run(tmp_path, settings={"k": 1})
+    write_run(tmp_path, settings={"k": 2})
+    changed = ENVIRONMENT | {"threads": 2, "git": None}
+    write_run(tmp_path, settings={"k": 3}, environment=changed)
+    found = report.merged_environments(read_experiment(tmp_path).runs)
+    assert found["runs"] == 3
+    assert found["environment"] == {"versions": ENVIRONMENT["versions"], "hardware": ENVIRONMENT["hardware"]}
+    assert found["varies"]["threads"] == [{"value": 1, "runs": 2}, {"value": 2, "runs": 1}]
+    assert found["varies"]["git.commit"] == [{"value": "0123abc", "runs": 2}]
+    assert found["varies"]["git"] == [{"value": None, "runs": 1}]
+
+
+# bad input
+
+
+def test_no_folder_and_no_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing is not a folder: give one that `diffusion-cache evaluate` wrote"):
+        write_report(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"holds no finished runs .* run `diffusion-cache evaluate` first"):
+        write_report(tmp_path)
+    (tmp_path / "runs" / "abc.partial").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds no finished runs"):
+        write_report(tmp_path)
+    assert not (tmp_path / "summary.csv").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def without(path: Path, key: str) -> None:
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+def replaced(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def without_worst(path: Path) -> None:
+    save_file({key: value for key, value in load_file(path).items() if "worst" not in key}, path)
+
+
+DAMAGE = {
+    "cut summary": ("summary.json", cut, "summary.json is damaged"),
+    "summary of another kind": ("summary.json", lambda path: path.write_text("[]"), "summary.json is damaged"),
+    "no summary": ("summary.json", Path.unlink, "summary.json cannot be read"),
+    "missing key": ("summary.json", lambda path: without(path, "nfe_ratio"), "summary.json lacks 'nfe_ratio'"),
+    "text for a number": ("summary.json", lambda path: replaced(path, nfe_ratio="half"), "'half' is not a number"),
+    "null metrics": ("summary.json", lambda path: replaced(path, metrics=None), "summary.json is damaged"),
+    "unknown kind": ("summary.json", lambda path: replaced(path, kind="theirs"), "kind is 'theirs', not one of"),
+    "uneven heat map": (
+        "summary.json",
+        lambda path: replaced(path, heatmap={"rows": ["a", "b"], "computed": [[1.0]]}),
+        "heatmap has not one value for each block",
+    ),
+    "cut config": ("config.json", cut, "config.json is damaged"),
+    "not UTF-8": ("environment.json", lambda path: path.write_bytes(b'{"a": "\xff"}'), "environment.json is damaged"),
+    "cut rows": ("rows.parquet", cut, "rows.parquet is damaged or missing"),
+    "no rows": ("rows.parquet", Path.unlink, "rows.parquet is damaged or missing"),
+    "cut images": ("images.safetensors", cut, "images.safetensors is damaged"),
+    "half the images": ("images.safetensors", without_worst, "images of the worst sample are missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_run_is_left_out(tmp_path, case):
+    name, damage, message = DAMAGE[case]
+    write_run(tmp_path, method="whole", psnr=same(50))
+    broken = write_run(tmp_path, method="broken", psnr=same(60))
+    damage(broken / name)
+    with pytest.warns(DiffusionCacheWarning) as caught:
+        experiment = read_experiment(tmp_path)
+    assert [run.method for run in experiment.runs] == ["whole"]
+    (warning,) = caught
+    assert str(broken / name) in str(warning.message)
+    assert message in str(warning.message)
+    assert f"delete the folder {broken} and run the same sweep again" in str(warning.message)
+    text = report.markdown(experiment)
+    assert "Left out, 1 run(s) that cannot be read:" in text
+    assert broken.name in text
+
+
+@pytest.mark.filterwarnings("ignore::diffusion_cache.errors.DiffusionCacheWarning")
+def test_all_runs_damaged(tmp_path):
+    for method in ("a", "b"):
+        cut(write_run(tmp_path, method=method) / "summary.json")
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 runs in .* can be read\. The first: .*summary\.json is damaged"
+    ):
+        write_report(tmp_path)
+
+
+def test_pictures_that_are_not_finite_are_told_of(tmp_path):
+    pytest.importorskip("plotly")
+    folder = write_run(tmp_path)
+    tensors = load_file(folder / "images.safetensors")
+    tensors["median.candidate"][0, 0, 0, 0] = np.nan
+    save_file(tensors, folder / "images.safetensors")
+    with pytest.warns(DiffusionCacheWarning, match=r"images\.safetensors: the images of the median sample hold values"):
+        write_report(tmp_path)
+
+
+def test_missing_plotly_leaves_the_tables(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r"pip install 'diffusion-cache\[report\]'"):
+        write_report(tmp_path)
+    assert len(csv_rows(tmp_path / "summary.csv")) == 1
+    assert "## dit-digits" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "environment.json").read_text())["runs"] == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cannot write the report to .*taken: .*choose another folder"):
+        write_report(tmp_path, tmp_path / "taken")
