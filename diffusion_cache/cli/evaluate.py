@@ -11,7 +11,7 @@ from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -92,6 +92,8 @@ def _first_line(error: BaseException) -> str:
 def _suggestion(error: BaseException, overrides: Sequence[str]) -> str:
     """What may have been meant, where the error is about one of the overrides."""
     text = str(error)
+    if "hydra/launcher/" in text:
+        return ". Launchers come with pip install 'diffusion-cache[sweep]'"
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if f"'{key}/{value}'" in text:
@@ -165,8 +167,9 @@ def _run(cfg: DictConfig) -> None:
     try:
         run_configured(cfg)
     except DiffusionCacheError as error:
+        # in a sweep, Hydra goes on with the other jobs and ends by raising what the first one to fail has raised
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
+        raise CompactHydraException("This job has failed; what is finished is kept.") from None
 
 
 def evaluate(arguments: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from filelock import ReadWriteLock
 from torch import Tensor
 
-from ..errors import DiffusionCacheError, DiffusionCacheWarning
+from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..measure import PairedTiming, paired
 from . import distribution, metrics
 from .accounting import Accountant, Observed, StepWork
@@ -86,7 +86,8 @@ class Worker:
         self.steps = job.config["steps"] or self.subject.steps
         chosen = samples(job.config["prompts"], self.subject.classes, self.subject.video)
         self.first, self.samples = chosen[0], job.ranks.share(chosen)
-        self.count = len(chosen)
+        if not self.samples:
+            raise ConfigError(f"there are {len(chosen)} samples for {job.ranks.count} processes: use fewer processes")
         self.accountant = Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
         self.names = list(job.config["metrics"]["names"])
         self.settings = dict(job.config["metrics"]["settings"])

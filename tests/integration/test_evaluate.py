@@ -252,6 +252,18 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert [path for path in runs.iterdir() if (path / "summary.json").is_file()]
 
 
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_job_that_cannot_work(tmp_path):
+    process = started(
+        "-m", "model=unet-digits,dit-digits", "sampler=dpmpp", "method=interval", f"out={tmp_path}", "name=some"
+    )
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, told
+    assert "unet-digits has the samplers ddim, not 'dpm++'" in told.replace("\n", " ")
+    assert "Traceback" not in told
+    assert len(list((tmp_path / "some" / "runs").glob("*/summary.json"))) == 1
+
+
 # several processes
 
 
