@@ -1,7 +1,7 @@
 """What a generation really executed, step by step: modules, and floating point operations."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,136 +14,124 @@ from .subjects import wrapped_step
 
 
 class StepWork(NamedTuple):
-    """One sampler step. pattern: how often each leaf module ran; flops of the denoisers, and those in their blocks.
+    """One sampler step. pattern: how often each leaf module was called.
 
-    flops and block_flops are None where they were not counted.
+    flops: operations of the denoisers; block_flops: in each of their blocks. None where they were not counted.
     """
 
     pattern: tuple[int, ...]
-    flops: int | None
-    block_flops: int | None
+    flops: int | None = None
+    block_flops: tuple[int, ...] | None = None
 
 
 @dataclass
 class Observed:
-    """One pipeline call, step by step. reads: how often a value was read back from a tensor."""
+    """One pipeline call, step by step. reads: how often a value was read back from a tensor, where it was counted."""
 
     steps: list[StepWork] = field(default_factory=list)
     reads: int | None = None
+
+    @property
+    def flops(self) -> int:
+        return sum(work.flops or 0 for work in self.steps)
+
+    @property
+    def block_flops(self) -> int:
+        return sum(sum(work.block_flops or ()) for work in self.steps)
 
 
 class Accountant:
     """Counts what one pipeline's denoisers execute.
 
-    Leaf modules (those with parameters and without children) are counted by forward hooks, which fire only where a
-    module really runs, whoever skips it. As a step's operations follow from which of them ran, they are counted once
-    per pattern, with one sample, and looked up from then on.
+    Counting operations slows a call several times, so it is done with one sample: calls of leaf modules (those with
+    parameters and without children), which cost little to note, tell what kind of step another one is, and a kind that
+    has been counted has a price.
     """
 
     def __init__(self, denoisers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], scheduler: Any):
         self.denoisers, self.blocks, self.scheduler = list(denoisers.values()), dict(blocks), scheduler
-        places = {module: i for i, block in enumerate(self.blocks.values()) for module in block.modules()}
         self.leaves: list[nn.Module] = []
         for denoiser in self.denoisers:
             for module in denoiser.modules():
                 if not any(True for _ in module.children()) and next(module.parameters(), None) is not None:
                     self.leaves.append(module)
-        self._block_of = [places.get(leaf, -1) for leaf in self.leaves]
-        self._sizes: list[float] = [0.0] * len(self.leaves)  # multiplications in one call of each, for one sample
-        self._known: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._prices: dict[tuple[int, ...], StepWork] = {}
+
+    def forget_prices(self) -> None:
+        """Another cache is put on: under it, equal calls of modules may stand for other operations."""
+        self._prices.clear()
 
     @contextmanager
     def observed(self, flops: bool = False) -> Iterator[Observed]:
-        """Observe one pipeline call. flops: count operations too, for a call with one sample; it slows the call."""
+        """Observe one pipeline call. flops: count operations too, for a call with one sample."""
         found = Observed()
         counts = [0] * len(self.leaves)
-        handles = []
+        inside = [0] * len(self.blocks)
+        began = [0] * len(self.blocks)
         counter = flop_counter() if flops else None
-        reads = _Reads() if flops else None
-        seen = {"total": 0, "inside": 0, "began": False}
-        in_block = [0]
+        base: list[int] = []  # operations before this step's; empty until a denoiser has been called
 
         def total() -> int:
             return counter.get_total_flops() if counter is not None else 0
 
         def begin(module: nn.Module, args: Any) -> None:
-            if not seen["began"]:  # text encoders have run before
-                seen["began"], seen["total"] = True, total()
+            if not base:  # text encoders have run before
+                base.append(total())
 
-        def count(place: int) -> Any:
+        def count(place: int) -> Callable:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 counts[place] += 1
-                if flops:
-                    self._sizes[place] = _multiplications(module, output)
 
             return hook
 
-        def enter(module: nn.Module, args: Any) -> None:
-            in_block[0] = total()
+        def enter(place: int) -> Callable:
+            def hook(module: nn.Module, args: Any) -> None:
+                began[place] = total()
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            seen["inside"] += total() - in_block[0]
+            return hook
 
-        def make(original: Any) -> Any:
+        def leave(place: int) -> Callable:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                inside[place] += total() - began[place]
+
+            return hook
+
+        def make(original: Callable) -> Callable:
             def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-                spent = (total() - seen["total"], seen["inside"]) if counter is not None else (None, None)
-                found.steps.append(StepWork(tuple(counts), *spent))
-                counts[:] = [0] * len(counts)
+                work = StepWork(tuple(counts))
+                if counter is not None:
+                    work = work._replace(flops=total() - (base or [total()])[0], block_flops=tuple(inside))
+                found.steps.append(work)
+                counts[:], inside[:] = [0] * len(counts), [0] * len(inside)
                 result = original(scheduler, *args, **kwargs)
-                seen["total"], seen["inside"] = total(), 0
+                base[:] = [total()]  # samplers multiply matrices of their own
                 return result
 
             return step
 
-        for denoiser in self.denoisers:
-            handles.append(denoiser.register_forward_pre_hook(begin))
-        for place, leaf in enumerate(self.leaves):
-            handles.append(leaf.register_forward_hook(count(place)))
-        if counter is not None:
-            for block in self.blocks.values():
-                handles.append(block.register_forward_pre_hook(enter))
-                handles.append(block.register_forward_hook(leave))
-        try:
-            with wrapped_step(self.scheduler, make):
-                if counter is None or reads is None:
-                    yield found
-                else:
-                    with counter, reads:
-                        yield found
-                    found.reads = reads.count
-                    for work in found.steps:
-                        self._known[work.pattern] = (work.flops or 0, work.block_flops or 0)
-        finally:
+        with ExitStack() as stack:
+            handles = [denoiser.register_forward_pre_hook(begin) for denoiser in self.denoisers]
+            handles += [leaf.register_forward_hook(count(place)) for place, leaf in enumerate(self.leaves)]
+            if counter is not None:
+                for place, block in enumerate(self.blocks.values()):
+                    handles.append(block.register_forward_pre_hook(enter(place)))
+                    handles.append(block.register_forward_hook(leave(place)))
             for handle in handles:
-                handle.remove()
+                stack.callback(handle.remove)
+            stack.enter_context(wrapped_step(self.scheduler, make))
+            if counter is None:
+                yield found
+                return
+            with _Reads() as reads, counter:
+                yield found
+            found.reads = reads.count
+            self._prices.update({work.pattern: work for work in found.steps})
 
     def priced(self, observed: Observed) -> Observed | None:
-        """The same with the operations of one sample in every step; None where a step is of a kind not yet counted."""
-        steps = []
-        for work in observed.steps:
-            if work.pattern not in self._known:
-                return None
-            steps.append(StepWork(work.pattern, *self._known[work.pattern]))
-        return Observed(steps, observed.reads)
-
-    def executed(self, work: StepWork) -> list[float]:
-        """Of each block, the multiplications by its parameters that ran in a step, for one sample, [blocks].
-
-        Modules that have run in no counted call yet weigh nothing.
-        """
-        totals = [0.0] * len(self.blocks)
-        for count, block, size in zip(work.pattern, self._block_of, self._sizes, strict=True):
-            if block >= 0:
-                totals[block] += count * size
-        return totals
-
-
-def _multiplications(module: nn.Module, output: Any) -> float:
-    """By a leaf module's weights in one call: each is used once for every position of the output."""
-    weight = next((p for p in module.parameters() if p.ndim > 1), None)
-    if weight is None or not isinstance(output, Tensor):
-        return float(sum(p.numel() for p in module.parameters()))
-    return weight.numel() * output.numel() / weight.shape[0]
+        """The same with the operations of one sample in every step; None where a kind of step has no price yet."""
+        steps = [self._prices.get(work.pattern) for work in observed.steps]
+        known = [work for work in steps if work is not None]
+        return Observed(known, observed.reads) if len(known) == len(steps) else None
 
 
 class _Reads(TorchDispatchMode):
@@ -153,7 +141,24 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
+    def __enter__(self) -> "_Reads":
+        self._tolist = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:  # reads a host tensor without any operation
+            self.count += tensor.device.type == "cpu"
+            return self._tolist(tensor)
+
+        Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.count += 1
-        return func(*args, **(kwargs or {}))
+        elif func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type != "cpu" and result.device.type == "cpu"
+        return result

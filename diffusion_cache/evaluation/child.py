@@ -45,7 +45,10 @@ def main() -> None:
         library.utils.logging.set_verbosity_error()
 
     def say(*message: Any) -> None:
-        print(json.dumps(message), file=messages, flush=True)
+        try:
+            print(json.dumps(message), file=messages, flush=True)
+        except OSError:
+            os._exit(1)  # nobody listens: the parent is gone, and its claim on the runs with it
 
     run(json.load(sys.stdin), say)
 

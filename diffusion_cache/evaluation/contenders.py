@@ -16,8 +16,6 @@ from ..registry import check_options, suggest
 from .peers import peer, settings_of
 from .subjects import Subject
 
-KINDS = ("ours", "rival", "baseline")
-
 
 @dataclass(frozen=True)
 class Contender(ABC):
@@ -221,7 +219,7 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     place = {key: node[key] for key in ("scope", "depth") if node.get(key) is not None}
     common = {"forecaster": predictor_name, **predictor, **place}
     options = {"policy": name, **policy, **guards, **common}
-    control = {"policy": "interval", "every": 1, **common}
+    control = {**options, "max_reused": 0}
     told |= guards | {key: node[key] for key in ("depth",) if node.get(key) is not None}
     told |= {"forecaster": predictor_name, **predictor}
     told = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}

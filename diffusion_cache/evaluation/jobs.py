@@ -1,6 +1,7 @@
 """Running jobs: which of their runs are still to be made, where, and the results put together."""
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def run_job(job: Job, progress: Progress, team: Team) -> list[Path]:
     nodes = job.nodes
     if job.is_rival and job.config["model"]["kind"] == "random":
         raise ConfigError("rivals are run on pipelines, which random weights have none of: see scripts/bench_gpu.py")
+    _check_numbers(job.config)
     steps = job.config["steps"] or 100
     for node in nodes:  # settings that cannot work come to light before hours are spent on others
         contender(node, job.config["forecaster"], steps)
@@ -69,12 +71,36 @@ def run_job(job: Job, progress: Progress, team: Team) -> list[Path]:
             if team.leads:
                 for node in todo:
                     claims.enter_context(store.claimed(job.run_config(node)))
+            # another sweep may have finished some of them before they were claimed
+            todo = team.told([node for node in todo if not store.is_finished(job.run_config(node))])
             work = _work_apart if job.is_rival else _work_here
-            refused = team.told(work(job, todo, store, progress, team))
+            refused = team.told(work(job, todo, store, progress, team)) if todo else None
             if refused is not None:
+                if team.leads:
+                    for node in todo:
+                        store.partial(job.run_config(node)).rmdir()
                 progress(f"left out: {refused}", 0, 0)
                 return []
     return [store.path(config) for config in configs]
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """ConfigError for numbers that cannot be."""
+    given = {
+        "steps": (config["steps"], 1, True),
+        "batch": (config["batch"], 1, False),
+        "threads": (config["threads"], 1, False),
+        "timing.pairs": (config["timing"]["pairs"], 0, False),
+        "prompts.first_seed": (config["prompts"]["first_seed"], 0, False),
+    }
+    for name, (value, least, optional) in given.items():
+        if value is None and optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    names = config["metrics"]["names"]
+    if not isinstance(names, list):
+        raise ConfigError(f"metrics.names must be a list of metrics, not {names!r}")
 
 
 def _worker(job: Job, store: Store, progress: Progress) -> Any:
@@ -107,6 +133,9 @@ def _work_apart(
         "todo": list(todo),
     }
     command = [sys.executable, "-m", f"{__package__}.child"]
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the child needs it now
     # no multiprocessing: a launcher's workers may have set it up in ways of their own
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stdin is not None
@@ -118,7 +147,10 @@ def _work_apart(
             process.stdin.close()
         ended = False
         for line in process.stdout:
-            kind, *content = json.loads(line)
+            try:
+                kind, *content = json.loads(line)
+            except ValueError:
+                continue  # something printed before the child had taken its output for itself
             if kind == "progress":
                 progress(*content)
             elif kind == "made":
@@ -130,6 +162,7 @@ def _work_apart(
                 raise ConfigError(content[0])
             else:
                 ended = True
+                break
         if not ended:
             raise ConfigError(
                 f"the process that ran {job.config['method']['peer']} ended with code {process.wait()} and did not say "
@@ -166,11 +199,12 @@ def put_together(job: Job, node: Mapping[str, Any], store: Store) -> None:
         rows += fact["rows"]
     order = sorted(range(len(rows)), key=lambda i: rows[i]["index"])
     rows, places = [rows[i] for i in order], [places[i] for i in order]
+    ordered = [(parts[number][0], place) for number, place in places]
     problem = next((fact["problem"] for fact in facts if fact["problem"]), None)
     images = {}
     if problem is None and rows:
-        images = _extremes(rows, [(parts[number][0], place) for number, place in places])
-    store.finish(config, rows, _summary(job, config, facts, rows, problem, parts), images)
+        images = _extremes(rows, ordered)
+    store.finish(config, rows, _summary(config, facts, rows, problem, ordered), images, facts[0]["environment"])
 
 
 def _extremes(
@@ -178,7 +212,7 @@ def _extremes(
 ) -> dict[str, Tensor]:
     """The median and the worst sample by PSNR, as generated and uncached."""
     order = sorted(range(len(rows)), key=lambda i: (rows[i].get("psnr") is None, rows[i].get("psnr") or 0.0))
-    chosen = {"worst": order[0], "median": order[len(order) // 2]}
+    chosen = {"worst": order[0], "median": order[(len(order) - 1) // 2]}
     images = {}
     for name, i in chosen.items():
         tensors, place = found[i]
@@ -187,18 +221,32 @@ def _extremes(
     return images
 
 
+def _mean_heatmap(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Over all processes, each with its share of the samples."""
+    found = [(len(fact["rows"]), fact["heatmap"]) for fact in facts if fact.get("heatmap")]
+    if not found:
+        return None
+    count = sum(rows for rows, _ in found)
+    steps = zip(*(heatmap["computed"] for _, heatmap in found), strict=True)
+    weights = [rows / count for rows, _ in found]
+    computed = [
+        [round(sum(w * x for w, x in zip(weights, shares, strict=True)), 4) for shares in zip(*step, strict=True)]
+        for step in steps
+    ]
+    return {"rows": found[0][1]["rows"], "computed": computed}
+
+
 def _summary(
-    job: Job,
     config: Mapping[str, Any],
     facts: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     problem: str | None,
-    parts: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+    ordered: Sequence[tuple[Mapping[str, Tensor], int]],
 ) -> dict[str, Any]:
     lead = facts[0]
     timing = lead.get("timing") or {}
     summary = {
-        "model": config["model"]["name"],
+        "model": config["model"]["name"] + (" (tiny)" if config["model"].get("tiny") else ""),
         "sampler": lead["sampler"],
         "scope": lead["scope"] or "auto",
         "kind": lead["kind"],
@@ -216,7 +264,8 @@ def _summary(
         "nfe": _mean([row["nfe"] for row in rows]),
         "speed_ratio": None,
         **timing,
-        **{key: lead.get(key) for key in ("first_run_seconds", "cache_bytes", "host_reads", "peak_memory", "heatmap")},
+        **{key: lead.get(key) for key in ("first_run_seconds", "cache_bytes", "host_syncs", "peak_memory")},
+        "heatmap": _mean_heatmap(facts),
         "metrics": {},
         "distribution": {},
     }
@@ -229,10 +278,9 @@ def _summary(
         values = [row.get(name) for row in rows]
         if any(value is not None for value in values):
             summary["metrics"][name] = metrics.summarise(values, seeds, metrics.higher_is_better(name))
-    features = [part[0]["features"] for part in parts if "features" in part[0]]
-    if features:
-        settings = config["metrics"]["settings"]
-        summary["distribution"] = distribution.scores(config["model"]["name"], torch.cat(features), settings)
+    if ordered and "features" in ordered[0][0]:
+        features = torch.stack([tensors["features"][place] for tensors, place in ordered])
+        summary["distribution"] = distribution.scores(config["model"]["name"], features, config["metrics"]["settings"])
     summary["distribution"]["class_accuracy"] = summary["metrics"].get("class_correct", {}).get("mean")
     return summary
 

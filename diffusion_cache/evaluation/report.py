@@ -26,6 +26,7 @@ BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/5": 1 / 5}  # shares of the uncached r
 TOLERANCE = 1.05  # a run may exceed its budget by this factor: whole steps do not divide evenly
 RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
+RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
 SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
 ABSENT = "–"
 
@@ -60,7 +61,8 @@ class Samples:
 class Run:
     """A finished run, as read.
 
-    costs: the names of RATIOS and SPEEDS; speeds are None where the run is not correct or was not timed.
+    costs: the names of RATIOS, SPEEDS and RESOURCES; all but ratios are None where the run is not correct, and speeds
+    where it was not timed.
     scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
     heatmap: {"rows": block names, "computed": shares [steps][blocks]}.
     """
@@ -260,7 +262,7 @@ def read_run(folder: Path) -> Run:
             quality_only=bool(summary["quality_only"]),
             costs={
                 **{key: _number(summary[key]) for key in RATIOS},
-                **{key: _number(summary.get(key)) if correct else None for key in SPEEDS},
+                **{key: _number(summary.get(key)) if correct else None for key in (*SPEEDS, *RESOURCES)},
             },
             scores={name: _score(name, facts) for name, facts in metrics.items()},
             distribution={key: _number(value) for key, value in (summary.get("distribution") or {}).items()},
@@ -438,7 +440,7 @@ def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
         "method": run.method,
         "settings": json.dumps(run.settings, sort_keys=True),
         "steps": run.steps,
-        **{key: run.costs[key] for key in (*RATIOS, *SPEEDS)},
+        **{key: run.costs[key] for key in (*RATIOS, *SPEEDS, *RESOURCES)},
         "psnr_mean": psnr.mean,
         "psnr_p5": psnr.p5,
         "psnr_min": psnr.worst,
@@ -569,31 +571,35 @@ def model_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> 
     lines = [f"## {markdown_text(first.model)}, {markdown_text(first.sampler)}, {steps} steps", "", f"{said}.", ""]
     lines.append("| " + " | ".join(names) + " |")
     lines.append("| " + " | ".join("---" if name in names[:4] else "---:" for name in names) + " |")
+    lines += [_table_row("1", run) for run in runs if run.method == UNCACHED]
     for name, ratio in budgets.items():
         chosen = choose(runs, ratio)
         best = best_of(chosen)
-        for run in chosen:
-            psnr, ssim = run.score("psnr"), run.score("ssim").mean
-            cells = [
-                name,
-                markdown_text(run.method),
-                run.kind,
-                markdown_text(settings_text(run)) or ABSENT,
-                _share(run.costs["nfe_ratio"]),
-                _share(run.costs["flops_ratio"]),
-                _speed(run) if run.correct else "incorrect",
-                *(_decibels(value) for value in (psnr.mean, psnr.p5, psnr.worst)),
-                ABSENT if ssim is None else f"{ssim:.3f}",
-            ]
-            if run is best:
-                cells = [f"**{cell}**" if cell != ABSENT else cell for cell in cells]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += [_table_row(name, run, bold=run is best) for run in chosen]
     flawed = Counter((run.method, run.note) for run in runs if not run.correct)
     notes = [
         f"- {markdown_text(method)}, {count} run{'s' if count > 1 else ''}: {markdown_text(note)}"
         for (method, note), count in flawed.items()
     ]
     return "\n".join([*lines, *([""] * bool(notes)), *notes])
+
+
+def _table_row(budget: str, run: Run, bold: bool = False) -> str:
+    psnr, ssim = run.score("psnr"), run.score("ssim").mean
+    cells = [
+        budget,
+        markdown_text(run.method),
+        run.kind,
+        markdown_text(settings_text(run)) or ABSENT,
+        _share(run.costs["nfe_ratio"]),
+        _share(run.costs["flops_ratio"]),
+        _speed(run) if run.correct else "incorrect",
+        *(_decibels(value) for value in (psnr.mean, psnr.p5, psnr.worst)),
+        ABSENT if ssim is None else f"{ssim:.3f}",
+    ]
+    if bold:
+        cells = [f"**{cell}**" if cell != ABSENT else cell for cell in cells]
+    return "| " + " | ".join(cells) + " |"
 
 
 def markdown_text(text: str) -> str:

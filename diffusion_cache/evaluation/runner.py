@@ -1,29 +1,29 @@
 """Jobs: one contender on one model, with every choice of its settings, each a run of its own."""
 
-import json
-import statistics
+import hashlib
+import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from getpass import getuser
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from filelock import ReadWriteLock
 from torch import Tensor
 
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..measure import PairedTiming, paired
-from . import distribution, metrics
-from .accounting import Accountant, Observed, StepWork
-from .contenders import Contender, Ours, Uncached, contender, expand
+from ..measure import PairedTiming, elapsed, paired
+from . import distribution, environment, metrics
+from .accounting import Accountant, Observed
+from .contenders import Contender, Uncached, contender, expand
 from .prompts import Sample, samples
-from .store import Store, read_tensors, write_tensors
+from .store import Store, environment_facts, read_tensors, write_tensors
 from .subjects import Output, Subject, subject
 
 Progress = Callable[[str, int, int], None]  # what runs, done, of how many
@@ -62,18 +62,38 @@ class Job:
     def run_config(self, node: Mapping[str, Any]) -> dict[str, Any]:
         """What determines one run; its fingerprint names the run's folder."""
         config = {key: self.config[key] for key in KEYS}
+        config["prompts"] = self._prompts
         if node["kind"] != "rival" and "policy" in node and not node.get("forecaster"):
             node = {**node, "forecaster": self.config["forecaster"]}
         return {**config, "contender": dict(node)}
 
+    @cached_property
+    def _prompts(self) -> dict[str, Any]:
+        """The `prompts` configuration, and what a file that it names holds now."""
+        prompts = dict(self.config["prompts"])
+        if prompts["kind"] == "file" and Path(prompts["path"]).is_file():
+            prompts["sha256"] = hashlib.sha256(Path(prompts["path"]).read_bytes()).hexdigest()
+        return prompts
+
     def reference_key(self, steps: int) -> dict[str, Any]:
         """What determines the uncached outputs that this process compares with."""
-        keys = ("model", "sampler", "prompts", "batch", "threads")
+        keys = ("model", "sampler", "batch", "threads")
         return {
             **{key: self.config[key] for key in keys},
+            "prompts": self._prompts,
+            "versions": environment.versions(),
             "steps": steps,
             "share": [self.ranks.index, self.ranks.count],
         }
+
+
+class Generated(NamedTuple):
+    """works: of each sample. cache_bytes: of features, for one sample, if known; reads: values read back for one."""
+
+    output: Output
+    works: list[Observed]
+    cache_bytes: int | None
+    reads: int
 
 
 class Worker:
@@ -91,14 +111,14 @@ class Worker:
         self.accountant = Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
         self.names = list(job.config["metrics"]["names"])
         self.settings = dict(job.config["metrics"]["settings"])
+        self.lock = device_lock(self.subject.device)
         metrics.check(self.names, self.subject.name if self.subject.classes else None, self.settings)
         if job.config["metrics"]["distribution"]:
             distribution.check(self.subject.name, self.settings)
-        self.lock = device_lock(self.subject.device)
-        self._alone: dict[int, Tensor] = {}
-        self._faults: dict[str, str | None] = {}
-        for steps in (self.steps, FEW_STEPS):
-            self.alone(steps)  # now, while nothing has touched the pipeline yet
+        # now, while nothing has touched the pipeline yet
+        self.alone = {steps: self._generate([self.first], steps)[0].images for steps in (self.steps, FEW_STEPS)}
+        self.plain = self._generate([self.first], self.steps, flops=True)[1]
+        self.uncached = self._uncached()
 
     # generation
 
@@ -107,40 +127,37 @@ class Worker:
             output = self.subject.generate(samples, steps)
         return output, observed
 
-    def generate(self, what: Contender, label: str) -> tuple[Output, list[Observed], dict[str, Any]]:
-        """This share's outputs in order, the work of each sample, reads of the first one and bytes of the cache."""
+    def generate(self, what: Contender, label: str) -> "Generated":
+        """This share's outputs, in order."""
         steps = what.steps(self.steps)
         size = self.job.config["batch"] if what.batchable else 1
         batches = [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
         outputs, works = [], []
+        self.accountant.forget_prices()
         with what.applied(self.subject, self.steps):
-            _, counted = self._generate([self.first], steps, flops=True)
+            counted = self._generate([self.first], steps, flops=True)[1]
+            bytes_ = what.cache_bytes(self.subject)
             for done, batch in enumerate(batches):
                 self.progress(label, done, len(batches))
                 output, observed = self._generate(batch, steps)
                 priced = self.accountant.priced(observed)
-                if priced is None and len(batch) == 1:  # a kind of step that the first sample had not
-                    self._generate(batch, steps, flops=True)
+                if priced is None:  # a kind of step that the first sample had not
+                    self._generate(batch[:1], steps, flops=True)
                     priced = self.accountant.priced(observed)
+                if priced is None:
+                    raise RuntimeError("the work of a batch is not that of its samples")
                 outputs.append(output)
-                works += [priced or counted] * len(batch)
-            facts = {"reads": counted.reads, "cache_bytes": what.cache_bytes(self.subject)}
+                works += [priced] * len(batch)
         whole = Output(torch.cat([o.images for o in outputs]), torch.cat([o.latents for o in outputs]))
-        return whole, works, facts
+        return Generated(whole, works, bytes_, counted.reads or 0)
 
-    @cached_property
-    def plain(self) -> Observed:
-        """What an uncached generation of one sample executes."""
-        return self._generate([self.first], self.steps, flops=True)[1]
-
-    @cached_property
-    def uncached(self) -> Output:
+    def _uncached(self) -> Output:
         """This share's uncached outputs."""
         path = self.store.reference(self.job.reference_key(self.steps))
         found = read_tensors(path)
         if found is not None:
             return Output(found[0]["images"], found[0]["latents"])
-        output = self.generate(Uncached("baseline", "uncached"), "uncached outputs")[0]
+        output = self.generate(Uncached("baseline", "uncached"), "uncached outputs").output
         write_tensors(path, output._asdict())
         return output
 
@@ -163,6 +180,7 @@ class Worker:
             "scope": what.scope,
             "problem": None,
             "rows": [],
+            "environment": environment_facts(),
         }
         images: dict[str, Tensor] = {}
         try:
@@ -174,6 +192,8 @@ class Worker:
             if what.kind != "rival":
                 raise
             facts["problem"] = f"cannot run: {error}"
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise  # the machine's fault, not the method's: to be tried again
         except Exception as error:
             # one setting that fails must not take the others with it, and must not go unseen
             facts["problem"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -187,76 +207,60 @@ class Worker:
 
     def fault(self, what: Contender) -> str | None:
         """What is wrong with a contender even where it reuses nothing, or after it is taken off."""
-        key = json.dumps(what.control, sort_keys=True) if isinstance(what, Ours) else None
-        if key is not None and key in self._faults:
-            return self._faults[key]  # it is the same for many choices of settings
         control = what.never(self.subject, self.steps)
-        found = None if control is None else self._fault(control)
-        if key is not None:
-            self._faults[key] = found
-        return found
-
-    def _fault(self, control: AbstractContextManager[Any]) -> str | None:
+        if control is None:
+            return None
         first = [self.first]
-        with self.lock.read_lock():
-            with control:
-                never = self.subject.generate(first, self.steps).images
-            if not torch.equal(never, self.alone(self.steps)):
-                return "reusing nothing, it still changes the output"
-            if not torch.equal(self.subject.generate(first, FEW_STEPS).images, self.alone(FEW_STEPS)):
-                return "it leaves a changed pipeline behind"
-        return None
+        with self.lock.read_lock(), control:
+            never = self.subject.generate(first, self.steps).images
+        if not torch.equal(never, self.alone[self.steps]):
+            return "reusing nothing, it still changes the output"
+        return self._trace()
 
-    def alone(self, steps: int) -> Tensor:
-        """The first sample's uncached images, made by themselves, [1, …]."""
-        if steps not in self._alone:
-            self._alone[steps] = self.subject.generate([self.first], steps).images
-        return self._alone[steps]
+    def _trace(self) -> str | None:
+        """What is wrong with the pipeline, now that nothing is on it."""
+        output = self._generate([self.first], FEW_STEPS)[0]
+        return None if torch.equal(output.images, self.alone[FEW_STEPS]) else "it leaves a changed pipeline behind"
 
     def _fill(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
         """Rows, work and the images of this share."""
-        uncached, plain = self.uncached, self.plain
-        output, works, first = self.generate(what, label)
+        output, works, bytes_, reads = self.generate(what, label)
+        trace = self._trace()
+        if trace is not None:
+            facts["problem"] = trace
+            return {}
         finite = torch.isfinite(output.images).flatten(1).all(1)
         if not finite.all():
             facts["problem"] = f"{int((~finite).sum())} of {len(finite)} outputs hold values that are not finite"
             return {}
-        rows = self._rows(uncached, output, works, plain)
         facts |= {
-            "rows": rows,
-            "cache_bytes": first["cache_bytes"],
-            "host_reads": first["reads"] - (plain.reads or 0),
-            "heatmap": self._heatmap(works, plain),
-            "uncached_flops": _sum(plain.steps, "flops"),
-            "uncached_block_flops": _sum(plain.steps, "block_flops"),
+            "rows": self._rows(output, works),
+            "cache_bytes": bytes_,
+            "host_syncs": reads - (self.plain.reads or 0),
+            "heatmap": self._heatmap(works),
         }
-        features = self._features(output)
-        return {"candidate": output.images.half(), "reference": uncached.images.half(), **features}
+        images = {"candidate": output.images.half(), "reference": self.uncached.images.half()}
+        return images | self._features(output)
 
-    def _rows(
-        self, uncached: Output, output: Output, works: Sequence[Observed], plain: Observed
-    ) -> list[dict[str, Any]]:
+    def _rows(self, output: Output, works: Sequence[Observed]) -> list[dict[str, Any]]:
         found = metrics.per_sample(
             self.names,
             output.images,
-            uncached.images,
+            self.uncached.images,
             candidate_latents=output.latents,
-            reference_latents=uncached.latents,
+            reference_latents=self.uncached.latents,
             prompts=[str(sample.prompt) for sample in self.samples],
             labels=[sample.prompt for sample in self.samples] if self.subject.classes else None,
             settings=self.settings,
         )
-        whole, whole_blocks = _sum(plain.steps, "flops"), _sum(plain.steps, "block_flops")
         rows = []
         for i, (sample, work) in enumerate(zip(self.samples, works, strict=True)):
             row = {"index": sample.index, "prompt": str(sample.prompt), "seed": sample.seed}
             row |= {name: values[i] for name, values in found.items()}
-            flops, blocks = _sum(work.steps, "flops"), _sum(work.steps, "block_flops")
-            row |= {"flops": flops, "flops_ratio": flops / whole, "nfe": self.steps * blocks / whole_blocks}
-            row["nfe_ratio"] = blocks / whole_blocks
-            row["blocks_ratio"] = sum(map(sum, map(self.accountant.executed, work.steps))) / sum(
-                map(sum, map(self.accountant.executed, plain.steps))
-            )
+            nfe_ratio = work.block_flops / self.plain.block_flops
+            row |= {"flops": work.flops, "flops_ratio": work.flops / self.plain.flops}
+            row |= {"nfe": self.steps * nfe_ratio, "nfe_ratio": nfe_ratio}
+            row["blocks_ratio"] = fmean(fmean(shares) for shares in self._shares([work])) * len(work.steps) / self.steps
             rows.append(row)
         return rows
 
@@ -265,39 +269,50 @@ class Worker:
             return {}
         return {"features": distribution.features(self.subject.name, output.images, self.settings)}
 
-    def _heatmap(self, works: Sequence[Observed], plain: Observed) -> dict[str, Any]:
-        """Share of each block's work that was executed at each step, averaged over samples."""
-        per_step = [self.accountant.executed(work) for work in plain.steps]
-        usual = [statistics.mean(column) for column in zip(*per_step, strict=True)]
-        steps = min(len(work.steps) for work in works)
+    def _shares(self, works: Sequence[Observed]) -> list[list[float]]:
+        """Share of each block's usual operations that each step executed, [steps][blocks], a mean over samples."""
+        usual = [fmean(column) for column in zip(*(work.block_flops or () for work in self.plain.steps), strict=True)]
         shares = []
-        for step in range(steps):
-            executed = [self.accountant.executed(work.steps[step]) for work in works]
-            means = [statistics.mean(column) for column in zip(*executed, strict=True)]
-            shares.append([round(mean / full, 4) if full else 0.0 for mean, full in zip(means, usual, strict=True)])
-        return {"rows": list(self.subject.blocks), "computed": shares}
+        for step in range(min(len(work.steps) for work in works)):
+            executed = zip(*(work.steps[step].block_flops or () for work in works), strict=True)
+            shares.append([fmean(column) / full if full else 0.0 for column, full in zip(executed, usual, strict=True)])
+        return shares
+
+    def _heatmap(self, works: Sequence[Observed]) -> dict[str, Any]:
+        computed = [[round(share, 4) for share in shares] for shares in self._shares(works)]
+        return {"rows": list(self.subject.blocks), "computed": computed}
 
     def _timed(self, what: Contender, label: str) -> dict[str, Any]:
-        """Paired timing of one sample's generation, with the device to itself; what never changes takes no time."""
+        """Paired timing of single samples' generations, each pair's of another one, with the device to itself.
+
+        Before each, the same runs untimed: what a cache learns, or compiles, in its first run is told apart.
+        """
         pairs = self.job.config["timing"]["pairs"]
         if not pairs or isinstance(what, Uncached):
             return {}
-        first, peak = [self.first], None
-        plain = partial(self.subject.call, first, self.steps)
-        cached = partial(self.subject.call, first, what.steps(self.steps))
+        first_runs: list[float] = []
+        peak = None
         setting = ExitStack()
+        sample = [self.samples[0]]
 
-        first_runs = []
+        def plain() -> None:
+            self.subject.call(sample, self.steps)
+
+        def cached() -> None:
+            self.subject.call(sample, what.steps(self.steps))
+
+        def take_off() -> None:
+            setting.close()
+            sample[0] = self.samples[len(first_runs) % len(self.samples)]
+            plain()
 
         def put_on() -> None:
             setting.enter_context(what.applied(self.subject, self.steps))
-            began = time.perf_counter()
-            cached()  # what a cache learns, or compiles, in its first run is told apart
-            first_runs.append(time.perf_counter() - began)
+            first_runs.append(elapsed(cached)[0])
 
         self.progress(f"{label}: timing", 0, 1)
         with self.lock.write_lock(), setting:
-            timing = paired(plain, cached, pairs, warmup=0, before_a=setting.close, before_b=put_on)
+            timing = paired(plain, cached, pairs, warmup=0, before_a=take_off, before_b=put_on)
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
                 cached()
@@ -318,11 +333,8 @@ def timing_facts(timing: PairedTiming) -> dict[str, Any]:
     }
 
 
-def _sum(steps: Sequence[StepWork], name: str) -> int:
-    return sum(getattr(work, name) or 0 for work in steps)
-
-
 def device_lock(device: torch.device | str) -> ReadWriteLock:
     """Shared while something is generated on a device, and one's own while something is timed on it."""
-    name = str(device).replace(":", "")
-    return ReadWriteLock(Path(tempfile.gettempdir()) / f"diffusion_cache-{getuser()}-{name}.lock")
+    kind, _, index = str(device).partition(":")
+    user = os.getuid() if hasattr(os, "getuid") else getuser()
+    return ReadWriteLock(Path(tempfile.gettempdir()) / f"diffusion_cache-{user}-{kind}{index or 0}.lock")

@@ -1,6 +1,5 @@
 """Speed of full-size architectures with random weights, whose images would mean nothing: a bare denoiser in a loop."""
 
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,12 +8,12 @@ from typing import Any
 import torch
 
 from .. import api
-from ..errors import ConfigError, DiffusionCacheWarning
-from ..measure import executed_flops, paired
+from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
+from ..measure import elapsed, executed_flops, paired
 from .architectures import architecture
 from .contenders import Contender, FewerSteps, Ours, Uncached, contender
 from .runner import Job, Progress, device_lock, timing_facts
-from .store import Store, read_tensors, write_tensors
+from .store import Store, environment_facts, read_tensors, write_tensors
 from .subjects import DTYPES, device_of
 
 
@@ -73,9 +72,12 @@ class SpeedWorker:
             "rows": [],
             "problem": None,
             "random_weights": True,
+            "environment": environment_facts(),
         }
         try:
             facts |= self._measured(what)
+        except (DiffusionCacheError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             facts["problem"] = f"failed: {type(error).__name__}: {error}"
         if facts["problem"]:
@@ -88,7 +90,6 @@ class SpeedWorker:
         plain = partial(self.loop, self.steps)
         if isinstance(what, Uncached):
             return {"flops_ratio": 1.0, "nfe_ratio": 1.0}
-        cache_bytes = None
         with self.lock.write_lock():
             if isinstance(what, FewerSteps):
                 fewer = what.steps(self.steps)
@@ -99,11 +100,10 @@ class SpeedWorker:
             if not torch.equal(self.cached_loop(what.control, self.steps)[0], plain()):
                 return {"problem": "reusing nothing, it still changes the output"}
             whole = executed_flops(plain)
-            began = time.perf_counter()
             cached = partial(self.cached_loop, what.options, self.steps)
-            output, summary = cached()
-            seconds = time.perf_counter() - began
-            cache_bytes = summary.cache_bytes
+            runs = []
+            seconds, _ = elapsed(lambda: runs.append(cached()))
+            output, summary = runs[0]
             if not torch.isfinite(output).all():
                 return {"problem": "the output holds values that are not finite"}
             flops = executed_flops(cached)
@@ -112,6 +112,6 @@ class SpeedWorker:
             "timing": timing_facts(timing),
             "flops_ratio": flops / whole,
             "nfe_ratio": flops / whole,  # of the whole denoiser: its blocks are not counted apart here
-            "cache_bytes": cache_bytes,
+            "cache_bytes": summary.cache_bytes,
             "first_run_seconds": seconds,
         }

@@ -144,24 +144,25 @@ class Store:
         rows: Sequence[Mapping[str, Any]],
         summary: Mapping[str, Any],
         images: Mapping[str, Tensor],
+        environment: Mapping[str, Any],
     ) -> None:
-        """Complete a run from what its partial folder is to hold; parts of it are deleted."""
+        """Complete a run; the parts that it was made of are deleted."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         folder = self.partial(config)
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), folder / ROWS)
         write_json(folder / CONFIG, config)
-        write_json(folder / ENVIRONMENT, environment_facts())
+        write_json(folder / ENVIRONMENT, environment)
         if images:
             write_tensors(folder / IMAGES, images)
-        for part in folder.glob("part-*"):
-            part.unlink()
         write_json(folder / SUMMARY, summary)
         final = self.path(config)
-        if final.exists():  # without a summary: someone took it away to have the run made again
+        if final.exists():  # damaged, or its summary was deleted to have the run made again
             shutil.rmtree(final)
         folder.rename(final)
+        for part in final.glob("part-*"):
+            part.unlink()
 
     def reference(self, key: Mapping[str, Any]) -> Path:
         """The file that a model's uncached outputs are kept in."""

@@ -76,9 +76,9 @@ def paired(
     if pairs < 1 or warmup < 0:
         raise ConfigError(f"need pairs >= 1 and warmup >= 0, got pairs={pairs}, warmup={warmup}")
     for _ in range(warmup):
-        _timed(a, before_a)
-        _timed(b, before_b)
-    runs = [(_timed(a, before_a), _timed(b, before_b)) for _ in range(pairs)]
+        elapsed(a, before_a)
+        elapsed(b, before_b)
+    runs = [(elapsed(a, before_a), elapsed(b, before_b)) for _ in range(pairs)]
     return PairedTiming(
         a_wall=tuple(first[0] for first, _ in runs),
         b_wall=tuple(second[0] for _, second in runs),
@@ -92,8 +92,8 @@ def _ratios(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(x / y if y else math.inf for x, y in zip(a, b, strict=True))
 
 
-def _timed(fn: Callable[[], object], before: Callable[[], object] | None = None) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
+def elapsed(fn: Callable[[], object], before: Callable[[], object] | None = None) -> tuple[float, float]:
+    """Wall and CPU seconds of one call, until the device has finished; before: run untimed, first."""
     if before is not None:
         before()
     _synchronize()

@@ -59,7 +59,7 @@ def test_ours_with_the_common_forecaster():
     assert type(what) is Ours
     assert what.method == "interval, taylor"
     assert what.options == {"policy": "interval", "every": 2, "last": 2, "forecaster": "taylor", "order": 1}
-    assert what.control == {"policy": "interval", "every": 1, "forecaster": "taylor", "order": 1}
+    assert what.control == {**what.options, "max_reused": 0}  # the same, told to reuse nothing
     assert what.batchable
 
 

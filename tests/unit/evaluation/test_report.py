@@ -181,7 +181,8 @@ def test_random_weights_say_so(experiment, written):
     text = written.markdown.read_text(encoding="utf-8")
     section = text[text.index("## flux-dev") :]
     assert "\nrandom weights: speed only.\n" in section
-    assert [cell.strip("*") for cell in markdown_cells(section)[2][:3]] == ["1/2", "interval", "ours"]
+    assert markdown_cells(section)[2][:3] == ["1", "uncached", "baseline"]
+    assert [cell.strip("*") for cell in markdown_cells(section)[3][:3]] == ["1/2", "interval", "ours"]
     assert "flux-dev" not in text[: text.index("## dit-digits")]  # not in the overview of quality
     assert '"note":"random weights: speed only"' in written.html.read_text(encoding="utf-8")
 

@@ -46,7 +46,7 @@ def test_a_run_is_complete_or_not_there(tmp_path):
     (store.partial(CONFIG) / "part-0of1.safetensors").write_bytes(b"")
     assert not store.is_finished(CONFIG)
     rows = [{"index": 0, "prompt": "3", "seed": 5, "psnr": float("inf")}]
-    store.finish(CONFIG, rows, {"n": 1}, {"worst.candidate": torch.zeros(1, 1, 2, 2)})
+    store.finish(CONFIG, rows, {"n": 1}, {"worst.candidate": torch.zeros(1, 1, 2, 2)}, {})
     assert store.is_finished(CONFIG)
     folder = store.path(CONFIG)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -62,10 +62,10 @@ def test_a_run_is_complete_or_not_there(tmp_path):
 
 def test_a_run_whose_summary_was_deleted_is_made_again(tmp_path):
     store = Store(tmp_path)
-    store.finish(CONFIG, [{"index": 0}], {"n": 1}, {})
+    store.finish(CONFIG, [{"index": 0}], {"n": 1}, {}, {})
     (store.path(CONFIG) / "summary.json").unlink()
     assert not store.is_finished(CONFIG)
-    store.finish(CONFIG, [{"index": 0}], {"n": 2}, {})
+    store.finish(CONFIG, [{"index": 0}], {"n": 2}, {}, {})
     assert json.loads((store.path(CONFIG) / "summary.json").read_text()) == {"n": 2}
 
 
