@@ -72,8 +72,8 @@ def test_pareto_is_within_model_sampler_and_method(tmp_path):
 
 def test_choice_for_a_budget(tmp_path):
     uncached = write_run(tmp_path, kind="baseline", method="uncached", nfe=0.1, psnr=same(math.inf))
-    fits = write_run(tmp_path, method="a", nfe=0.525, psnr=same(40), settings={"k": 1})  # 1/2 × 1.05, just within
-    write_run(tmp_path, method="a", nfe=0.53, psnr=same(60), settings={"k": 2})
+    fits = write_run(tmp_path, method="a", nfe=0.53, psnr=same(40), settings={"k": 1})  # 1/2 × 1.06, just within
+    write_run(tmp_path, method="a", nfe=0.54, psnr=same(60), settings={"k": 2})
     cheap = write_run(tmp_path, method="a", nfe=0.3, psnr=same(35), settings={"k": 3})
     steady = write_run(tmp_path, method="b", nfe=0.5, psnr=[49, 50, 51, 50], settings={"k": 1})
     write_run(tmp_path, method="b", nfe=0.5, psnr=[40, 60, 40, 60], settings={"k": 2})  # same mean, lower p5
