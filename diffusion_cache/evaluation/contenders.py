@@ -126,8 +126,7 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     node = dict(node)
     if node["kind"] == "rival":
         rest = {"kind": "rival", "label": node.get("label"), "peer": node["peer"]}
-        parts = {key: value for key, value in node.items() if key != "label"}
-        return [{**rest, "settings": settings} for settings in settings_of(parts, model)]
+        return [{**rest, "settings": settings} for settings in settings_of(node, model)]
     chosen = (node.pop("models", None) or {}).get(model) or node
     grid, points = chosen.get("grid") or {}, chosen.get("points") or []
     node.pop("grid", None), node.pop("points", None)

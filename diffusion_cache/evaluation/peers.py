@@ -29,7 +29,7 @@ from ..registry import check_options, suggest, unknown_name
 
 __all__ = ["Peer", "peer", "peers", "settings_of"]
 
-PARTS_OF_A_CONFIG = ("kind", "peer", "settings", "grid", "points", "models")
+PARTS_OF_A_CONFIG = ("kind", "label", "peer", "settings", "grid", "points", "models")
 PARTS_OF_A_MODEL = ("settings", "grid", "points")
 
 
