@@ -1,11 +1,12 @@
 """What the contracts run over: every registered policy × forecaster × scope it declares × shipped model."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from diffusion_cache import models, reference, registry
+from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
 
 STEPS = 6
 
@@ -75,3 +76,27 @@ class Subject:
         with torch.no_grad():
             output = self.denoiser(*args, **kwargs)
         return output[0]
+
+
+@dataclass(frozen=True)
+class Spy(Policy):
+    """Computes always, and keeps what it was told."""
+
+    steps: list = field(default_factory=list)
+    signals: list = field(default_factory=list)
+
+    name: ClassVar[str] = "spy"
+    scopes = frozenset(SCOPES)
+
+    @property
+    def needs(self):
+        return Needs(signals=("probe_residual",), probe=1)
+
+    def measure(self, signals, kept):
+        self.signals.append(signals["probe_residual"].shape)
+        return signals["probe_residual"].flatten(1).mean(1)
+
+    def decide(self, step, value, state):
+        if step not in self.steps:  # asked for every sample
+            self.steps.append(step)
+        return Verdict(True, "spying")

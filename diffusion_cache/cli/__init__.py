@@ -63,10 +63,11 @@ def _demo(
     """Measure speed and quality of caching on the shipped models, and draw what comes out."""
     import torch
 
-    _quiet()
     from .. import reference
+    from ..evaluation.subjects import quieten_libraries
     from .demo import Settings, run_demo
 
+    quieten_libraries()
     names = [reference.spec(name).name for name in model or reference.MODELS]
     settings = Settings(samples=samples, seed=seed, steps=steps, pairs=pairs)
     if threads < 1:
@@ -134,8 +135,10 @@ def _inspect(
     dtype: Annotated[Precision, typer.Option(help="Precision to load a pipeline in.")] = Precision.bfloat16,
 ) -> None:
     """Show what can be cached in a pipeline."""
-    _quiet()
     from .. import api, reference
+    from ..evaluation.subjects import quieten_libraries
+
+    quieten_libraries()
 
     console = Console()
     if model in reference.MODELS:
@@ -151,23 +154,9 @@ def _pretrained(model: str, dtype: Precision, shipped: list[str]) -> Any:
         from ..registry import unknown_name
 
         raise unknown_name("model", model, shipped)
-    import torch
-    from diffusers import DiffusionPipeline
+    from ..evaluation.subjects import DTYPES, load_pipeline
 
-    try:
-        return DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype.value))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{model} cannot be loaded as a diffusers pipeline: {reason}") from error
-
-
-def _quiet() -> None:
-    """Leave out the libraries' remarks on optional packages and rounded sizes; errors still show."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    return load_pipeline(model, DTYPES[dtype.value])
 
 
 @app.command("env")

@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 import diffusion_cache as dc
 
@@ -24,6 +24,8 @@ from .. import reference
 from ..errors import ConfigError
 from ..evaluation import environment
 from ..evaluation.contenders import spaced_mask
+from ..evaluation.prompts import FITTING_SEEDS
+from ..evaluation.subjects import Shipped
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
 from .figures import model_figure, overview_figure
 from .page import html_page
@@ -31,7 +33,6 @@ from .results import ModelResult, Panel, Row
 from .tables import markdown_table, overview_markdown, rich_table
 
 INTERVALS = (2, 3)  # the budgets: one computed step in 2, in 3
-FITTING_SEED_OFFSET = 100_000
 FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 2, 2, 1, 10
 # how the computed steps of a mask crowd: above 1 towards the start of the run, below 1 towards its end
 SPACINGS = (0.5, 1.0, 1.6)
@@ -59,8 +60,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
-        if self.samples > FITTING_SEED_OFFSET:
-            raise ConfigError(f"samples must be at most {FITTING_SEED_OFFSET}, where the fitting seeds begin")
+        if self.samples > FITTING_SEEDS:
+            raise ConfigError(f"samples must be at most {FITTING_SEEDS}, where the fitting seeds begin")
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,8 @@ class Subject:
     def __init__(self, name: str, steps: int | None = None):
         self.spec = reference.spec(name)
         self.steps = steps or self.spec.steps
-        self.pipe: Any = reference.load(name)
-
-    @cached_property
-    def blocks(self) -> list[nn.Module]:
-        """The denoiser's blocks: the members of its module lists, and a UNet's middle block."""
-        children = dict(getattr(self.pipe, self.spec.denoiser).named_children())
-        lists = [child for child in children.values() if isinstance(child, nn.ModuleList)]
-        middle = [children["mid_block"]] if "mid_block" in children else []
-        return [block for blocks in lists for block in blocks] + middle
+        shipped = Shipped(name)
+        self.pipe, self.blocks = shipped.pipe, list(shipped.blocks.values())
 
     def call(self, samples: Samples, steps: int | None = None) -> Tensor:
         """Images [n, frames, 1, h, w] of the pipeline as it stands."""
@@ -265,7 +259,7 @@ def measure_model(settings: Settings, name: str, progress: Callable[[str], None]
     progress("uncached")
     subject = Subject(name, settings.steps)
     reporting = Samples.numbered(settings.samples, settings.seed)
-    fitting = Samples.numbered(FITTING_SAMPLES, settings.seed + FITTING_SEED_OFFSET)
+    fitting = Samples.numbered(FITTING_SAMPLES, settings.seed + FITTING_SEEDS)
     timed = reporting.first(settings.timed_samples)
     uncached = subject.generate(reporting)
     costs = StepCosts.of(subject, fitting.first(1))

@@ -141,12 +141,12 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def run_configured(cfg: DictConfig) -> None:
     """One job of a sweep."""
-    from . import _quiet
-    from .progress import announcing
-
-    _quiet()
     from ..evaluation.jobs import Team, run_job
     from ..evaluation.runner import Job
+    from ..evaluation.subjects import quieten_libraries
+    from .progress import announcing
+
+    quieten_libraries()
 
     config = resolved(cfg)
     team = Team()

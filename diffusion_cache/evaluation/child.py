@@ -12,6 +12,7 @@ from ..errors import DiffusionCacheError
 from .contenders import contender
 from .runner import Job, Ranks, Worker
 from .store import Store
+from .subjects import quieten_libraries
 
 
 def run(task: dict[str, Any], say: Callable[..., None]) -> None:
@@ -36,13 +37,9 @@ def run(task: dict[str, Any], say: Callable[..., None]) -> None:
 
 
 def main() -> None:
-    import diffusers
-    import transformers
-
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not for the parent
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    quieten_libraries()
 
     def say(*message: Any) -> None:
         try:

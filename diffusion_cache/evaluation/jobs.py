@@ -19,6 +19,7 @@ from .contenders import contender
 from .runner import Job, Progress, Ranks, Worker
 from .store import Store, read_tensors
 
+ANY_STEPS = 100  # to look at settings with, before the model and so its number of steps is known
 RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 RESTART = "The same command goes on from there"
 
@@ -61,7 +62,7 @@ def run_job(job: Job, progress: Progress, team: Team) -> list[Path]:
     if job.is_rival and job.config["model"]["kind"] == "random":
         raise ConfigError("rivals are run on pipelines, which random weights have none of: see scripts/bench_gpu.py")
     _check_numbers(job.config)
-    steps = job.config["steps"] or 100
+    steps = job.config["steps"] or ANY_STEPS
     for node in nodes:  # settings that cannot work come to light before hours are spent on others
         contender(node, job.config["forecaster"], steps)
     configs = [job.run_config(node) for node in nodes]
@@ -186,7 +187,7 @@ def put_together(job: Job, node: Mapping[str, Any], store: Store) -> None:
     config = job.run_config(node)
     parts = []
     for index in range(job.ranks.count):
-        path = store.partial(config) / f"part-{index}of{job.ranks.count}.safetensors"
+        path = store.part(config, index, job.ranks.count)
         part = read_tensors(path)
         if part is None:
             raise ConfigError(f"{path} is missing or damaged. Delete {path.parent} and give the same command again")
@@ -251,7 +252,6 @@ def _summary(
         "scope": lead["scope"] or "auto",
         "kind": lead["kind"],
         "method": lead["method"],
-        "label": lead["method"],
         "settings": lead["settings"],
         "steps": lead["steps"],
         "n": len(rows),

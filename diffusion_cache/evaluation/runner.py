@@ -127,7 +127,7 @@ class Worker:
             output = self.subject.generate(samples, steps)
         return output, observed
 
-    def generate(self, what: Contender, label: str) -> "Generated":
+    def generate(self, what: Contender, label: str) -> Generated:
         """This share's outputs, in order."""
         steps = what.steps(self.steps)
         size = self.job.config["batch"] if what.batchable else 1
@@ -166,7 +166,7 @@ class Worker:
     def make(self, node: Mapping[str, Any]) -> None:
         """One run's part: generate, compare, time, and leave the part in the run's partial folder."""
         config = self.job.run_config(node)
-        path = self.part_path(config)
+        path = self.store.part(config, self.job.ranks.index, self.job.ranks.count)
         if read_tensors(path) is not None:
             return
         what = contender(node, self.job.config["forecaster"], self.steps)
@@ -200,10 +200,6 @@ class Worker:
         if facts["problem"]:
             warnings.warn(f"{self.subject.name}, {label}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2)
         write_tensors(path, images or {"none": torch.zeros(0)}, facts)
-
-    def part_path(self, config: Mapping[str, Any]) -> Path:
-        ranks = self.job.ranks
-        return self.store.partial(config) / f"part-{ranks.index}of{ranks.count}.safetensors"
 
     def fault(self, what: Contender) -> str | None:
         """What is wrong with a contender even where it reuses nothing, or after it is taken off."""

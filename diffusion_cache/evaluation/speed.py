@@ -57,7 +57,7 @@ class SpeedWorker:
 
     def make(self, node: Mapping[str, Any]) -> None:
         config = self.job.run_config(node)
-        path = self.store.partial(config) / "part-0of1.safetensors"
+        path = self.store.part(config, self.job.ranks.index, self.job.ranks.count)
         if read_tensors(path) is not None:
             return
         what = contender(node, self.job.config["forecaster"], self.steps)

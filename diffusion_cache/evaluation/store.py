@@ -121,6 +121,10 @@ class Store:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def part(self, config: Mapping[str, Any], index: int, count: int) -> Path:
+        """The file that one of `count` processes leaves its share of a run in."""
+        return self.partial(config) / f"part-{index}of{count}.safetensors"
+
     @contextmanager
     def claimed(self, config: Mapping[str, Any]) -> Iterator[Path]:
         """The run's partial folder, for this process alone.

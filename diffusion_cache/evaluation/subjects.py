@@ -222,6 +222,15 @@ def device_of(name: str) -> str:
     return name
 
 
+def quieten_libraries() -> None:
+    """Leave out the libraries' remarks on optional packages and rounded sizes; errors still show."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+
+
 def load_pipeline(repository: str, dtype: torch.dtype, variant: str | None = None) -> Any:
     """The diffusers pipeline in a folder or repository.
 

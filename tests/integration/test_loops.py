@@ -3,9 +3,8 @@
 import copy
 import importlib
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import diffusers
 import pipeline_zoo
@@ -14,11 +13,11 @@ import pipelines_unet
 import pipelines_video
 import pytest
 import torch
+from cases import Spy
 from pipeline_zoo import equal, tensors
 from zoo import Draw
 
 import diffusion_cache as dc
-from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
 from diffusion_cache.engine import intercept, patches
 from diffusion_cache.models import find_denoisers
 
@@ -205,27 +204,6 @@ def test_transformers(name, mask, passes, more):
 def test_unets(name, mask, passes, more):
     case = CASES[name]
     check(case.build(), arguments(case, **more), mask, regular(mask, passes, "unet"))
-
-
-@dataclass(frozen=True)
-class Spy(Policy):
-    """Computes always, and keeps what it was told."""
-
-    steps: list = field(default_factory=list)
-
-    name: ClassVar[str] = "spy"
-    scopes = frozenset(SCOPES)
-
-    @property
-    def needs(self):
-        return Needs(signals=("probe_residual",), probe=1)
-
-    def measure(self, signals, kept):
-        return signals["probe_residual"].flatten(1).mean(1)
-
-    def decide(self, step, value, state):
-        self.steps.append(step)
-        return Verdict(True, "spying")
 
 
 ONE, TWO, THREE = (slice(None),), (slice(0, 1), slice(1, 2)), (slice(0, 1), slice(1, 2), slice(2, 3))

@@ -2,18 +2,18 @@
 
 import copy
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from cases import Spy
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
 from diffusion_cache.engine import StepRecord, intercept, patches
 from diffusion_cache.history import History
 
@@ -257,30 +257,6 @@ def test_true_guidance_of_flux_is_a_second_pass():
     ]
     with ByHand("flux-digits", pipe.transformer, {0, 3}, 2, last_feature, whole=True):
         assert torch.equal(cached, generate("flux-digits", pipe, guidance=2.0))
-
-
-@dataclass(frozen=True)
-class Spy(Policy):
-    """Computes always, and keeps what it was told."""
-
-    steps: list = field(default_factory=list)
-    signals: list = field(default_factory=list)
-
-    name: ClassVar[str] = "spy"
-    scopes = frozenset(SCOPES)
-
-    @property
-    def needs(self):
-        return Needs(signals=("probe_residual",), probe=1)
-
-    def measure(self, signals, kept):
-        self.signals.append(signals["probe_residual"].shape)
-        return signals["probe_residual"].flatten(1).mean(1)
-
-    def decide(self, step, value, state):
-        if step not in self.steps:  # asked for every sample
-            self.steps.append(step)
-        return Verdict(True, "spying")
 
 
 @pytest.mark.parametrize(
