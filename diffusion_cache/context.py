@@ -91,6 +91,10 @@ class Policy(ABC):
         """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
         return None
 
+    def for_run(self, noise_levels: Sequence[float]) -> "Policy":
+        """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""
+        return self
+
     def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
         """One number per batch row, [rows]: from this step's signals and those of each row's last computed step.
 
@@ -105,10 +109,15 @@ class Policy(ABC):
 
 
 class Query(NamedTuple):
-    """nodes: steps of the stored features, oldest first; target: the step to forecast."""
+    """nodes: steps of the stored features, oldest first; target: the step to forecast.
+
+    span: position of the span among its denoiser's; guidance: position of the guidance branch in its step.
+    """
 
     nodes: Sequence[float]
     target: float
+    span: int = 0
+    guidance: int = 0
 
 
 class Forecaster(ABC):
@@ -132,6 +141,15 @@ class Forecaster(ABC):
             raise ConfigError(
                 f"{self.name}: feature must be one of {', '.join(get_args(Feature))}, not {self.feature!r}"
             )
+
+    @property
+    def row_guidance(self) -> int:
+        """Guidance branches stacked in the rows of one call that are forecast with weights of their own."""
+        return 1
+
+    def for_run(self, noise_levels: Sequence[float]) -> "Forecaster":
+        """This forecaster for a run through these noise levels (log-SNR, one a step; empty if not known)."""
+        return self
 
     @property
     @abstractmethod

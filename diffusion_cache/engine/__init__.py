@@ -1,6 +1,7 @@
 """The engine: tracks where a generation stands, and computes or reuses spans accordingly."""
 
 from .cache_run import CacheRun, StepRecord
+from .observer import Observer
 from .session import Method, Session
 
-__all__ = ["CacheRun", "Method", "Session", "StepRecord"]
+__all__ = ["CacheRun", "Method", "Observer", "Session", "StepRecord"]

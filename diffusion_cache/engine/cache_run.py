@@ -53,6 +53,7 @@ class CacheRun:
         self.samples: int | None = None  # rows of what the scheduler steps on
         self.layouts = dict(session.layouts)
         self.clock = clock
+        self.forecaster = session.method.forecaster
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
@@ -98,7 +99,7 @@ class CacheRun:
                     else:
                         self.spans.forget(visit.state)
                 # from the root, all computed: impure chains do not allow replaying single blocks
-                frame = self.frame = Frame(frame.step, frame.key, False, frame.batch)
+                frame = self.frame = Frame(frame.step, frame.key, False, frame.batch, frame.position)
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
         finally:
@@ -106,7 +107,23 @@ class CacheRun:
         self._close_frame(frame, name, spans)
         if frame.trace is not None and self.session.layouts.get(name) is not layout and frame.stores:
             self._learn(frame, inner, *given)
+        if self.session.observer is not None:
+            self.session.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
         return output
+
+    def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any]:
+        """A function that makes a call again, its spans reused as they were, with nothing stored or recorded."""
+
+        def again() -> Any:
+            outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
+            self.frame.actions = called.actions
+            try:
+                with forked_rng():
+                    return self._forward(self.layouts[called.key[0]].spans, inner, copied(args), copied(kwargs))
+            finally:
+                self.frame = outer
+
+        return again
 
     def _learn(self, computed: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compute the step once more for spans that have been arranged anew, and try reusing it right away.
@@ -126,8 +143,8 @@ class CacheRun:
     ) -> list[tuple[Visit, str]]:
         """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
         reuse = actions is None or not all(actions)
-        outer, self.frame = self.frame, Frame(computed.step, computed.key, not reuse, computed.batch)
-        frame = self.frame
+        frame = Frame(computed.step, computed.key, not reuse, computed.batch, computed.position)
+        outer, self.frame = self.frame, frame
         frame.actions, frame.poisoned = actions or (False,), reuse
         frame.variant = (*computed.variant[:2], actions)
         args, kwargs = copied(args), copied(kwargs)
@@ -163,6 +180,8 @@ class CacheRun:
                 self.spans.release()
                 self.decisions.clear()
             self._levels = self._noise_levels(clock.first_timestep)
+            self.forecaster = self.session.method.forecaster.for_run(self._levels)
+            self.decisions.begin_loop(self.session.method.guarded.for_run(self._levels))
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
@@ -174,7 +193,7 @@ class CacheRun:
             pass_name=self.pass_name or self._position_name(clock.position),
             rows=self._rows(batch),
         )
-        frame = Frame(step, (name, step.pass_name), True, batch)
+        frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         if fills_cache(kwargs):
             frame.actions, frame.stores, frame.reason = (True,), False, "fills a cache of keys and values"
             return frame
@@ -265,6 +284,11 @@ class CacheRun:
         """Whether a pipeline is one that this run's pipeline is made of."""
         whole = self.pipe() if self.pipe is not None else None
         return whole is not None and any(part is pipe for part in vars(whole).values())
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """log-SNR of each step of the current loop; empty where the sampler does not tell."""
+        return tuple(self._levels)
 
     # the spans
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -24,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Cell:
-    """What the traced code of one span reads and writes. slots: [history][leaf]; weights: [history]."""
+    """What the traced code of one span reads and writes.
+
+    slots: [history][leaf]; weights: [history], or [rows, history].
+    """
 
     def __init__(self) -> None:
         self.reuse = False
@@ -68,7 +70,7 @@ class CompiledSpans:
 
     def call(self, run: "CacheRun", frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, its spans computed or reused as the frame says."""
-        feature = run.session.method.forecaster.feature
+        feature = run.forecaster.feature
         key = feature, frame.variant[:2], signature(tensor_inputs(args, kwargs))
         learned = self._kept.learned.get(key)
         if learned is None:
@@ -119,10 +121,8 @@ class CompiledSpans:
             state.passthrough = dict(learned.passthrough)
         state.history.reserve(learned.like)
         cell.template, cell.passthrough, cell.slots = state.template, state.passthrough, state.history.slots
-        weights = run.spans.slot_weights(frame, span, state)
-        cell.reuse = weights is not None
-        if weights is not None:
-            cell.weights = _on_device(weights, learned.like[0])
+        cell.weights = run.spans.slot_weights(frame, span, state)
+        cell.reuse = cell.weights is not None
 
     def _store(self, run: "CacheRun", frame: Frame, span: Span) -> None:
         cell, state = self.cells[span], run.spans.state(frame.key, span, 0)
@@ -183,13 +183,6 @@ def _kept(denoiser: nn.Module, spans: tuple[Span, ...]) -> _Kept:
     if blocks not in by_blocks or not by_blocks[blocks].current:
         by_blocks[blocks] = _Kept(spans)
     return by_blocks[blocks]
-
-
-def _on_device(weights: list[float], like: Like) -> Tensor:
-    values = torch.tensor(weights, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-    if like.device.type == "cuda":
-        return values.pin_memory().to(like.device, non_blocking=True)
-    return values.to(like.device)
 
 
 def _traced(cell: Cell, member: int, last: bool, forward: Callable) -> Callable:

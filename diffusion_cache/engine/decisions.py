@@ -10,6 +10,7 @@ from torch import Tensor
 from ..context import PassState, Step, Verdict
 from ..errors import DiffusionCacheError
 from ..history import writable
+from ..policies import Guarded
 from ..schedule import Schedule
 from .frame import Frame, PassKey
 
@@ -36,6 +37,12 @@ class Decisions:
         self._schedules: dict[int, Schedule | None] = {}
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, dict[str, Tensor]] = {}
+
+    def begin_loop(self, guarded: Guarded) -> None:
+        """Go by this policy from now on."""
+        if guarded is not self.guarded:
+            self.guarded = guarded
+            self._schedules.clear()
 
     def clear(self) -> None:
         self._states.clear()

@@ -76,13 +76,15 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "computed", "counts", "key", "open", "outputs", "poisoned", "probe_input",
-        "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "visits",
+        "actions", "asking", "batch", "computed", "counts", "key", "open", "outputs", "poisoned", "position",
+        "probe_input", "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant",
+        "visits",
     )  # fmt: skip
 
-    def __init__(self, step: Step, key: PassKey, stores: bool, batch: int):
+    def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
         self.step = step
         self.key = key
+        self.position = position  # of the call in its step
         self.stores = stores
         self.batch = batch  # rows of the sample
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them

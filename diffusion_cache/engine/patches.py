@@ -7,7 +7,8 @@ every other instance.
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -60,3 +61,28 @@ def release(cls: type, attribute: str) -> None:
         if patch.count == 0:
             del _patches[cls, attribute]
             patch.restore()
+
+
+@contextmanager
+def wrapped_step(scheduler: Any, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """`scheduler.step` is make(step) inside the block, and its class's for every other instance as before.
+
+    On its class, for pipelines look at the signature of an instance's own; blocks of this kind must nest.
+    """
+    cls = type(scheduler)
+    own = vars(cls).get("step")
+    original = cls.step
+    inner = make(original)
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (inner if self is scheduler else original)(self, *args, **kwargs)
+
+    cls.step = step
+    try:
+        yield
+    finally:
+        if own is not None:
+            cls.step = own
+        else:
+            del cls.step

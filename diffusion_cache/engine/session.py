@@ -22,6 +22,7 @@ from .cache_run import SIGNALS, CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .compiled import CompiledSpans
 from .intercept import intercept, is_compiled, is_intercepted, release
+from .observer import Observer
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
 from .structure import Template
@@ -83,8 +84,9 @@ class Method:
 class Session:
     """Interceptors on the denoisers' modules and brackets on classes, installed together and removed exactly."""
 
-    def __init__(self, method: Method, group: Any = None):
+    def __init__(self, method: Method, group: Any = None, observer: Observer | None = None):
         self.method = method
+        self.observer = observer
         self.group = checked_group(group)  # ranks that must decide alike, where the user names them
         self.token = next(_tokens)
         self.layouts: dict[str, Layout] = {}
@@ -284,6 +286,8 @@ class Session:
 
         self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
+        if self.observer is not None:
+            self.observer.run_began(run)
         return run
 
     def begin_model(self, num_steps: int | None) -> CacheRun:

@@ -1,7 +1,7 @@
 """Running spans: entered at their first member, passed through, and left at their last."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,10 +113,10 @@ class SpanCalls:
         if frame.open is not None:
             self._interrupted(frame, state, span)
             return None
-        if frame.actions is not None and not frame.stores and all(frame.actions):
+        session = self._run.session
+        if frame.actions is not None and not frame.stores and all(frame.actions) and session.observer is None:
             frame.computed += 1
             return None
-        session = self._run.session
         inputs = tensor_inputs(args, kwargs)
         if span in session.written:
             inputs = copied(inputs)
@@ -133,7 +133,7 @@ class SpanCalls:
             return visit
         frame.computed += 1
         # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
-        if not visit.stores or state.unusable:
+        if state.unusable or not (visit.stores or session.observer is not None):
             return None
         if state.template is not None and state.signature != visit.entered:
             self.forget(state)  # its members return other shapes as well
@@ -180,7 +180,6 @@ class SpanCalls:
         if state.unusable:
             frame.reason = f"{span.name} {state.unusable}"
             return False
-        lanes = state.history.lanes
         if not state.history or state.template is None:
             frame.reason = "no history"
             return False
@@ -196,12 +195,7 @@ class SpanCalls:
             frame.reason = "not finite"
             return False
         try:
-            if len(lanes) == 1:
-                (lane,) = lanes
-                weights: Any = self._method.forecaster.weights(Query([node for node, _ in lane], frame.step.index))
-                slots = [slot for _, slot in lane]
-            else:
-                weights, slots = self._row_weights(frame, state), list(range(len(state.history.slots)))
+            weights, slots = self._weights(frame, span, state)
             visit.forecast = []
             for i, leaf in enumerate(state.template.leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
@@ -216,8 +210,8 @@ class SpanCalls:
             frame.reason = "failure"
             return False
 
-    def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> list[float] | None:
-        """What a span whose every slot is taken is forecast with, [slots]; None where it must be computed."""
+    def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> Tensor | None:
+        """What a span whose every slot is taken is forecast with, [slots] or [rows, slots]; None: it is computed."""
         assert frame.actions is not None
         if frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]:
             return None
@@ -229,28 +223,58 @@ class SpanCalls:
             return None
         (lane,) = state.history.lanes
         try:
-            weights = self._method.forecaster.weights(Query([node for node, _ in lane], frame.step.index))
-            by_slot = dict(zip((slot for _, slot in lane), weights, strict=True))
+            table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
+            by_slot = [dict(zip((slot for _, slot in lane), weights, strict=True)) for weights in table]
         except Exception as error:
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
             return None
-        return [by_slot.get(slot, 0.0) for slot in range(state.history.capacity)]
+        feature = state.history.slots[0][0]
+        whole = [[weights.get(slot, 0.0) for slot in range(state.history.capacity)] for weights in by_slot]
+        if self._run.forecaster.row_guidance == 1:
+            return _tensor(whole[0], feature)
+        # the same shape whether branches differ or not: another one would be compiled anew
+        return _tensor(_spread(whole, len(feature)), feature)
 
-    def _row_weights(self, frame: Frame, state: SpanState) -> Tensor:
-        """[rows, slots]; rows that were computed at the same steps share what the forecaster says."""
-        known: dict[tuple[float, ...], tuple[float, ...]] = {}
-        table = [[0.0] * len(state.history.slots) for _ in state.history.lanes]
-        for row, lane in zip(table, state.history.lanes, strict=True):
+    def _weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Sequence[float] | Tensor, list[int]]:
+        """One weight for each of the slots named; [rows, slots] where rows differ in theirs."""
+        history = state.history
+        if len(history.lanes) == 1:
+            (lane,) = history.lanes
+            table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
+            slots = [slot for _, slot in lane]
+            if len(table) == 1:
+                return table[0], slots
+            feature = history.slots[0][0]
+            return _tensor(_spread(table, len(feature)), feature), slots
+        # rows that were computed at the same steps share what the forecaster says
+        known: dict[tuple[float, ...], list[tuple[float, ...]]] = {}
+        slots = list(range(len(history.slots)))
+        by_row = [[0.0] * len(slots) for _ in history.lanes]
+        for place, (row, lane) in enumerate(zip(by_row, history.lanes, strict=True)):
             nodes = tuple(node for node, _ in lane)
             if nodes not in known:
-                known[nodes] = self._method.forecaster.weights(Query(nodes, frame.step.index))
-            for (_, slot), weight in zip(lane, known[nodes], strict=True):
+                known[nodes] = self._branch_weights(frame, span, nodes)
+            weights = known[nodes][place * len(known[nodes]) // len(by_row)]
+            for (_, slot), weight in zip(lane, weights, strict=True):
                 row[slot] = weight
-        feature = state.history.slots[0][0]
-        wide = torch.float64 if feature.dtype == torch.float64 else torch.float32
-        return torch.tensor(table, dtype=wide, device=feature.device)
+        return _tensor(by_row, history.slots[0][0]), slots
+
+    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[tuple[float, ...]]:
+        """A weight per node, once for all rows or once for each guidance branch that is stacked in the rows."""
+        forecaster = self._run.forecaster
+        count = forecaster.row_guidance
+        if count > 1 and frame.batch % count:
+            self._run.warn(
+                f"{forecaster.name} has weights for {count} guidance branches in one call, but its {frame.batch} rows "
+                "are no multiple of that: the weights of the first are taken for all"
+            )
+            count = 1
+        index = self._run.session.span_index[span]
+        first = frame.position * forecaster.row_guidance
+        table = [forecaster.weights(Query(nodes, frame.step.index, index, first + i)) for i in range(count)]
+        return table[:1] if all(weights == table[0] for weights in table[1:]) else table
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -292,7 +316,7 @@ class SpanCalls:
         span, state = visit.span, visit.state
         if visit.independent is not None:
             self._run.session.independent[span, visit.entered] = self._agreed(visit)
-        feature = self._method.forecaster.feature
+        feature = self._run.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
         if state.template is None or state.signature != visit.entered:
             self.forget(state, structure=False)
@@ -310,6 +334,11 @@ class SpanCalls:
             tensors = state.template.split(output)
         if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
+            return
+        observer = self._run.session.observer
+        if observer is not None:
+            observer.span_computed(frame, span, visit.inputs, state.template.leaves, tensors)
+        if not visit.stores:
             return
         bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
         state.history.observe(frame.step.index, tensors, bases)
@@ -425,6 +454,19 @@ class SpanCalls:
         self._states.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+
+
+def _spread(table: Sequence[Any], rows: int) -> list[Any]:
+    """Each entry for its share of the rows."""
+    return [table[row * len(table) // rows] for row in range(rows)]
+
+
+def _tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:
+    """Weights for features like this one, on its device."""
+    values = torch.tensor(weights, dtype=torch.float64 if feature.dtype == torch.float64 else torch.float32)
+    if feature.is_cuda:
+        return values.pin_memory().to(feature.device, non_blocking=True)  # or the host would wait
+    return values.to(feature.device)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine.patches import wrapped_step
 from ..measure import flop_counter
-from .subjects import wrapped_step
 
 
 class StepWork(NamedTuple):

@@ -1,6 +1,5 @@
 """What an evaluation generates with: a shipped model, or any diffusers pipeline from a folder or the hub."""
 
-import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..models import find_denoisers, unwrap
 from ..registry import unknown_name
@@ -77,31 +77,6 @@ class Subject(ABC):
         latents = found[-1] if found and len(found[-1]) % len(images) == 0 else images.flatten(1)
         latents = latents[: len(images)]  # some pipelines step both guidance branches
         return Output(images.detach().float().cpu(), latents.detach().float().cpu())
-
-
-@contextmanager
-def wrapped_step(scheduler: Any, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`scheduler.step` is make(step) inside the block.
-
-    On its class, for pipelines look at the signature of an instance's own; blocks of this kind must nest.
-    """
-    cls = type(scheduler)
-    own = vars(cls).get("step")
-    original = cls.step
-    inner = make(original)
-
-    @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (inner if self is scheduler else original)(self, *args, **kwargs)
-
-    cls.step = step
-    try:
-        yield
-    finally:
-        if own is not None:
-            cls.step = own
-        else:
-            del cls.step
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Guards: limits on reuse that hold for every policy, as one wrapper."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ..context import Needs, PassState, Policy, Step, Verdict
 from ..errors import ConfigError
@@ -75,6 +76,11 @@ class Guarded:
     def planned(self) -> bool:
         """Whether decisions depend on the step alone, so that the whole schedule is known beforehand."""
         return not self.needs.signals
+
+    def for_run(self, noise_levels: Sequence[float]) -> "Guarded":
+        """The same under the same guards, for a run through these noise levels."""
+        policy = self.policy.for_run(noise_levels)
+        return self if policy is self.policy else replace(self, policy=policy)
 
     def schedule(self, total: int) -> Schedule | None:
         """The schedule of a run of `total` steps, or None for a policy that decides from signals."""

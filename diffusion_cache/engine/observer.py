@@ -1,0 +1,29 @@
+"""Watching a session's runs from outside: what profiling records and fitting needs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..history import Leaf
+from ..models import Span
+from .frame import Frame
+from .structure import Inputs
+
+
+class Observer:
+    """Does nothing; what it is told of must not be changed in place. What it raises ends the generation."""
+
+    def run_began(self, run: Any) -> None:
+        """A CacheRun is about to generate."""
+
+    def span_computed(
+        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
+    ) -> None:
+        """A span was computed: outputs are its tensors, leaves[i].base the key of the input outputs[i] continues."""
+
+    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+        """A denoiser call is over. again() makes the same call once more: the same spans reused from the same history.
+
+        It may be used until the scheduler's step; what a computed span gives then is not stored.
+        """

@@ -1,0 +1,161 @@
+"""One batch of a pipeline's generations that can be made again and again, and what its uncached run looks like."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Method, Observer, Session
+from ..engine.frame import Frame
+from ..engine.patches import wrapped_step
+from ..errors import ConfigError
+from ..forecasters import Reuse
+from ..policies import Guarded, Interval
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`call()` makes the same `count` samples every time, with the pipeline as it stands.
+
+    images: the samples in what it returned, float [count, ...] in [0, 1].
+    """
+
+    pipe: Any
+    call: Callable[[], Any]
+    images: Callable[[Any], Tensor]
+    count: int
+
+
+@dataclass
+class Teacher:
+    """The uncached run of a batch.
+
+    states: what each `scheduler.step` gave, [rows, ...]; rows may be a multiple of the samples. images: [count, ...].
+    calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call.
+    """
+
+    batch: Batch
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+    states: list[Tensor] = field(default_factory=list)
+    noise_levels: tuple[float, ...] = ()
+    calls: int = 0
+    rows: int = 1
+
+    @property
+    def steps(self) -> int:
+        return len(self.states)
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches of a step."""
+        return self.calls * self.rows
+
+
+class _Counting(Observer):
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        self.run: Any = None
+
+    def run_began(self, run: Any) -> None:
+        self.run = run
+
+    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+        teacher = self.teacher
+        teacher.calls = max(teacher.calls, frame.position + 1)
+        teacher.rows = max(1, frame.batch // teacher.batch.count)
+
+
+def teach(batch: Batch) -> Teacher:
+    """Generate the batch uncached and note its path.
+
+    Raises:
+        ConfigError: if the sampler's steps or the denoiser's calls cannot be seen, or something is not finite.
+    """
+    teacher = Teacher(batch)
+    counting = _Counting(teacher)
+
+    def make(step: Callable) -> Callable:
+        def noted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(scheduler, *args, **kwargs)
+            teacher.states.append(state_of(result).detach().clone())
+            return result
+
+        return noted
+
+    method = Method(Guarded(Interval(1)), Reuse(), "denoiser")
+    with attached(batch.pipe, method, counting), wrapped_step(batch.pipe.scheduler, make):
+        teacher.images = batch.images(batch.call()).detach().float()
+    if not teacher.calls or not teacher.states:
+        raise ConfigError(
+            f"{type(batch.pipe).__name__}: no denoiser call or no scheduler step was seen in a generation, so there is "
+            "no path to fit to"
+        )
+    if len(teacher.images) != batch.count:
+        raise ConfigError(f"a generation gave {len(teacher.images)} samples where {batch.count} were asked for")
+    for index, state in enumerate(teacher.states):
+        if not bool(torch.isfinite(state).all()):
+            raise ConfigError(
+                f"the uncached generation is not finite from step {index} on: nothing can be fitted to it"
+            )
+    teacher.noise_levels = tuple(counting.run.noise_levels)
+    return teacher
+
+
+def state_of(result: Any) -> Tensor:
+    """The next state in what `scheduler.step` returned."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+class attached:  # noqa: N801 - used as a function
+    """A session of this method and observer on a pipeline, inside the block; what was enabled before comes back."""
+
+    def __init__(self, pipe: Any, method: Method, observer: Observer):
+        self.pipe, self.session = pipe, Session(method, observer=observer)
+
+    def __enter__(self) -> Session:
+        from ..engine.session import session_of
+
+        self.before = session_of(self.pipe)
+        self.session.attach_pipeline(self.pipe)
+        return self.session
+
+    def __exit__(self, *error: object) -> None:
+        self.session.detach_pipeline(self.pipe)
+        if self.before is not None:
+            self.before.attach_pipeline(self.pipe)
+
+
+class StepCall:
+    """The arguments of one `scheduler.step`, by name."""
+
+    def __init__(self, step: Callable, scheduler: Any, args: tuple, kwargs: dict[str, Any]):
+        self._bound = inspect.signature(step).bind(scheduler, *args, **kwargs)
+        self._step = step
+
+    @property
+    def model_output(self) -> Tensor:
+        return self._bound.arguments["model_output"]
+
+    def result(self, model_output: Tensor, scheduler: Any = None, sample: Tensor | None = None) -> Any:
+        """What the step gives for another model output, on another scheduler or sample if given."""
+        arguments = dict(self._bound.arguments)
+        arguments["model_output"] = model_output
+        if sample is not None:
+            arguments["sample"] = sample
+        if scheduler is not None:
+            arguments[next(iter(arguments))] = scheduler
+        bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
+        return self._step(*bound.args, **bound.kwargs)
+
+    @property
+    def sample(self) -> Tensor:
+        return self._bound.arguments["sample"]
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        given = self._bound.arguments.get("generator")
+        listed = given if isinstance(given, (list, tuple)) else [given]
+        return [generator for generator in listed if isinstance(generator, torch.Generator)]
