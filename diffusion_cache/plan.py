@@ -1,0 +1,374 @@
+"""A plan: which steps to compute, with what the others are forecast, and how good and fast that was measured to be."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .fingerprint import Fields, integer, json_object, number, optional, plain_json, same_levels, text, tuple_of
+from .schedule import Schedule
+
+FEATURES = ("auto", "residual", "output")
+MAX_HISTORY = 8
+MAX_STEPS = 10_000
+MAX_CELLS = 10_000_000  # steps × passes × spans of one plan
+
+TENSORS = {"nodes": torch.int32, "weights": torch.float64, "base": torch.float64, "compute": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric (higher is better) of held-out samples against their uncached outputs.
+
+    p5: the value that at least 95% of the samples reach. worst, worst_seed: the lowest value and its sample's seed.
+    """
+
+    metric: str
+    mean: float
+    p5: float
+    worst: float
+    worst_seed: int
+    n: int
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, metric: str, values: Sequence[float], seeds: Sequence[int]) -> "Quality":
+        """From one value and seed a sample; infinity (PSNR of an identical image) is a value, NaN is not.
+
+        Raises:
+            ConfigError: without values, for a NaN, or another number of seeds than of values.
+        """
+        values, seeds = tuple(float(value) for value in values), tuple(int(seed) for seed in seeds)
+        if not values or len(values) != len(seeds):
+            raise ConfigError(f"{metric}: {len(values)} values and {len(seeds)} seeds; give one of each a sample")
+        if any(math.isnan(value) for value in values):
+            raise ConfigError(f"{metric} of seed {seeds[[math.isnan(v) for v in values].index(True)]} is NaN")
+        ranked = sorted(values)
+        return cls(
+            metric=metric,
+            mean=statistics.fmean(values),
+            p5=ranked[len(values) // 20],
+            worst=ranked[0],
+            worst_seed=seeds[values.index(ranked[0])],
+            n=len(values),
+            values=values,
+            seeds=seeds,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return plain_json({"metric": self.metric, "values": self.values, "seeds": self.seeds})
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> "Quality":
+        """The figures are computed again from the values, so that they cannot disagree with them."""
+        fields = Fields(value, where)
+        stored = fields("metric", text), fields("values", tuple_of(number)), fields("seeds", tuple_of(integer))
+        fields.end()
+        return cls.of(*stored)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Uncached time over the plan's time: median over pairs of runs, with the spread of the pairs."""
+
+    ratio: float
+    low: float
+    high: float
+    device: str
+    batch: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.ratio <= self.high < math.inf:
+            raise ConfigError(f"a speed of {self.ratio} cannot have a spread from {self.low} to {self.high}")
+
+    def to_json(self) -> dict[str, Any]:
+        return plain_json(vars(self))
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> "Speed":
+        fields = Fields(value, where)
+        speed = cls(
+            ratio=fields("ratio", number),
+            low=fields("low", number),
+            high=fields("high", number),
+            device=fields("device", text),
+            batch=fields("batch", integer),
+        )
+        fields.end()
+        return speed
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule with the forecaster weights fitted for it. T steps, P passes, S spans, K features.
+
+    schedule: compute[T][P][S]. noise_levels: log-SNR of each step, [T], or empty if the sampler does not tell.
+    nodes: int32 [T, S, K], the steps whose features the weights are for, oldest first, −1 in front where there are
+    fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor. base: float64
+    [T, P, S], what is added to the weight of the span's input; None for zeros. An axis of length one stands for all
+    passes or spans. sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
+    nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
+    values on how it was made. quality, speed: measured on held-out samples, None if they were not.
+    """
+
+    name: str
+    scope: str
+    depth: int | None
+    feature: str
+    schedule: Schedule
+    noise_levels: tuple[float, ...]
+    nodes: Tensor
+    weights: Tensor
+    base: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros
+    sigmas: tuple[float, ...] | None = None
+    nfe: float = None  # type: ignore[assignment]  # __post_init__ counts the schedule's
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    quality: Quality | None = None
+    speed: Speed | None = None
+
+    def __post_init__(self) -> None:
+        if self.nfe is None:
+            object.__setattr__(self, "nfe", self.schedule.nfe)
+        if self.base is None:
+            object.__setattr__(self, "base", torch.zeros(self.weights.shape[:3], dtype=torch.float64))
+        self._check()
+
+    def _check(self) -> None:
+        where, steps, compute = f"plan {self.name!r}", self.total, self.schedule.compute
+        shapes = {(len(row), *map(len, row)) for row in compute}
+        passes, *spans = next(iter(shapes))
+        if len(shapes) > 1 or len(set(spans)) != 1 or not passes or not spans[0]:
+            raise ConfigError(f"{where}: the schedule must have the same passes and spans at each step")
+        if self.feature not in FEATURES:
+            raise ConfigError(f"{where}: feature must be one of {', '.join(FEATURES)}, not {self.feature!r}")
+        if steps > MAX_STEPS or steps * passes * spans[0] > MAX_CELLS:
+            raise ConfigError(f"{where}: {steps} steps × {passes} passes × {spans[0]} spans are too many for a plan")
+        _need(where, "noise levels", len(self.noise_levels) in (0, steps), f"one for each of {steps} steps")
+        _need(where, "noise levels", not any(map(math.isnan, self.noise_levels)), "no NaN")
+        _need(where, "NFE", 0 < self.nfe < math.inf, f"a positive number, not {self.nfe}")
+        _need(where, "depth", self.depth is None or self.depth >= 0, f"0 or more, not {self.depth}")
+        _need(where, "sigmas", all(map(math.isfinite, self.sigmas or ())), "finite numbers")
+        check_facts(self.facts, where)
+
+        for name in ("nodes", "weights", "base"):
+            tensor = getattr(self, name)
+            _need(where, name, tensor.dtype == TENSORS[name], f"dtype {TENSORS[name]}, not {tensor.dtype}")
+        nodes, weights, base = self.nodes, self.weights, self.base
+        _need(where, "nodes", nodes.ndim == 3 and weights.ndim == 4, "3 axes [T, S, K], and 4 [T, P, S, K] for weights")
+        history = nodes.shape[2]
+        _need(where, "nodes", 1 <= history <= MAX_HISTORY, f"1 to {MAX_HISTORY} a step")
+        axes = [{1, size, count} for size, count in zip((passes, spans[0]), weights.shape[1:3], strict=True)]
+        fitting = all(len(sizes - {1}) <= 1 and 0 not in sizes for sizes in axes)
+        fitting = fitting and (*weights.shape[:3], history) == weights.shape and base.shape == weights.shape[:3]
+        if not fitting or nodes.shape[:2] != (steps, weights.shape[2]) or len(weights) != steps:
+            found = ", ".join(str(tuple(tensor.shape)) for tensor in (nodes, weights, base))
+            raise ConfigError(
+                f"{where}: nodes [T, S, K], weights [T, P, S, K] and base [T, P, S] have shapes {found}, "
+                f"the schedule has T={steps}, P={passes}, S={spans[0]}"
+            )
+        self._check_values(where)
+
+    def _check_values(self, where: str) -> None:
+        nodes, weights = self.nodes, self.weights
+        given = nodes >= 0
+        in_order = (nodes[..., 1:] > nodes[..., :-1]) | (nodes[..., :-1] == -1)
+        earlier = nodes < torch.arange(len(nodes))[:, None, None]
+        _need(where, "nodes", bool(in_order.all() and earlier.all() and (nodes >= -1).all()), "earlier steps, in order")
+        _need(where, "base", bool(torch.isfinite(self.base).all()), "finite numbers")
+
+        fitted = torch.isfinite(weights).any(dim=3)  # [T, P, S]
+        slots = given[:, None].expand_as(weights)
+        complete = torch.where(slots, torch.isfinite(weights), weights.isnan() | (weights == 0)).all(dim=3)
+        _need(where, "weights", bool((fitted & complete | weights.isnan().all(dim=3)).all()), "finite at each node")
+        computed = self.computed()
+        reused = _where_any(~computed, weights)
+        _need(where, "weights", bool((reused | ~fitted).all()), "NaN where the step is computed")
+        # a node's feature exists only in passes and spans that computed it
+        step, pass_index, span, slot = torch.nonzero(fitted[..., None] & slots, as_tuple=True)
+        known = _where_any(computed, weights)[nodes[step, span, slot].long(), pass_index, span]
+        _need(where, "nodes", bool(known.all()), "computed steps")
+
+    @property
+    def total(self) -> int:
+        """Steps."""
+        return self.schedule.total
+
+    @property
+    def passes(self) -> int:
+        """Passes told apart; one stands for all."""
+        return max(len(self.schedule.compute[0]), self.weights.shape[1])
+
+    @property
+    def spans(self) -> int:
+        """Spans told apart; one stands for all."""
+        return max(len(self.schedule.compute[0][0]), self.weights.shape[2])
+
+    @property
+    def history(self) -> int:
+        """Features that the weights are for."""
+        return self.nodes.shape[2]
+
+    def computed(self) -> Tensor:
+        """The schedule as a bool tensor [T, P, S]."""
+        return torch.tensor(self.schedule.compute, dtype=torch.bool)
+
+    def resampled(self, noise_levels: Sequence[float]) -> "Plan":
+        """The plan for a run with other noise levels (log-SNR, one a step): another number of steps, another shift.
+
+        Where they are this plan's own to within 1e-3 step by step, the plan itself. Otherwise the share of computed
+        steps and the noise levels where they are dense are kept, while the weights (Taylor takes their place), moved
+        sigmas and what was measured are dropped. A plan without noise levels is stretched to the number of steps.
+        """
+        if self.noise_levels and same_levels(self.noise_levels, noise_levels):
+            return self
+        total, history = len(noise_levels), self.history
+        places = positions(self.noise_levels, noise_levels, self.total)
+
+        @cache
+        def lane(steps: tuple[int, ...]) -> frozenset[int]:
+            return frozenset(_resampled_steps(steps, self.total, places))
+
+        computed = self.computed()
+        _, passes, spans = computed.shape
+        after = torch.zeros(total, passes, spans, dtype=torch.bool)
+        for p in range(passes):
+            for s in range(spans):
+                after[list(lane(tuple(computed[:, p, s].nonzero().flatten().tolist()))), p, s] = True
+        schedule = _schedule(after)
+        shape = (total, self.weights.shape[1], self.weights.shape[2], history)
+        return replace(
+            self,
+            schedule=schedule,
+            noise_levels=tuple(float(level) for level in noise_levels),
+            nodes=torch.full((total, shape[2], history), -1, dtype=torch.int32),
+            weights=torch.full(shape, math.nan, dtype=torch.float64),
+            base=torch.zeros(shape[:3], dtype=torch.float64),
+            sigmas=None,
+            nfe=self._nfe_of(schedule),
+            facts={**self.facts, "resampled_from_steps": self.total},
+            quality=None,
+            speed=None,
+        )
+
+    def _nfe_of(self, schedule: Schedule) -> float:
+        """A reused step costs the same share of an evaluation as in this plan."""
+        computed, reused = self.schedule.nfe, self.total - self.schedule.nfe
+        share = (self.nfe - computed) / reused if reused else 0.0
+        return schedule.nfe + share * (schedule.total - schedule.nfe)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensors, as plain JSON values."""
+        names = ("name", "scope", "depth", "feature", "noise_levels", "sigmas", "nfe", "facts")
+        stored = {name: plain_json(getattr(self, name)) for name in names}
+        stored["quality"] = self.quality and self.quality.to_json()
+        stored["speed"] = self.speed and self.speed.to_json()
+        return stored
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that belong to `to_json`: nodes, weights, base, and the schedule as compute (uint8 [T, P, S])."""
+        return {
+            **{name: getattr(self, name) for name in ("nodes", "weights", "base")},
+            "compute": self.computed().byte(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, tensors: Mapping[str, Tensor], where: str = "plan") -> "Plan":
+        """Raises ConfigError where value and tensors are not what `to_json` and `tensors` make."""
+        fields = Fields(value, where)
+        compute = tensors["compute"]
+        if compute.ndim != 3 or compute.shape[0] > MAX_STEPS or not 0 < compute.numel() <= MAX_CELLS:
+            raise ConfigError(f"{where}: a schedule of shape {tuple(compute.shape)} is none: expected [T, P, S]")
+        if bool((compute > 1).any()):
+            raise ConfigError(f"{where}: the schedule holds other values than 0 and 1")
+        plan = cls(
+            name=fields("name", text),
+            scope=fields("scope", text),
+            depth=fields("depth", optional(integer)),
+            feature=fields("feature", text),
+            schedule=_schedule(compute.bool()),
+            noise_levels=fields("noise_levels", tuple_of(number)),
+            nodes=tensors["nodes"],
+            weights=tensors["weights"],
+            base=tensors["base"],
+            sigmas=fields("sigmas", optional(tuple_of(number))),
+            nfe=fields("nfe", number),
+            facts=fields("facts", json_object),
+            quality=fields("quality", optional(Quality.from_json)),
+            speed=fields("speed", optional(Speed.from_json)),
+        )
+        fields.end()
+        return plan
+
+
+def check_facts(facts: Mapping[str, Any], where: str) -> None:
+    """ConfigError for facts that JSON cannot hold."""
+    try:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: its facts cannot be stored as JSON: {error}") from error
+
+
+def positions(old: Sequence[float], new: Sequence[float], total: int) -> "np.ndarray[Any, Any]":
+    """Where new noise levels (log-SNR, noisiest first) stand among old ones: positions in old steps, 0 … total − 1.
+
+    Linear in log-SNR between old steps; clamped beyond their ends; never decreasing. An infinite level at an end is
+    taken to lie as far from its neighbour as the next one does. With no (finite) old levels, by the share of the run.
+
+    Raises:
+        ConfigError: for no new levels, more than 10,000, or a NaN among them.
+    """
+    if not 1 <= len(new) <= MAX_STEPS or any(math.isnan(level) for level in new):
+        raise ConfigError(f"cannot resample to {len(new)} noise levels: give 1 to {MAX_STEPS:,} numbers, none NaN")
+    levels = np.array(old, dtype=np.float64)
+    finite = levels[np.isfinite(levels)]
+    if not len(finite):
+        return np.linspace(0, total - 1, len(new))
+    gaps = [gap for gap in np.diff(finite) if gap > 0] or [1.0]
+    levels[levels == -math.inf] = finite[0] - gaps[0]
+    levels[levels == math.inf] = finite[-1] + gaps[-1]
+    levels = np.maximum.accumulate(levels)
+    found = np.interp(np.array(new, dtype=np.float64), levels, np.arange(total))
+    return np.maximum.accumulate(found)
+
+
+def _resampled_steps(computed: Sequence[int], total: int, places: "np.ndarray[Any, Any]") -> list[int]:
+    """New steps for the computed ones of `total` old steps; places: where each new step stands among the old."""
+    count = min(len(places), max(1, math.floor(len(computed) * len(places) / total + 0.5)))
+    # evenly in the rank of computed steps, which keeps them dense where they were; of several, the last one is kept
+    if len(computed) > 1 and count > 1:
+        ranks = np.linspace(0, len(computed) - 1, count)
+    else:
+        ranks = np.arange(count) / count
+    wanted = np.interp(ranks, np.arange(len(computed) + 1), [*computed, total])
+    steps: list[int] = []
+    for i, place in enumerate(wanted):
+        nearest = int(np.argmin(np.abs(places - place))) if i else 0
+        earliest = steps[-1] + 1 if steps else 0
+        steps.append(min(max(nearest, earliest), len(places) - (count - i)))
+    return steps
+
+
+def _where_any(mask: Tensor, weights: Tensor) -> Tensor:
+    """A mask [T, P, S] with the passes and spans of weights [T, P', S', K]: true where any that they share is."""
+    for axis in (1, 2):
+        if weights.shape[axis] == 1:
+            mask = mask.any(dim=axis, keepdim=True)
+    return mask.expand(weights.shape[:3])
+
+
+def _schedule(computed: Tensor) -> Schedule:
+    return Schedule(tuple(tuple(tuple(row) for row in step) for step in computed.tolist()))
+
+
+def _need(where: str, what: str, condition: bool, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{where}: {what}: expected {wanted}")

@@ -1,0 +1,152 @@
+"""The error of a linear forecast, read off the Gram matrix of a span's features; no run of the model.
+
+Every forecaster here is a weighted sum of past features, so its squared error is a quadratic form in the inner
+products that a profile holds (methods: "profile once, and every question becomes linear algebra"). Several passes, or
+several spans forecast at the same steps, share their errors by adding their Gram matrices.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ConfigError
+
+Array = NDArray[np.float64]
+
+# an array over (previous node, node, step) of so many steps takes half a gigabyte, and planning takes several
+MOST_STEPS = 400
+
+
+def forecast_error(gram: ArrayLike, nodes: ArrayLike, weights: ArrayLike, target: ArrayLike) -> Array:
+    """‖Σ_j w_j F_j − F_t‖² = wᵀGw − 2wᵀg_t + G_tt, at least 0.
+
+    gram: [T, T], inner products of one span's features. nodes: [..., K] steps whose features are weighted, −1 for a
+    slot without one (its weight is not read). weights: [..., K]. target: [...] steps that are forecast.
+
+    Returns: [...], in the unit of `gram`.
+
+    Raises:
+        ConfigError: where gram is not square, or a node or target is not one of its steps.
+    """
+    gram = _gram(gram)
+    nodes, target = np.asarray(nodes), np.asarray(target)
+    if nodes.size and not -1 <= nodes.min() <= nodes.max() < len(gram):
+        raise ConfigError(f"nodes must be steps from 0 to {len(gram) - 1}, or −1 for none: {nodes.tolist()}")
+    if target.size and not 0 <= target.min() <= target.max() < len(gram):
+        raise ConfigError(f"the steps to forecast must be from 0 to {len(gram) - 1}: {target.tolist()}")
+    weights = np.where(nodes < 0, 0.0, np.asarray(weights, dtype=np.float64))
+    between = gram[nodes[..., :, None], nodes[..., None, :]]  # [..., K, K]
+    across = gram[nodes, target[..., None]]  # [..., K]
+    squares = np.einsum("...j,...jk,...k->...", weights, between, weights)
+    return np.maximum(squares - 2 * (weights * across).sum(-1) + gram[target, target], 0.0)
+
+
+def taylor_errors(gram: ArrayLike) -> Array:
+    """Squared errors of forecasting step t with Taylor-1 through the features of steps h < i < t, on the step index.
+
+    gram: [T, T], inner products of one span's features. Errors are differences of its entries: keep it in float64, as
+    rounded to float32 it hides relative errors below some 1e-3.
+
+    Returns: err[h + 1, i, t], [T, T, T] float64, at least 0; err[0, i, t] is that of plain reuse of step i (one node).
+    Zero where not h < i < t.
+
+    Raises:
+        ConfigError: where gram is not square or not finite, or has more than MOST_STEPS steps.
+    """
+    gram = _gram(gram)
+    steps = len(gram)
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"planning is limited to {MOST_STEPS} steps (memory), not {steps}: plan for fewer and resample"
+        )
+    energy = gram.diagonal()
+    distance = np.maximum(energy[:, None] + energy[None, :] - 2 * gram, 0.0)  # ‖F_a − F_b‖²
+    errors = np.zeros((steps, steps, steps))
+    errors[0] = np.triu(distance, 1)
+    for i in range(1, steps - 1):
+        # with r = (t − i)/(i − h) the error is (F_i − F_t) + r(F_i − F_h); its square needs distances only
+        ratio = np.arange(1, steps - i) / np.arange(i, 0, -1)[:, None]  # [h, t]
+        square = (1 + ratio) * (distance[i, i + 1 :] + ratio * distance[:i, i, None]) - ratio * distance[:i, i + 1 :]
+        np.maximum(square, 0.0, out=errors[1 : i + 1, i, i + 1 :])
+    return errors
+
+
+def least_squares(
+    gram: ArrayLike, nodes: Sequence[int], target: int, *, ridge: float = 1e-3, affine: bool = False
+) -> Array:
+    """The weights on the nodes' features with the smallest squared error at `target`, plus a ridge.
+
+    gram: [T, T], inner products of one span's features. nodes: steps whose features are weighted, oldest first, −1
+    for a slot without one (gets weight 0). ridge: in units of the mean diagonal of the system. affine: the weights sum
+    to one, so that a constant feature is kept; the ridge then draws towards reuse of the newest node rather than to 0.
+
+    Returns: [len(nodes)].
+
+    Raises:
+        ConfigError: where gram is not square, there is no node, or a step is not one of gram's.
+    """
+    gram = _gram(gram)
+    slots = [slot for slot, node in enumerate(nodes) if node >= 0]
+    used = [nodes[slot] for slot in slots]
+    if not used:
+        raise ConfigError("least squares needs at least one node")
+    if not 0 <= target < len(gram) or max(used) >= len(gram):
+        raise ConfigError(f"steps must be from 0 to {len(gram) - 1}: nodes {list(nodes)}, target {target}")
+    if ridge < 0:
+        raise ConfigError(f"ridge must be at least 0, not {ridge}")
+    system, right = gram[np.ix_(used, used)], gram[used, target]
+    if affine:
+        # unknowns: the weights of F_j − F_newest, which forecast F_target − F_newest
+        newest, corner = system[-1], system[-1, -1]
+        right = right[:-1] - newest[:-1] - right[-1] + corner
+        system = system[:-1, :-1] - newest[:-1] - newest[:-1, None] + corner
+    solution = np.zeros(len(right))
+    if len(right):
+        system = system + ridge * system.trace() / len(system) * np.eye(len(system))
+        solution = np.linalg.lstsq(system, right, rcond=None)[0]
+    if affine:
+        solution = np.append(solution, 1.0 - solution.sum())
+    weights = np.zeros(len(nodes))
+    weights[slots] = solution
+    return weights
+
+
+def damages(err: ArrayLike, sensitivity: ArrayLike, energy: ArrayLike, exponent: float = 1.0) -> Array:
+    """What each forecast does to the final output: (sensitivity_t · sqrt(err / energy_t))^exponent.
+
+    err: [..., T], squared errors of forecasting step t. sensitivity: [T], final error per unit of relative error.
+    energy: [T], the feature's squared norm, in err's unit (the Gram matrix's diagonal).
+
+    Returns: [..., T]. Where a feature is zero its relative error is 0 if it is forecast exactly, else infinite (that
+    step is never reused).
+
+    Raises:
+        ConfigError: for lengths that disagree, and negative or non-finite sensitivities or energies.
+    """
+    err = np.asarray(err, dtype=np.float64)
+    per_step = []
+    for name, values in (("sensitivity", sensitivity), ("energy", energy)):
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != err.shape[-1:]:
+            raise ConfigError(f"{name} needs one value for each of {err.shape[-1]} steps, not shape {values.shape}")
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise ConfigError(f"{name} must be finite and at least 0 at every step")
+        per_step.append(values)
+    sensitivity, energy = per_step
+    zero = energy == 0
+    damage = np.sqrt(err / np.where(zero, 1.0, energy))
+    damage *= sensitivity
+    if exponent != 1:
+        damage **= exponent
+    damage[..., zero] = np.where(err[..., zero] > 0, np.inf, 0.0)
+    return damage
+
+
+def _gram(gram: ArrayLike) -> Array:
+    gram = np.asarray(gram, dtype=np.float64)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.size:
+        raise ConfigError(f"a Gram matrix must be [steps, steps], not {list(gram.shape)}")
+    if not np.isfinite(gram).all():
+        raise ConfigError("the Gram matrix holds values that are not finite: profile again")
+    return gram

@@ -1,0 +1,461 @@
+"""Published figures: all of them are there as published, and they drive a model where a policy for them exists."""
+
+import hashlib
+import json
+from collections import Counter
+from functools import cache
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import zoo
+from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache, nearest_interp
+
+import diffusion_cache as dc
+from diffusion_cache import published
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.policies.mask import Mask
+
+NAMES = published.names()
+ENTRIES = {name: published.load(name) for name in NAMES}
+COUNTS = {
+    "dbcache": 32,
+    "faster_cache": 1,
+    "first_block_cache": 1,
+    "fora": 3,
+    "l2c": 1,
+    "lemica": 37,
+    "magcache": 29,
+    "meancache": 11,
+    "profilingdit": 1,
+    "pyramid_attention_broadcast": 1,
+    "scm": 19,
+    "sea_cache": 1,
+    "smoothcache": 5,
+    "taylorseer": 1,
+    "teacache": 39,
+}
+# SHA-256 over the collected figures (canonical JSON, one entry a line, sorted), and what was added to them since
+DIGEST = "ec87a1fa944aa5938e68812a8b3c25a0b713785043dc115db6b4658acfb716ca"
+ADDED_ENTRIES = {"profilingdit/hunyuanvideo-50"}
+ADDED_FIGURES = {"magcache/wan2.2-i2v-a14b-40": {"first_reusable_step"}}  # stated in its notes
+RATIOS = [name for name in NAMES if ENTRIES[name].method == "magcache"]
+DRIVING = [name for name in NAMES if ENTRIES[name].has_mask and ENTRIES[name].transformer]
+
+
+def collected(entry: published.Published) -> str:
+    figures = {key: entry.figures[key] for key in entry.figures if key not in ADDED_FIGURES.get(entry.name, ())}
+    fields = {
+        "method": entry.method,
+        "model": entry.model,
+        "diffusers_transformer": entry.transformer,
+        "variant": entry.variant,
+        "num_inference_steps": entry.steps,
+        "figures": figures,
+        "recommended": entry.recommended,
+        "notes": entry.notes,
+        "source": f"{entry.source}, {entry.licence}",
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def test_nothing_is_lost_or_altered():
+    lines = sorted(collected(entry) for name, entry in ENTRIES.items() if name not in ADDED_ENTRIES)
+    assert len(lines) == 181
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == DIGEST
+    assert Counter(entry.method for entry in ENTRIES.values()) == COUNTS
+
+
+def test_names_are_unique_and_found_in_the_file_of_their_method():
+    files = published._shipped()
+    assert sorted(name for file in files.values() for name in json.loads(file.read_text())) == NAMES
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(name.startswith(f"{stem}/") for stem, file in files.items() for name in json.loads(file.read_text()))
+
+
+def test_figures_for_one_number_of_steps_say_so_in_their_name():
+    for name, entry in ENTRIES.items():
+        if entry.method in published._LISTS | {"magcache"}:
+            assert str(entry.steps) in name.split("/")[1].replace("of", "-").split("-"), name
+
+
+def test_licence_and_source_are_told():
+    assert {entry.licence for entry in ENTRIES.values()} == {"Apache-2.0"}
+    assert all("(" in entry.source and "/" in entry.source for entry in ENTRIES.values())
+
+
+def test_classes_exist_in_diffusers():
+    classes = {entry.transformer for entry in ENTRIES.values()} - {None}
+    assert len(classes) == 20
+    for name in classes:
+        assert issubclass(getattr(diffusers, name), torch.nn.Module), name
+
+
+def test_entry_as_documented():
+    entry = published.load("published/teacache/wan2.1-t2v-1.3b")
+    assert entry.name == "teacache/wan2.1-t2v-1.3b"
+    assert entry.figures["coefficients"] == [2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774]
+    assert (entry.model, entry.transformer, entry.steps) == ("Wan-AI/Wan2.1-T2V-1.3B", "WanTransformer3DModel", 50)
+    assert entry.source == "ali-vilab/TeaCache TeaCache4Wan2.1/teacache_generate.py (7c10efc)"
+    assert [setting["latency_speedup"] for setting in entry.recommended[:3]] == [1.5, 1.59, 1.99]
+
+
+# ratios
+
+
+def test_ratios_at_the_published_number_are_the_published_ones():
+    entry = ENTRIES["magcache/wan2.1-t2v-1.3b-50"]
+    assert entry.ratios() == entry.ratios(50)
+    assert entry.ratios()["cond"] == tuple(entry.figures["mag_ratios_cond"])
+    assert set(ENTRIES["magcache/omnigen2-edit-50"].ratios()) == {"cond", "uncond", "ref"}
+    assert ENTRIES["magcache/flux-dev-28"].ratios()["all"][:3] == (1.0, 1.21094, 1.11719)
+    tail = ENTRIES["magcache/wan2.1-t2v-1.3b-evaluation-50"].ratios()["uncond"]
+    assert tail[:6] == (1.0, 1.0, 1.0, 1.0, 1.0, 0.998309)
+    assert len(tail) == 50
+
+
+def test_resampling_is_the_authors_and_diffusers(tmp_path):
+    published_steps = sorted({ENTRIES[name].steps for name in RATIOS})
+    assert published_steps == [20, 25, 26, 28, 30, 40, 50]
+    for length in published_steps:
+        entry = magcache(tmp_path, steps=length, mag_ratios=list(range(1, length + 1)))
+        for steps in range(2, 101):
+            found = entry.ratios(steps)["all"]
+            assert found == tuple(1 + np.round(np.arange(steps) * ((length - 1) / (steps - 1))).astype(int))
+            # diffusers computes in float32, which rounds exact halves either way
+            theirs = nearest_interp(torch.arange(1, length + 1), steps).tolist()
+            halves = [2 * step * (length - 1) % (2 * (steps - 1)) == steps - 1 for step in range(steps)]
+            assert all(a == b for a, b, half in zip(found, theirs, halves, strict=True) if not half)
+            assert (found[0], found[-1]) == (1, length)
+        assert entry.ratios(1) == {"all": (length,)}
+
+
+def computed_by_diffusers(ratios, steps, threshold, max_skip, retention) -> str:
+    case = next(case for case in zoo.cases() if case.id == "FluxTransformer2DModel")
+    model = zoo.build(case)
+    computed: list[int] = []
+    config = MagCacheConfig(threshold, max_skip, retention, num_inference_steps=steps, mag_ratios=list(ratios))
+    apply_mag_cache(model, config)
+    model.transformer_blocks[0].attn.register_forward_hook(lambda *_: computed.append(step))
+    with torch.no_grad():
+        for step in range(steps):
+            model(**case.inputs(zoo.Draw(step)))
+    return "".join(str(int(step in computed)) for step in range(steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "threshold", "max_skip", "retention"),
+    [
+        (28, 0.06, 3, 0.2),
+        (28, 0.24, 5, 0.1),
+        (28, 0.5, 2, 0.0),
+        (50, 0.1, 4, 0.2),
+        (20, 0.15, 20, 0.35),
+        (9, 1.0, 1, 0.15),
+        (28, 0.0, 3, 0.2),
+        (28, 0.3, 0, 0.2),
+    ],
+)
+def test_magcache_computes_the_steps_that_diffusers_computes(steps, threshold, max_skip, retention):
+    entry = ENTRIES["magcache/flux-dev-diffusers-28"]
+    mine = entry.magcache_schedule(steps, threshold, max_skip, retention)["all"]
+    assert mine == computed_by_diffusers(entry.ratios()["all"], steps, threshold, max_skip, retention)
+
+
+def test_magcache_defaults_are_the_entrys():
+    entry = ENTRIES["magcache/flux-dev-diffusers-28"]
+    assert entry.magcache_schedule() == entry.magcache_schedule(28, 0.06, 3, 0.2)
+    assert entry.mask() == "1111110101000100010001001011"
+    assert entry.mask(14) == entry.magcache_schedule(14)["all"] != entry.mask()
+
+
+def magcache(tmp_path, steps=10, **figures):
+    """An entry whose ratios are all 0.9, unless told otherwise."""
+    given = {"mag_ratios": [0.9] * 10, "default_threshold": 0.35, "default_K": 9, "default_retention_ratio": 0.2}
+    return written(tmp_path, "magcache/mine-10", figures={**given, **figures}, steps=steps)
+
+
+def written(tmp_path, name, **fields):
+    entry = dict(model="me/mine", transformer=None, variant="t2i", steps=None, figures={}, recommended=[], notes="")
+    entry |= dict(source="my own run", licence="MIT") | fields
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({name: entry}))
+    return published.load(name, path)
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        # two steps kept; then errors .1, .1 + .19, .1 + .19 + .271 > .35
+        ({}, "1100100100"),
+        ({"default_K": 1}, "1101010101"),
+        ({"default_threshold": 0.0}, "1" * 10),
+        ({"default_retention_ratio": 0.45}, "1111100100"),
+        ({"max_single_step_deviation": 0.05}, "1" * 10),
+        ({"max_single_step_deviation": None}, "1100100100"),
+        ({"forced_indices_28_grid": [9]}, "1101001001"),  # index 9 of 28 is step 3 of 10
+        ({"expert_switch_step": 5}, "1001010010"),  # one step kept of each
+        ({"first_reusable_step": 6}, "1111110010"),
+    ],
+)
+def test_magcache_rules(tmp_path, figures, expected):
+    assert magcache(tmp_path, **figures).magcache_schedule() == {"all": expected}
+
+
+def test_magcache_computes_the_steps_before_a_tail(tmp_path):
+    figures = {"tail_ratios_cond": [0.9] * 7, "tail_ratios_uncond": [1.0] * 7, "first_step_of_tail": 3}
+    figures |= {"default_threshold": 0.35, "default_K": 9, "default_retention_ratio": 0.0}
+    entry = written(tmp_path, "magcache/mine-10", figures=figures, steps=10)
+    assert entry.magcache_schedule() == {"cond": "1110010010", "uncond": "1110000000"}
+    assert entry.mask() == "1110010010"  # where either stream computes
+
+
+def test_wan22_image_to_video_reuses_in_its_second_expert_only():
+    for mask in ENTRIES["magcache/wan2.2-i2v-a14b-40"].magcache_schedule().values():
+        assert mask[:16] == "1" * 16
+        assert "0" in mask[16:]
+
+
+def test_guidance_streams_have_schedules_of_their_own():
+    entry = ENTRIES["magcache/omnigen2-edit-50"]
+    streams = entry.magcache_schedule()
+    assert streams["cond"][-6:] == "100101"
+    assert streams["uncond"][-6:] == streams["ref"][-6:] == "101011"
+    assert entry.mask()[-6:] == "101111"
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"steps": 2.5}, {"threshold": -0.1}, {"threshold": float("nan")}, {"max_skip": 1.5}]
+)
+def test_bad_magcache_options(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        ENTRIES["magcache/flux-dev-28"].magcache_schedule(**options)
+    with pytest.raises(ConfigError, match="retention must be a finite number at least 0 and at most 1"):
+        ENTRIES["magcache/flux-dev-28"].magcache_schedule(retention=1.5)
+
+
+# masks
+
+
+def test_step_lists_become_masks():
+    assert ENTRIES["lemica/z-image-turbo-6of10"].mask() == "1110010011"
+    assert ENTRIES["meancache/qwen-image-2512-10of50"].mask().count("1") == 10
+    assert ENTRIES["scm/few-steps-4"].mask() == "1101"
+    refreshed = ENTRIES["profilingdit/hunyuanvideo-50"].mask()
+    assert [step for step, entry in enumerate(refreshed) if entry == "1"] == [*range(7), 18, 26, 32, 38, 42, 46, 48]
+    assert ENTRIES["fora/dit-xl-2-256-30-every-2"].mask() == "10" * 14 + "11"
+
+
+def test_a_mask_published_for_the_runs_steps_is_preferred():
+    entry = ENTRIES["scm/slow-15"]
+    assert entry.mask(12) == "111101101111"
+    assert entry.mask(15) == entry.mask(99) == entry.mask() == "111101101101101"
+
+
+def test_step_lists_count_from_their_base(tmp_path):
+    figures = {"budget": 3, "computed_steps": [1, 3, 5], "step_base": 1}
+    assert written(tmp_path, "lemica/mine-3of5", figures=figures, steps=5).mask() == "10101"
+
+
+def test_masks_of_parts():
+    entry = ENTRIES["l2c/dit-xl-2-256-50"]
+    masks = entry.masks()
+    assert len(masks) == 56
+    assert sum(mask.count("1") for mask in masks.values()) == 2136
+    assert not entry.has_mask
+    with pytest.raises(ConfigError, match="one for each of 56 parts"):
+        entry.mask()
+    attention = ENTRIES["smoothcache/dit-xl-2-256-50-attn1-alpha-0.15"]
+    assert not attention.has_mask  # its feed-forward layers are always computed
+    assert set(attention.masks()) == {"attn1"}
+    with pytest.raises(ConfigError, match="attn1"):
+        attention.mask()
+
+
+def test_entries_without_a_mask_say_so():
+    for name, call in [
+        ("teacache/flux-dev", lambda entry: entry.mask()),
+        ("dbcache/flux-dev-slow", lambda entry: entry.masks()),
+        ("lemica/flux-dev-10of50", lambda entry: entry.ratios()),
+        ("first-block-cache/diffusers-default", lambda entry: entry.magcache_schedule()),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name} holds no"):
+            call(ENTRIES[name])
+
+
+@cache
+def model_of(transformer: str):
+    case = next(case for case in zoo.cases() if case.id == transformer)
+    return zoo.build(case), case
+
+
+def computed_steps(entry: published.Published, steps: int) -> list[int]:
+    """Drive a tiny model of the entry's class for a run; the steps that were computed."""
+    model, case = model_of(entry.transformer)
+    with torch.no_grad(), dc.run(model, policy="mask", mask=entry.mask(steps), num_steps=steps) as run:
+        for _ in range(steps):
+            run.next_step()
+            model(**case.inputs(zoo.Draw(1)))
+        records = run.summary().records
+    assert [record.step for record in records] == list(range(steps))
+    assert all(record.spans_reused == record.spans for record in records if not record.computed)
+    return [record.step for record in records if record.computed]
+
+
+@pytest.mark.parametrize("name", DRIVING)
+def test_masks_and_magcache_drive_their_class(name):
+    entry = ENTRIES[name]
+    assert computed_steps(entry, entry.steps) == [step for step in range(entry.steps) if entry.mask()[step] == "1"]
+
+
+def test_what_drives_a_class_today():
+    methods = Counter(ENTRIES[name].method for name in DRIVING)
+    assert methods == {
+        "fora": 3,
+        "lemica": 37,
+        "magcache": 26,
+        "meancache": 11,
+        "profilingdit": 1,
+        "scm": 5,
+        "smoothcache": 4,
+    }
+
+
+@pytest.mark.parametrize("name", ["lemica/flux-dev-20of50", "magcache/flux-dev-28", "scm/z-image-turbo-fast-9"])
+@pytest.mark.parametrize("steps", [8, 20])
+def test_other_numbers_of_steps(name, steps):
+    entry = ENTRIES[name]
+    computed = computed_steps(entry, steps)
+    assert computed == sorted(Mask(entry.mask(steps)).computed(steps))
+    assert 1 < len(computed) < steps
+
+
+# names and files
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match="Did you mean 'magcache/flux-dev-28'"):
+        published.load("magcache/flux-dev28")
+    with pytest.raises(ConfigError, match="'teacache/hunyuanvideo'"):
+        published.load("published/teecache/hunyuanvideo")
+    with pytest.raises(ConfigError, match="names"):
+        published.load("qqqq")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    entry = magcache(tmp_path)
+    assert (entry.method, entry.licence) == ("magcache", "MIT")
+    assert published.names(tmp_path / "mine.json") == ["magcache/mine-10"]
+    with pytest.raises(ConfigError, match="Did you mean 'magcache/mine-10'"):
+        published.load("magcache/mine", tmp_path / "mine.json")
+
+
+MAGCACHE = {"mag_ratios": [1.0, 0.9], "default_threshold": 0.1, "default_K": 2, "default_retention_ratio": 0.2}
+POLYNOMIAL = {"coefficients": [1.0, 0.5], "polynomial_degree": 1, "coefficient_order": "highest_power_first"}
+LIST = {"budget": 2, "computed_steps": [0, 3], "step_base": 0}
+BINS = {"compute_bins": [2, 1], "cache_bins": [1], "mask": [1, 1, 0, 1]}
+MASKS = {"masks": {"attn": [1, 0, 1, 0], "mlp": [1, 1, 0, 0]}}
+REFRESH = {"full_steps": 1, "refresh_steps": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("method", "figures", "message"),
+    [
+        ("teacache", POLYNOMIAL | {"coefficients": []}, "coefficients must be a list of 1 to 6"),
+        ("teacache", POLYNOMIAL | {"coefficients": [1.0] * 7}, "coefficients must be a list of 1 to 6"),
+        ("teacache", POLYNOMIAL | {"coefficients": [1.0, float("nan")]}, "coefficients must be"),
+        ("teacache", POLYNOMIAL | {"coefficients": "12"}, "coefficients must be"),
+        ("teacache", POLYNOMIAL | {"coefficients": [1.0]}, "degree 1 has 2 coefficients, not 1"),
+        ("teacache", POLYNOMIAL | {"coefficient_order": "lowest"}, "one of highest_power_first"),
+        ("teacache", POLYNOMIAL | {"default_threshold": -0.1}, "default_threshold must be a finite number at least 0"),
+        ("teacache", POLYNOMIAL | {"treshold": 0.1}, "unknown 'treshold'"),
+        ("teacache", {"coefficients": [1.0]}, "polynomial_degree is missing"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0] * 3}, "ratios for 3 steps, but steps is 4"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0, 0.9, 0.0, 1.0]}, "finite number above 0"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0, 0.9, 10**400, 1.0]}, "finite number above 0"),
+        ("magcache", MAGCACHE | {"mag_ratios": None, "mag_ratios_cond": [1.0] * 4}, "needs mag_ratios"),
+        ("magcache", MAGCACHE | {"mag_ratios_cond": [1.0] * 4}, "needs mag_ratios"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0] * 4, "first_step_of_tail": 1}, "belong together"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0] * 4, "raw_ratios": [1.0] * 4}, "raw_ratios needs"),
+        ("magcache", MAGCACHE | {"mag_ratios": [1.0] * 4, "expert_switch_step": 4}, "expert_switch_step must be below"),
+        ("magcache", MAGCACHE | {"default_retention_ratio": 1.1}, "default_retention_ratio must be"),
+        ("magcache", MAGCACHE | {"default_K": True}, "default_K must be a whole number at least 0"),
+        ("magcache", MAGCACHE | {"default_threshold": None}, "default_threshold must be .*, not None"),
+        ("lemica", LIST | {"computed_steps": [0, 4]}, "stay below 4"),
+        ("lemica", LIST | {"computed_steps": [3, 0]}, "ascending"),
+        ("lemica", LIST | {"computed_steps": [0, 0]}, "ascending"),
+        ("lemica", LIST | {"computed_steps": [1, 3]}, "must start with 0"),
+        ("lemica", LIST | {"budget": 3}, "2 steps, but budget is 3"),
+        ("meancache", LIST | {"edge_order": [1, 1]}, "edge_order"),
+        ("scm", BINS | {"mask": [1, 1, 1, 0]}, "compute_bins and cache_bins"),
+        ("scm", BINS | {"mask": [1, 1, 0]}, "must hold 4 steps, not 3"),
+        ("scm", BINS | {"mask": [0, 1, 0, 1]}, "starts with 1"),
+        ("scm", BINS | {"num_computed": 2}, "num_computed is 2, but the masks give 3"),
+        ("scm", BINS | {"masks_by_steps": {"3": [1, 1]}}, "mask '3' must hold 3 steps, not 2"),
+        ("smoothcache", MASKS | {"computed": {"attn": 2, "mlp": 3}}, "computed is"),
+        ("smoothcache", {"masks": {"attn": [1, 0, 2, 0]}}, "masks must be"),
+        ("smoothcache", {"masks": {}}, "masks must be"),
+        ("l2c", MASKS | {"total": 9}, "total is 9, but the masks give 8"),
+        ("profilingdit", REFRESH | {"full_steps": 3}, "at full_steps"),
+        ("profilingdit", REFRESH | {"refresh_steps": [2, 4]}, "stay below 4"),
+        ("profilingdit", REFRESH | {"cached_single_blocks": [0, 2], "num_single_blocks": 2}, "cached_single_blocks"),
+        ("dbcache", {"residual_diff_threshold": -1}, "residual_diff_threshold must be"),
+        ("sea_cache", {"threshold": 0.1}, "is missing"),
+        ("newcache", {}, "method 'newcache' is not among"),
+    ],
+)
+def test_broken_figures(tmp_path, method, figures, message):
+    with pytest.raises(ConfigError, match=message):
+        written(tmp_path, f"{method.replace('_', '-')}/mine-4", figures=figures, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": ""}, "model must be a text"),
+        ({"licence": None}, "licence must be a text"),
+        ({"steps": 0}, "steps must be a whole number at least 1 or null"),
+        ({"figures": []}, "figures must be an object"),
+        ({"notes": 3}, "notes must be a text"),
+        ({"transformer": 3}, "transformer must be a text or null"),
+        ({"recommended": {}}, "recommended must be a list"),
+        ({"recommended": [3]}, "recommended must be a list of objects"),
+        ({"recommended": [{"threshold": -1}]}, "recommended threshold"),
+        ({"recommended": [{"treshold": 1}]}, "unknown 'treshold'"),
+        ({"author": "me"}, "unknown 'author'"),
+    ],
+)
+def test_broken_fields(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        written(tmp_path, "teacache/mine", **{"figures": POLYNOMIAL} | fields)
+
+
+def test_figures_that_need_their_number_of_steps(tmp_path):
+    with pytest.raises(ConfigError, match="steps is missing"):
+        written(tmp_path, "lemica/mine", figures=LIST)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read"),
+        ("[]", "expected an object of entries"),
+        ('{"teacache/mine": 3}', "an entry is an object"),
+        ('{"teacache/mine": {"model": "m"}}', "transformer is missing"),
+        ('{"teacache/mine": {}, "teacache/mine": {}}', "'teacache/mine' is there twice"),
+        ('{"Mine": {}}', "Unknown published entry 'teacache/mine'"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        published.load("teacache/mine", path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        published.load("teacache/mine", tmp_path / "absent.json")
+
+
+def test_names_have_one_form(tmp_path):
+    with pytest.raises(ConfigError, match="lower case"):
+        written(tmp_path, "teacache/My Model", figures=POLYNOMIAL)
