@@ -13,11 +13,15 @@ from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoS
 
 if TYPE_CHECKING:
     from . import forecasters, policies, reference, registry
+    from .advice import recommend
     from .api import cached, disable, enable, inspect, run, summary
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = ("cached", "disable", "enable", "inspect", "run", "summary")
+_FUNCTIONS = {
+    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary"), ".api"),
+    "recommend": ".advice",
+}
 _MODULES = ("forecasters", "policies", "reference", "registry")
 __all__ = [
     "ConfigError",
@@ -30,6 +34,7 @@ __all__ = [
     "forecasters",
     "inspect",
     "policies",
+    "recommend",
     "reference",
     "registry",
     "run",
@@ -40,7 +45,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch and diffusers take seconds to import; `import diffusion_cache` does not
     if name in _FUNCTIONS:
-        return getattr(import_module(".api", __name__), name)
+        return getattr(import_module(_FUNCTIONS[name], __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,20 +2,27 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
+from . import published
 from .context import SCOPES, Forecaster, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
 from .errors import ConfigError
-from .models import find_denoisers
-from .policies import Guarded, Guards
+from .forecasters.fitted import UNFITTED, Fitted
+from .models import find_denoisers, unwrap
+from .plan import Plan
+from .planning.choose import choose
+from .policies import Guarded, Guards, Planned
+from .profile import Profile
 from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
@@ -29,14 +36,21 @@ T = TypeVar("T")
 __all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "enable", "inspect", "run", "summary"]
 
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
+PUBLISHED = "published/"
 GRANULARITIES = ("sample", "batch")
 
 
 def enable(
     pipe: Any,
-    policy: str | Policy = DEFAULT_POLICY,
-    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    policy: str | Policy | None = None,
+    forecaster: str | Forecaster | None = None,
     *,
+    profile: "str | Path | Profile | None" = None,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    nfe: float | None = None,
+    plan: "str | Plan | None" = None,
+    ignore: Collection[str] = (),
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
@@ -47,7 +61,13 @@ def enable(
 
     Args:
         pipe: any diffusers pipeline with a transformer or UNet.
-        policy, forecaster: names (see `diffusion-cache list policies`) or instances.
+        policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
+        profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
+            shipped one ("dit-digits-ddim"), a repository, or ready-made figures ("published/magcache/flux-dev-28").
+        speedup, min_psnr, nfe, plan: which of the profile's plans: the best one with that measured speed; the cheapest
+            one whose PSNR (dB, against the uncached image) is at least that for 95% of prompts; the best one of at
+            most so many denoiser evaluations; the one called so, or a Plan.
+        ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
         scope: "denoiser", "stack", "block", "branch" or "cut"; None picks cut for UNets and stack for transformers.
         depth: for cuts, how many down and up blocks stay outside the cut; None for 1.
         granularity: with an adaptive policy, "sample" decides for every sample of a batch apart and computes only
@@ -64,7 +84,21 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    session = Session(_method(policy, forecaster, scope, depth, granularity, options), group)
+    wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
+    if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
+        raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
+    if profile is None and (ignore or not isinstance(plan, Plan)):
+        for name, value in {**wish, "ignore": ignore or None}.items():
+            if value is not None and not isinstance(value, Plan):
+                raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
+        method = _method(policy or DEFAULT_POLICY, forecaster or DEFAULT_FORECASTER, scope, depth, granularity, options)
+    else:
+        own = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth}
+        for name, chosen in own.items():
+            if chosen is not None:
+                raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
+        method = _planned(pipe, profile, wish, ignore, granularity, options)
+    session = Session(method, group)
     session.attach_pipeline(pipe)
     return session
 
@@ -168,6 +202,11 @@ class Summary:
         return sum(record.spans_reused for record in self.records) / visits if visits else 0.0
 
     @property
+    def unfitted(self) -> int:
+        """Reused calls that a plan has no fitted weights for: its own choice, or the run departs from the plan."""
+        return sum(record.note == UNFITTED for record in self.records if record.spans_reused)
+
+    @property
     def cache_mib(self) -> float:
         return self.cache_bytes / 2**20
 
@@ -192,6 +231,7 @@ class Summary:
             f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, "
             f"{self.computed} calls computed and {self.reused} reused, "
             f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
+            + (f"; {self.unfitted} of the reused forecast by Taylor, for want of fitted weights" * bool(self.unfitted))
         )
 
     def __str__(self) -> str:
@@ -314,13 +354,21 @@ def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
 def _summarise(session: Session, cache_run: CacheRun) -> Summary:
     layouts = cache_run.layouts.values()
     return Summary(
-        method=str(session.method),
+        method=_described(session.method),
         scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
         spans=sum(len(layout.spans) for layout in layouts),
         total=cache_run.clock.total,
         records=tuple(cache_run.records),
         cache_bytes=cache_run.cache_bytes,
     )
+
+
+def _described(method: Method) -> str:
+    policy = method.guarded.policy
+    if not isinstance(policy, Planned):
+        return str(method)
+    plan = policy.plan
+    return f"plan {plan.name!r}: {plan.nfe:.4g} evaluations in {plan.total} steps, on {plan.scope}"
 
 
 def _rendered(shown: Any) -> str:
@@ -362,6 +410,47 @@ def _method(
             f"{suggest(name, [*known, 'scope', 'depth', 'granularity', 'group'])}"
         )
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, granularity)
+
+
+def _planned(
+    pipe: Any,
+    profile: "str | Path | Profile | None",
+    wish: Mapping[str, Any],
+    ignore: Collection[str],
+    granularity: str,
+    options: Mapping[str, Any],
+) -> Method:
+    """The method that a profile's plan, or a plan itself, stands for."""
+    denoisers = find_denoisers(pipe)
+    if isinstance(profile, str) and profile.startswith(PUBLISHED):
+        return _published(profile, denoisers, {**wish, "ignore": ignore or None}, granularity, options)
+    plan = wish["plan"]
+    if profile is not None:
+        found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
+        found.check(pipe, denoisers, ignore)
+        if not isinstance(plan, Plan):
+            plan = choose(found.plans, **wish)
+    return _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
+
+
+def _published(
+    name: str, denoisers: Mapping[str, nn.Module], wish: Mapping[str, Any], granularity: str, options: Mapping[str, Any]
+) -> Method:
+    for key, value in wish.items():
+        if value is not None:
+            raise ConfigError(f"{name} is a ready-made schedule, for which {key} says nothing: leave it out")
+    entry = published.load(name)
+    classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
+    if entry.transformer is not None and entry.transformer not in classes:
+        raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
+    return _method("mask", DEFAULT_FORECASTER, None, None, granularity, {"mask": entry.mask(), **options})
+
+
+def _shipped(name: str | Path) -> str | Path:
+    """The folder of a shipped profile of that name, else the name."""
+    folder = resources.files("diffusion_cache.profiles") / str(name)
+    here = Path(str(folder))
+    return here if not Path(name).exists() and (here / "profile.json").is_file() else name
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:

@@ -111,13 +111,13 @@ class Policy(ABC):
 class Query(NamedTuple):
     """nodes: steps of the stored features, oldest first; target: the step to forecast.
 
-    span: position of the span among its denoiser's; guidance: position of the guidance branch in its step.
+    span: position of the span among its denoiser's; pass_index: position of the guidance branch in its step.
     """
 
     nodes: Sequence[float]
     target: float
     span: int = 0
-    guidance: int = 0
+    pass_index: int = 0
 
 
 class Forecaster(ABC):
@@ -143,13 +143,17 @@ class Forecaster(ABC):
             )
 
     @property
-    def row_guidance(self) -> int:
+    def row_passes(self) -> int:
         """Guidance branches stacked in the rows of one call that are forecast with weights of their own."""
         return 1
 
     def for_run(self, noise_levels: Sequence[float]) -> "Forecaster":
         """This forecaster for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
+
+    def note(self, query: Query) -> str:
+        """What is to be known of a forecast beside that it was made, in a word; mostly nothing."""
+        return ""
 
     @property
     @abstractmethod

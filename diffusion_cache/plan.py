@@ -115,7 +115,7 @@ class Plan:
     nodes: int32 [T, S, K], the steps whose features the weights are for, oldest first, −1 in front where there are
     fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor. base: float64
     [T, P, S], what is added to the weight of the span's input; None for zeros. An axis of length one stands for all
-    passes or spans. sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
+    passes or spans. row_passes: guidance branches stacked in the rows of one call. sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
     nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
     values on how it was made. quality, speed: measured on held-out samples, None if they were not.
     """
@@ -129,6 +129,7 @@ class Plan:
     nodes: Tensor
     weights: Tensor
     base: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros
+    row_passes: int = 1
     sigmas: tuple[float, ...] | None = None
     nfe: float = None  # type: ignore[assignment]  # __post_init__ counts the schedule's
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +157,7 @@ class Plan:
         _need(where, "noise levels", not any(map(math.isnan, self.noise_levels)), "no NaN")
         _need(where, "NFE", 0 < self.nfe < math.inf, f"a positive number, not {self.nfe}")
         _need(where, "depth", self.depth is None or self.depth >= 0, f"0 or more, not {self.depth}")
+        _need(where, "row passes", self.row_passes >= 1, f"at least 1, not {self.row_passes}")
         _need(where, "sigmas", all(map(math.isfinite, self.sigmas or ())), "finite numbers")
         check_facts(self.facts, where)
 
@@ -267,7 +269,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors, as plain JSON values."""
-        names = ("name", "scope", "depth", "feature", "noise_levels", "sigmas", "nfe", "facts")
+        names = ("name", "scope", "depth", "feature", "noise_levels", "row_passes", "sigmas", "nfe", "facts")
         stored = {name: plain_json(getattr(self, name)) for name in names}
         stored["quality"] = self.quality and self.quality.to_json()
         stored["speed"] = self.speed and self.speed.to_json()
@@ -299,6 +301,7 @@ class Plan:
             nodes=tensors["nodes"],
             weights=tensors["weights"],
             base=tensors["base"],
+            row_passes=fields("row_passes", integer),
             sigmas=fields("sigmas", optional(tuple_of(number))),
             nfe=fields("nfe", number),
             facts=fields("facts", json_object),

@@ -43,6 +43,7 @@ MAX_PLANS = 1000
 MAX_PLAN_CELLS = 20_000_000  # steps × passes × spans of all plans
 
 GRAMS = ("gram_residual", "gram_output")
+WIDE = frozenset({*GRAMS, "cross_input"})  # float64 too: errors are small differences of their entries
 # what changes from step to step: step t against t − 1, so that index 0 is NaN
 SIGNALS = ("residual_l1", "input_l1", "filtered_l1", "norm_ratio")
 # shapes in terms of S spans, P passes, T steps; other letters may be any number
@@ -92,6 +93,7 @@ class Profile:
 
     - gram_residual, gram_output [S, P, T, T]: inner products of the residual (output) at two steps over all elements.
     - cross_input [S, P, T, T]: of the feature at one step with the span's input at another. input_energy [S, P, T].
+      Like the Gram matrices, it may be float64, which tells errors below 1e-3 of a feature from rounding.
     - channel_mean.<s>, channel_square.<s> [P, T, C]: per channel of span s, first and second moments of its feature.
     - residual_l1, input_l1, filtered_l1, norm_ratio [S, P, T]: step t against t − 1, index 0 is NaN.
     - attention_received.<s> [T, N]: by each token, mean over queries and heads. foreground_share [S, T].
@@ -380,10 +382,17 @@ def _check_layout(name: str, dtype: torch.dtype, shape: tuple[int, ...], sizes: 
     fits = len(shape) == len(wanted) and all(
         size == want if isinstance(want, int) else size > 0 for size, want in zip(shape, wanted, strict=True)
     )
-    expected = torch.uint8 if name == "sensitivity_sampled" else torch.float32
-    if not fits or dtype != expected:
-        layout = ", ".join(map(str, wanted))
-        raise ConfigError(f"profile: the array {name} must be {expected} [{layout}], not {dtype} {list(shape)}")
+    expected = _dtypes(name)
+    if not fits or dtype not in expected:
+        layout, kinds = ", ".join(map(str, wanted)), " or ".join(map(str, expected))
+        raise ConfigError(f"profile: the array {name} must be {kinds} [{layout}], not {dtype} {list(shape)}")
+
+
+def _dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """What an array may be of."""
+    if name == "sensitivity_sampled":
+        return (torch.uint8,)
+    return (torch.float32, torch.float64) if name in WIDE else (torch.float32,)
 
 
 def _check_values(name: str, tensor: Tensor, spans: Sequence[SpanFacts]) -> None:
@@ -423,7 +432,7 @@ def _resample(name: str, tensor: Tensor, places: "np.ndarray[Any, Any]") -> Tens
         wide = torch.einsum("ut,ptc->puc", weights, wide)
     if name == "sensitivity":
         wide *= steps / len(places)
-    return wide.float()
+    return wide.to(tensor.dtype)
 
 
 def _interpolation(places: "np.ndarray[Any, Any]", steps: int) -> Tensor:
@@ -528,12 +537,11 @@ def _read_arrays(path: Path, digest: str, limit: int, plans: int) -> dict[str, T
             if missing:
                 raise ConfigError(f"{path}: {', '.join(missing[:4])} is missing")
             for name in names:
-                wanted = of_plans.get(name, torch.uint8 if name == "sensitivity_sampled" else torch.float32)
+                wanted = (of_plans[name],) if name in of_plans else _dtypes(name)
                 known = name in of_plans or name in SHAPES or SPAN_ARRAY.fullmatch(name)
-                if not known or stored.get_slice(name).get_dtype() != dtypes[wanted]:
-                    raise ConfigError(
-                        f"{path}: {name!r:.80} is no array of a profile, or of another type than {wanted}"
-                    )
+                if not known or stored.get_slice(name).get_dtype() not in [dtypes[dtype] for dtype in wanted]:
+                    kinds = " or ".join(map(str, wanted))
+                    raise ConfigError(f"{path}: {name!r:.80} is no array of a profile, or of another type than {kinds}")
                 # a copy: what safetensors returns may be the file itself, mapped
                 tensors[name] = stored.get_tensor(name).clone()
     except ConfigError:

@@ -86,6 +86,82 @@ def _evaluate(context: typer.Context) -> None:
     evaluate(context.args)
 
 
+@app.command(
+    "profile", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def _profile(context: typer.Context) -> None:
+    """Measure what plans are made from, once for a model and sampler: a Hydra command line (--cfg job, --help)."""
+    from .profile import profile
+
+    profile(context.args)
+
+
+@app.command("plan")
+def _plan(
+    profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],
+    model: Annotated[
+        str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
+    ] = None,
+    speedup: Annotated[
+        str | None, typer.Option(help="Plans that are measured to be so many times as fast: 2,3.")
+    ] = None,
+    nfe: Annotated[str | None, typer.Option(help="Plans of at most so many denoiser evaluations: 25,17.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="Plans down to the cheapest with that PSNR, in dB.")] = None,
+    runs: Annotated[int, typer.Option(help="Cached generations that the search for a plan may take.")] = 60,
+    fitting: Annotated[int, typer.Option(help="Samples to fit on, generated in one call.")] = 32,
+    tuning: Annotated[int, typer.Option(help="Samples to choose strengths on, generated in one call.")] = 16,
+    held_out: Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")] = 64,
+    batch: Annotated[int, typer.Option(help="Held-out samples in one call; speed is measured on so many.")] = 8,
+    last: Annotated[int, typer.Option(help="Steps at the end that are always computed.")] = 0,
+    scope: Annotated[list[str] | None, typer.Option(help="Where to cache; repeat to try several.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")] = None,
+    device: Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")] = "auto",
+    offload: Annotated[str, typer.Option(help="none, model or sequential; not for shipped models.")] = "none",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to store profile and plans. Default: PROFILE.")] = None,
+) -> None:
+    """Make plans from a profile, to a speed, a number of evaluations or a quality, and store them with it."""
+    import torch
+
+    from .plan import Settings, Wishes, arguments, make_plans, numbers
+
+    wishes = Wishes(numbers(speedup, "--speedup"), numbers(nfe, "--nfe"), min_psnr)
+    settings = Settings(
+        runs=runs,
+        fitting=fitting,
+        tuning=tuning,
+        held_out=held_out,
+        batch=batch,
+        last=last,
+        scopes=tuple(scope or ()),
+        prompts=prompts,
+        device=device,
+        offload=offload,
+        call=arguments(call or ()),
+    )
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
+    try:
+        make_plans(profile, model, wishes, settings, out, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. Finished plans are kept; the same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+@app.command("show")
+def _show(
+    profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: the profile's own.")] = None,
+) -> None:
+    """Show a profile and its plans: tables, and pictures of what was measured."""
+    from .show import show
+
+    show(profile, out, Console())
+
+
 @app.command("report")
 def _report(
     folder: Annotated[Path, typer.Argument(help="What `evaluate` has written: <out>/<name>.")],

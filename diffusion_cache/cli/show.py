@@ -46,17 +46,22 @@ def show(folder: Path, out: Path | None, console: Console) -> list[Path]:
     profile = Profile.load(folder)
     console.print(_fingerprint_table(profile))
     console.print(_span_table(profile))
-    if profile.plans:
-        console.print(_plan_table(profile.plans))
-        _print_strips(profile.plans, console)
-    else:
-        console.print("No plans yet.")
+    print_plans(profile.plans, console)
     if out is None:
         out = _default_out(folder)
     paths = write_pictures(profile, out)
     for path in paths:
         console.print(Text(str(path)), soft_wrap=True)
     return paths
+
+
+def print_plans(plans: Sequence[Plan], console: Console) -> None:
+    """The table of plans, and which steps each computes."""
+    if plans:
+        console.print(_plan_table(plans))
+        _print_strips(plans, console)
+    else:
+        console.print("No plans yet.")
 
 
 def write_pictures(profile: Profile, out: Path) -> list[Path]:

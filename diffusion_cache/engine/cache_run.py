@@ -26,7 +26,10 @@ SIGNALS = frozenset({"probe_residual"})
 
 
 class StepRecord(NamedTuple):
-    """What happened in one denoiser call. computed: whether any span was; spans_reused of `spans` were not."""
+    """What happened in one denoiser call.
+
+    computed: whether any span was; spans_reused of `spans` were not. note: what the forecaster says of how they were.
+    """
 
     step: int
     pass_name: str
@@ -35,6 +38,7 @@ class StepRecord(NamedTuple):
     reason: str
     spans: int
     spans_reused: int
+    note: str = ""
 
 
 class CacheRun:
@@ -116,7 +120,7 @@ class CacheRun:
 
         def again() -> Any:
             outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
-            self.frame.actions = called.actions
+            self.frame.actions, self.frame.variant = called.actions, called.variant
             try:
                 with forked_rng():
                     return self._forward(self.layouts[called.key[0]].spans, inner, copied(args), copied(kwargs))
@@ -259,7 +263,7 @@ class CacheRun:
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
         self.records.append(
-            StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole)
+            StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole, frame.note)
         )
         if frame.trace:
             self.session.arrange_spans(name, frame.trace)

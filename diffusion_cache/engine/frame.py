@@ -76,7 +76,7 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "computed", "counts", "key", "open", "outputs", "poisoned", "position",
+        "actions", "asking", "batch", "computed", "counts", "key", "note", "open", "outputs", "poisoned", "position",
         "probe_input", "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant",
         "visits",
     )  # fmt: skip
@@ -91,6 +91,7 @@ class Frame:
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
         self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
         self.reason = ""
+        self.note = ""  # on how it was forecast
         self.signals: dict[str, Tensor] = {}
         self.probe_input: Tensor | None = None
         self.probe_version = 0

@@ -232,7 +232,7 @@ class SpanCalls:
             return None
         feature = state.history.slots[0][0]
         whole = [[weights.get(slot, 0.0) for slot in range(state.history.capacity)] for weights in by_slot]
-        if self._run.forecaster.row_guidance == 1:
+        if self._run.forecaster.row_passes == 1:
             return _tensor(whole[0], feature)
         # the same shape whether branches differ or not: another one would be compiled anew
         return _tensor(_spread(whole, len(feature)), feature)
@@ -264,7 +264,7 @@ class SpanCalls:
     def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[tuple[float, ...]]:
         """A weight per node, once for all rows or once for each guidance branch that is stacked in the rows."""
         forecaster = self._run.forecaster
-        count = forecaster.row_guidance
+        count = forecaster.row_passes
         if count > 1 and frame.batch % count:
             self._run.warn(
                 f"{forecaster.name} has weights for {count} guidance branches in one call, but its {frame.batch} rows "
@@ -272,8 +272,10 @@ class SpanCalls:
             )
             count = 1
         index = self._run.session.span_index[span]
-        first = frame.position * forecaster.row_guidance
-        table = [forecaster.weights(Query(nodes, frame.step.index, index, first + i)) for i in range(count)]
+        first = frame.position * forecaster.row_passes
+        queries = [Query(nodes, frame.step.index, index, first + i) for i in range(count)]
+        frame.note = forecaster.note(queries[0])
+        table = [forecaster.weights(query) for query in queries]
         return table[:1] if all(weights == table[0] for weights in table[1:]) else table
 
     def _compute_rows(

@@ -3,18 +3,26 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from .. import api, registry
+from .. import api, reference, registry
 from ..errors import ConfigError
+from ..planning.choose import choose
 from ..policies import Guards
+from ..profile import JSON_FILE, Profile
 from ..registry import check_options, suggest
 from .peers import peer, settings_of
 from .subjects import Subject
+
+MAKE = "`diffusion-cache profile` makes one, and `diffusion-cache plan` its plans"
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class FewerSteps(Contender):
 
 @dataclass(frozen=True)
 class Ours(Contender):
-    """A policy and a forecaster of this package; options: arguments of `enable`."""
+    """A policy and a forecaster of this package, or a plan of a profile; options: arguments of `enable`."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
@@ -118,10 +126,11 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     """A `method` configuration without its grid, once for every combination of the grid's values.
 
     grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
-    models: by model name, another grid and points.
+    models: by model name, another grid and points. A node with a `share` is for plans: it comes back with the name or
+    folder of its profile and that profile's digest, so that another profile makes another run.
 
     Raises:
-        ConfigError: for a grid that is not of that form or names a key that the method does not have.
+        ConfigError: for a grid that is not of that form or names a key that the method does not have, or no profile.
     """
     node = dict(node)
     if node["kind"] == "rival":
@@ -136,7 +145,8 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     if grid or not points:
         names = list(grid)
         choices += [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [_with(node, choice) for choice in choices]
+    found = [_with(node, choice) for choice in choices]
+    return [_with_profile(one, model) if "share" in one else one for one in found]
 
 
 def _with(node: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +180,45 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
+def _with_profile(node: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A node for plans with its profile named and told from others; without `sampler`, which was for that."""
+    rest = {key: value for key, value in node.items() if key != "sampler"}
+    name = node["profile"]
+    if name is None:
+        if model not in reference.MODELS:
+            raise ConfigError(f"no profile of {model} comes with the package: give a folder, method.profile=…. {MAKE}")
+        name = f"{model}-{node.get('sampler') or reference.MODELS[model].samplers[0]}"
+    return {**rest, "profile": str(name), "digest": _digest(_profile_folder(str(name)))}
+
+
+def _profile_folder(name: str) -> Path:
+    """The folder of a profile, given as such or by the name of a shipped one."""
+    shipped = Path(str(resources.files("diffusion_cache.profiles"))) / name
+    for folder in (Path(name), shipped):
+        if (folder / JSON_FILE).is_file():
+            return folder
+    raise ConfigError(f"there is no profile {name!r}, neither a folder of that name nor one of the package. {MAKE}")
+
+
+def _digest(folder: Path) -> str:
+    """Of all that a profile holds, as it says itself; loading it makes sure of that."""
+    path = folder / JSON_FILE
+    try:
+        return str(json.loads(path.read_bytes())["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a profile's, or damaged ({error!r}). {MAKE}") from error
+
+
+@lru_cache(maxsize=1)
+def _profile(name: str, digest: str) -> Profile:
+    """The profile, read once for all the plans that are taken from it."""
+    folder = _profile_folder(name)
+    profile = Profile.load(folder)
+    if _digest(folder) != digest:
+        raise ConfigError(f"the profile in {folder} was changed while it was evaluated: give the same command again")
+    return profile
+
+
 def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:
     """What a `method` configuration without a grid describes.
 
@@ -190,7 +239,30 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
         if ratio == 1:
             return Uncached(kind, label or "uncached")
         return FewerSteps(kind, label or "fewer steps", {"steps": max(1, round(steps * ratio))}, ratio=ratio)
+    if "share" in node:
+        return _planned(node, steps)
     return _ours(node, forecaster, steps)
+
+
+def _planned(node: Mapping[str, Any], steps: int) -> Contender:
+    """The best plan of at most so many denoiser evaluations as `share` of the steps is, rounded down."""
+    share = node["share"]
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+        raise ConfigError(f"method.share must be above 0 and at most 1, not {share!r}")
+    profile = _profile(node["profile"], node["digest"])
+    nfe = max(1, math.floor(steps * share + 1e-9))
+    # with other steps than the profile's, the plan will be resampled, which keeps its share of computed ones
+    plan = choose(profile.plans, nfe=nfe * profile.total / steps)
+    options = {"profile": profile, "plan": plan.name}
+    label = node.get("label") or "plan"
+    return Ours(
+        node["kind"],
+        label if "plan" in label else f"plan, {label}",
+        {"nfe": nfe, "plan": plan.name},
+        scope=plan.scope,
+        options=options,
+        control={**options, "max_reused": 0},
+    )
 
 
 def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:

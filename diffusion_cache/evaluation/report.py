@@ -22,7 +22,7 @@ from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
 
 KINDS = ("baseline", "ours", "rival")
 UNCACHED = "uncached"
-BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
+BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
 TOLERANCE = 1.06  # a run may exceed its budget by this factor: 14 computed steps of 40 are to count as a third
 RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
@@ -35,6 +35,13 @@ NOTES = (
     "time of the uncached run over this one's, median of pairs that take turns in one process (smallest to largest "
     "pair). PSNR in dB and SSIM: against the uncached output of the same noise, unquantised; at least 95% of the "
     "samples reach p5. A sample equal to its reference has infinite PSNR, and then so has the mean."
+)
+
+MARGINS_NOTE = (
+    "PSNR in dB, mean / 5th percentile. Others are all that follow no plan, baselines and our own methods as well as "
+    "rivals, and of each the best setting, which may be another one for the 5th percentile. At equal NFE a plan keeps "
+    f"within the budget, and others may exceed it by {TOLERANCE - 1:.0%}; at equal speed others are at least as fast, "
+    "whatever their NFE. Margin: the plan's PSNR less the other's."
 )
 
 
@@ -99,6 +106,11 @@ class Run:
         return self.kind, self.method
 
     @property
+    def is_plan(self) -> bool:
+        """Whether it followed a plan of a profile."""
+        return self.kind == "ours" and "plan" in self.settings
+
+    @property
     def note(self) -> str:
         """What a reader of the figures must know, if anything."""
         if not self.correct:
@@ -146,6 +158,7 @@ class ReportPaths:
     markdown: Path
     html: Path
     environment: Path
+    margins: Path
 
 
 class _DamagedError(Exception):
@@ -153,7 +166,7 @@ class _DamagedError(Exception):
 
 
 def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
-    """Write summary.csv, report.md, environment.json and report.html over the finished runs of an experiment.
+    """Write summary.csv, margins.csv, report.md, environment.json and report.html over an experiment's finished runs.
 
     Args:
         folder: the experiment's folder, which holds `runs/`.
@@ -167,11 +180,13 @@ def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
     """
     experiment = read_experiment(folder)
     out = Path(folder if out is None else out)
-    paths = ReportPaths(*(out / name for name in ("summary.csv", "report.md", "report.html", "environment.json")))
+    names = ("summary.csv", "report.md", "report.html", "environment.json", "margins.csv")
+    paths = ReportPaths(*(out / name for name in names))
     environments = merged_environments(experiment.runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(paths.csv, csv_text(experiment.runs))
+        _write(paths.margins, margins_text(margins(experiment.runs)))
         _write(paths.markdown, markdown(experiment))
         _write(paths.environment, json.dumps(environments, indent=2) + "\n")
         from .report_page import page  # after the rest is written: it needs an optional package
@@ -426,6 +441,67 @@ def best_of(chosen: Sequence[Run]) -> Run | None:
     return max(ranked, key=lambda run: run.rank or (0.0, 0.0), default=None)
 
 
+EQUALS, STATISTICS = ("nfe", "speed"), ("mean", "p5")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The best plan within a budget against the best other runs.
+
+    budget: its name. others: by (what is equal, statistic of PSNR). At equal "nfe" others spend at most the budget
+    times TOLERANCE, and the plan at most the budget itself; at equal "speed" others were measured to be at least as
+    fast as the plan. None where there is no such run.
+    """
+
+    subject: tuple[str, str]
+    budget: str
+    plan: Run | None
+    others: Mapping[tuple[str, str], Run | None]
+
+    def decibels(self, equal: str, statistic: str) -> float | None:
+        """By how much the plan's PSNR is above the other's; None where either is missing."""
+        plan, other = psnr_of(self.plan, statistic), psnr_of(self.others[equal, statistic], statistic)
+        if plan is None or other is None:
+            return None
+        return 0.0 if plan == other else plan - other  # infinite ones may be equal, too
+
+
+def psnr_of(run: Run | None, statistic: str) -> float | None:
+    """statistic: mean or p5."""
+    return None if run is None else getattr(run.score("psnr"), statistic)
+
+
+def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list[Margin]:
+    """One for each budget of each model and sampler that has plans, those with random weights left out.
+
+    Others are all correct runs that follow no plan, whatever their kind; the best by mean need not be that by p5.
+    """
+    found = []
+    for subject in dict.fromkeys(run.subject for run in runs if run.is_plan and not run.random_weights):
+        ranked = [run for run in runs if run.subject == subject and run.rank is not None and not run.random_weights]
+        others = [run for run in ranked if not run.is_plan]
+        for name, ratio in budgets.items():
+            plan = best_of([run for run in ranked if run.is_plan and _spends_at_most(ratio * (1 + 1e-6), run)])
+            speed = None if plan is None else plan.costs["speed_ratio"]
+            pools = {
+                "nfe": [run for run in others if _spends_at_most(ratio * TOLERANCE, run)],
+                "speed": [run for run in others if speed is not None and (run.costs["speed_ratio"] or 0.0) >= speed],
+            }
+            best = {(equal, by): _best_by(by, pools[equal]) for equal in EQUALS for by in STATISTICS}
+            found.append(Margin(subject, name, plan, best))
+    return found
+
+
+def _best_by(statistic: str, runs: Sequence[Run]) -> Run | None:
+    scored = [(value, run) for run in runs if (value := psnr_of(run, statistic)) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _spends_at_most(most: float, run: Run) -> bool:
+    nfe = run.costs["nfe_ratio"]
+    return nfe is not None and nfe <= most
+
+
 # values of a table
 
 
@@ -464,10 +540,34 @@ def csv_text(runs: Sequence[Run]) -> str:
     """The runs as CSV, floats with six significant digits, infinity as inf."""
     pareto = pareto_runs(runs)
     rows = [csv_row(run, run.folder in pareto) for run in runs]
+    return _csv(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def margins_text(found: Sequence[Margin]) -> str:
+    """Margins as CSV, a row for each of the four others."""
+    sides = ("kind", "method", "settings", "nfe_ratio", "speed_ratio", "psnr", "run")
+    names = ["model", "sampler", "budget", "equal", "statistic", "margin"]
+    names += [f"{side}_{name}" for side in ("plan", "other") for name in sides]
+    rows = []
+    for margin in found:
+        for (equal, statistic), other in margin.others.items():
+            row = [*margin.subject, margin.budget, equal, statistic, margin.decibels(equal, statistic)]
+            rows.append(row + _side(margin.plan, statistic) + _side(other, statistic))
+    return _csv(names, rows)
+
+
+def _side(run: Run | None, statistic: str) -> list[Any]:
+    if run is None:
+        return [None] * 7
+    told = [run.kind, run.method, json.dumps(run.settings, sort_keys=True)]
+    return [*told, run.costs["nfe_ratio"], run.costs["speed_ratio"], psnr_of(run, statistic), run.folder.name]
+
+
+def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
+    writer.writerow(names)
+    writer.writerows([_csv_cell(value) for value in row] for row in rows)
     return buffer.getvalue()
 
 
@@ -493,10 +593,11 @@ def settings_text(run: Run, scope: bool = True) -> str:
     return ", ".join([f"scope={run.scope}"] * told + parts)
 
 
-def _decibels(value: float | None) -> str:
+def _decibels(value: float | None, sign: str = "") -> str:
+    """sign: "+" for one before positive values, too."""
     if value is None:
         return ABSENT
-    return "∞" if math.isinf(value) else f"{value:.1f}"
+    return f"{value:{sign}.1f}".replace("inf", "∞")
 
 
 def _speed(run: Run) -> str:
@@ -514,11 +615,14 @@ def _share(value: float | None) -> str:
 
 
 def markdown(experiment: Experiment) -> str:
-    """A compact table over all models, then one for each model and sampler."""
+    """A compact table over all models, one of the plans' margins, then one for each model and sampler."""
     parts = [f"# {markdown_text(experiment.name)}", ""]
     table = overview_table(experiment.runs)
     if table:
         parts += [table, "PSNR in dB, mean / 5th percentile, of each method's best setting within the NFE budget.", ""]
+    table = margins_table(margins(experiment.runs))
+    if table:
+        parts += ["## Plans against the best other", "", table, MARGINS_NOTE, ""]
     for subject in experiment.subjects:
         parts += [model_table(experiment.of(subject)), ""]
     parts += [NOTES, ""]
@@ -558,6 +662,44 @@ def overview_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) 
         values = [cells[kind, method].get(column, ABSENT) for column in range(len(headers))]
         lines.append("| " + " | ".join([markdown_text(method), kind, *values]) + " |")
     return "\n".join([*lines, ""])
+
+
+def margins_table(found: Sequence[Margin]) -> str:
+    """Of each model, sampler and budget, the plan and the best others by mean and p5; "" if there are no plans."""
+    if not found:
+        return ""
+    names = ["model", "budget", "plan", "NFE", "speed (wall)", "PSNR"]
+    names += ["best other at equal NFE", "margin", "best other at equal speed", "margin"]
+    lines = ["| " + " | ".join(names) + " |", "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | --- | ---: |"]
+    for margin in found:
+        plan = margin.plan
+        cells = [markdown_text(", ".join(margin.subject)), margin.budget]
+        if plan is None:
+            cells += [ABSENT] * 4
+        else:
+            cells += [markdown_text(str(plan.settings["plan"])), _share(plan.costs["nfe_ratio"]), _speed(plan)]
+            cells.append(_both(psnr_of(plan, statistic) for statistic in STATISTICS))
+        for equal in EQUALS:
+            cells.append(_others(margin, equal))
+            cells.append(_both((margin.decibels(equal, statistic) for statistic in STATISTICS), "+"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _both(values: Iterable[float | None], sign: str = "") -> str:
+    return " / ".join(_decibels(value, sign) for value in values)
+
+
+def _others(margin: Margin, equal: str) -> str:
+    """The best by mean, and that by p5 if it is another, each with what it spends or how fast it is."""
+    found = {statistic: margin.others[equal, statistic] for statistic in STATISTICS}
+    told = []
+    for run in found.values():
+        if run is not None:
+            cost = _share(run.costs["nfe_ratio"]) if equal == "nfe" else f"{run.costs['speed_ratio']:.2f}×"
+            told.append(f"{markdown_text(run.method)} {cost}")
+    psnr = _both(psnr_of(run, statistic) for statistic, run in found.items())
+    return f"{psnr}: {'; '.join(dict.fromkeys(told))}" if told else ABSENT
 
 
 def model_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> str:

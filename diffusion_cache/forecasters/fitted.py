@@ -1,11 +1,17 @@
 """Weights that were fitted to a model's trajectory, step by step; Taylor-1 wherever there are none."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import cast
 
 from ..context import Feature, Forecaster, Query
+from ..fingerprint import same_levels
+from ..plan import Plan
 from .taylor import Taylor
 
+UNFITTED = "Taylor"
 Key = tuple[int, int, int]  # step, span group, guidance branch
 
 
@@ -22,6 +28,8 @@ class Fitted(Forecaster):
     """Where the history holds just the steps that weights were fitted for, those; else the line through the last two.
 
     table: by step, span group and guidance branch; groups: of each span, or () where all spans are one group.
+    branches: guidance branches stacked in the rows of one call. noise_levels: of the steps; in a run with others no
+    weights are fitted.
     """
 
     table: Mapping[Key, Fit] = field(default_factory=dict)
@@ -29,13 +37,35 @@ class Fitted(Forecaster):
     groups: tuple[int, ...] = ()
     branches: int = 1
     feature: Feature = "auto"
+    noise_levels: tuple[float, ...] = ()
+
+    name = "fitted"
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Fitted":
+        """A plan's weights."""
+        table: dict[Key, Fit] = {}
+        steps, passes, spans, _ = plan.weights.shape
+        weights, nodes = plan.weights.tolist(), plan.nodes.tolist()
+        for step, branch, span in product(range(steps), range(passes), range(spans)):
+            used = [place for place, node in enumerate(nodes[step][span]) if node >= 0]
+            values = tuple(weights[step][branch][span][place] for place in used)
+            if values and not any(map(math.isnan, values)):
+                table[step, span, branch] = Fit(tuple(nodes[step][span][place] for place in used), values)
+        groups = tuple(range(spans)) if spans > 1 else ()
+        return cls(table, plan.history, groups, plan.row_passes, cast(Feature, plan.feature), plan.noise_levels)
+
+    def for_run(self, noise_levels: Sequence[float]) -> "Fitted":
+        if not noise_levels or not self.noise_levels or same_levels(self.noise_levels, noise_levels):
+            return self
+        return replace(self, table={})
 
     @property
     def history(self) -> int:
         return self.length
 
     @property
-    def row_guidance(self) -> int:
+    def row_passes(self) -> int:
         return self.branches
 
     @property
@@ -47,8 +77,11 @@ class Fitted(Forecaster):
 
     def fit(self, query: Query) -> Fit | None:
         """What was fitted for just this case, if anything was."""
-        found = self.table.get((int(query.target), self.group(query.span), query.guidance))
+        found = self.table.get((int(query.target), self.group(query.span), query.pass_index))
         return found if found is not None and found.nodes == tuple(query.nodes) else None
+
+    def note(self, query: Query) -> str:
+        return "" if self.fit(query) else UNFITTED
 
     def weights(self, query: Query) -> tuple[float, ...]:
         found = self.fit(query)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def refine(
     Raises:
         ConfigError: for no starts, starts of different sizes, or one that a guard forbids.
     """
-    fixed = frozenset(range(warmup)) | frozenset(range(steps - last, steps))
+    fixed = frozenset(range(max(warmup, 1))) | frozenset(range(steps - last, steps))  # nothing to reuse at the first
     if not starts or len({len(start) for start in starts}) > 1:
         raise ConfigError("a search needs at least one schedule to start from, all with as many computed steps")
     for start in starts:
@@ -81,7 +82,7 @@ def refine(
         return tried[computed]
 
     best = max(dict.fromkeys(tuple(start) for start in starts[: max(runs, 1)]), key=ran)
-    start = Tried(best, tried[best])
+    begun = Tried(best, tried[best])
     chance = random.Random(seed)
     while len(tried) < runs:
         move = next((moved for moved in _moves(best, steps, fixed, chance) if moved not in tried), None)
@@ -89,7 +90,7 @@ def refine(
             break  # everything within reach was run
         if ran(move) > tried[best]:
             best = move
-    return Found(Tried(best, tried[best]), start, tuple(Tried(*item) for item in tried.items()))
+    return Found(Tried(best, tried[best]), begun, tuple(Tried(*item) for item in tried.items()))
 
 
 def _moves(computed: Steps, steps: int, fixed: frozenset[int], chance: random.Random) -> Iterator[Steps]:
@@ -109,7 +110,7 @@ def _moves(computed: Steps, steps: int, fixed: frozenset[int], chance: random.Ra
         else:
             # into the middle of a gap, the longer the likelier
             ends = [*computed, steps]
-            gaps = [(b - a - 1, (a + b) // 2) for a, b in zip(ends, ends[1:], strict=False) if b - a > 1]
+            gaps = [(b - a - 1, (a + b) // 2) for a, b in pairwise(ends) if b - a > 1]
             to = chance.choices([middle for _, middle in gaps], weights=[size for size, _ in gaps])[0]
         if to in free:
             yield moved(step, to)
@@ -126,9 +127,12 @@ def spaced(steps: int, computed: int, exponent: float, last: int = 0) -> Steps:
     """
     if not 1 + last <= computed <= steps:
         raise ConfigError(f"no schedule computes {computed} of {steps} steps with the last {last} among them")
+    if not exponent > 0:
+        raise ConfigError(f"the exponent of a spacing must be above 0, not {exponent}")
     inner, length = computed - last, steps - last
     shares = [j / inner for j in range(inner)]
-    places = [math.floor(length * (u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent))) for u in shares]
+    warped = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
+    places = [math.floor(length * u + 1e-9) for u in warped]  # 98 · (1/49) is a little less than 2 in floating point
     for j in range(1, inner):
         places[j] = max(places[j], places[j - 1] + 1)
     for j in range(inner):

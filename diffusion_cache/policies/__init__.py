@@ -4,5 +4,6 @@ from .first_block import FirstBlock
 from .guards import Guarded, Guards
 from .interval import Interval
 from .mask import Mask
+from .planned import Planned
 
-__all__ = ["FirstBlock", "Guarded", "Guards", "Interval", "Mask"]
+__all__ = ["FirstBlock", "Guarded", "Guards", "Interval", "Mask", "Planned"]

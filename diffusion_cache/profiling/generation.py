@@ -58,14 +58,16 @@ class _Counting(Observer):
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
         self.run: Any = None
+        self.steps = 0
 
     def run_began(self, run: Any) -> None:
         self.run = run
 
     def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
         teacher = self.teacher
+        self.steps = max(self.steps, frame.step.index + 1)
         teacher.calls = max(teacher.calls, frame.position + 1)
-        teacher.rows = max(1, frame.batch // teacher.batch.count)
+        teacher.rows = max(teacher.rows, frame.batch // teacher.batch.count)  # guidance may end before the last step
 
 
 def teach(batch: Batch) -> Teacher:
@@ -93,6 +95,11 @@ def teach(batch: Batch) -> Teacher:
             f"{type(batch.pipe).__name__}: no denoiser call or no scheduler step was seen in a generation, so there is "
             "no path to fit to"
         )
+    if counting.steps != teacher.steps:
+        raise ConfigError(
+            f"a generation had {teacher.steps} scheduler steps where the denoiser was called in {counting.steps}: one "
+            "loop over the steps is needed, of one call of the pipeline"
+        )
     if len(teacher.images) != batch.count:
         raise ConfigError(f"a generation gave {len(teacher.images)} samples where {batch.count} were asked for")
     for index, state in enumerate(teacher.states):
@@ -109,7 +116,7 @@ def state_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.prev_sample
 
 
-class attached:  # noqa: N801 - used as a function
+class attached:
     """A session of this method and observer on a pipeline, inside the block; what was enabled before comes back."""
 
     def __init__(self, pipe: Any, method: Method, observer: Observer):
@@ -147,7 +154,7 @@ class StepCall:
             arguments["sample"] = sample
         if scheduler is not None:
             arguments[next(iter(arguments))] = scheduler
-        bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._bound.signature, arguments)
         return self._step(*bound.args, **bound.kwargs)
 
     @property

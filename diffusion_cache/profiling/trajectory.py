@@ -12,10 +12,10 @@ regression.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Iterator, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ..context import Feature, Forecaster, Policy, Query
 from ..engine import Method, Observer
 from ..engine.frame import Frame
 from ..engine.patches import wrapped_step
-from ..engine.structure import flatten
+from ..engine.structure import flatten, forked_rng
 from ..forecasters.fitted import Fit, Fitted, Key, taylor_weights
 from ..policies import Guarded
 from .generation import StepCall, Teacher, attached, state_of
@@ -32,6 +32,7 @@ from .generation import StepCall, Teacher, attached, state_of
 NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}
 LOW_PRECISION_NUDGE = 0.25
 GUIDANCE_TOLERANCE = 1e-3  # what guidance may differ from a linear combination by, relative
+LENGTHS = (1.0, 0.5, 0.25)  # of the step that is solved for, where the output is not as linear as it takes it to be
 AFFINE_TOLERANCE = 1e-3  # what a sampler's step may differ from an affine map by, relative
 
 
@@ -94,7 +95,7 @@ class _Growing(Forecaster):
         return self.settings.history
 
     @property
-    def row_guidance(self) -> int:
+    def row_passes(self) -> int:
         return self.branches
 
     @property
@@ -109,7 +110,7 @@ class _Growing(Forecaster):
 
     def weights(self, query: Query) -> tuple[float, ...]:
         group = self.group(query.span)
-        found = self.table.get((int(query.target), group, query.guidance))
+        found = self.table.get((int(query.target), group, query.pass_index))
         weights = taylor_weights(query.nodes, query.target) if found is None else found.weights
         if self._nudged is None or self._nudged[0] != group:
             return weights
@@ -179,21 +180,26 @@ class _Fitting(Observer):
         guidance = _guidance(branches, before)
         target = self._target(index, given, scheduler)
         unknowns, columns = self._derivatives(index, calls, guidance, like)
-        delta = _solve(torch.stack(columns), (target - before).flatten(), unknowns, self.ridge)
-        for (group, guided, nodes), start in _starts(unknowns).items():
-            weights = taylor_weights(nodes, index)
-            moved = tuple(w + float(d) for w, d in zip(weights, delta[start : start + len(nodes)], strict=True))
-            self.forecaster.table[index, group, guided] = Fit(nodes, moved)
-        after = _combined(self._repeat(calls, like), guidance)
+        starts = _starts(unknowns)
+        if len(unknowns) == len(starts):
+            raise UnfitError("with one feature in the history there is nothing to choose")
+        delta = _solve(torch.stack(columns), (target - before).flatten(), unknowns, self.ridge).tolist()
         size = float(target.norm().clamp_min(1e-30))
-        error = float((before - target).norm()) / size, float((after - target).norm()) / size
-        if not error[1] < error[0]:
-            for key in [key for key in self.forecaster.table if key[0] == index]:
-                del self.forecaster.table[key]
-            raise UnfitError("the fitted weights are no better than Taylor's")
-        self.errors[index] = error
-        whole = after.to(given.model_output.dtype)
-        return whole.repeat(rows // count, *[1] * (whole.ndim - 1))
+        error = float((before - target).norm()) / size
+        for length in LENGTHS:
+            for (group, guided, nodes), start in starts.items():
+                ahead = zip(taylor_weights(nodes, index), delta[start : start + len(nodes)], strict=True)
+                weights = tuple(weight + length * change for weight, change in ahead)
+                self.forecaster.table[index, group, guided] = Fit(nodes, weights)
+            after = _combined(self._repeat(calls, like), guidance)
+            reached = float((after - target).norm()) / size
+            if reached < error:
+                self.errors[index] = error, reached
+                whole = after.to(given.model_output.dtype)
+                return whole.repeat(rows // count, *[1] * (whole.ndim - 1))
+        for key in [key for key in self.forecaster.table if key[0] == index]:
+            del self.forecaster.table[key]
+        raise UnfitError("the fitted weights are no better than Taylor's")
 
     def _repeat(self, calls: Sequence[_Called], like: torch.Size) -> list[Tensor]:
         """The guidance branches' outputs with the weights as they are now."""
@@ -227,7 +233,9 @@ class _Fitting(Observer):
                 for position, (branch, was, weight) in enumerate(zip(moved, base, guidance, strict=True)):
                     held = nodes.get((group, position // rows), ())
                     if node < len(held):
-                        unknowns.append((group, calls[position // rows].frame.position * rows + position % rows, held, node))
+                        unknowns.append(
+                            (group, calls[position // rows].frame.position * rows + position % rows, held, node)
+                        )
                         columns.append((weight * (branch - _aligned(was, like)) / nudge).flatten())
         order = sorted(range(len(unknowns)), key=lambda i: (unknowns[i][0], unknowns[i][1], unknowns[i][3]))
         return [unknowns[i] for i in order], [columns[i] for i in order]
@@ -235,11 +243,13 @@ class _Fitting(Observer):
     def _target(self, index: int, given: StepCall, scheduler: Any) -> Tensor:
         """M*: the model output that leads to the uncached run's next state, [n, ...] in float64."""
         count = self.teacher.batch.count
-        output = given.model_output.double()
+        output, sample = given.model_output.double(), given.sample.double()
         scale = float(output.square().mean().sqrt())
         with self.run.clock.suppressed():
+            # in its own dtype, for the noise that a sampler draws depends on it
+            led = self._next(given, scheduler, given.model_output, given.sample)[:count]
             here, up, down = (
-                self._next(given, scheduler, output + move * scale)[:count] for move in (0.0, 1.0, -1.0)
+                self._next(given, scheduler, output + move * scale, sample)[:count] for move in (0.0, 1.0, -1.0)
             )
         change = up - down
         if not bool(torch.isfinite(change).all()) or not float(change.abs().max()) > 0:
@@ -250,16 +260,17 @@ class _Fitting(Observer):
         if float(slope.abs().min()) < 1e-6 * float(slope.abs().max()):
             raise UnfitError("the sampler's next state hardly depends on the model output")
         wanted = self.teacher.states[index][:count].to(output.device).double()
-        if wanted.shape != here.shape:
+        if wanted.shape != led.shape:
             raise UnfitError("the sampler gives states of another shape than in the uncached run")
-        return output[:count] + (wanted - here) / slope
+        return output[:count] + (wanted - led) / slope
 
     @staticmethod
-    def _next(given: StepCall, scheduler: Any, output: Tensor) -> Tensor:
-        """What a copy of the sampler makes of a model output, with the noise that it is about to use."""
+    def _next(given: StepCall, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
+        """What a copy of the sampler makes of a model output; random numbers then go on as if it had not been asked."""
         states = [(generator, generator.get_state()) for generator in given.generators]
         try:
-            return state_of(given.result(output, copy.deepcopy(scheduler), given.sample.double())).double()
+            with forked_rng():
+                return state_of(given.result(output, copy.deepcopy(scheduler), sample)).double()
         finally:
             for generator, state in states:
                 generator.set_state(state)
@@ -304,7 +315,7 @@ def _solve(
 ) -> Tensor:
     """δ by the system above, [unknowns]; columns: [unknowns, elements]."""
     count = len(columns)
-    gram, right = columns @ columns.T, columns @ wanted
+    gram, right = (columns @ columns.T).cpu(), (columns @ wanted).cpu()  # on CUDA, lstsq wants full rank
     sums = list(dict.fromkeys((group, branch) for group, branch, _, _ in unknowns))
     system = torch.zeros(count + len(sums), count + len(sums), dtype=gram.dtype, device=gram.device)
     system[:count, :count] = gram + ridge * torch.diag(gram.diag())

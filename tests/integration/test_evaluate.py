@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluation_profile import write_profile
 from hydra import compose, initialize_config_module
 
 from diffusion_cache.cli import evaluate as command
@@ -94,8 +95,37 @@ def test_uncached_is_identical_to_itself(tmp_path):
 
 def test_fewer_steps_spend_their_share(tmp_path):
     summaries = made(tmp_path, "method=fewer_steps")
-    assert [summary["steps"] for summary in summaries] == [3, 2, 1]
-    assert [summary["flops_ratio"] for summary in summaries] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+    assert [summary["steps"] for summary in summaries] == [3, 2, 2, 1]
+    assert [summary["flops_ratio"] for summary in summaries] == pytest.approx([1 / 2, 1 / 3, 1 / 3, 1 / 6])
+
+
+def test_plans_are_compared_like_any_method(tmp_path):
+    profile = tmp_path / "profile"
+    write_profile(profile)
+    plans = ["method=planned", f"method.profile='{profile}'", "method.grid={share: [0.5, 0.2]}"]
+    half, fifth = made(tmp_path, *plans)
+    assert (half["kind"], half["method"], half["scope"], half["correct"]) == ("ours", "plan", "stack", True)
+    assert half["settings"] == {"nfe": 3, "plan": "three"}
+    assert half["nfe_ratio"] == pytest.approx(1 / 2)
+    assert half["heatmap"]["computed"] == [[float(step % 2 == 0)] * 12 for step in range(6)]
+    assert (fifth["settings"], fifth["nfe_ratio"]) == ({"nfe": 1, "plan": "one"}, pytest.approx(1 / 6))
+    # its weights repeat the last computed step's features, as the interval policy does
+    (same,) = made(tmp_path, "method=interval", "method.policy.every=2", "forecaster=reuse", "method.scope=stack")
+    assert [row["psnr"] for row in rows(half)] == pytest.approx([row["psnr"] for row in rows(same)], abs=1e-3)
+
+    assert [summary["path"] for summary in made(tmp_path, *plans)] == [half["path"], fifth["path"]]
+    write_profile(profile, facts={"note": "made again"})
+    assert {summary["path"] for summary in made(tmp_path, *plans)}.isdisjoint({half["path"], fifth["path"]})
+    config = json.loads((half["path"] / "config.json").read_text())["contender"]
+    assert config["digest"] != json.loads((profile / "profile.json").read_text())["digest"]
+    assert set(config) == {"kind", "label", "profile", "share", "digest"}
+
+
+def test_a_profile_of_another_sampler_is_refused(tmp_path):
+    write_profile(tmp_path / "profile", sampler="dpm++")
+    with pytest.raises(ConfigError, match="this profile is not of this model and sampler"):
+        made(tmp_path, "method=planned", f"method.profile='{tmp_path / 'profile'}'")
+    assert not list((tmp_path / "runs").glob("*/summary.json"))
 
 
 def test_timing_is_paired_and_told_with_its_spread(tmp_path):
@@ -281,11 +311,11 @@ def test_a_killed_sweep_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     finished = {path.name for path in runs.iterdir() if (path / "summary.json").is_file()}
-    assert len(finished) < 7
+    assert len(finished) < 9
     process = started(*sweep)
     told = process.communicate(timeout=300)[0]
     assert process.returncode == 0, told
-    assert len([path for path in runs.iterdir() if (path / "summary.json").is_file()]) == 7
+    assert len([path for path in runs.iterdir() if (path / "summary.json").is_file()]) == 9
     assert not [path for path in runs.iterdir() if path.suffix == ".partial"]
     whole = made(tmp_path / "whole", "method=uniform_reuse")
     again = made(tmp_path / "killed", "method=uniform_reuse")
@@ -388,6 +418,7 @@ def test_what_must_be_given(tmp_path):
         (["timing.pairs=two"], r"timing\.pairs must be a whole number of at least 0"),
         (["prompts.first_seed=abc"], "first_seed must be a whole number"),
         (["metrics.names=null"], r"metrics\.names must be a list"),
+        (["method=planned", "method.profile=/nowhere"], "there is no profile '/nowhere'.*diffusion-cache profile"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_made(tmp_path, overrides, message):

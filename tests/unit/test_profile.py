@@ -136,6 +136,20 @@ def same(one, other):
     return True
 
 
+def test_inner_products_may_be_wide(tmp_path):
+    path = features()
+    wide = torch.einsum("spti,spui->sptu", path, path)
+    made = profile(arrays={**arrays(), **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), wide)})
+    made.save(tmp_path)
+    found = Profile.load(tmp_path)
+    assert same(made, found)
+    assert found.arrays["gram_residual"].dtype == torch.float64
+    with pytest.warns(DiffusionCacheWarning, match="resampled"):
+        fewer = found.resampled(levels(STEPS - 1))
+    assert fewer.arrays["gram_output"].dtype == torch.float64
+    assert fewer.arrays["input_energy"].dtype == torch.float32
+
+
 def test_storing_changes_nothing(tmp_path):
     made = profile()
     made.save(tmp_path / "new" / "folder")
@@ -178,7 +192,7 @@ def poked(name, place, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"fingerprint": fingerprint(5)}, r"gram_residual must be torch.float32 \[3, 2, 5, 5\]"),
+        ({"fingerprint": fingerprint(5)}, r"gram_residual must be torch.float32 or torch.float64 \[3, 2, 5, 5\]"),
         ({"fingerprint": replace(fingerprint(), steps=None, noise_levels=())}, "number of steps"),
         ({"spans": ()}, "needs a span"),
         ({"passes": ()}, "a pass"),

@@ -5,12 +5,14 @@ from importlib.resources import files
 
 import pytest
 import yaml
+from evaluation_profile import write_profile
 from hydra import compose, initialize_config_module
 
-from diffusion_cache import registry
+from diffusion_cache import reference, registry
 from diffusion_cache.cli import evaluate as command
-from diffusion_cache.evaluation.contenders import contender, expand
+from diffusion_cache.evaluation.contenders import FewerSteps, contender, expand
 from diffusion_cache.evaluation.peers import peers
+from diffusion_cache.evaluation.report import BUDGETS, TOLERANCE
 
 CONFIGS = files("diffusion_cache.configs")
 GIVEN = {"scheduler": "DDIMScheduler", "random": "dit-xl-2", "file": "prompts.txt", "hub": "folder", "mask": "'10'"}
@@ -39,8 +41,11 @@ def test_every_option_composes(group):
 
 
 @pytest.mark.parametrize("name", [*registry.policies.names(), *options("method")])
-def test_every_method_expands_into_contenders(name):
+def test_every_method_expands_into_contenders(name, tmp_path):
     more = ["method.policy.mask='10'"] if name == "mask" else []
+    if name == "planned":
+        write_profile(tmp_path)
+        more = [f"method.profile='{tmp_path}'"]
     config = composed(f"method={name}", *more)
     made = [contender(node, config["forecaster"], 50) for node in expand(config["method"], "dit-digits")]
     assert made
@@ -70,6 +75,38 @@ def test_the_experiments_sweep_over_everything():
     assert {method for method in methods if method.startswith("peer/")} == {f"peer/{name}" for name in peers}
     assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(methods)
     assert set(methods) - {f"peer/{name}" for name in peers} == set(options("method"))
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        planned = compose("evaluate", ["experiment=planned"], return_hydra_config=True)
+    assert dict(planned.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers
+    assert planned.name == "planned"
+
+
+@pytest.mark.parametrize("name", reference.MODELS)
+def test_samplers_of_the_shipped_models_have_files_by_which_plans_find_profiles(name):
+    files_of = {
+        yaml.safe_load((CONFIGS / "sampler" / f"{option}.yaml").read_text())["name"]: option
+        for option in options("sampler")
+    }
+    for sampler in reference.MODELS[name].samplers:
+        config = composed("method=planned", f"model={name}", f"sampler={files_of[sampler]}")
+        assert (config["method"]["sampler"], config["method"]["profile"]) == (sampler, None)
+
+
+@pytest.mark.parametrize("name", ["fewer_steps", "uniform_reuse", "uniform_taylor", "spaced_taylor", "branch_taylor"])
+def test_grids_have_a_choice_within_every_budget(name):
+    """And plans, which keep within theirs."""
+    config = composed(f"method={name}")
+    for steps in (40, 50):
+        shares = []
+        for node in expand(config["method"], "dit-digits"):
+            what = contender(node, config["forecaster"], steps)
+            if isinstance(what, FewerSteps):
+                shares.append(what.steps(steps) / steps)
+            else:
+                mask = what.options.get("mask") or ("1".ljust(what.options["every"], "0") * steps)[:steps]
+                shares.append(mask.count("1") / steps)
+        for budget in BUDGETS.values():
+            assert any(0.94 * budget <= share <= TOLERANCE * budget for share in shares), (steps, budget)
 
 
 def test_full_is_all_with_more_samples():

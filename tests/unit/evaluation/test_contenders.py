@@ -1,6 +1,15 @@
-import pytest
+import json
+import shutil
+from importlib import resources
+from types import SimpleNamespace
 
+import pytest
+from evaluation_profile import plan, write_profile
+
+from diffusion_cache import reference
+from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.evaluation import contenders
 from diffusion_cache.evaluation.contenders import (
     Adaptive,
     FewerSteps,
@@ -113,3 +122,155 @@ def test_rivals_keep_their_settings():
     what = contender(node, TAYLOR, 20)
     assert type(what) is Rival
     assert (what.kind, what.method, what.settings) == ("rival", "deepcache", {"interval": 5})
+
+
+# plans
+
+PLANNED = {"kind": "ours", "label": "plan", "profile": None, "sampler": None, "share": 0.5}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A folder with a profile of dit-digits with its first sampler, six steps."""
+    folder = tmp_path_factory.mktemp("stored") / "profile"
+    write_profile(folder)
+    return folder
+
+
+@pytest.fixture
+def shipped(stored, tmp_path, monkeypatch):
+    """The folder that shipped profiles are looked for in."""
+    found = resources.files
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path if name.endswith(".profiles") else found(name))
+    shutil.copytree(stored, tmp_path / "dit-digits-ddim")
+    return tmp_path
+
+
+def planned(node, steps=6, model="dit-digits"):
+    return [contender(one, TAYLOR, steps) for one in expand(node, model)]
+
+
+def test_plans_for_shares_of_the_steps(stored):
+    found = planned({**PLANNED, "profile": str(stored), "grid": {"share": [0.5, 1 / 3, 0.25, 0.2]}})
+    assert [type(what) for what in found] == [Ours] * 4
+    assert [what.settings for what in found] == [
+        {"nfe": 3, "plan": "three"},
+        {"nfe": 2, "plan": "two"},
+        {"nfe": 1, "plan": "one"},  # 1.5 and 1.2, rounded down
+        {"nfe": 1, "plan": "one"},
+    ]
+    assert {(what.kind, what.method, what.scope, what.batchable) for what in found} == {("ours", "plan", "stack", True)}
+
+
+def test_a_share_that_is_a_whole_number_of_steps_but_for_rounding(tmp_path):
+    write_profile(tmp_path, plans=(plan("two", 6, (0, 3)), plan("one", 6, (0,))))
+    (what,) = planned({**PLANNED, "profile": str(tmp_path), "share": 1 / 3 - 1e-12})
+    assert what.settings == {"nfe": 2, "plan": "two"}
+
+
+def test_no_share_is_less_than_a_step(stored):
+    (what,) = planned({**PLANNED, "profile": str(stored), "share": 0.01})
+    assert what.settings == {"nfe": 1, "plan": "one"}
+
+
+def test_a_plan_is_put_on_and_its_control_reuses_nothing(stored):
+    (what,) = planned({**PLANNED, "profile": str(stored)})
+    subject = SimpleNamespace(pipe=reference.load("dit-digits"))
+    for applied, computed in ((what.applied, [0, 2, 4]), (what.never, list(range(6)))):
+        with applied(subject, 6):
+            subject.pipe(**reference.inputs("dit-digits", [3], [0], 6))
+            records = session_of(subject.pipe).last_run.records
+        assert [record.step for record in records if record.computed] == computed
+    assert session_of(subject.pipe) is None
+
+
+def test_with_other_steps_the_share_is_kept(stored):
+    """As the plan will be resampled, which must not compute more than the share either."""
+    for steps in (8, 10, 50, 100):
+        for share in (0.5, 1 / 3, 0.25):
+            (what,) = planned({**PLANNED, "profile": str(stored), "share": share}, steps)
+            assert what.settings["nfe"] == int(steps * share + 1e-9)
+            plan = next(plan for plan in what.options["profile"].plans if plan.name == what.settings["plan"])
+            assert plan.resampled((0.0,) * steps).schedule.nfe <= what.settings["nfe"]
+
+
+def test_the_shipped_profile_of_the_model_and_its_sampler(shipped):
+    (first,) = expand(PLANNED, "dit-digits")
+    assert first["profile"] == "dit-digits-ddim"
+    assert "sampler" not in first
+    (named,) = expand({**PLANNED, "sampler": "ddim"}, "dit-digits")
+    assert named == first
+    (shipped / "dit-digits-ddim").rename(shipped / "dit-digits-dpm++")
+    (other,) = expand({**PLANNED, "sampler": "dpm++"}, "dit-digits")
+    assert other["profile"] == "dit-digits-dpm++"
+    assert contender(other, TAYLOR, 6).settings["plan"] == "three"
+
+
+def test_the_digest_tells_profiles_apart(stored, tmp_path):
+    shutil.copytree(stored, tmp_path / "same")
+    write_profile(tmp_path / "other", facts={"note": "made again"})
+    names = [stored, tmp_path / "same", tmp_path / "other"]
+    digests = [expand({**PLANNED, "profile": str(name)}, "dit-digits")[0]["digest"] for name in names]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0] == json.loads((stored / "profile.json").read_text())["digest"]
+
+
+def test_a_label_of_plans_says_so(stored):
+    node = {**PLANNED, "profile": str(stored)}
+    names = [planned({**node, "label": label})[0].method for label in (None, "my plans", "fitted")]
+    assert names == ["plan", "my plans", "plan, fitted"]
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        ({}, "dit-digits", r"there is no profile 'dit-digits-ddim'.*diffusion-cache profile.*diffusion-cache plan"),
+        ({}, "some/model", r"no profile of some/model comes with the package: give a folder, method\.profile="),
+        ({"profile": "/nowhere"}, "dit-digits", "there is no profile '/nowhere'"),
+    ],
+)
+def test_a_missing_profile_is_told(tmp_path, monkeypatch, change, model, message):
+    found = resources.files
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path if name.endswith(".profiles") else found(name))
+    with pytest.raises(ConfigError, match=message):
+        expand({**PLANNED, **change}, model)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"digest"', "{}"])
+def test_a_damaged_profile_is_told(tmp_path, text):
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"profile\.json is not a profile's, or damaged"):
+        expand({**PLANNED, "profile": str(tmp_path)}, "dit-digits")
+
+
+def test_a_profile_that_changes_on_the_way_is_told(stored, tmp_path):
+    folder = tmp_path / "profile"
+    shutil.copytree(stored, folder)
+    (node,) = expand({**PLANNED, "profile": str(folder)}, "dit-digits")
+    write_profile(folder, facts={"note": "made again"})
+    with pytest.raises(ConfigError, match="changed while it was evaluated"):
+        contender(node, TAYLOR, 6)
+
+
+def test_plans_that_there_are_not(tmp_path):
+    write_profile(tmp_path / "dear", plans=(plan("three", 6, (0, 2, 4)),))
+    with pytest.raises(ConfigError, match=r"no plan takes 2 denoiser evaluations or fewer; the cheapest, 'three'"):
+        planned({**PLANNED, "profile": str(tmp_path / "dear"), "share": 1 / 3})
+    write_profile(tmp_path / "none", plans=())
+    with pytest.raises(ConfigError, match="holds no plans: make some with `diffusion-cache plan`"):
+        planned({**PLANNED, "profile": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "half", True, None])
+def test_a_share_must_be_one(stored, share):
+    with pytest.raises(ConfigError, match=r"method\.share must be above 0 and at most 1"):
+        planned({**PLANNED, "profile": str(stored), "share": share})
+
+
+def test_a_profile_is_read_once_for_all_its_plans(stored, monkeypatch):
+    contenders._profile.cache_clear()
+    read = []
+    load = contenders.Profile.load
+    monkeypatch.setattr(contenders.Profile, "load", lambda folder: read.append(folder) or load(folder))
+    planned({**PLANNED, "profile": str(stored), "grid": {"share": [0.5, 1 / 3]}})
+    assert read == [stored]

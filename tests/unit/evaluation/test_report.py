@@ -105,6 +105,128 @@ def test_random_weights_are_chosen_by_nearness_to_the_budget_then_speed(tmp_path
     assert best.method == "interval"
 
 
+# margins of plans
+
+
+def write_plan(folder, **fields):
+    return write_run(folder, **{"method": "plan", "settings": {"nfe": 10, "plan": "half"}, **fields})
+
+
+def test_margins_by_hand(tmp_path):
+    half = write_plan(tmp_path, nfe=0.5, psnr=[50, 52, 54, 56], speed=1.8)  # mean 53
+    third = write_plan(
+        tmp_path, nfe=0.32, psnr=[40, 44, 44, 48], speed=2.5, settings={"nfe": 6, "plan": "third"}
+    )  # mean 44
+    even = write_run(tmp_path, kind="rival", method="even", nfe=0.53, psnr=same(49), speed=1.5)  # within 6%
+    high = write_run(tmp_path, kind="baseline", method="high", nfe=0.5, psnr=[30, 60, 60, 60], speed=1.9)  # mean 52.5
+    dear = write_run(tmp_path, method="dear", nfe=0.7, psnr=same(70), speed=1.8)  # as fast as the plan, beyond 1/2
+    cheap = write_run(tmp_path, method="spaced Taylor", nfe=0.3, psnr=same(45), speed=1.2)
+    # none of these counts
+    write_run(tmp_path, kind="rival", method="beyond", nfe=0.54, psnr=same(90), speed=1.0)
+    write_run(tmp_path, kind="rival", method="wrong", nfe=0.2, psnr=same(90), speed=9.0, correct=False, problem="no")
+    write_run(tmp_path, kind="rival", sampler="dpm++", method="elsewhere", nfe=0.2, psnr=same(90), speed=9.0)
+    write_run(tmp_path, kind="baseline", method="uncached", nfe=1.0, psnr=same(math.inf), speed=1.0)
+    write_run(tmp_path, kind="rival", method="untimed", nfe=0.9, psnr=same(90), quality_only=True)
+
+    at_half, at_third, at_fifth = report.margins(
+        read_experiment(tmp_path).runs, {"1/2": 0.5, "1/3": 1 / 3, "1/5": 1 / 5}
+    )
+
+    def others(margin):
+        return {key: run and run.folder for key, run in margin.others.items()}
+
+    assert (at_half.subject, at_half.budget, at_half.plan.folder) == (("dit-digits", "ddim"), "1/2", half)
+    assert others(at_half) == {
+        ("nfe", "mean"): high,
+        ("nfe", "p5"): even,
+        ("speed", "mean"): dear,
+        ("speed", "p5"): dear,
+    }
+    assert [at_half.decibels(*key) for key in at_half.others] == [0.5, 1.0, -17.0, -20.0]
+    assert at_third.plan.folder == third
+    assert others(at_third) == {
+        ("nfe", "mean"): cheap,
+        ("nfe", "p5"): cheap,
+        ("speed", "mean"): None,
+        ("speed", "p5"): None,
+    }
+    assert [at_third.decibels(*key) for key in at_third.others] == [-1.0, -5.0, None, None]
+    assert (at_fifth.plan, set(at_fifth.others.values())) == (None, {None})
+    assert at_fifth.decibels("nfe", "mean") is None
+
+
+def test_a_plan_must_keep_within_the_budget_that_others_may_exceed(tmp_path):
+    write_plan(tmp_path, nfe=0.51, psnr=same(60))
+    kept = write_plan(tmp_path, nfe=0.4, psnr=same(40), settings={"nfe": 8, "plan": "p"})
+    other = write_run(tmp_path, nfe=0.52, psnr=same(50))
+    (margin,) = report.margins(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    assert (margin.plan.folder, margin.others["nfe", "mean"].folder) == (kept, other)
+    assert margin.decibels("nfe", "mean") == -10.0
+
+
+def test_a_plan_slower_than_the_uncached_run_has_that_beside_it(tmp_path):
+    write_plan(tmp_path, nfe=0.5, psnr=same(60), speed=0.9)
+    uncached = write_run(tmp_path, kind="baseline", method="uncached", nfe=1.0, psnr=same(math.inf), speed=1.0)
+    (margin,) = report.margins(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    assert margin.others["speed", "mean"].folder == uncached
+    assert margin.decibels("speed", "mean") == -math.inf
+    assert margin.decibels("nfe", "mean") is None
+
+
+def test_margins_of_perfect_runs_and_of_none(tmp_path):
+    write_plan(tmp_path, nfe=0.5, psnr=same(math.inf))
+    write_run(tmp_path, nfe=0.5, psnr=same(math.inf))
+    (margin,) = report.margins(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    assert margin.decibels("nfe", "p5") == 0.0
+    write_plan(tmp_path, model="big", nfe=0.5, psnr=(), random_weights=True)
+    write_run(tmp_path, model="other", nfe=0.5, psnr=same(50))
+    found = report.margins(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    assert [margin.subject[0] for margin in found] == ["dit-digits"]  # neither random weights nor a model without plans
+    assert report.margins([run for run in read_experiment(tmp_path).runs if not run.is_plan]) == []
+    assert report.margins_table([]) == ""
+
+
+def test_margins_in_the_report(tmp_path):
+    pytest.importorskip("plotly")
+    write_plan(tmp_path, nfe=0.5, psnr=[50, 52, 54, 56], speed=1.8, settings={"nfe": 10, "plan": "a|b"})
+    write_run(tmp_path, kind="rival", method="x|y", nfe=0.5, psnr=same(49), speed=2.0)
+    write_run(tmp_path, kind="baseline", method="fewer steps", nfe=0.5, psnr=[30, 60, 60, 60], speed=1.5)
+    paths = write_report(tmp_path)
+    text = paths.markdown.read_text(encoding="utf-8")
+    assert (
+        text.index("best setting within") < text.index("## Plans against the best other") < text.index("## dit-digits")
+    )
+    table = markdown_cells(text[text.index("## Plans") : text.index("## dit-digits")])
+    first = ["dit-digits, ddim", "1/2", r"a\|b", "50%", "1.80× (1.73–1.89)", "53.0 / 50.0"]
+    first += [r"52.5 / 49.0: fewer steps 50%; x\|y 50%", "+0.5 / +1.0", r"49.0 / 49.0: x\|y 2.00×", "+4.0 / +1.0"]
+    assert table[2] == first
+    assert table[3] == ["dit-digits, ddim", "1/3", *["–"] * 4, "–", "– / –", "–", "– / –"]
+    assert len(table) == 2 + 4
+
+    rows = csv_rows(paths.margins)
+    assert len(rows) == 4 * 4
+    assert [(row["equal"], row["statistic"], row["margin"]) for row in rows[:4]] == [
+        ("nfe", "mean", "0.5"),
+        ("nfe", "p5", "1"),
+        ("speed", "mean", "4"),
+        ("speed", "p5", "1"),
+    ]
+    expected = {"model": "dit-digits", "budget": "1/2", "plan_psnr": "50", "plan_nfe_ratio": "0.5", "other_psnr": "49"}
+    expected |= {"other_kind": "rival", "other_method": "x|y", "other_speed_ratio": "2", "plan_method": "plan"}
+    expected |= {"plan_settings": '{"nfe": 10, "plan": "a|b"}', "other_settings": "{}"}
+    assert {key: rows[1][key] for key in expected} == expected
+    assert {rows[1][f"{side}_run"] for side in ("plan", "other")} < {
+        path.name for path in (tmp_path / "runs").iterdir()
+    }
+    assert (rows[4]["budget"], rows[4]["plan_run"], rows[4]["margin"]) == ("1/3", "", "")
+
+
+def test_without_plans_there_are_no_margins(written):
+    assert csv_rows(written.margins) == []
+    assert written.margins.read_text().startswith("model,sampler,budget,equal,statistic,margin,plan_kind,")
+    assert "Plans against" not in written.markdown.read_text(encoding="utf-8")
+
+
 # CSV
 
 
@@ -136,7 +258,7 @@ def test_csv_values_and_order(tmp_path):
 
 def test_report_is_deterministic(experiment, written, tmp_path):
     again = write_report(experiment, tmp_path)
-    for name in ("csv", "markdown", "environment"):
+    for name in ("csv", "markdown", "environment", "margins"):
         assert getattr(again, name).read_bytes() == getattr(written, name).read_bytes()
     assert again.html.read_bytes() == written.html.read_bytes()
     assert len(csv_rows(written.csv)) == 3 * (1 + 8 * 3 + 1) + 3  # the unfinished run is not among them
@@ -262,7 +384,7 @@ def test_page_data(tmp_path):
     assert first["heatmap"]["kinds"] == [[100, 0, 100], [100, 100, 100]]
     assert first["heatmap"]["steps"] == [0, 1, 0, 1]
     assert first["samples"] == second["samples"] == 0  # one list for both
-    assert data["subjects"][0]["picks"] == {"1/2": [0], "1/3": [], "1/5": []}
+    assert data["subjects"][0]["picks"] == {"1/2": [0], "1/3": [], "1/4": [], "1/5": []}
 
 
 def test_triplets_show_the_difference_as_much_stronger_as_they_say(tmp_path):

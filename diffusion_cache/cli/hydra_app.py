@@ -1,0 +1,132 @@
+"""What the commands with Hydra's command line share: checking what is given, plain values, errors as messages."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+
+from .. import registry
+from ..errors import ConfigError, DiffusionCacheError
+
+CONFIGS = "diffusion_cache.configs"
+OPEN = (("model", "call"), ("sampler", "options"), ("metrics", "settings"))
+
+
+def check(command: str, arguments: Sequence[str], groups: Sequence[str] = ()) -> None:
+    """Compose the configuration for every value that is given, before anything runs.
+
+    groups: of configurations that leave no key of their own.
+
+    Raises:
+        ConfigError: for a group, option or key that does not exist, with the nearest that does.
+    """
+    given = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+    try:
+        overrides = OverridesParser.create().parse_overrides(given)
+    except HydraException as error:
+        raise ConfigError(_first_line(error)) from error
+    first = [_choices(override)[0] for override in overrides]
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        _compose(command, first, groups)
+        for place, override in enumerate(overrides):
+            for choice in _choices(override)[1:]:
+                _compose(command, [*first[:place], choice, *first[place + 1 :]], groups)
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _compose(command: str, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
+    try:
+        return compose(command, [override for override in overrides if not override.startswith("hydra")])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_line(error) + _suggestion(command, error, overrides, groups)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _suggestion(command: str, error: BaseException, overrides: Sequence[str], groups: Sequence[str]) -> str:
+    """What may have been meant, where the error is about one of the overrides."""
+    text = str(error)
+    if "hydra/launcher/" in text:
+        return ". Launchers come with pip install 'diffusion-cache[sweep]'"
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if f"'{key}/{value}'" in text:
+            return f". {registry.suggest(value, _options(key))}"
+        if f"'{key}'" in text or f"Key '{key.split('.')[-1]}'" in text or key in text:
+            return f". {registry.suggest(key, _keys(command, overrides, override, groups))}"
+    return ""
+
+
+def _options(group: str) -> list[str]:
+    from hydra.core.global_hydra import GlobalHydra
+
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def _keys(command: str, overrides: Sequence[str], wrong: str, groups: Sequence[str]) -> list[str]:
+    """All keys of the configuration without one of the overrides."""
+    try:
+        config = compose(command, [override for override in overrides if override != wrong])
+    except (HydraException, OmegaConfBaseException):
+        config = compose(command, [])
+    found = list(groups)
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items() if isinstance(node, Mapping) else ():
+            found.append(prefix + str(key))
+            walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+    return found
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values; ConfigError where a required one is not given."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    for group, key in OPEN:  # null in the files, so that they can be given with any keys
+        if key in config.get(group, ()) and config[group][key] is None:
+            config[group][key] = {}
+    return {str(key): value for key, value in config.items()}
+
+
+def reported(job: Callable[[DictConfig], None], cfg: DictConfig) -> None:
+    """Run one job of a sweep; this package's own errors are shown as a message."""
+    try:
+        job(cfg)
+    except DiffusionCacheError as error:
+        # in a sweep, Hydra goes on with the other jobs and ends by raising what the first one to fail has raised
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise CompactHydraException("This job has failed; what is finished is kept.") from None
+
+
+def launch(command: str, main: Callable[[], None], arguments: Iterable[str], groups: Sequence[str] = ()) -> None:
+    """Run a Hydra main function with these arguments: overrides, -m for a sweep, --cfg job for the configuration."""
+    # the parser that Hydra uses wants all overrides in a row
+    arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
+    check(command, arguments, groups)
+    sys.argv = [f"diffusion-cache {command}", *arguments]
+    try:
+        main()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. What is finished is kept; the same command goes on from there.")
+        raise SystemExit(130) from None

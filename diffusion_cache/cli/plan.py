@@ -1,0 +1,370 @@
+"""`diffusion-cache plan`: plans for a profiled pipeline, to a speed, a number of evaluations or a quality."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+
+from .. import reference
+from ..context import SCOPES
+from ..errors import ConfigError
+from ..evaluation.prompts import BUILTIN, FITTING_SEEDS, Sample, read_prompts
+from ..evaluation.subjects import Pretrained, Shipped, Subject, quieten_libraries
+from ..fingerprint import DenoiserFacts, Fingerprint
+from ..models import find_denoisers
+from ..plan import Plan
+from ..planning import guarantee
+from ..planning.build import Planner, Search
+from ..planning.choose import choose
+from ..profile import Profile
+from ..profiling.generation import Batch, Teacher, teach
+from ..reference.models import scheduler
+from ..registry import unknown_name
+from .progress import announcing
+from .show import print_plans
+
+FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (10_000, 20_000, 30_000))
+MOST_SAMPLES = 10_000  # of one kind: its seeds end where the next one's begin
+LADDER = 0.87  # each rung computes so much of the one above: at most 15% more than the cheapest that would do
+TRIES = 4
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What plans are asked for: one of the three."""
+
+    speedups: tuple[float, ...] = ()
+    nfes: tuple[float, ...] = ()
+    min_psnr: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value not in ((), None)]
+        if len(given) != 1:
+            raise ConfigError("say what the plans are for with one of --speedup 2,3, --nfe 25,17 or --min-psnr 30")
+        if not all(math.isfinite(value) and value > 0 for value in (*self.speedups, *self.nfes)):
+            raise ConfigError("--speedup and --nfe take numbers above 0, with commas between them")
+        if self.min_psnr is not None and not math.isfinite(self.min_psnr):
+            raise ConfigError(f"--min-psnr takes a number of decibels, not {self.min_psnr}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How plans are made. fitting, tuning, held_out: samples; the first two are generated in one call each.
+
+    batch: held-out samples in one call. scopes: tried for each plan, () for the profile's. prompts: a file, for models
+    that take text. device, offload, call: of a pipeline that is no shipped model.
+    """
+
+    runs: int = 60
+    fitting: int = 32
+    tuning: int = 16
+    held_out: int = 64
+    batch: int = 8
+    last: int = 0
+    scopes: tuple[str, ...] = ()
+    prompts: Path | None = None
+    device: str = "auto"
+    offload: str = "none"
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in {"runs": 1, "fitting": 2, "tuning": 1, "held_out": 1, "batch": 1, "last": 0}.items():
+            value = getattr(self, name)
+            if not least <= value <= MOST_SAMPLES:
+                raise ConfigError(f"--{name.replace('_', '-')} must be {least} to {MOST_SAMPLES}, not {value}")
+        for scope in self.scopes:
+            if scope not in SCOPES:
+                raise unknown_name("scope", scope, SCOPES)
+
+
+def make_plans(
+    folder: Path, model: str | None, wishes: Wishes, settings: Settings, out: Path | None, console: Console
+) -> Profile:
+    """Make plans, store them with the profile in `out` (its own folder where None) one by one, and print them.
+
+    A plan that is there already, made by the same settings from the same samples, is not made again; another one of
+    the same name is replaced.
+
+    Raises:
+        ConfigError: for a profile that is not of this model, and for a wish that cannot be fulfilled.
+    """
+    quieten_libraries()
+    needed = guarantee.needed()
+    if settings.held_out < needed:
+        told = f"{settings.held_out} held-out samples cannot show what 95% of prompts reach; it takes {needed}"
+        if wishes.min_psnr is not None:
+            raise ConfigError(f"{told}: give --held-out {needed} or more")
+        console.print(f"{told}. These plans cannot be chosen by min_psnr.", soft_wrap=True)
+    profile = Profile.load(folder)
+    out = folder if out is None else out
+    if (out / "profile.json").is_file() and out.resolve() != folder.resolve():
+        stored = Profile.load(out)
+        if stored.fingerprint != profile.fingerprint:
+            raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
+        profile = profile.with_plans(stored.plans)
+    source = _source(profile, model, settings)
+    profile.check(source.pipe, find_denoisers(source.pipe))
+    with announcing(console, "plan") as progress:
+        work = _Work(profile, _planner(profile, source, settings, progress), out, progress)
+        if wishes.speedups:
+            chosen = [work.faster_than(speedup) for speedup in wishes.speedups]
+        elif wishes.nfes:
+            chosen = [work.at_most(nfe) for nfe in wishes.nfes]
+        else:
+            assert wishes.min_psnr is not None
+            chosen = [work.as_good_as(wishes.min_psnr)]
+    print_plans(work.profile.plans, console)
+    for plan in dict.fromkeys(chosen):
+        console.print(f"{escape(str(out))}: {escape(_told(plan))}", soft_wrap=True)
+    return work.profile
+
+
+def _told(plan: Plan) -> str:
+    assert plan.quality is not None
+    assert plan.speed is not None
+    return (
+        f"{plan.name} computes {plan.nfe:.4g} of {plan.total}, {plan.speed.ratio:.2f}× as fast, "
+        f"{plan.quality.mean:.1f} dB, and {plan.quality.p5:.1f} dB or more for 95% of {plan.quality.n} held-out samples"
+    )
+
+
+class _Work:
+    """The plans so far, stored after each."""
+
+    def __init__(self, profile: Profile, planner: Planner, out: Path, progress: Progress):
+        self.profile, self.planner, self.out, self.progress = profile, planner, out, progress
+        self._timed: dict[int, float] = {}
+
+    @property
+    def least(self) -> int:
+        """The fewest steps that a plan can compute."""
+        return 1 + self.planner.search.last
+
+    def plan(self, computed: int) -> Plan:
+        name = f"nfe-{computed}"
+        known = {plan.name: plan for plan in self.profile.plans}
+        if name in known and self.planner.made(known[name]):
+            self.progress(f"{name} is there already", 0, 0)
+            return known[name]
+        plan = known[name] = self.planner.plan(computed, name)
+        self.profile = self.profile.with_plans(sorted(known.values(), key=lambda plan: -plan.nfe))
+        self.profile.save(self.out)
+        self.progress(_told(plan), 0, 0)
+        return plan
+
+    def at_most(self, nfe: float) -> Plan:
+        """The best plan of at most so many evaluations."""
+        planner = self.planner
+        for computed in range(planner.steps, self.least - 1, -1):
+            if max(planner.nfe(computed, scope) for scope in planner.scopes) <= nfe + 1e-9:
+                return self.plan(computed)
+        least = max(planner.nfe(self.least, scope) for scope in planner.scopes)
+        raise ConfigError(f"no plan takes {nfe:g} denoiser evaluations or fewer; the least is {least:.4g}")
+
+    def faster_than(self, speedup: float) -> Plan:
+        """The plan that computes most of those that are measured to be as fast.
+
+        Speed depends on how many steps are computed, not on which: that number is found first.
+        """
+        computed, tried = self._count(speedup), []
+        for _ in range(TRIES):
+            plan = self.plan(computed)
+            tried.append(plan)
+            assert plan.speed is not None
+            if plan.speed.ratio >= speedup:
+                return plan
+            if computed == self.least:
+                break
+            computed = max(self.least, min(computed - 1, self._fitting_count(speedup, computed, plan.speed.ratio)))
+        raise self._too_fast(speedup, max(plan.speed.ratio for plan in tried if plan.speed is not None))
+
+    def _count(self, speedup: float) -> int:
+        """The most computed steps that are as fast, by a short search."""
+        steps = self.planner.steps
+        computed = min(steps, max(self.least, math.floor(steps / speedup + 1e-9)))
+        fast, slow = self.least - 1, steps + 1  # the most known to be fast enough, the fewest known not to be
+        for _ in range(TRIES):
+            ratio = self._speed(computed)
+            if ratio >= speedup:
+                fast = computed
+            else:
+                slow = computed
+            if slow - fast <= 1:
+                break
+            computed = min(max(self._fitting_count(speedup, computed, ratio), fast + 1), slow - 1)
+        if fast < self.least:
+            ratio = self._speed(self.least)
+            if ratio < speedup:
+                raise self._too_fast(speedup, ratio)
+            fast = self.least
+        return fast
+
+    def _fitting_count(self, speedup: float, computed: int, ratio: float) -> int:
+        """How many computed steps would be as fast, were the cost of a reused one what this measurement says."""
+        steps = self.planner.steps
+        if computed == steps:
+            return computed - 1
+        reused = min(max((steps / ratio - computed) / (steps - computed), 0.0), 0.99)
+        return math.floor((steps / speedup - reused * steps) / (1 - reused) + 1e-9)
+
+    def _speed(self, computed: int) -> float:
+        if computed not in self._timed:
+            self.progress(f"timing {computed} computed steps", 0, 1)
+            self._timed[computed] = self.planner.timed(computed).ratio
+        return self._timed[computed]
+
+    def _too_fast(self, speedup: float, reached: float) -> ConfigError:
+        fastest = max([reached, *(plan.speed.ratio for plan in self.profile.plans if plan.speed is not None)])
+        return ConfigError(
+            f"no plan is {speedup:g}× as fast here; the fastest reached is {fastest:.2f}×, with {self.least} of "
+            f"{self.planner.steps} steps computed. Ask for less"
+        )
+
+    def as_good_as(self, target: float) -> Plan:
+        """The cheapest plan that holds the target: plans are made from expensive to cheap, until one does not."""
+        for computed in _ladder(self.planner.steps, self.least):
+            plan = self.plan(computed)
+            assert plan.quality is not None
+            if not guarantee.holds(plan.quality.values, target):
+                break
+        return choose(self.profile.plans, min_psnr=target)
+
+
+def _ladder(steps: int, least: int) -> Iterator[int]:
+    """Numbers of computed steps, falling."""
+    computed = steps
+    while computed > least:
+        computed = max(least, min(computed - 1, math.ceil(computed * LADDER)))
+        yield computed
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where samples come from. make: a batch of them, each a prompt and a seed."""
+
+    pipe: Any
+    prompts: Sequence[str | int]
+    make: Callable[[Sequence[Sample]], Batch]
+
+
+def _planner(profile: Profile, source: _Source, settings: Settings, progress: Progress) -> Planner:
+    taken = {seed for _, seed in profile.samples}
+    counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
+    drawn: dict[int, list[Sample]] = {}
+    place = 0  # prompts go on from one kind to the next, so that none is repeated while there are enough
+    for first, count in counts.items():
+        seeds = [seed for seed in range(first, first + MOST_SAMPLES) if seed not in taken][:count]
+        drawn[first] = [
+            Sample(i, source.prompts[(place + i) % len(source.prompts)], seed) for i, seed in enumerate(seeds)
+        ]
+        place += count
+    held_out = drawn[HELD_OUT]
+    # speed is measured on the last batch: a whole one
+    odd = len(held_out) % settings.batch
+    parts = [held_out[:odd]] if odd else []
+    parts += [held_out[i : i + settings.batch] for i in range(odd, len(held_out), settings.batch)]
+    samples = [drawn[FITTED], drawn[TUNED], *parts]
+    teachers: list[Teacher] = []
+    for number, part in enumerate(samples):
+        progress("uncached runs", number, len(samples))
+        teachers.append(teach(source.make(part)))
+    search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last)
+    seeds = [sample.seed for sample in held_out]
+    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress)
+
+
+def _source(profile: Profile, model: str | None, settings: Settings) -> _Source:
+    steps = profile.total
+    subject: Subject
+    extra: dict[str, Any] = {}
+    if model is None:
+        model = _shipped_model(profile.fingerprint)
+    if model in reference.MODELS:
+        subject = _shipped(profile.fingerprint, model, settings)
+    elif Path(model).is_dir() or "/" in model:
+        subject = _pretrained(profile, model, settings)
+        guidance = profile.fingerprint.guidance
+        parameters = inspect.signature(type(subject.pipe).__call__).parameters
+        if guidance is not None and "guidance_scale" in parameters and "guidance_scale" not in settings.call:
+            extra["guidance_scale"] = guidance
+    else:
+        raise unknown_name("model", model, list(reference.MODELS))
+    prompts: Sequence[str | int] = list(range(10))
+    if not subject.classes:
+        listed = BUILTIN["motion" if subject.video else "short"]
+        prompts = read_prompts(settings.prompts, "prompt") if settings.prompts else listed
+
+    def make(samples: Sequence[Sample]) -> Batch:
+        def call() -> Any:
+            return subject.pipe(**{**subject.inputs(samples, steps), **extra})
+
+        return Batch(subject.pipe, call, subject.images, len(samples))
+
+    return _Source(subject.pipe, prompts, make)
+
+
+def _shipped_model(fingerprint: Fingerprint) -> str:
+    """The shipped model that a profile is of."""
+    for name, spec in reference.MODELS.items():
+        facts = fingerprint.denoisers.get(spec.denoiser)
+        if facts is not None and spec.pipeline == fingerprint.pipeline:
+            own = DenoiserFacts.of(reference.denoiser(name))
+            if (own.class_name, own.layout) == (facts.class_name, facts.layout):
+                return name
+    raise ConfigError("this profile is of no shipped model: name its folder or repository with --model")
+
+
+def _shipped(fingerprint: Fingerprint, name: str, settings: Settings) -> Subject:
+    for option, given in (("--prompts", settings.prompts), ("--call", settings.call)):
+        if given:
+            raise ConfigError(f"{name} is a shipped model, which takes no {option}")
+    spec = reference.spec(name)
+    samplers = [s for s in spec.samplers if type(scheduler(spec, s)).__name__ == fingerprint.scheduler]
+    return Shipped(name, samplers[0] if samplers else None)  # a profile of another sampler is refused by its `check`
+
+
+def _pretrained(profile: Profile, model: str, settings: Settings) -> Subject:
+    """The pipeline, with the profile's sampler and precision."""
+    fingerprint = profile.fingerprint
+    dtypes = {facts.dtype for facts in fingerprint.denoisers.values()}
+    options = {
+        "repository": model,
+        "steps": profile.total,
+        "device": settings.device,
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "bfloat16",
+        "variant": None,
+        "offload": settings.offload,
+        "compile": "none",
+        "call": dict(settings.call),
+    }
+    return Pretrained(options, {"name": fingerprint.scheduler, "options": dict(fingerprint.scheduler_config)})
+
+
+def numbers(given: str | None, option: str) -> tuple[float, ...]:
+    """Numbers with commas between them; () for none."""
+    if given is None:
+        return ()
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} takes numbers with commas between them, as in {option} 2,3; not {given!r}"
+        ) from error
+
+
+def arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a pipeline's call from NAME=VALUE, values as in YAML."""
+    for text in given:
+        name, equals, _ = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--call takes NAME=VALUE, as in --call height=512; not {text!r}")
+    found = OmegaConf.to_container(OmegaConf.from_dotlist(list(given)))
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}

@@ -1,0 +1,154 @@
+"""`diffusion-cache profile`: Hydra's command line over a profiling run."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import main as hydra_main
+from omegaconf import DictConfig
+from rich.console import Console
+
+from ..errors import ConfigError
+from . import hydra_app
+from .hydra_app import CONFIGS, resolved
+
+if TYPE_CHECKING:
+    from ..evaluation.subjects import Subject
+    from ..profiling.generation import Batch
+    from ..profiling.measure import Given, MakeBatch, Options
+
+GROUPS = ("launcher",)
+FOLDER = Path("profiles-local")
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Compose the configuration for every value that is given, before anything runs.
+
+    Raises:
+        ConfigError: for a group, option or key that does not exist, with the nearest that does.
+    """
+    hydra_app.check("profile", arguments, GROUPS)
+
+
+def run_configured(cfg: DictConfig) -> None:
+    """One job of a sweep."""
+    import torch
+
+    from ..evaluation.jobs import Team
+    from ..evaluation.subjects import quieten_libraries, subject
+    from ..profiling.measure import measure
+    from .progress import announcing
+
+    quieten_libraries()
+    config = resolved(cfg)
+    options = options_of(config)
+    for name in ("num_samples", "threads"):
+        _check_number(name, config[name])
+    if config["steps"] is not None:
+        _check_number("steps", config["steps"])
+    torch.set_num_threads(config["threads"])
+    team = Team()
+    what = subject(config["model"], config["sampler"])
+    steps = config["steps"] or what.steps
+    folder = Path(config["out"]) if config["out"] else FOLDER / _file_name(f"{what.name}-{what.sampler}")
+    console = Console(stderr=True, quiet=not team.leads)
+    title = f"{what.name}, {what.sampler}, {steps} steps"
+    with announcing(console, title, remaining=True) as progress:
+        profile = measure(
+            batches_of(what, steps),
+            fitting_samples(config["prompts"], config["num_samples"], what),
+            options,
+            guidance=guidance_of(config["model"]),
+            settings={"model": config["model"], "sampler": config["sampler"]},
+            folder=folder,
+            rank=team.ranks.index,
+            world=team.ranks.count,
+            meet=team.meet,
+            progress=progress,
+        )
+    team.meet()
+    if profile is not None:
+        count = len(profile.spans)
+        console.print(
+            f"{title}: profile of {count} span{'s' * (count > 1)} at scope {profile.scope} in {folder}", soft_wrap=True
+        )
+
+
+def options_of(config: Mapping[str, Any]) -> "Options":
+    """What is to be measured.
+
+    Raises:
+        ConfigError: for numbers that cannot be.
+    """
+    from ..profiling.measure import Options
+
+    memory = config["memory"]
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
+        raise ConfigError(f"memory must be a number of GiB above 0, not {memory!r}")
+    return Options(
+        scope=config["scope"],
+        depth=config["depth"],
+        feature=config["feature"],
+        batch=config["batch"],
+        sensitivity_samples=config["sensitivity"]["samples"],
+        sensitivity_steps=config["sensitivity"]["steps"],
+        attention=bool(config["attention"]),
+        memory=int(memory * 2**30),
+    )
+
+
+def batches_of(subject: "Subject", steps: int) -> "MakeBatch":
+    """Batches of a subject's generations, for samples given as prompts (class labels as text) and seeds."""
+    from ..evaluation.prompts import Sample
+    from ..profiling.generation import Batch
+
+    def make(given: Sequence["Given"]) -> "Batch":
+        samples = [
+            Sample(index, int(prompt) if subject.classes else prompt, seed)
+            for index, (prompt, seed) in enumerate(given)
+        ]
+        return Batch(subject.pipe, lambda: subject.call(samples, steps), subject.images, len(samples))
+
+    return make
+
+
+def fitting_samples(prompts: Mapping[str, Any], count: int, subject: "Subject") -> list["Given"]:
+    """`count` prompts of a `prompts` configuration in turn, with seeds that nothing is evaluated on.
+
+    Raises:
+        ConfigError: for prompts that do not suit the subject, or cannot be had.
+    """
+    from ..evaluation.prompts import FITTING_SEEDS, samples
+
+    chosen = samples({**prompts, "n": count, "n_video": None}, subject.classes, subject.video)
+    return [(str(sample.prompt), FITTING_SEEDS + sample.seed) for sample in chosen]
+
+
+def guidance_of(model: Mapping[str, Any]) -> float | None:
+    """The guidance scale that a model is called with, where its configuration determines it."""
+    if model["kind"] == "shipped":
+        from .. import reference
+
+        return reference.spec(model["name"]).guidance
+    given = (model.get("call") or {}).get("guidance_scale")
+    return None if given is None else float(given)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+
+
+@hydra_main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="profile")
+def _run(cfg: DictConfig) -> None:
+    hydra_app.reported(run_configured, cfg)
+
+
+def profile(arguments: Iterable[str]) -> None:
+    """Run with Hydra's arguments: overrides, -m for a sweep, --cfg job to show the configuration."""
+    hydra_app.launch("profile", _run, arguments, GROUPS)

@@ -1,0 +1,364 @@
+"""Making plans: candidates from a profile, refined in closed loop, fitted, and measured on samples kept apart."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine import Method, Observer
+from ..errors import ConfigError
+from ..fingerprint import plain_json, same_levels
+from ..forecasters import Taylor
+from ..forecasters.fitted import Fitted
+from ..measure import paired
+from ..plan import Plan, Quality, Speed
+from ..policies import Guarded, Planned
+from ..profile import Profile
+from ..profiling import trajectory
+from ..profiling.generation import Batch, Teacher, attached
+from ..profiling.polish import polish
+from ..schedule import Schedule
+from . import closed_loop, surrogate
+from .closed_loop import Steps
+from .dynamic import best_schedule
+
+Progress = Callable[[str, int, int], None]
+EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
+HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3, 1e-2)
+FINALISTS = 3
+TIMED_PAIRS = 5
+MAX_PSNR = 120.0  # of images equal to within rounding
+
+
+@dataclass(frozen=True)
+class Search:
+    """How plans are looked for.
+
+    runs: cached generations of the fitting batch for each number of computed steps. scopes: tried for each; () for
+    the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
+    steps in closed loop (else the best start is taken). polished: rounds of Gauss–Newton on the weights at the end.
+    seed: of the search's moves.
+    """
+
+    runs: int = 60
+    scopes: tuple[str | None, ...] = ()
+    last: int = 0
+    fitted: bool = True
+    refined: bool = True
+    polished: int = 2
+    seed: int = 0
+
+
+@dataclass
+class Planner:
+    """Makes plans for one pipeline, sampler and number of steps.
+
+    profile: of the same. fitting: weights and schedules are chosen on it; tuning: strengths and finalists are.
+    held_out: what a plan states is measured on these, which nothing else has seen; seeds: of the held-out samples.
+    """
+
+    profile: Profile
+    fitting: Teacher
+    tuning: Teacher
+    held_out: Sequence[Teacher]
+    seeds: Sequence[int]
+    search: Search = field(default_factory=Search)
+    progress: Progress = lambda what, done, of: None
+    _scores: dict[tuple[Steps, str | None], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for teacher in (self.fitting, self.tuning, *self.held_out):
+            self._check(teacher)
+        if "cut" in self.search.scopes and self.profile.scope != "cut":
+            raise ConfigError("how much of the denoiser a cut spares is not in this profile: make one at scope cut")
+        held_out = sum(teacher.batch.count for teacher in self.held_out)
+        if not held_out or held_out != len(self.seeds):
+            raise ConfigError(
+                f"{held_out} held-out samples and {len(self.seeds)} seeds: give at least one, each its seed"
+            )
+
+    def _check(self, teacher: Teacher) -> None:
+        """What would only show once all is measured."""
+        profile = self.profile
+        if profile.total != teacher.steps:
+            raise ConfigError(
+                f"the profile has {profile.total} steps and the generation {teacher.steps}: profile again, "
+                "or plan with the profile's number of steps"
+            )
+        levels = profile.noise_levels, teacher.noise_levels
+        if all(levels) and not same_levels(*levels):
+            raise ConfigError(
+                "the generation runs through other noise levels than the profile: profile again with this sampler and "
+                "size, or plan with the profile's"
+            )
+        if teacher.branches != len(profile.passes):
+            raise ConfigError(
+                f"the generation has {teacher.branches} guidance branches and the profile {len(profile.passes)}: "
+                "profile again with this guidance, or plan with the profile's"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.fitting.steps
+
+    @property
+    def scopes(self) -> tuple[str | None, ...]:
+        """Where plans may cache."""
+        return self.search.scopes or (self.profile.scope,)
+
+    def made(self, plan: Plan) -> bool:
+        """Whether this planner would make the plan again: the same search, on as many samples, scored on the same."""
+        facts = self._facts
+        seeds = plan.quality is not None and plan.quality.seeds == tuple(self.seeds)
+        return seeds and {name: plan.facts.get(name) for name in facts} == facts
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What a plan depends on, beside the profile and the seeds."""
+        return {
+            "fitted_on": self.fitting.batch.count,
+            "tuned_on": self.tuning.batch.count,
+            "search": plain_json(vars(self.search)),
+        }
+
+    def plan(self, computed: int, name: str | None = None) -> Plan:
+        """The best plan found that computes so many steps, with its quality and speed.
+
+        Raises:
+            ConfigError: for a number of computed steps that cannot be.
+        """
+        if not 1 + self.search.last <= computed <= self.steps:
+            raise ConfigError(
+                f"of {self.steps} steps, {1 + self.search.last} to {self.steps} can be computed, not {computed}"
+            )
+        label = name or f"nfe-{computed}"
+        settings, finalists = self._finalists(computed, label)
+        schedule, result, fit_settings = self._tuned(finalists, settings, label)
+        if self.search.fitted and self.search.polished:
+            result = replace(result, forecaster=self._polished(schedule, result.forecaster, fit_settings, label))
+        plan = self._assembled(label, schedule, result, fit_settings)
+        return self.measured(plan)
+
+    def starts(self, computed: int) -> list[Steps]:
+        """Schedules of so many computed steps: optimal ones for the profile's surrogates, and evenly spaced ones."""
+        found: list[Steps] = []
+        for damage, objective in self._damages():
+            try:
+                best = best_schedule(damage, range(computed, computed + 1), objective, last=self.search.last)
+            except ConfigError:
+                continue
+            found.append(best[computed].computed)
+        every = -(-self.steps // computed)
+        uniform = tuple(range(0, self.steps, every))
+        if len(uniform) == computed and not self.search.last:
+            found.append(uniform)
+        found += [closed_loop.spaced(self.steps, computed, exponent, self.search.last) for exponent in EXPONENTS]
+        return list(dict.fromkeys(found))
+
+    def _damages(self) -> list[tuple[Any, Any]]:
+        gram, sensitivity = self._gram(), self._sensitivity()
+        energy, errors = gram.diagonal(), surrogate.taylor_errors(gram)
+        return [
+            (surrogate.damages(errors, sensitivity, energy, 1.0), "sum"),
+            (surrogate.damages(errors, sensitivity, energy, 2.0), "sum"),
+            (surrogate.damages(errors, sensitivity, energy, 1.0), "minimax"),
+        ]
+
+    def _gram(self) -> np.ndarray:
+        """Of all spans and passes, each scaled by its own size."""
+        both = {name: self.profile.arrays[f"gram_{name}"] for name in ("residual", "output")}
+        spans = torch.stack([both[span.feature][i] for i, span in enumerate(self.profile.spans)]).double()
+        scale = spans.diagonal(dim1=2, dim2=3).mean(dim=2)
+        return (spans / scale.clamp_min(1e-30)[:, :, None, None]).mean(dim=(0, 1)).numpy()
+
+    def _sensitivity(self) -> np.ndarray:
+        found = self.profile.arrays.get("sensitivity")
+        return np.ones(self.steps) if found is None else found.double().mean(dim=0).numpy()
+
+    def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
+        """The scope whose starts score best, and the best schedules found there."""
+        starts = self.starts(computed)
+        scopes = self.scopes
+        begun = {scope: self._searched(starts, scope, len(starts), label) for scope in scopes}
+        best = max(begun, key=lambda scope: begun[scope][0].score)
+        found = begun[best]
+        start = found[0].computed
+        if self.search.refined:
+            found = self._searched([tried.computed for tried in found], best, self.search.runs, label)
+        # the start too, in case the search has only learned the fitting batch by heart
+        finalists = dict.fromkeys([*(tried.computed for tried in found[:FINALISTS]), start])
+        return self._settings(best), list(finalists)
+
+    def _searched(self, starts: Sequence[Steps], scope: str | None, runs: int, label: str) -> list[closed_loop.Tried]:
+        """The schedules that a search ran, best first."""
+        settings = self._settings(scope)
+
+        def run(steps: Steps) -> float:
+            key = steps, scope
+            if key not in self._scores:
+                self._scores[key] = closed_loop.score(psnr(self._fit(steps, settings).images, self.fitting.images))
+            return self._scores[key]
+
+        def told(done: int, of: int, best: float) -> None:
+            self.progress(f"{label}, {scope}: {best:.2f} dB", done, of)
+
+        search = self.search
+        found = closed_loop.refine(run, starts, self.steps, runs, last=search.last, seed=search.seed, progress=told)
+        return sorted(found.tried, key=lambda tried: -tried.score)
+
+    def _settings(self, scope: str | None) -> trajectory.Settings:
+        depth = self.profile.depth if scope == self.profile.scope else None
+        return trajectory.Settings(scope=scope, depth=depth)
+
+    def _fit(self, computed: Steps, settings: trajectory.Settings) -> trajectory.Result:
+        policy = Planned(self._bare(computed, settings))
+        if self.search.fitted:
+            return trajectory.fit(self.fitting, policy, settings)
+        empty = Fitted(length=2, feature=settings.feature)
+        return trajectory.Result(empty, self._images(self.fitting, policy, empty, settings), {}, {})
+
+    def _tuned(
+        self, finalists: Sequence[Steps], settings: trajectory.Settings, label: str
+    ) -> tuple[Steps, trajectory.Result, trajectory.Settings]:
+        """Of the finalists and strengths of the fit, the best on the tuning batch."""
+        if self.search.fitted:
+            choices = [replace(settings, history=k, ridge=ridge) for k in HISTORIES for ridge in RIDGES]
+        else:
+            choices = [settings]
+        best: tuple[float, Steps, trajectory.Result, trajectory.Settings] | None = None
+        tried = [(steps, settings) for steps in finalists]
+        for number, (steps, choice) in enumerate(tried):
+            self.progress(f"{label}: tuning", number, len(finalists) + len(choices))
+            result = self._fit(steps, choice)
+            images = self._images(self.tuning, Planned(self._bare(steps, choice)), result.forecaster, choice)
+            score = closed_loop.score(psnr(images, self.tuning.images))
+            if best is None or score > best[0]:
+                best = score, steps, result, choice
+            if number == len(finalists) - 1:  # then its strengths
+                tried += [(best[1], choice) for choice in choices if choice != settings]
+        assert best is not None
+        return best[1:]
+
+    def _polished(self, computed: Steps, forecaster: Fitted, settings: trajectory.Settings, label: str) -> Fitted:
+        policy = Planned(self._bare(computed, settings))
+
+        def images(teacher: Teacher, weights: Fitted) -> Tensor:
+            return self._images(teacher, policy, weights, settings)
+
+        return polish(
+            forecaster,
+            lambda weights: images(self.fitting, weights),
+            self.fitting.images,
+            lambda weights: closed_loop.score(psnr(images(self.tuning, weights), self.tuning.images)),
+            rounds=self.search.polished,
+            progress=lambda done, of: self.progress(f"{label}: polishing", done, of),
+        )
+
+    def _images(
+        self, teacher: Teacher, policy: Planned, forecaster: Fitted | Taylor, settings: trajectory.Settings
+    ) -> Tensor:
+        batch = teacher.batch
+        method = Method(Guarded(policy), forecaster, settings.scope, settings.depth, "batch")
+        with attached(batch.pipe, method, Observer()):
+            return batch.images(batch.call()).detach().float()
+
+    def _bare(self, computed: Steps, settings: trajectory.Settings) -> Plan:
+        """The plan without weights."""
+        schedule = Schedule.uniform(step in computed for step in range(self.steps))
+        return Plan(
+            name="",
+            scope=settings.scope or self.profile.scope,
+            depth=settings.depth,
+            feature=settings.feature,
+            schedule=schedule,
+            noise_levels=self.fitting.noise_levels,
+            nodes=torch.full((self.steps, 1, 1), -1, dtype=torch.int32),
+            weights=torch.full((self.steps, 1, 1, 1), math.nan, dtype=torch.float64),
+        )
+
+    def _assembled(self, name: str, computed: Steps, result: trajectory.Result, settings: trajectory.Settings) -> Plan:
+        bare = self._bare(computed, settings)
+        nodes, weights = as_tensors(result.forecaster, self.steps, self.fitting.branches)
+        facts = {
+            **self._facts,
+            "history": settings.history,
+            "ridge": settings.ridge,
+            "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
+        }
+        return replace(
+            bare,
+            name=name,
+            nodes=nodes,
+            weights=weights,
+            base=torch.zeros(weights.shape[:3], dtype=torch.float64),
+            row_passes=self.fitting.rows,
+            nfe=self.nfe(len(computed), bare.scope),
+            facts=facts,
+        )
+
+    def nfe(self, computed: int, scope: str | None = None) -> float:
+        """Denoiser evaluations of a plan with so many computed steps; scope None for the profile's.
+
+        A reused step still runs what lies outside a UNet's cut.
+        """
+        share = 1.0
+        if (scope or self.profile.scope) == "cut":
+            share = min(1.0, sum(span.share for span in self.profile.spans))
+        return computed + (self.steps - computed) * (1.0 - share)
+
+    def timed(self, computed: int) -> Speed:
+        """The speed of a plan with so many computed steps, before it is made: which ones they are hardly matters."""
+        settings = self._settings(self.scopes[0])
+        return self._speed(self._bare(closed_loop.spaced(self.steps, computed, 1.0, self.search.last), settings))
+
+    def measured(self, plan: Plan) -> Plan:
+        """The plan with its quality on the held-out samples, and its speed."""
+        settings = trajectory.Settings(scope=plan.scope, depth=plan.depth)
+        forecaster, policy = Fitted.of(plan), Planned(plan)
+        values: list[float] = []
+        for number, teacher in enumerate(self.held_out):
+            self.progress(f"{plan.name}: held-out samples", number, len(self.held_out))
+            values += psnr(self._images(teacher, policy, forecaster, settings), teacher.images)
+        return replace(plan, quality=Quality.of("psnr", values, self.seeds), speed=self._speed(plan))
+
+    def _speed(self, plan: Plan) -> Speed:
+        batch: Batch = self.held_out[-1].batch
+        method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
+        with ExitStack() as setting:
+            timing = paired(
+                batch.call,
+                batch.call,
+                TIMED_PAIRS,
+                before_a=setting.close,
+                before_b=lambda: setting.enter_context(attached(batch.pipe, method, Observer())),
+            )
+        ratios = sorted(timing.wall_ratios)
+        device = str(getattr(batch.pipe, "device", "cpu"))
+        if device.startswith("cuda"):
+            device = torch.cuda.get_device_name()
+        return Speed(timing.wall_ratio, ratios[0], ratios[-1], device, batch.count)
+
+
+def psnr(images: Tensor, reference: Tensor) -> list[float]:
+    """Of each sample, [n], in dB: float images clamped to [0, 1] against their references, range 1."""
+    difference = images.clamp(0, 1).double() - reference.clamp(0, 1).double()
+    error = difference.flatten(1).square().mean(dim=1).clamp_min(10 ** (-MAX_PSNR / 10))
+    return (-10 * torch.log10(error)).tolist()
+
+
+def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor]:
+    """A fitted table as a plan's nodes [T, S, K] and weights [T, P, S, K]."""
+    groups = max((group for _, group, _ in forecaster.table), default=0) + 1
+    nodes = torch.full((steps, groups, forecaster.history), -1, dtype=torch.int32)
+    weights = torch.full((steps, branches, groups, forecaster.history), math.nan, dtype=torch.float64)
+    for (step, group, branch), fit in forecaster.table.items():
+        place = forecaster.history - len(fit.nodes)
+        nodes[step, group, place:] = torch.tensor(fit.nodes, dtype=torch.int32)
+        weights[step, branch, group] = 0.0
+        weights[step, branch, group, place:] = torch.tensor(fit.weights, dtype=torch.float64)
+    return nodes, weights

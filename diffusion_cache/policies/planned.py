@@ -1,0 +1,64 @@
+"""Compute where a plan says so."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..context import SCOPES, PassState, Policy, Step, Verdict
+from ..errors import ConfigError, DiffusionCacheWarning
+from ..plan import Plan
+from ..schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Planned(Policy):
+    """A plan's schedule. In a run with other noise levels its computed steps are those nearest to the plan's.
+
+    That is told once for each kind of run.
+    """
+
+    plan: Plan
+
+    name = "plan"
+    scopes = frozenset(SCOPES)
+
+    @cached_property
+    def _resampled(self) -> dict[tuple[float, ...], "Planned"]:
+        return {}
+
+    @cached_property
+    def _stretched(self) -> dict[int, Schedule]:
+        return {}
+
+    def for_run(self, noise_levels: Sequence[float]) -> "Planned":
+        if not noise_levels or not self.plan.noise_levels:
+            return self
+        levels = tuple(noise_levels)
+        if levels not in self._resampled:
+            plan = self.plan.resampled(levels)
+            if plan is not self.plan:
+                self._warn(f"other noise levels ({self.plan.total} steps; this run has {len(levels)})")
+            self._resampled[levels] = self if plan is self.plan else replace(self, plan=plan)
+        return self._resampled[levels]
+
+    def schedule(self, total: int) -> Schedule:
+        """The plan's, stretched by the share of the run where the number of steps is all that is known."""
+        if total == self.plan.total:
+            return self.plan.schedule
+        if total not in self._stretched:
+            self._warn(f"{self.plan.total} steps, and this run has {total}")
+            self._stretched[total] = replace(self.plan, noise_levels=()).resampled((0.0,) * total).schedule
+        return self._stretched[total]
+
+    def _warn(self, difference: str) -> None:
+        warnings.warn(
+            f"plan {self.plan.name!r} is for {difference}: steps at the nearest noise levels are computed, Taylor "
+            "forecasts take the place of fitted weights, and the plan's stated quality does not hold. Make a plan for "
+            "these steps",
+            DiffusionCacheWarning,
+            stacklevel=3,
+        )
+
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        raise ConfigError("a plan needs the run's number of steps: pass num_steps to diffusion_cache.run")

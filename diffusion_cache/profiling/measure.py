@@ -1,0 +1,433 @@
+"""The profiling run: full generations of calibration samples, measured batch by batch, into a Profile.
+
+Every batch's sums are kept in a file of their own until the profile is complete, and are added up in the order of the
+batches at the end. So it makes no difference to any bit of a profile whether a run was interrupted, or how many
+processes shared its batches.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..context import SCOPES, Feature
+from ..engine import Session
+from ..errors import ConfigError, DiffusionCacheWarning
+from ..fingerprint import Fingerprint, plain_json
+from ..models import find_denoisers
+from ..profile import JSON_FILE, Profile
+from ..registry import unknown_name
+from .attention import AttentionReceived
+from .generation import Batch, teach
+from .recorder import EXACT_BYTES, Recorder, State, Survey, attention_names, held_on, surveyed
+from .sensitivity import PAIRS, sampled_steps, sensitivities, span_groups
+from .sketch import DEFAULT_WIDTH
+
+LEAST_WIDTH = 2**10  # of a sketch: an error of 0.8 % in the mean over 32 samples
+MOST_QUERIES = 1024  # whose attention is looked at in a call
+
+Given = tuple[str, int]  # prompt and seed of a sample
+MakeBatch = Callable[[Sequence[Given]], Batch]
+Progress = Callable[[str, int, int], None]  # what runs, samples generated, of how many
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    scope, depth: of the spans, None for the denoiser's default. feature: of a span, see `Forecaster`. batch: samples
+    generated at once. sensitivity_samples: samples that sensitivity is measured on, 0 for not at all;
+    sensitivity_steps: at how many steps. attention: note the attention that each token receives, at scope block or
+    branch; attention_offset: where in the sequence the tokens of a foreground mask begin. memory: bytes that the
+    features of one batch may take on the host; what does not fit is sketched.
+    """
+
+    scope: str | None = None
+    depth: int | None = None
+    feature: Feature = "auto"
+    batch: int = 8
+    sensitivity_samples: int = 4
+    sensitivity_steps: int = 16
+    attention: bool = False
+    attention_offset: int = 0
+    memory: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        least = {"batch": 1, "sensitivity_samples": 0, "sensitivity_steps": 1, "attention_offset": 0, "memory": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+                raise ConfigError(f"{name} must be a whole number of at least {bound}, not {value!r}")
+        if self.scope is not None and self.scope not in SCOPES:
+            raise unknown_name("scope", self.scope, SCOPES)
+
+
+def measure(
+    make_batch: MakeBatch,
+    samples: Sequence[Given],
+    options: Options | None = None,
+    *,
+    foreground: Tensor | None = None,
+    guidance: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+    meet: Callable[[], None] = lambda: None,
+    progress: Progress = lambda what, done, of: None,
+) -> Profile | None:
+    """Profile a pipeline on calibration samples; with a folder, save the profile there.
+
+    make_batch: the batch that generates these samples (prompt and seed each), always on the same pipeline with the same
+    sampler, size and guidance. foreground: bool mask of tokens, for `foreground_share`. guidance: scale, default what
+    the pipeline says. settings: JSON values that determine what is generated, beside samples and pipeline.
+
+    What is done waits in `<folder>.partial` for an interrupted run to go on from; a finished profile of the same
+    settings is returned as it is. With several processes (rank of world; meet waits for all of them), which must see
+    the same folder, the first returns the profile and the others None.
+
+    Raises:
+        ConfigError: for settings that cannot work, values that are not finite, and a folder that cannot be written or
+            that holds another profile with plans.
+        NoSpansError: if the pipeline has no spans at this scope.
+    """
+    options = options or Options()
+    samples = [(str(prompt), int(seed)) for prompt, seed in samples]
+    if not samples:
+        raise ConfigError("a profile needs at least one sample")
+    if foreground is not None and not options.attention:
+        raise ConfigError("a foreground mask is compared with attention: set attention as well")
+    if world > 1 and folder is None:
+        raise ConfigError("several processes meet in a folder: name one")
+    with ExitStack() as stack:
+        first = make_batch(samples[:1])
+        progress("looking at the pipeline", 0, len(samples))
+        place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "p"
+        with surveyed(first, options.scope, options.depth, options.feature) as (session, survey):
+            found = looked_at(first, survey, guidance)
+            run = _Run(
+                make_batch, samples, options, foreground, settings or {}, survey, found, place, (rank, world), progress
+            )
+            made = run.made_before()
+            if made is None:
+                run.measure_batches(session)
+        if made is None:
+            meet()
+        if rank:
+            return None
+        if made is not None:
+            return made
+        profile = run.put_together()
+        if folder is not None:
+            profile.save(folder)
+        run.work.remove()
+        return profile
+
+
+class _Run:
+    """One process's part of a profiling run."""
+
+    def __init__(
+        self,
+        make_batch: MakeBatch,
+        samples: Sequence[Given],
+        options: Options,
+        foreground: Tensor | None,
+        settings: Mapping[str, Any],
+        survey: Survey,
+        fingerprint: Fingerprint,
+        folder: Path,
+        ranks: tuple[int, int],
+        progress: Progress,
+    ):
+        self.make_batch, self.options, self.survey = make_batch, options, survey
+        self.samples, self.foreground, self.settings = samples, foreground, plain_json(settings)
+        self.fingerprint, self.folder, self.progress = fingerprint, folder, progress
+        if options.attention and survey.scope not in ("block", "branch"):
+            raise ConfigError(f"attention is noted block by block: use scope block or branch, not {survey.scope}")
+        self.depth = (options.depth or 1) if survey.scope == "cut" else None
+        size = options.batch
+        self.batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        self.mine = range(ranks[0], len(self.batches), ranks[1])
+        self.width, self.exact_bytes = sketch_sizes(survey, len(self.batches[0]), options.memory)
+        self.sensitive = samples[: options.sensitivity_samples] if survey.steps > 1 else []
+        spans = [watched.facts for watched in survey.spans]
+        cells = len(span_groups(spans)) * len(sampled_steps(survey.steps, options.sensitivity_steps)) + PAIRS
+        self.of = sum(len(self.batches[i]) for i in self.mine)  # samples to generate
+        if ranks[0] == 0:
+            self.of += cells * len(self.sensitive)
+        key = {
+            "fingerprint": fingerprint.to_json(),
+            "spans": [plain_json(vars(facts)) for facts in spans],
+            "samples": samples,
+            "settings": self.settings,
+            "options": asdict(replace(options, scope=survey.scope, sensitivity_samples=0, sensitivity_steps=1)),
+            "foreground": None if foreground is None else foreground.flatten().tolist(),
+        }
+        self.work = Work(folder, digest(key))
+        self.key = digest([key, options.sensitivity_samples, options.sensitivity_steps])
+
+    def made_before(self) -> Profile | None:
+        """The profile that is in the folder, if it is this one.
+
+        Raises:
+            ConfigError: if it is another one that plans were made from, or cannot be read.
+        """
+        if not (self.folder / JSON_FILE).is_file():
+            return None
+        try:
+            found = Profile.load(self.folder)
+        except ConfigError as error:
+            raise ConfigError(f"{error}. Delete {self.folder} to have its profile made anew") from error
+        if found.facts.get("key") == self.key:
+            return found
+        if found.plans:
+            raise ConfigError(
+                f"{self.folder} holds a profile of other settings, and plans made from it: choose another folder"
+            )
+        return None
+
+    def recorder(self, count: int = 1, seed: int = 0, hold: str | None = None) -> Recorder:
+        attention = None
+        if self.options.attention:
+            tokens = None if self.foreground is None else self.foreground.numel()
+            names, offset = attention_names(self.survey), self.options.attention_offset
+            attention = AttentionReceived(
+                names, self.survey.steps, offset=offset, tokens=tokens, max_queries=MOST_QUERIES
+            )
+        return Recorder(
+            self.survey,
+            count,
+            seed=seed,
+            width=self.width,
+            exact_bytes=self.exact_bytes,
+            hold=hold,
+            attention=attention,
+        )
+
+    def measure_batches(self, session: Session) -> None:
+        """This process's batches, each kept when it is done; those that were kept before are passed over."""
+        self.work.prepare()
+        done = 0
+        for index in self.mine:
+            self.progress("measuring", done, self.of)
+            given = self.batches[index]
+            if self.work.batch(index) is None:
+                began = time.perf_counter()
+                batch = self.make_batch(given)
+                device = getattr(batch.pipe, "_execution_device", torch.device("cpu"))
+                # a seed of its own: sketches of samples in different batches err independently
+                recorder = self.recorder(len(given), seed=index, hold=held_on(self.survey, len(given), device))
+                session.observer = recorder
+                with recorder.watching():
+                    batch.call()
+                facts = {
+                    "bytes": recorder.peak_bytes,
+                    "seconds": time.perf_counter() - began,
+                    "revisited": sorted(recorder.revisited),
+                }
+                self.work.keep(index, recorder.state_dict(), facts)
+            done += len(given)
+        self.progress("measuring", done, self.of)
+
+    def put_together(self) -> Profile:
+        """The profile, from the batches of all processes."""
+        total = self.recorder()
+        kept = []
+        for index in range(len(self.batches)):
+            found = self.work.batch(index)
+            if found is None:
+                raise ConfigError(f"{self.work.folder} lacks batch {index}: all processes must see the same folder")
+            part = self.recorder()
+            part.load_state_dict(found[0])
+            total.merge(part)
+            kept.append(found[1])
+        arrays = self._arrays(total)
+        facts = self._facts(kept)
+        if self.sensitive:
+            began = time.perf_counter()
+            arrays |= self._sensitivity(arrays, facts)
+            facts["seconds"] += time.perf_counter() - began
+        self.progress("measured", self.of, self.of)
+        return Profile(
+            fingerprint=self.fingerprint,
+            scope=self.survey.scope,
+            depth=self.depth,
+            spans=tuple(watched.facts for watched in self.survey.spans),
+            passes=self.survey.passes,
+            row_passes=self.survey.rows,
+            samples=tuple(self.samples),
+            arrays=arrays,
+            facts=facts,
+        )
+
+    def _arrays(self, total: Recorder) -> dict[str, Tensor]:
+        arrays = total.arrays()
+        attention = total.attention
+        if attention is None:
+            return arrays
+        with warnings.catch_warnings():
+            if self.survey.scope == "branch":  # feed-forward branches have no attention
+                warnings.simplefilter("ignore", DiffusionCacheWarning)
+            received = attention.result()
+        arrays |= {name: values.nan_to_num(0.0) for name, values in received.items()}
+        if self.foreground is not None:
+            arrays["foreground_share"] = attention.foreground_share(self.foreground)
+        return arrays
+
+    def _facts(self, kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        survey, names = self.survey, [watched.facts.name for watched in self.survey.spans]
+        limit = self.exact_bytes // (4 * survey.steps)
+        sketched = [watched.facts.name for watched in survey.spans if watched.facts.elements > limit]
+        revisited = {place for facts in kept for place in facts["revisited"]}
+        return {
+            "samples": len(self.samples),
+            "batch": self.options.batch,
+            "feature": self.options.feature,
+            "shares": survey.shares,
+            "settings": self.settings,
+            "bytes": max(facts["bytes"] for facts in kept),
+            "seconds": sum(facts["seconds"] for facts in kept),
+            "sketch": {"width": self.width, "spans": sketched} if sketched else "exact",
+            "unseen": [watched.facts.name for watched in survey.spans if not watched.seen],
+            "unusable": dict(survey.unusable),
+            "revisited": [names[place] for place in sorted(revisited)],
+            "key": self.key,
+        }
+
+    def _sensitivity(self, arrays: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
+        batch = self.make_batch(self.sensitive)
+        done = sum(len(self.batches[i]) for i in self.mine)
+        spans = [watched.facts for watched in self.survey.spans]
+        own = [arrays[f"gram_{span.feature}"][i] for i, span in enumerate(spans)]
+        found = sensitivities(
+            teach(batch),
+            torch.stack(own),
+            spans,
+            scope=self.survey.scope,
+            depth=self.depth,
+            feature=self.options.feature,
+            steps_sampled=self.options.sensitivity_steps,
+            known=self.work.cells(len(self.sensitive)),
+            progress=lambda cell, of: self.progress("sensitivity", done + cell * batch.count, self.of),
+        )
+        facts["sensitivity"] = {"samples": batch.count, **found.facts()}
+        return {"sensitivity": found.values, "sensitivity_sampled": found.sampled}
+
+
+def sketch_sizes(survey: Survey, count: int, memory: int) -> tuple[int, int]:
+    """Width of sketches, and bytes of a sample's features that are kept exactly, so that `count` samples fit.
+
+    Raises:
+        ConfigError: if even narrow sketches do not fit.
+    """
+    # of one sample, span and pass over all steps: its features and its inputs
+    share = memory // (2 * len(survey.spans) * len(survey.passes) * count)
+    exact_bytes = min(EXACT_BYTES, share)
+    width = min(DEFAULT_WIDTH, 1 << max((share // (4 * survey.steps)).bit_length() - 1, 0))
+    largest = max(watched.facts.elements for watched in survey.spans)
+    if width < LEAST_WIDTH and 4 * survey.steps * largest > exact_bytes:
+        need = memory * LEAST_WIDTH / width
+        raise ConfigError(
+            f"the features of {count} samples in {len(survey.spans)} spans take {need / 2**30:.1f} GiB of memory even "
+            f"as sketches, and {memory / 2**30:.1f} may be used: make the batch smaller, or allow more memory"
+        )
+    return width, exact_bytes
+
+
+class Work:
+    """What a run has finished, in `<folder>.partial/<digest>`: a file for each batch, and one of sensitivities."""
+
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder.with_name(f"{folder.name}.partial") / key
+
+    def prepare(self) -> None:
+        """Raises ConfigError where nothing can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.folder.parent}: {error.strerror or error}") from error
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"batch-{index:05d}.safetensors"
+
+    def batch(self, index: int) -> tuple[State, dict[str, Any]] | None:
+        """The sums of a batch and its facts; None where there are none, or they cannot be read."""
+        path = self._path(index)
+        try:
+            data = path.read_bytes()
+            size = int.from_bytes(data[:8], "little")
+            facts = json.loads(data[8 : 8 + size])["__metadata__"]["facts"]
+            return load(data), json.loads(facts)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+
+    def keep(self, index: int, state: State, facts: Mapping[str, Any]) -> None:
+        self._write(self._path(index), save(state, {"facts": json.dumps(facts)}))
+
+    def cells(self, samples: int) -> "Cells":
+        """Final errors with some cells reused, measured on so many samples."""
+        return Cells(self, self.folder / f"sensitivity-{samples}.json")
+
+    def _write(self, path: Path, data: bytes) -> None:
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_bytes(data)
+            draft.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror or error}. What was done before is kept: asked for the same "
+                "profile again, it goes on from there"
+            ) from error
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other settings' work may be there
+            self.folder.parent.rmdir()
+
+
+class Cells(dict[str, float]):
+    """A dict that is written to a file whenever something is added."""
+
+    def __init__(self, work: Work, path: Path):
+        self._work, self._path = work, path
+        with suppress(OSError, ValueError):
+            super().__init__(json.loads(path.read_text()))
+
+    def __setitem__(self, key: str, value: float) -> None:
+        super().__setitem__(key, value)
+        self._work._write(self._path, json.dumps(self).encode())
+
+
+def looked_at(batch: Batch, survey: Survey, guidance: float | None) -> Fingerprint:
+    """The fingerprint of what a batch's pipeline has just run. guidance: default what the pipeline says."""
+    if guidance is None:
+        told = getattr(batch.pipe, "guidance_scale", None)
+        guidance = float(told) if isinstance(told, (int, float)) else None
+    return Fingerprint.of(
+        batch.pipe,
+        find_denoisers(batch.pipe),
+        steps=survey.steps,
+        noise_levels=survey.noise_levels,
+        guidance=guidance,
+        sample_shape=survey.sample_shape,
+    )
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,509 @@
+"""Watching uncached generations: which spans a pipeline has, and what every step of them tells."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..context import Feature
+from ..engine import Method, Observer, Session
+from ..engine.frame import Frame
+from ..engine.intercept import is_compiled
+from ..engine.patches import ACTIVE, wrapped_step
+from ..engine.structure import Inputs, image_stream
+from ..errors import ConfigError
+from ..forecasters import Reuse
+from ..history import Leaf
+from ..measure import flop_counter
+from ..models import Span, unwrap
+from ..policies import Guarded, Interval
+from ..profile import SpanFacts
+from .attention import AttentionReceived
+from .generation import Batch, attached, state_of
+from .moments import SpanMoments
+from .signals import SignalCurves
+from .sketch import DEFAULT_WIDTH
+
+EXACT_BYTES = 2**23
+HELD_ON_DEVICE = 2**31  # bytes of last steps that stay on the model's device
+Grid = tuple[int, int, int]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """One span. grid: (frames, height, width) of its tokens, where they can be told. seen: whether it ever ran."""
+
+    span: Span
+    facts: SpanFacts
+    grid: Grid | None
+    seen: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one generation showed. spans: of all denoisers, in the order of their layouts.
+
+    calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call. noise_levels: log-SNR of
+    each step, empty if unknown. sample_shape: of one sample's latents. shares: what spans' shares are of, "flops" or
+    "parameters". unusable: why a span cannot be cached as one.
+    """
+
+    scope: str
+    spans: tuple[Watched, ...]
+    steps: int
+    calls: int
+    rows: int
+    passes: tuple[str, ...]
+    noise_levels: tuple[float, ...]
+    sample_shape: tuple[int, ...]
+    shares: str
+    unusable: Mapping[str, str]
+
+
+class Recorder(Observer):
+    """Feeds what each span computes in one batch's uncached generation into its sums.
+
+    Pass p of a step is row group p mod rows of its call number p div rows. Sums over several batches are made by
+    `merge`; give every batch's recorder a sketch seed of its own, so that their errors are independent.
+
+    count: samples in the batch. width, exact_bytes: of sketches, see `SpanMoments`. hold: see `SignalCurves`.
+    attention: where attention received is noted, blocks named as by `attention_names`.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        count: int = 1,
+        *,
+        seed: int = 0,
+        width: int = DEFAULT_WIDTH,
+        exact_bytes: int = EXACT_BYTES,
+        hold: str | None = None,
+        attention: AttentionReceived | None = None,
+    ):
+        self.survey, self.count, self.attention = survey, count, attention
+        steps, passes = survey.steps, len(survey.passes)
+        self.moments = [
+            SpanMoments(watched.facts.name, steps, passes, width=width, exact_bytes=exact_bytes, seed=seed)
+            for watched in survey.spans
+        ]
+        self.signals = [
+            SignalCurves(
+                watched.facts.name,
+                steps,
+                passes,
+                noise_levels=survey.noise_levels or None,
+                grid=watched.grid,
+                hold=hold,
+            )
+            for watched in survey.spans
+        ]
+        self.places = {watched.span: place for place, watched in enumerate(survey.spans)}
+        self.revisited: set[int] = set()
+        self.peak_bytes = 0
+        self._step = 0
+        self._failure: Exception | None = None
+
+    # while a generation runs
+
+    def span_computed(
+        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
+    ) -> None:
+        if self._failure is not None:
+            return
+        try:
+            self._observe(frame, span, inputs, leaves, outputs)
+        except Exception as error:
+            # the engine goes on where a feature cannot be kept; a profile must not
+            self._failure = error
+
+    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if frame.step.index < self._step:
+            raise ConfigError(
+                "the pipeline runs several denoising loops in one call, which cannot be profiled as one: profile the "
+                "parts it is made of"
+            )
+        self._step = frame.step.index
+
+    def _observe(
+        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
+    ) -> None:
+        place = self.places.get(span)
+        if place is None:
+            raise ConfigError(f"{span.name} is no span that was there at first: the pipeline's denoisers have changed")
+        if frame.counts.get(span, 1) > 1:
+            self.revisited.add(place)  # each visit has a history of its own; the first one stands for all
+            return
+        rows = self.survey.rows
+        if frame.batch != rows * self.count:
+            raise ConfigError(
+                f"{self.count} samples in {rows} guidance branches make {rows * self.count} rows, but the denoiser was "
+                f"called with {frame.batch} at step {frame.step.index}: profile with the same guidance at every step, "
+                "one image a prompt"
+            )
+        outs: list[Tensor | None] = [
+            per_sample(out, frame.batch, span.name) if out.is_floating_point() else None for out in outputs
+        ]
+        bases = [
+            None if leaf.base is None or out is None else per_sample(inputs[leaf.base], frame.batch, span.name)
+            for leaf, out in zip(leaves, outs, strict=True)
+        ]
+        stream = None
+        if all(base is None for base in bases):
+            stream = _batched(image_stream(inputs), frame.batch)
+        for group in range(rows):
+            part = slice(group * self.count, (group + 1) * self.count)
+            some_outs = [None if out is None else out[part] for out in outs]
+            some_bases = [None if base is None else base[part] for base in bases]
+            at = frame.step.index, frame.position * rows + group
+            self.moments[place].observe(*at, some_outs, some_bases)
+            if stream is not None:  # no residual is taken against it, but it has its curves
+                some_outs, some_bases = [*some_outs, None], [*some_bases, stream[part]]
+            self.signals[place].observe(*at, some_outs, some_bases)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note the attention inside the block, if it is wanted; at the end, fold what was observed into the sums."""
+        with ExitStack() as stack:
+            if self.attention is not None:
+                stack.enter_context(self.attention)
+                for handle in self._attention_hooks(self.attention):
+                    stack.callback(handle.remove)
+            yield
+        if self._failure is not None:
+            raise self._failure
+        self.peak_bytes = max(self.peak_bytes, self.nbytes)
+        for moments, signals in zip(self.moments, self.signals, strict=True):
+            moments.end_run()
+            signals.end_run()
+        self._step = 0
+
+    def _attention_hooks(self, attention: AttentionReceived) -> Iterator[Any]:
+        inside: list[ExitStack] = []
+
+        def enter(name: str) -> Callable:
+            def hook(module: nn.Module, args: Any) -> None:
+                run = ACTIVE.get()
+                block = ExitStack()
+                if run is not None and run.frame is not None:
+                    block.enter_context(attention.block(name, run.frame.step.index))
+                inside.append(block)
+
+            return hook
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            inside.pop().close()
+
+        for name, watched in zip(attention_names(self.survey), self.survey.spans, strict=True):
+            for member in watched.span.members:
+                yield member.register_forward_pre_hook(enter(name))
+                yield member.register_forward_hook(leave, always_call=True)
+
+    # sums
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the host, and of the last steps that are held where they were computed."""
+        return sum(part.nbytes for part in (*self.moments, *self.signals))
+
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {f"moments.{i}": part for i, part in enumerate(self.moments)}
+        parts |= {f"signals.{i}": part for i, part in enumerate(self.signals)}
+        return parts if self.attention is None else {**parts, "attention": self.attention}
+
+    def state_dict(self) -> State:
+        """The sums of finished runs, as flat named float64 tensors."""
+        return {
+            f"{name}/{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the sums by stored ones. Raises ConfigError where they are of other spans or steps."""
+        parts = self._parts()
+        found: dict[str, State] = {name: {} for name in parts}
+        for key, value in state.items():
+            name, _, inner = key.partition("/")
+            if name not in parts:
+                raise ConfigError(f"stored sums of {name!r}, which is not measured here")
+            found[name][inner] = value
+        for name, part in parts.items():
+            part.load_state_dict(found[name])
+
+    def merge(self, other: "Recorder") -> None:
+        """Add what was summed over other samples. Raises ConfigError where it is of other spans or steps."""
+        theirs = other._parts()
+        for name, part in self._parts().items():
+            part.merge(theirs[name])
+        self.revisited |= other.revisited
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Means over samples, named and shaped as in a `Profile`; zeros (signals: NaN) for a span that never ran.
+
+        Raises:
+            ConfigError: if no run was finished.
+        """
+        sizes = len(self.survey.passes), self.survey.steps
+        nothing = {
+            **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), torch.zeros(*sizes, sizes[1]).double()),
+            "input_energy": torch.zeros(sizes).double(),
+        }
+        by_span = [
+            part.result() if watched.seen else nothing
+            for part, watched in zip(self.moments, self.survey.spans, strict=True)
+        ]
+        arrays = {name: torch.stack([found[name] for found in by_span]) for name in nothing}
+        arrays["input_energy"] = arrays["input_energy"].float()
+        for i, found in enumerate(by_span):
+            arrays |= {f"{n}.{i}": found[n].float() for n in ("channel_mean", "channel_square") if n in found}
+        curves = [part.result() for part in self.signals]
+        return arrays | {name: torch.stack([found[name] for found in curves]) for name in curves[0]}
+
+
+def always(scope: str | None, depth: int | None, feature: Feature = "auto", every: int = 1) -> Method:
+    """The method that reuses nothing (or, with every > 1, all spans at the steps between)."""
+    return Method(Guarded(Interval(every)), Reuse(feature), scope, depth)
+
+
+@contextmanager
+def surveyed(
+    batch: Batch, scope: str | None, depth: int | None = None, feature: Feature = "auto"
+) -> Iterator[tuple[Session, Survey]]:
+    """A session on the batch's pipeline that has generated the batch once, and what that showed.
+
+    Inside the block the session computes everything; set its observer to see it. The first generation reused every
+    second step: only then do the spans take their final form (stacks whose blocks take turns, or use each other's
+    outputs, become one).
+
+    Raises:
+        ConfigError: if no span or no scheduler step was seen, or calls cannot be told apart into passes.
+        NoSpansError: if a denoiser has no spans at this scope.
+    """
+    looking = _Looking(batch)
+    with attached(batch.pipe, always(scope, depth, feature, every=2), looking) as session:
+        with wrapped_step(batch.pipe.scheduler, looking.stepping), _counting_flops(session) as flops:
+            images = batch.images(batch.call())
+        found = looking.survey(session, flops, images)
+        session.method = always(scope, depth, feature)
+        session.observer = Observer()
+        yield session, found
+
+
+class _Looking(Observer):
+    """Notes what a Survey tells."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+        self.names: dict[int, str] = {}
+        self.batches: set[int] = set()
+        self.steps = 0
+        self.levels: tuple[float, ...] = ()
+        self.state: Tensor | None = None
+        self.spans: dict[Span, tuple[str, int, int]] = {}  # feature, elements, tokens
+
+    def stepping(self, step: Callable) -> Callable:
+        def noted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(scheduler, *args, **kwargs)
+            self.state = state_of(result)
+            return result
+
+        return noted
+
+    def span_computed(
+        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
+    ) -> None:
+        bases = [leaf.base for leaf in leaves if leaf.base is not None]
+        elements = sum(out.numel() for out in outputs if out.is_floating_point()) // frame.batch
+        stream = image_stream(inputs)
+        tokens = stream.shape[1] if stream.ndim == 3 else 0
+        self.spans[span] = "residual" if bases else "output", elements, tokens
+
+    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+        self.names.setdefault(frame.position, frame.step.pass_name)
+        self.batches.add(frame.batch)
+        self.steps = max(self.steps, frame.step.index + 1)
+        self.levels = tuple(ACTIVE.get().noise_levels)
+
+    def survey(self, session: Session, flops: "dict[str, _Flops]", images: Tensor) -> Survey:
+        scopes = {layout.scope for layout in session.layouts.values()}
+        if len(scopes) > 1:
+            raise ConfigError(f"the denoisers are cached at different scopes ({', '.join(sorted(scopes))}): name one")
+        pipeline = type(self.batch.pipe).__name__
+        if not any(elements for _, elements, _ in self.spans.values()):
+            raise ConfigError(
+                f"{pipeline}: no span ran in a generation, so there is nothing to measure. Profile a denoiser that is "
+                "compiled as a whole before it is compiled, or at another scope"
+            )
+        if self.state is None:
+            raise ConfigError(f"{pipeline}: no scheduler step was seen in a generation, so its steps are not known")
+        rows = self._rows(pipeline)
+        calls = max(self.names) + 1
+        priced = {name: found.total > 0 for name, found in flops.items()}
+        exact = bool(priced) and all(priced.get(name) for name in session.layouts)
+        spans = [
+            self._watched(name, span, flops.get(name) if exact else None, images)
+            for name, layout in session.layouts.items()
+            for span in layout.spans
+        ]
+        return Survey(
+            scope=scopes.pop(),
+            spans=tuple(spans),
+            steps=self.steps,
+            calls=calls,
+            rows=rows,
+            passes=tuple(self._pass_name(p // rows, p % rows, rows) for p in range(calls * rows)),
+            noise_levels=self.levels if len(self.levels) == self.steps else (),
+            sample_shape=tuple(self.state.shape[1:]),
+            shares="flops" if exact else "parameters",
+            unusable={span.name: why for span, why in session.unusable.items()},
+        )
+
+    def _rows(self, pipeline: str) -> int:
+        """Guidance branches in the rows of each call."""
+        count = self.batch.count
+        if len(self.batches) > 1 or any(batch % count for batch in self.batches):
+            shown = ", ".join(map(str, sorted(self.batches)))
+            raise ConfigError(
+                f"{pipeline} calls its denoiser with {shown} rows for {count} sample(s): guidance branches cannot be "
+                "told apart. Profile with the same guidance at every step, one image a prompt"
+            )
+        return next(iter(self.batches)) // count
+
+    def _pass_name(self, position: int, group: int, rows: int) -> str:
+        name = self.names.get(position, str(position))
+        if rows == 1:
+            return name
+        return str(position * rows + group) if name == str(position) else f"{name}.{group}"
+
+    def _watched(self, denoiser: str, span: Span, flops: "_Flops | None", images: Tensor) -> Watched:
+        feature, elements, tokens = self.spans.get(span, ("output", 0, 0))
+        whole = sum(parameter.numel() for parameter in self.batch.pipe.components[denoiser].parameters())
+        if span.kind == "denoiser":
+            share = 1.0
+        elif flops is not None:
+            share = sum(flops.of.get(member, 0) for member in span.members) / flops.total
+        else:
+            share = span.parameters / max(whole, 1)
+        facts = SpanFacts(span.name, denoiser, span.kind, feature, max(elements, 1), min(share, 1.0))
+        assert self.state is not None
+        grid = grid_of(tokens, tuple(self.state.shape[1:]), tuple(images.shape[1:]))
+        return Watched(span, facts, grid, elements > 0)
+
+
+def grid_of(tokens: int, latent: tuple[int, ...], image: tuple[int, ...]) -> Grid | None:
+    """(frames, height, width) of the tokens of a sample, if that many patches tile it; else None.
+
+    latent: shape of its latents, (C, H, W), (C, F, H, W), or any where latents are packed; image: (…, F, C, H, W) or
+    (C, H, W) of its image, whose proportions the tokens then have.
+    """
+    frames = latent[1] if len(latent) == 4 else 1
+    if len(latent) not in (3, 4) and len(image) >= 4 and image[-4] > 1:
+        return None  # of packed videos, nothing tells how many frames are one
+    height, width = latent[-2:] if len(latent) in (3, 4) else image[-2:]
+    if tokens % frames:
+        return None
+    patches = tokens // frames
+    high = math.isqrt(patches * height // width) if width else 0
+    if not high or patches % high or high * width != height * (patches // high):
+        return None
+    return frames, high, patches // high
+
+
+def attention_names(survey: Survey) -> list[str]:
+    """A name of its own for each span, by which attention is noted."""
+    return [f"{watched.facts.denoiser}.{watched.facts.name}" for watched in survey.spans]
+
+
+def held_on(survey: Survey, count: int, device: torch.device) -> str | None:
+    """Where to hold the last step of each span, see `SignalCurves`: on the host, if the device would fill up."""
+    elements = sum(watched.facts.elements for watched in survey.spans)
+    both = 2 * 4 * elements * count * len(survey.passes)  # residual and input
+    return "cpu" if device.type != "cpu" and both > HELD_ON_DEVICE else None
+
+
+def per_sample(leaf: Tensor, batch: int, name: str) -> Tensor:
+    """A span's tensor as [batch, ...]: frames and the like that are folded into its rows become a dimension.
+
+    Raises:
+        ConfigError: where its rows cannot be told apart.
+    """
+    whole = _batched(leaf, batch)
+    if whole is None:
+        raise ConfigError(
+            f"{name} gives a tensor of shape {tuple(leaf.shape)} for {batch} rows of samples, which cannot be told "
+            "apart in it: profile one sample at a time (batch=1) without guidance, or at another scope"
+        )
+    return whole
+
+
+def _batched(leaf: Tensor, batch: int) -> Tensor | None:
+    if leaf.ndim and len(leaf) == batch:
+        return leaf
+    if not leaf.ndim or not len(leaf) or len(leaf) % batch:
+        return None
+    parts = leaf.unflatten(0, (batch, -1))  # [B, k, ...]
+    if leaf.ndim == 3:
+        return parts.flatten(1, 2)  # [B, k·N, C]
+    return parts.movedim(1, 2) if leaf.ndim == 4 else parts  # [B, C, k, H, W]
+
+
+@dataclass
+class _Flops:
+    """Of a denoiser's first call, and of the modules in it."""
+
+    total: int
+    of: dict[nn.Module, int]
+
+
+@contextmanager
+def _counting_flops(session: Session) -> Iterator[dict[str, _Flops]]:
+    """Operations of each denoiser's first call inside the block, by name, and of its spans' members.
+
+    Not of denoisers that are compiled, or have compiled parts: those would be compiled anew for it.
+    """
+    found: dict[str, _Flops] = {}
+    with ExitStack() as stack:
+        for name, denoiser in session.denoisers.items():
+            if any(is_compiled(module) for module in denoiser.modules()):
+                continue
+            members = {member for span in session.layouts[name].spans for member in span.members}
+            for handle in _flop_hooks(name, unwrap(denoiser), members, found):
+                stack.callback(handle.remove)
+        yield found
+
+
+def _flop_hooks(name: str, denoiser: nn.Module, members: set[nn.Module], found: dict[str, _Flops]) -> Iterator[Any]:
+    counter: list[FlopCounterMode] = []  # while the first call runs
+    began: dict[nn.Module, int] = {}
+    inside: dict[nn.Module, int] = {}
+
+    def begin(module: nn.Module, args: Any) -> None:
+        if name not in found and not counter:
+            counter.append(flop_counter())
+            counter[0].__enter__()
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if counter:
+            counter[0].__exit__(None, None, None)
+            found[name] = _Flops(counter.pop().get_total_flops(), inside)
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if counter:
+            began[module] = counter[0].get_total_flops()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if counter:
+            inside[module] = inside.get(module, 0) + counter[0].get_total_flops() - began[module]
+
+    yield denoiser.register_forward_pre_hook(begin, prepend=True)
+    for member in members - {denoiser}:
+        yield member.register_forward_pre_hook(enter)
+        yield member.register_forward_hook(leave, always_call=True)
+    yield denoiser.register_forward_hook(end, always_call=True)

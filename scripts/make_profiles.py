@@ -1,0 +1,89 @@
+"""Make the shipped profiles with their plans: `python scripts/make_profiles.py [--only dit-digits-ddim] [--runs 80]`.
+
+All samples come from fitting seeds, in disjoint ranges: those of the profile, of the fit, of tuning, and the held-out
+ones that a plan's stated quality is measured on. Nothing that `evaluate` reports uses any of them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from diffusion_cache import reference
+from diffusion_cache.cli.progress import announcing
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
+from diffusion_cache.evaluation.subjects import Shipped, quieten_libraries
+from diffusion_cache.planning.build import Planner, Search
+from diffusion_cache.profile import Profile
+from diffusion_cache.profiling.generation import Batch, teach
+from diffusion_cache.profiling.measure import Options, measure
+
+HOME = Path(__file__).parents[1] / "profiles"
+PROFILED, FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (0, 10_000, 20_000, 30_000))
+SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 5)
+# where a model's plans may cache; the better one is taken for each number of computed steps
+SCOPES = {"dit-digits": ("stack", "denoiser"), "unet-digits": ("denoiser",), "flux-digits": ("stack", "denoiser")}
+FIRST_SCOPE = {"unet-digits": "denoiser"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="a profile's name; repeat for several")
+    parser.add_argument("--runs", type=int, default=80, help="cached generations a search may take")
+    parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
+    parser.add_argument("--polished", type=int, default=2, help="rounds of Gauss-Newton on a plan's weights")
+    parser.add_argument("--held-out", type=int, default=64, help="samples that the stated quality is measured on")
+    parser.add_argument("--out", type=Path, default=HOME)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    quieten_libraries()
+    for model in reference.MODELS.values():
+        for sampler in model.samplers:
+            name = f"{model.name}-{sampler}"
+            if not options.only or name in options.only:
+                make(name, model.name, sampler, options)
+
+
+def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> None:
+    subject = Shipped(model, sampler)
+    console = Console()
+
+    def batch(samples: list[tuple[str, int]]) -> Batch:
+        listed = [Sample(i, int(prompt), seed) for i, (prompt, seed) in enumerate(samples)]
+        return Batch(subject.pipe, lambda: subject.call(listed), subject.images, len(listed))
+
+    def drawn(first: int, count: int) -> list[tuple[str, int]]:
+        return [(str(i % 10), first + i) for i in range(count)]
+
+    with announcing(console, name) as progress:
+        folder = options.out / name
+        if (folder / "profile.json").is_file():
+            profile = Profile.load(folder)
+        else:
+            profile = measure(batch, drawn(PROFILED, 16), Options(scope=FIRST_SCOPE.get(model)), progress=progress)
+            profile.save(folder)
+        held = drawn(HELD_OUT, options.held_out)
+        sizes = [held[i : i + 16] for i in range(0, len(held), 16)]
+        planner = Planner(
+            profile,
+            teach(batch(drawn(FITTED, options.fitting))),
+            teach(batch(drawn(TUNED, 16))),
+            [teach(batch(part)) for part in sizes],
+            [seed for _, seed in held],
+            Search(runs=options.runs, scopes=SCOPES.get(model, ()), polished=options.polished),
+            progress,
+        )
+        for share in SHARES:
+            computed = int(planner.steps * share + 1e-9)
+            known = [plan for plan in profile.plans if plan.name != f"nfe-{computed}"]
+            if len(known) == len(profile.plans):
+                plan = planner.plan(computed)
+                profile = profile.with_plans(sorted([*known, plan], key=lambda plan: -plan.nfe))
+                profile.save(folder)
+                assert plan.quality is not None
+                console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Profiles and plans through the front doors: enable(pipe, profile=…) and the command line."""
+
+import itertools
+import shutil
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import plans
+import pytest
+import torch
+from plans import STEPS
+from torch._dynamo.testing import CompileCounterWithBackend
+from typer.testing import CliRunner
+
+import diffusion_cache as dc
+from diffusion_cache import api, published, reference
+from diffusion_cache.cli import app
+from diffusion_cache.cli.plan import _ladder, _Work
+from diffusion_cache.engine.session import session_of
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.plan import Quality, Speed
+from diffusion_cache.planning.build import Planner, Search, psnr
+from diffusion_cache.profile import Profile
+
+NAME = "dit-digits"
+
+
+def generate(pipe, name=NAME, steps=STEPS, samples=((3, 5), (8, 6))):
+    return plans.batch(pipe, name, samples, steps).call().images
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A profile with plans nfe-4 and nfe-3."""
+    return plans.planned(NAME)
+
+
+@pytest.fixture
+def pipe():
+    return reference.load(NAME)
+
+
+@pytest.fixture
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)
+        yield
+
+
+def kept(count=4):
+    return plans.drawn(300, count)
+
+
+@pytest.mark.parametrize("name", ["nfe-4", "nfe-3"])
+def test_the_stated_quality_is_what_a_user_gets(found, pipe, name, silent):
+    """On another instance of the pipeline, in other batches than it was measured in, by another code path."""
+    plan = next(plan for plan in found.plans if plan.name == name)
+    assert plan.quality.seeds == tuple(seed for _, seed in kept())
+    values = []
+    for sample in kept():
+        uncached = reference.images(NAME, plans.batch(pipe, NAME, [sample]).call())
+        with dc.cached(pipe, profile=found, plan=name):
+            cached = reference.images(NAME, plans.batch(pipe, NAME, [sample]).call())
+        values += psnr(cached, uncached)
+    assert values == pytest.approx(plan.quality.values, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("wish", "name"),
+    [({"plan": "nfe-3"}, "nfe-3"), ({"nfe": 3.5}, "nfe-3"), ({"nfe": STEPS}, "nfe-4"), ({"speedup": 1.0}, "nfe-4")],
+)
+def test_wishes(found, pipe, wish, name, tmp_path, silent):
+    timed = [replace(plan, speed=Speed(8 / plan.nfe, 1.0, 4.0, "cpu", 2)) for plan in found.plans]
+    stored = found.with_plans(timed)
+    stored.save(tmp_path)
+    images = []
+    for profile in (stored, tmp_path, str(tmp_path)):
+        dc.enable(pipe, profile=profile, **wish)
+        images.append(generate(pipe))
+        assert dc.summary(pipe).computed == int(name[-1])
+        assert f"plan '{name}'" in dc.summary(pipe).method
+    dc.enable(pipe, plan=next(plan for plan in timed if plan.name == name))
+    images.append(generate(pipe))
+    assert all(torch.equal(image, images[0]) for image in images[1:])
+
+
+def test_the_summary_is_short_and_disabling_restores(found, pipe, silent):
+    uncached = generate(pipe)
+    dc.enable(pipe, profile=found, nfe=4)
+    assert not torch.equal(generate(pipe), uncached)
+    shown = str(dc.summary(pipe))
+    assert "plan 'nfe-4': 4 evaluations in 8 steps, on stack" in shown
+    assert "4 calls computed and 4 reused" in shown
+    assert len(shown) < 2000
+    dc.disable(pipe)
+    assert session_of(pipe) is None
+    assert torch.equal(generate(pipe), uncached)
+
+
+def test_another_model_or_sampler_is_refused_by_name(found, pipe):
+    with pytest.raises(
+        ConfigError, match=r"transformer\.model is FluxTransformer2DModel, the profile's DiTTransformer2D"
+    ):
+        dc.enable(reference.load("flux-digits"), profile=found, nfe=4)
+    other = reference.load(NAME, "dpm++")
+    with pytest.raises(ConfigError, match=r"scheduler is DPMSolverMultistepScheduler, the profile's DDIMScheduler"):
+        dc.enable(other, profile=found, nfe=4)
+    assert session_of(other) is None
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(ConfigError, match=r"(?s)transformer\.weights .*ignore=\['weights'\]"):
+        dc.enable(pipe, profile=found, nfe=4)
+    with pytest.raises(ConfigError, match=r"no field 'weight'.*weights"):
+        dc.enable(pipe, profile=found, nfe=4, ignore=("weight",))
+    dc.enable(pipe, profile=found, nfe=4, ignore=("weights",))
+    generate(pipe)
+    assert dc.summary(pipe).computed == 4
+
+
+def test_another_sampler_runs_when_told_to(found):
+    pipe = reference.load(NAME, "dpm++")
+    dc.enable(pipe, profile=found, nfe=4, ignore=("scheduler",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate(pipe)
+    assert 3 <= dc.summary(pipe).computed <= 5
+
+
+def test_another_number_of_steps_is_told_once_and_left_to_taylor(found, pipe):
+    dc.enable(pipe, profile=found, nfe=4)
+    with pytest.warns(DiffusionCacheWarning, match="other noise levels .8 steps; this run has 12.") as told:
+        images = generate(pipe, steps=12)
+    assert len([warning for warning in told if warning.category is DiffusionCacheWarning]) == 1
+    records = dc.summary(pipe).records
+    mask = "".join("1" if record.computed else "0" for record in records)
+    assert (len(mask), mask.count("1")) == (12, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)
+        assert torch.equal(generate(pipe, steps=12), images)
+        generate(pipe)  # and its own steps again, as planned
+        assert dc.summary(pipe).computed == 4
+    dc.enable(pipe, "mask", "taylor", mask=mask)
+    assert (generate(pipe, steps=12) - images).abs().max() <= 1e-5
+
+
+def test_guards_go_with_a_plan(found, pipe, silent):
+    uncached = generate(pipe)
+    dc.enable(pipe, profile=found, nfe=3, max_reused=0)
+    assert torch.equal(generate(pipe), uncached)
+    dc.enable(pipe, profile=found, nfe=3, last=2)
+    generate(pipe)
+    assert [record.computed for record in dc.summary(pipe).records[-2:]] == [True, True]
+
+
+def test_published_figures_by_name(pipe, silent):
+    name = "published/fora/dit-xl-2-256-50-every-2"
+    dc.enable(pipe, profile=name)
+    images = generate(pipe)
+    assert STEPS // 2 <= dc.summary(pipe).computed < STEPS
+    dc.enable(pipe, "mask", mask=published.load(name).mask())
+    assert torch.equal(generate(pipe), images)
+    with pytest.raises(ConfigError, match="is for DiTTransformer2DModel, and this pipeline has FluxTransformer2DModel"):
+        dc.enable(reference.load("flux-digits"), profile=name)
+    with pytest.raises(ConfigError, match="speedup says nothing"):
+        dc.enable(pipe, profile=name, speedup=2)
+    with pytest.raises(ConfigError, match="ignore says nothing"):
+        dc.enable(pipe, profile=name, ignore=("weights",))
+    with pytest.raises(ConfigError, match="Did you mean 'fora/"):
+        dc.enable(pipe, profile="published/fora/dit-xl-2-256-50-every-3")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "interval"}, "policy comes from the profile"),
+        ({"forecaster": "taylor"}, "forecaster comes from the profile"),
+        ({"scope": "block"}, "scope comes from the profile"),
+        ({"depth": 2}, "depth comes from the profile"),
+        ({"nfe": None, "plan": "nfe-5"}, "no plan 'nfe-5'"),
+        ({"nfe": 2}, "the cheapest, 'nfe-3', takes 3"),
+        ({"nfe": None, "speedup": 100.0}, "the fastest is 'nfe-3'"),
+        ({"nfe": None, "min_psnr": 20}, "measure 55 more"),
+        ({"nfe": None}, "say what you want of the profile"),
+        ({"plan": "nfe-4"}, "one of speedup, min_psnr, nfe, plan"),
+        ({"every": 2}, "Unknown option 'every'"),
+        ({"granularity": "row"}, "Unknown granularity"),
+    ],
+)
+def test_conflicts_change_nothing(found, pipe, options, words):
+    before = dc.enable(pipe, "interval", every=2)
+    # the slower one is at most as fast, however busy the machine was
+    timed = [replace(plan, speed=Speed(8 / plan.nfe, 1.0, 4.0, "cpu", 2)) for plan in found.plans]
+    with pytest.raises(ConfigError, match=words):
+        dc.enable(pipe, **{"profile": found.with_plans(timed), "nfe": 4, **options})
+    assert session_of(pipe) is before
+
+
+@pytest.mark.parametrize(
+    "wish", [{"speedup": 2}, {"nfe": 4}, {"min_psnr": 30}, {"plan": "nfe-4"}, {"ignore": ("weights",)}]
+)
+def test_wishes_need_a_profile(pipe, wish):
+    with pytest.raises(ConfigError, match=f"{next(iter(wish))} needs a profile"):
+        dc.enable(pipe, **wish)
+
+
+def test_a_plan_at_hand_leaves_nothing_to_wish_for(found, pipe):
+    for given in ({}, {"profile": found}):
+        with pytest.raises(ConfigError, match="this plan is given already"):
+            dc.enable(pipe, plan=found.plans[0], nfe=4, **given)
+    with pytest.raises(ConfigError, match="ignore needs a profile"):
+        dc.enable(pipe, plan=found.plans[0], ignore=("weights",))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["compiled first", "enabled first"])
+def test_a_denoiser_compiled_as_a_whole(found, before, silent):
+    """Two graphs, whatever the weights and steps; branches in the rows of a call keep weights of their own."""
+    torch._dynamo.reset()
+    assert (found.scope, found.row_passes) == ("stack", 2)
+    plain, pipe = reference.load(NAME), reference.load(NAME)
+    backend = CompileCounterWithBackend("eager")
+    if before:
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+    for name in ("nfe-4", "nfe-3"):
+        dc.enable(plain, profile=found, plan=name)
+        dc.enable(pipe, profile=found, plan=name)
+        if not before:
+            pipe.transformer.compile(backend=backend, fullgraph=True)
+        assert (generate(pipe) - generate(plain)).abs().max() <= 1e-5
+        assert dc.summary(pipe).computed == int(name[-1])
+        before = True
+    assert backend.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_the_last_profile_wins_and_leaves_no_trace(found, pipe, silent):
+    dc.enable(pipe, profile=found, nfe=3)
+    dc.enable(pipe, profile=found, nfe=4)
+    first = generate(pipe)
+    with dc.cached(pipe, profile=found, nfe=4):
+        assert torch.equal(generate(pipe), first)
+    assert session_of(pipe) is None
+
+
+# the command line
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    plans.profile("flux-digits").save(tmp_path / "profile")
+    return tmp_path / "profile"
+
+
+SMALL = ("--runs", 2, "--fitting", 2, "--tuning", 2, "--held-out", 3, "--batch", 2, "--threads", 1)
+
+
+def test_plan_makes_stores_and_shows_plans(folder, tmp_path):
+    before = Profile.load(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    output = run("plan", folder, "--nfe", "3.5", "--model", "flux-digits", *SMALL)
+    (plan,) = Profile.load(folder).plans
+    assert (plan.name, plan.nfe, plan.quality.n, plan.speed.batch) == ("nfe-3", 3.0, 3, 2)
+    # none of the samples is another's
+    assert not set(plan.quality.seeds) & {seed for _, seed in before.samples}
+    assert plan.facts["fitted_on"] == plan.facts["tuned_on"] == 2
+    assert "3 held-out samples cannot show what 95% of prompts reach; it takes 59" in output
+    assert "nfe-3 computes 3 of 8" in output
+    assert "█" in output
+    # again: there already, and the model is found by itself
+    assert "nfe-3 is there already" in run("plan", folder, "--nfe", "3", *SMALL)
+    assert Profile.load(folder).plans[0].quality == plan.quality
+    # another search replaces it; into another folder, which leaves this one as it is
+    run("plan", folder, "--nfe", "3", *SMALL, "--runs", 3, "--out", tmp_path / "out")
+    assert Profile.load(tmp_path / "out").plans[0].facts["search"]["runs"] == 3
+    assert Profile.load(folder).plans[0].facts["search"]["runs"] == 2
+    assert "nfe-3" in run("show", folder)
+    assert (folder / "plans.png").is_file()
+
+
+def test_stopped_after_a_plan(folder, monkeypatch):
+    made = itertools.chain(plans.planned("flux-digits").plans[:1])
+
+    def plan(self, computed, name=None):
+        try:
+            return next(made)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    output = run("plan", folder, "--nfe", "4,3", *SMALL, code=130)
+    assert "Finished plans are kept" in output
+    assert [plan.name for plan in Profile.load(folder).plans] == ["nfe-4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "one of --speedup 2,3, --nfe 25,17 or --min-psnr 30"),
+        (("--nfe", "3", "--speedup", "2"), "one of --speedup"),
+        (("--nfe", "three"), "--nfe takes numbers with commas between them"),
+        (("--speedup", "0"), "numbers above 0"),
+        (("--nfe", "0.5"), "the least is 1"),
+        (("--nfe", "3", "--last", "9"), "no plan takes 3"),
+        (("--min-psnr", "30"), "give --held-out 59 or more"),
+        (("--nfe", "3", "--batch", "0"), "--batch must be 1 to"),
+        (("--nfe", "3", "--scope", "stak"), "Unknown scope 'stak'. Did you mean 'stack'"),
+        (("--nfe", "3", "--model", "flux-digit"), "Unknown model 'flux-digit'"),
+        (("--nfe", "3", "--model", "dit-digits"), "transformer.model is DiTTransformer2DModel"),
+        (("--nfe", "3", "--call", "height=64"), "takes no --call"),
+        (("--nfe", "3", "--call", "height"), "--call takes NAME=VALUE"),
+        (("--speedup", "50"), "no plan is 50× as fast here; the fastest reached is"),
+    ],
+)
+def test_what_cannot_be_planned(folder, arguments, words):
+    assert words in run("plan", folder, *SMALL, *arguments, code=2)
+    assert not Profile.load(folder).plans
+
+
+def test_no_profile(tmp_path):
+    assert "profile" in run("plan", tmp_path / "none", "--nfe", 3, code=2)
+    assert "profile" in run("show", tmp_path / "none", code=2)
+
+
+class Toy:
+    """A planner whose plans have a made-up speed and quality: 60 dB when half is computed, 6 dB a step."""
+
+    def __init__(self, profile, reused=0.1, noise=0.0):
+        self.profile, self.reused, self.noise = profile, reused, noise
+        self.search, self.steps, self.scopes = Search(), profile.total, ("stack",)
+        self.asked = []
+        self.template = plans.planned(NAME).plans[0]
+
+    def made(self, plan):
+        return True
+
+    def nfe(self, computed, scope=None):
+        return float(computed)
+
+    def ratio(self, computed):
+        return self.steps / (computed + self.reused * (self.steps - computed))
+
+    def timed(self, computed):
+        return SimpleNamespace(ratio=self.ratio(computed) + self.noise)
+
+    def plan(self, computed, name):
+        self.asked.append(computed)
+        ratio = self.ratio(computed)
+        values = [60.0 + 6 * (computed - self.steps / 2) - sample / 100 for sample in range(64)]
+        speed, quality = Speed(ratio, ratio, ratio, "cpu", 1), Quality.of("psnr", values, range(64))
+        return replace(self.template, name=name, nfe=float(computed), speed=speed, quality=quality)
+
+
+def work(tmp_path, **fields):
+    toy = Toy(plans.profile(NAME), **fields)
+    return _Work(toy.profile, toy, tmp_path, lambda what, done, of: None), toy
+
+
+@pytest.mark.parametrize(("speedup", "computed"), [(1.1, 7), (1.2, 6), (2.0, 3), (3.0, 2), (4.0, 1)])
+def test_a_speed_takes_the_most_steps_that_are_as_fast(tmp_path, speedup, computed):
+    planned, toy = work(tmp_path)
+    assert toy.ratio(computed) >= speedup > toy.ratio(computed + 1)
+    plan = planned.faster_than(speedup)
+    assert (plan.name, toy.asked) == (f"nfe-{computed}", [computed])
+    assert api.choose(Profile.load(tmp_path).plans, speedup=speedup).name == plan.name
+
+
+def test_a_speed_that_was_timed_too_high_is_tried_again(tmp_path):
+    planned, toy = work(tmp_path, noise=0.5)
+    assert planned.faster_than(2.0).name == "nfe-3"
+    assert toy.asked == [5, 3]
+
+
+def test_a_speed_out_of_reach_names_the_fastest(tmp_path):
+    planned, toy = work(tmp_path)
+    with pytest.raises(ConfigError, match=f"the fastest reached is {toy.ratio(1):.2f}×, with 1 of 8"):
+        planned.faster_than(5.0)
+    assert not toy.asked
+
+
+def test_a_quality_takes_plans_down_to_the_first_that_misses_it(tmp_path):
+    planned, toy = work(tmp_path)
+    assert planned.as_good_as(60.0).name == "nfe-5"  # nfe-4 has 60 dB for one sample
+    assert toy.asked == [7, 6, 5, 4]
+    with pytest.raises(ConfigError, match="ask for at most"):
+        work(tmp_path / "other")[0].as_good_as(90.0)
+
+
+@pytest.mark.parametrize(("steps", "least"), [(50, 1), (8, 1), (8, 3), (250, 5), (2, 1)])
+def test_rungs_are_close(steps, least):
+    rungs = list(_ladder(steps, least))
+    assert rungs == sorted(set(rungs), reverse=True)
+    assert rungs[-1] == least
+    assert all(above - below <= max(1, 0.15 * above) for above, below in itertools.pairwise([steps, *rungs]))

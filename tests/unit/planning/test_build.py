@@ -1,0 +1,232 @@
+"""Making plans: on shipped models, with few steps, samples and runs."""
+
+import math
+from dataclasses import replace
+
+import plans
+import pytest
+import torch
+from plans import STEPS
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.engine.session import session_of
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.forecasters.fitted import Fit, Fitted
+from diffusion_cache.planning.build import MAX_PSNR, Search, as_tensors, psnr
+from diffusion_cache.profiling.generation import teach
+
+NAME = "flux-digits"
+BARE = Search(runs=1, fitted=False, refined=False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return reference.load(NAME)
+
+
+@pytest.fixture(scope="module")
+def planner(pipe):
+    return plans.planner(NAME, pipe, plans.profile(NAME))
+
+
+@pytest.fixture(scope="module")
+def three(planner):
+    return planner.plan(3)
+
+
+def with_search(planner, **fields):
+    """Another planner of the same samples; what was tried is not known to it."""
+    return replace(planner, search=replace(planner.search, **fields), _scores={})
+
+
+def test_a_plan_holds_what_was_asked_for(planner, three):
+    plan = three
+    assert (plan.name, plan.scope, plan.nfe, plan.total) == ("nfe-3", "stack", 3.0, STEPS)
+    assert plan.schedule.nfe == 3
+    assert plan.noise_levels == planner.profile.noise_levels
+    assert torch.isfinite(plan.weights).any()
+    assert (plan.facts["fitted_on"], plan.facts["tuned_on"]) == (2, 2)
+    assert plan.quality.seeds == tuple(planner.seeds)
+    assert plan.quality.n == 4
+    assert 0 < plan.speed.low <= plan.speed.ratio <= plan.speed.high
+    assert plan.speed.batch == 2
+    assert session_of(planner.fitting.batch.pipe) is None
+    # a profile takes it
+    assert planner.profile.with_plans([plan]).plans == (plan,)
+
+
+def test_fitted_weights_beat_taylor_on_held_out_samples(planner, three):
+    bare = replace(three, nodes=torch.full_like(three.nodes, -1), weights=torch.full_like(three.weights, math.nan))
+    taylor = planner.measured(bare)
+    assert taylor.quality.seeds == three.quality.seeds
+    assert three.quality.mean > taylor.quality.mean + 0.5
+
+
+def test_without_fitting_all_is_left_to_taylor(planner):
+    plan = replace(planner, search=BARE, _scores={}).plan(3)
+    assert torch.isnan(plan.weights).all()
+    assert plan.facts["search"]["fitted"] is False
+
+
+def test_more_computed_steps_are_better(planner):
+    quick = replace(planner, search=BARE, _scores={})
+    means = [quick.plan(computed).quality.mean for computed in (2, 5, 8)]
+    assert means == sorted(means)
+    assert means[-1] == pytest.approx(MAX_PSNR)
+
+
+def same(one, other):
+    assert one.schedule == other.schedule
+    for name, tensor in one.tensors().items():  # sums of floats depend on where they lie in memory
+        torch.testing.assert_close(other.tensors()[name], tensor, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert one.quality.values == pytest.approx(other.quality.values, abs=1e-3)
+    return True
+
+
+def test_the_same_search_makes_the_same_plan(planner, three):
+    assert same(three, with_search(planner).plan(3))
+
+
+@pytest.mark.parametrize("when", [5, 12])
+def test_an_interrupted_search_goes_on(planner, three, when):
+    """What was run is not run again, and the plan is the one that an uninterrupted search makes."""
+    told = []
+
+    def interrupt(what, done, of):
+        told.append(what)
+        if len(told) == when:
+            raise KeyboardInterrupt
+
+    other = replace(planner, progress=interrupt, _scores={})
+    with pytest.raises(KeyboardInterrupt):
+        other.plan(3)
+    assert session_of(planner.fitting.batch.pipe) is None
+    known = dict(other._scores)
+    assert known
+    assert same(three, other.plan(3))
+    assert all(other._scores[key] == score for key, score in known.items())
+
+
+def test_starts_compute_as_many_steps_as_asked_for(planner):
+    for computed in range(1, STEPS + 1):
+        starts = planner.starts(computed)
+        assert len(set(starts)) == len(starts) > 0
+        assert all(len(start) == computed and start[0] == 0 for start in starts)
+    assert (0, 2, 4, 6) in planner.starts(4)
+    with_last = with_search(planner, last=2)
+    assert all({0, 6, 7} <= set(start) for start in with_last.starts(4))
+
+
+def test_last_steps_stay_computed(planner):
+    plan = replace(planner, search=replace(BARE, last=2), _scores={}).plan(3)
+    assert [step for step in range(STEPS) if plan.schedule.row(step, 0)[0]] == [0, 6, 7]
+
+
+def test_the_best_scope_is_taken(planner):
+    """Both are tried; what a plan states was measured where it caches."""
+    scopes = ("stack", "denoiser")
+    both = replace(planner, search=replace(BARE, scopes=scopes), _scores={})
+    made = both.plan(4)
+    best = {scope: max(score for (_, where), score in both._scores.items() if where == scope) for scope in scopes}
+    assert best["stack"] != best["denoiser"]
+    assert made.scope == max(scopes, key=best.get)
+
+
+def test_a_span_without_residual_is_planned_by_its_output():
+    """And a reused step of a cut costs what lies outside it."""
+    name = "unet-digits"
+    profile = plans.profile(name)
+    assert (profile.scope, profile.spans[0].feature) == ("cut", "output")
+    arrays = {**profile.arrays, "gram_residual": torch.full_like(profile.arrays["gram_residual"], math.nan)}
+    planner = plans.planner(name, reference.load(name), replace(profile, arrays=arrays), BARE)
+    assert planner.starts(4)
+    share = profile.spans[0].share
+    assert 0.5 < share < 1
+    assert planner.nfe(4) == pytest.approx(4 + 4 * (1 - share))
+    assert planner.nfe(4, "denoiser") == 4
+    assert planner.nfe(STEPS) == STEPS
+    assert planner.plan(4).nfe == pytest.approx(planner.nfe(4))
+
+
+def test_branches_in_rows_have_weights_of_their_own():
+    name = "dit-digits"
+    (found,) = plans.planned(name, computed=(4,)).plans
+    assert (found.row_passes, found.passes) == (2, 2)
+    given = torch.isfinite(found.weights).all(dim=(2, 3))  # [T, P]
+    assert given.any()
+    assert (given[:, 0] == given[:, 1]).all()
+    assert not torch.equal(found.weights[:, 0].nan_to_num(), found.weights[:, 1].nan_to_num())
+
+
+def test_a_plan_is_known_again(planner, three, tmp_path):
+    planner.profile.with_plans([three]).save(tmp_path)
+    (stored,) = type(planner.profile).load(tmp_path).plans
+    assert planner.made(stored)
+    assert not with_search(planner, runs=7).made(stored)
+    assert not replace(planner, held_out=planner.held_out[:1], seeds=planner.seeds[:2]).made(stored)
+    assert not planner.made(replace(stored, quality=None))
+
+
+@pytest.mark.parametrize("computed", [0, STEPS + 1])
+def test_numbers_that_cannot_be(planner, computed):
+    with pytest.raises(ConfigError, match=f"of {STEPS} steps, 1 to {STEPS} can be computed, not {computed}"):
+        planner.plan(computed)
+
+
+def test_speed_is_known_before_a_plan_is_made(planner):
+    slow, fast = planner.timed(STEPS - 1), planner.timed(1)
+    assert slow.ratio < fast.ratio
+    assert session_of(planner.fitting.batch.pipe) is None
+
+
+def test_samples_that_are_not_of_the_profile(pipe, planner):
+    other = teach(plans.batch(pipe, NAME, plans.drawn(0, 2), STEPS + 1))
+    with pytest.raises(ConfigError, match=f"profile has {STEPS} steps and the generation {STEPS + 1}"):
+        replace(planner, tuning=other)
+    with pytest.raises(ConfigError, match="3 seeds"):
+        replace(planner, seeds=planner.seeds[:3])
+    with pytest.raises(ConfigError, match="0 held-out samples"):
+        replace(planner, held_out=[], seeds=[])
+    with pytest.raises(ConfigError, match="1 guidance branches and the profile 2"):
+        replace(planner, profile=replace(plans.profile("dit-digits"), fingerprint=planner.profile.fingerprint))
+    shifted = reference.load(NAME)
+    shifted.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=1.0)
+    moved = teach(plans.batch(shifted, NAME, plans.drawn(0, 2)))
+    with pytest.raises(ConfigError, match="other noise levels"):
+        replace(planner, fitting=moved)
+    with pytest.raises(ConfigError, match="make one at scope cut"):
+        with_search(planner, scopes=("cut",))
+
+
+def test_tables_and_tensors_say_the_same():
+    table = {
+        (3, 0, 0): Fit((0, 2), (-0.5, 1.5)),
+        (3, 0, 1): Fit((0, 2), (-0.25, 1.25)),
+        (3, 1, 0): Fit((2,), (1.0,)),
+        (5, 1, 1): Fit((0, 2, 4), (0.1, -0.1, 1.0)),
+    }
+    nodes, weights = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    assert (nodes.shape, weights.shape) == ((6, 2, 3), (6, 2, 2, 3))
+    assert nodes[3].tolist() == [[-1, 0, 2], [-1, -1, 2]]
+    assert weights[3, 1, 0].tolist() == [0.0, -0.25, 1.25]
+    assert torch.isnan(weights[3, 1, 1]).all()
+    assert nodes[4].tolist() == [[-1] * 3] * 2
+    assert torch.isnan(weights[4]).all()
+
+
+def test_psnr():
+    reference_images = torch.full((3, 1, 1, 2, 2), 0.5)
+    images = reference_images.clone()
+    images[1] += 0.1
+    images[2] = 7.0  # clamped to 1
+    assert psnr(images, reference_images) == pytest.approx([MAX_PSNR, 20.0, -10 * math.log10(0.25)], abs=1e-5)
+
+
+def test_what_was_enabled_stays_enabled(pipe, planner):
+    session = dc.enable(pipe, "interval", every=2)
+    try:
+        replace(planner, search=BARE, _scores={}).plan(4)
+        assert session_of(pipe) is session
+    finally:
+        dc.disable(pipe)

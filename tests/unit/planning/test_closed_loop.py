@@ -1,0 +1,196 @@
+"""The closed-loop search: it finds what there is to find, spends what it may, and keeps to the guards."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.planning.closed_loop import TAIL, Tried, refine, score, spaced
+
+STEPS, COUNT = 12, 5
+
+
+def gains(seed=0):
+    return np.random.default_rng(seed).normal(size=STEPS)
+
+
+def separable(values):
+    """A score that is a sum over the computed steps, so that single moves reach the optimum."""
+    return lambda computed: float(sum(values[step] for step in computed))
+
+
+def best_of_all(run, warmup=1, last=0, steps=STEPS, count=COUNT):
+    fixed = {*range(warmup), *range(steps - last, steps)}
+    every = [c for c in itertools.combinations(range(steps), count) if fixed <= set(c)]
+    return max(every, key=run)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("warmup", "last"), [(1, 0), (2, 1)])
+def test_the_optimum_of_a_separable_score_is_found(seed, warmup, last):
+    run = separable(gains(seed))
+    start = (*range(COUNT - last), *range(STEPS - last, STEPS))
+    found = refine(run, [start], STEPS, 10_000, warmup=warmup, last=last, seed=seed)
+    expected = best_of_all(run, warmup, last)
+    assert found.best == Tried(expected, run(expected))
+    assert found.start == Tried(start, run(start))
+
+
+def test_it_stops_where_no_move_is_left():
+    """Every neighbour of the best was run, and nothing twice."""
+    run = separable(gains(1))
+    found = refine(run, [tuple(range(COUNT))], STEPS, 10_000)
+    tried = [entry.computed for entry in found.tried]
+    assert len(set(tried)) == len(tried) < 10_000
+    best = set(found.best.computed)
+    for step, to in itertools.product(best - {0}, set(range(STEPS)) - best):
+        assert tuple(sorted(best - {step} | {to})) in tried
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, 3, 17])
+def test_it_runs_as_often_as_it_may(runs):
+    starts, asked, told = [(0, 2, 4, 6, 8), (0, 1, 2, 3, 4)], [], []
+
+    def run(computed):
+        asked.append(computed)
+        return separable(gains())(computed)
+
+    found = refine(run, starts, STEPS, runs, progress=lambda done, of, best: told.append((done, of, best)))
+    expected = max(runs, 1)
+    assert len(asked) == expected
+    assert [(entry.computed, entry.score) for entry in found.tried] == [(c, separable(gains())(c)) for c in asked]
+    best_so_far = list(itertools.accumulate((entry.score for entry in found.tried), max))
+    assert told == [(i + 1, runs, best) for i, best in enumerate(best_so_far)]
+    assert found.best.score == best_so_far[-1]
+    assert asked[: len(starts)] == starts[:expected]
+    assert found.start == max(found.tried[: len(starts)], key=lambda entry: entry.score)
+
+
+def test_a_start_given_twice_is_run_once():
+    found = refine(separable(gains()), [(0, 3), (0, 5), (0, 3)], STEPS, 2)
+    assert [entry.computed for entry in found.tried] == [(0, 3), (0, 5)]
+
+
+def test_the_same_seed_gives_the_same_search():
+    searches = [refine(separable(gains()), [(0, 2, 4, 6, 8)], STEPS, 15, seed=seed).tried for seed in (3, 3, 4)]
+    assert searches[0] == searches[1] != searches[2]
+
+
+@pytest.mark.parametrize(("warmup", "last"), [(1, 0), (3, 0), (1, 2), (2, 2), (0, 0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_guard_is_broken(warmup, last, seed):
+    """Whatever the score says, even one that would have the guarded steps reused."""
+    kept = {*range(max(warmup, 1)), *range(STEPS - last, STEPS)}
+    start = tuple(sorted({*kept, 4, 5, 6}))
+    found = refine(lambda computed: -float(len(kept & set(computed))), [start], STEPS, 60, warmup=warmup, last=last)
+    climbing = refine(separable(gains(seed)), [start], STEPS, 60, warmup=warmup, last=last, seed=seed)
+    assert len(climbing.tried) > 5
+    for entry in (*found.tried, *climbing.tried):
+        assert kept <= set(entry.computed) <= set(range(STEPS))
+        assert list(entry.computed) == sorted(set(entry.computed))
+        assert len(entry.computed) == len(start)
+
+
+@pytest.mark.parametrize(
+    ("start", "guards"),
+    [((0, 1, 2), {"warmup": 3}), ((0, 1, 2, 3), {}), ((0,), {}), ((0, 3), {"last": 1})],
+    ids=["all fixed", "all computed", "one", "both ends"],
+)
+def test_nothing_to_move(start, guards):
+    found = refine(lambda computed: 1.0, [start], 4, 50, **guards)
+    assert found.tried == (found.best,) == (found.start,) == (Tried(start, 1.0),)
+
+
+def test_equal_scores_are_no_reason_to_move():
+    found = refine(lambda computed: 1.0, [(0, 4, 8)], STEPS, 30)
+    assert found.best.computed == (0, 4, 8)
+    assert len(found.tried) == 1 + 2 * (STEPS - 3)  # each neighbour
+
+
+@pytest.mark.parametrize(
+    ("starts", "options", "message"),
+    [
+        ([], {}, "at least one"),
+        ([(0, 1), (0, 1, 2)], {}, "as many computed"),
+        ([(1, 2)], {}, "no schedule"),
+        ([(1, 2)], {"warmup": 0}, "no schedule"),
+        ([(0, 2)], {"warmup": 2}, "no schedule"),
+        ([(0, 2)], {"last": 1}, "no schedule"),
+        ([(0, 12)], {}, "no schedule"),
+        ([(0, 2, 1)], {}, "no schedule"),
+        ([(0, 2, 2)], {}, "no schedule"),
+    ],
+)
+def test_starts_that_cannot_be(starts, options, message):
+    with pytest.raises(ConfigError, match=message):
+        refine(lambda computed: 1.0, starts, STEPS, 5, **options)
+
+
+# the score
+
+
+def test_score_is_midway_to_the_5th_percentile():
+    values = np.random.default_rng(2).normal(40, 3, size=9)
+    normal_5th = values.mean() - 1.6449 * values.std(ddof=1)
+    assert pytest.approx((values.mean() + normal_5th) / 2, abs=1e-3) == score(values.tolist())
+    assert score(values.tolist()) == pytest.approx(values.mean() - TAIL * values.std(ddof=1))
+    many = np.random.default_rng(3).normal(40, 3, size=200_000)
+    assert score(many) == pytest.approx((many.mean() + np.quantile(many, 0.05)) / 2, abs=0.02)
+
+
+def test_score_of_one_or_of_equal_values():
+    assert score([31.5]) == 31.5
+    assert score([31.5] * 4) == pytest.approx(31.5)
+    assert score([30.0, 33.0]) < 31.5
+
+
+# spaced schedules
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("exponent", [0.3, 0.5, 0.99, 1.0, 1.5, 2.0, 4.0])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_spaced_schedules_are_schedules(steps, exponent, last):
+    for computed in range(1 + last, steps + 1):
+        places = spaced(steps, computed, exponent, last)
+        assert len(places) == computed
+        assert places[0] == 0
+        assert places == tuple(sorted(set(places)))
+        assert set(range(steps - last, steps)) <= set(places) <= set(range(steps))
+
+
+def test_exponent_one_is_even():
+    """All of them: 98 · (1/49) is a little less than 2 in floating point."""
+    for steps in range(1, 101):
+        for computed in range(1, steps + 1):
+            assert spaced(steps, computed, 1.0) == tuple(steps * j // computed for j in range(computed))
+
+
+def test_what_exponents_mean():
+    assert spaced(50, 5, 2.0) == (0, 2, 8, 18, 32)
+    assert spaced(50, 5, 0.5) == (0, 18, 32, 42, 48)  # 50 · (1 − (1 − j/5)²)
+    assert spaced(52, 7, 2.0, last=2) == (0, 2, 8, 18, 32, 50, 51)
+    early = [sum(spaced(50, 10, exponent)) for exponent in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert early == sorted(early, reverse=True)
+    assert len(set(early)) == 5
+
+
+def test_below_one_is_the_mirror_of_above():
+    """Gaps grow with exponent e where they shrink with 1/e."""
+    for exponent in (1.5, 2.0, 3.0):
+        above, below = spaced(1000, 10, exponent), spaced(1000, 10, 1 / exponent)
+        gaps = np.diff([*above, 1000]), np.diff([*below, 1000])
+        assert np.abs(gaps[0] - gaps[1][::-1]).max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "computed", "last"), [(5, 6, 0), (5, 0, 0), (5, 2, 2), (5, 3, 3)])
+def test_numbers_that_cannot_be(steps, computed, last):
+    with pytest.raises(ConfigError, match="no schedule"):
+        spaced(steps, computed, 1.0, last)
+
+
+@pytest.mark.parametrize("exponent", [0, -1.0, float("nan")])
+def test_exponents_that_cannot_be(exponent):
+    with pytest.raises(ConfigError, match="exponent"):
+        spaced(10, 4, exponent)
