@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test demo lint format bench-overhead bench-gpu evaluate evaluate-full coverage publish-demo train clean
+.PHONY: help venv test demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,26 @@ bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up 
 evaluate: venv ## compare all methods and rivals on the shipped models (under an hour) and publish the report
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
+
+profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
+	$(PYTHON) scripts/make_profiles.py
+
+# the first line has the same runs as `evaluate`, so what is finished there need not be made again
+evaluate-planned: venv ## compare plans with all methods and rivals, with every sampler of the shipped models
+	mkdir -p outputs/evaluate/planned
+	-cp -rn outputs/evaluate/reference_all/runs outputs/evaluate/reference_all/references outputs/evaluate/planned/
+	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits,unet-digits,flux-digits,wan-moving-digits launcher=joblib -m
+	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits sampler=dpmpp launcher=joblib -m
+	.venv/bin/diffusion-cache evaluate experiment=planned model=wan-moving-digits sampler=unipc launcher=joblib -m
+	.venv/bin/diffusion-cache report outputs/evaluate/planned --out results/planned
+
+ablation: venv ## measure what each part of a plan is worth, on flux-digits
+	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m
+	for stage in schedule fitted refined polished; do \
+	  $(PYTHON) scripts/make_profiles.py --only flux-digits-flow-euler --stage $$stage --out outputs/ablation/$$stage && \
+	  .venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits method=planned \
+	    method.profile=outputs/ablation/$$stage/flux-digits-flow-euler method.label="plan $$stage" -m || exit 1; done
+	.venv/bin/diffusion-cache report outputs/evaluate/ablation --out results/ablation
 
 evaluate-full: venv ## the same with 256 images and 32 videos each, over as many sittings as it takes
 	.venv/bin/diffusion-cache evaluate experiment=reference_full launcher=joblib -m

@@ -91,11 +91,12 @@ def enable(
         for name, value in {**wish, "ignore": ignore or None}.items():
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
-        method = _method(policy or DEFAULT_POLICY, forecaster or DEFAULT_FORECASTER, scope, depth, granularity, options)
+        chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
+        method = _method(*chosen, scope, depth, granularity, options)
     else:
         own = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth}
-        for name, chosen in own.items():
-            if chosen is not None:
+        for name, given in own.items():
+            if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
         method = _planned(pipe, profile, wish, ignore, granularity, options)
     session = Session(method, group)

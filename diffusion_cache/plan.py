@@ -115,7 +115,8 @@ class Plan:
     nodes: int32 [T, S, K], the steps whose features the weights are for, oldest first, −1 in front where there are
     fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor. base: float64
     [T, P, S], what is added to the weight of the span's input; None for zeros. An axis of length one stands for all
-    passes or spans. row_passes: guidance branches stacked in the rows of one call. sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
+    passes or spans. row_passes: guidance branches stacked in the rows of one call. sigmas: the sampler's noise levels
+    moved by the plan, if it moves them, in its own unit.
     nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
     values on how it was made. quality, speed: measured on held-out samples, None if they were not.
     """

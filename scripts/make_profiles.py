@@ -21,9 +21,10 @@ from diffusion_cache.profiling.measure import Options, measure
 
 HOME = Path(__file__).parents[1] / "profiles"
 PROFILED, FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (0, 10_000, 20_000, 30_000))
+STAGES = ("schedule", "fitted", "refined", "polished")  # each has what the one before has, and one thing more
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 5)
 # where a model's plans may cache; the better one is taken for each number of computed steps
-SCOPES = {"dit-digits": ("stack", "denoiser"), "unet-digits": ("denoiser",), "flux-digits": ("stack", "denoiser")}
+SCOPES = {"unet-digits": ("denoiser",), "flux-digits": ("stack", "denoiser")}
 FIRST_SCOPE = {"unet-digits": "denoiser"}
 
 
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a profile's name; repeat for several")
     parser.add_argument("--runs", type=int, default=80, help="cached generations a search may take")
     parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
-    parser.add_argument("--polished", type=int, default=2, help="rounds of Gauss-Newton on a plan's weights")
+    parser.add_argument("--stage", choices=STAGES, default="polished", help="how far plans are taken (for ablations)")
+    parser.add_argument("--rounds", type=int, default=2, help="of Gauss-Newton on a plan's weights, in the last stage")
     parser.add_argument("--held-out", type=int, default=64, help="samples that the stated quality is measured on")
     parser.add_argument("--out", type=Path, default=HOME)
     options = parser.parse_args()
@@ -47,6 +49,7 @@ def main() -> None:
 
 def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> None:
     subject = Shipped(model, sampler)
+    stage = STAGES.index(options.stage)
     console = Console()
 
     def batch(samples: list[tuple[str, int]]) -> Batch:
@@ -58,8 +61,11 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
 
     with announcing(console, name) as progress:
         folder = options.out / name
+        shipped = HOME / name
         if (folder / "profile.json").is_file():
             profile = Profile.load(folder)
+        elif options.stage != STAGES[-1] and (shipped / "profile.json").is_file():
+            profile = Profile.load(shipped).with_plans(())
         else:
             profile = measure(batch, drawn(PROFILED, 16), Options(scope=FIRST_SCOPE.get(model)), progress=progress)
             profile.save(folder)
@@ -68,10 +74,16 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
         planner = Planner(
             profile,
             teach(batch(drawn(FITTED, options.fitting))),
-            teach(batch(drawn(TUNED, 16))),
+            teach(batch(drawn(TUNED, options.fitting))),
             [teach(batch(part)) for part in sizes],
             [seed for _, seed in held],
-            Search(runs=options.runs, scopes=SCOPES.get(model, ()), polished=options.polished),
+            Search(
+                runs=options.runs,
+                scopes=SCOPES.get(model, ()),
+                fitted=stage >= 1,
+                refined=stage >= 2,
+                polished=options.rounds if stage >= 3 else 0,
+            ),
             progress,
         )
         for share in SHARES:

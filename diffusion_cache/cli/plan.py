@@ -59,7 +59,7 @@ class Settings:
     """How plans are made. fitting, tuning, held_out: samples; the first two are generated in one call each.
 
     batch: held-out samples in one call. scopes: tried for each plan, () for the profile's. prompts: a file, for models
-    that take text. device, offload, call: of a pipeline that is no shipped model.
+    that take text. device, offload, call: of a pipeline that is no shipped model; call: where not as in the profile.
     """
 
     runs: int = 60
@@ -292,7 +292,7 @@ def _source(profile: Profile, model: str | None, settings: Settings) -> _Source:
         subject = _pretrained(profile, model, settings)
         guidance = profile.fingerprint.guidance
         parameters = inspect.signature(type(subject.pipe).__call__).parameters
-        if guidance is not None and "guidance_scale" in parameters and "guidance_scale" not in settings.call:
+        if guidance is not None and "guidance_scale" in parameters:
             extra["guidance_scale"] = guidance
     else:
         raise unknown_name("model", model, list(reference.MODELS))
@@ -303,7 +303,7 @@ def _source(profile: Profile, model: str | None, settings: Settings) -> _Source:
 
     def make(samples: Sequence[Sample]) -> Batch:
         def call() -> Any:
-            return subject.pipe(**{**subject.inputs(samples, steps), **extra})
+            return subject.pipe(**{**extra, **subject.inputs(samples, steps)})
 
         return Batch(subject.pipe, call, subject.images, len(samples))
 
@@ -342,9 +342,17 @@ def _pretrained(profile: Profile, model: str, settings: Settings) -> Subject:
         "variant": None,
         "offload": settings.offload,
         "compile": "none",
-        "call": dict(settings.call),
+        "call": {**_profiled_call(profile), **settings.call},
     }
     return Pretrained(options, {"name": fingerprint.scheduler, "options": dict(fingerprint.scheduler_config)})
+
+
+def _profiled_call(profile: Profile) -> Mapping[str, Any]:
+    """The arguments that a profiled pipeline was called with, beside prompts and seeds."""
+    found: Any = profile.facts
+    for name in ("settings", "model", "call"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def numbers(given: str | None, option: str) -> tuple[float, ...]:

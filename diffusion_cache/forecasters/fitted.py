@@ -7,12 +7,14 @@ from itertools import product
 from typing import cast
 
 from ..context import Feature, Forecaster, Query
+from ..errors import ConfigError
 from ..fingerprint import same_levels
 from ..plan import Plan
 from .taylor import Taylor
 
 UNFITTED = "Taylor"
-Key = tuple[int, int, int]  # step, span group, guidance branch
+ANY_PASS = -1
+Key = tuple[int, int, int]  # step, span group, guidance branch or ANY_PASS
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,17 @@ class Fitted(Forecaster):
 
     @classmethod
     def of(cls, plan: Plan) -> "Fitted":
-        """A plan's weights."""
+        """A plan's weights.
+
+        Raises:
+            ConfigError: for a plan that weighs the spans' inputs or moves the sampler's noise levels, which this version
+                cannot carry out.
+        """
+        if bool(plan.base.any()) or plan.sigmas is not None:
+            raise ConfigError(
+                f"plan {plan.name!r} weighs the spans' inputs or moves the sampler's noise levels, which this version "
+                "cannot do: make the plan again with it"
+            )
         table: dict[Key, Fit] = {}
         steps, passes, spans, _ = plan.weights.shape
         weights, nodes = plan.weights.tolist(), plan.nodes.tolist()
@@ -51,7 +63,8 @@ class Fitted(Forecaster):
             used = [place for place, node in enumerate(nodes[step][span]) if node >= 0]
             values = tuple(weights[step][branch][span][place] for place in used)
             if values and not any(map(math.isnan, values)):
-                table[step, span, branch] = Fit(tuple(nodes[step][span][place] for place in used), values)
+                held = tuple(nodes[step][span][place] for place in used)
+                table[step, span, branch if passes > 1 else ANY_PASS] = Fit(held, values)
         groups = tuple(range(spans)) if spans > 1 else ()
         return cls(table, plan.history, groups, plan.row_passes, cast(Feature, plan.feature), plan.noise_levels)
 
@@ -77,7 +90,8 @@ class Fitted(Forecaster):
 
     def fit(self, query: Query) -> Fit | None:
         """What was fitted for just this case, if anything was."""
-        found = self.table.get((int(query.target), self.group(query.span), query.pass_index))
+        step, group = int(query.target), self.group(query.span)
+        found = self.table.get((step, group, query.pass_index)) or self.table.get((step, group, ANY_PASS))
         return found if found is not None and found.nodes == tuple(query.nodes) else None
 
     def note(self, query: Query) -> str:

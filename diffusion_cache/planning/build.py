@@ -29,7 +29,7 @@ from .dynamic import best_schedule
 
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
-HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3, 1e-2)
+HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3)
 FINALISTS = 3
 TIMED_PAIRS = 5
 MAX_PSNR = 120.0  # of images equal to within rounding

@@ -16,7 +16,7 @@ from ..engine.frame import Frame
 from ..engine.intercept import is_compiled
 from ..engine.patches import ACTIVE, wrapped_step
 from ..engine.structure import Inputs, image_stream
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffusionCacheError
 from ..forecasters import Reuse
 from ..history import Leaf
 from ..measure import flop_counter
@@ -30,6 +30,7 @@ from .signals import SignalCurves
 from .sketch import DEFAULT_WIDTH
 
 EXACT_BYTES = 2**23
+FILLS_CACHE = "fills a cache of keys and values"  # the engine's reason for a call that is no part of any history
 HELD_ON_DEVICE = 2**31  # bytes of last steps that stay on the model's device
 Grid = tuple[int, int, int]
 State = dict[str, Tensor]
@@ -89,8 +90,12 @@ class Recorder(Observer):
     ):
         self.survey, self.count, self.attention = survey, count, attention
         steps, passes = survey.steps, len(survey.passes)
+        # each pass alone: prompts and their negatives may differ in length, and so may features
         self.moments = [
-            SpanMoments(watched.facts.name, steps, passes, width=width, exact_bytes=exact_bytes, seed=seed)
+            [
+                SpanMoments(watched.facts.name, steps, width=width, exact_bytes=exact_bytes, seed=seed)
+                for _ in survey.passes
+            ]
             for watched in survey.spans
         ]
         self.signals = [
@@ -126,28 +131,29 @@ class Recorder(Observer):
     def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _observe(
+        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
+    ) -> None:
+        if frame.reason == FILLS_CACHE:
+            return
         if frame.step.index < self._step:
             raise ConfigError(
                 "the pipeline runs several denoising loops in one call, which cannot be profiled as one: profile the "
                 "parts it is made of"
             )
         self._step = frame.step.index
-
-    def _observe(
-        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
-    ) -> None:
         place = self.places.get(span)
         if place is None:
             raise ConfigError(f"{span.name} is no span that was there at first: the pipeline's denoisers have changed")
         if frame.counts.get(span, 1) > 1:
             self.revisited.add(place)  # each visit has a history of its own; the first one stands for all
             return
-        rows = self.survey.rows
-        if frame.batch != rows * self.count:
+        rows = frame.batch // self.count  # of which there are fewer once guidance has ended
+        if frame.batch % self.count or rows > self.survey.rows:
             raise ConfigError(
-                f"{self.count} samples in {rows} guidance branches make {rows * self.count} rows, but the denoiser was "
-                f"called with {frame.batch} at step {frame.step.index}: profile with the same guidance at every step, "
-                "one image a prompt"
+                f"the denoiser was called with {frame.batch} rows for {self.count} samples in at most "
+                f"{self.survey.rows} guidance branches: profile with one guidance for all, one image a prompt"
             )
         outs: list[Tensor | None] = [
             per_sample(out, frame.batch, span.name) if out.is_floating_point() else None for out in outputs
@@ -163,11 +169,16 @@ class Recorder(Observer):
             part = slice(group * self.count, (group + 1) * self.count)
             some_outs = [None if out is None else out[part] for out in outs]
             some_bases = [None if base is None else base[part] for base in bases]
-            at = frame.step.index, frame.position * rows + group
-            self.moments[place].observe(*at, some_outs, some_bases)
+            step, index = frame.step.index, frame.position * self.survey.rows + group
+            if index >= len(self.survey.passes):
+                raise ConfigError(f"the denoiser is called more often at step {step} than it was at first")
+            try:
+                self.moments[place][index].observe(step, 0, some_outs, some_bases)
+            except ConfigError as error:  # to it, its one pass is number 0
+                raise ConfigError(str(error).replace("pass 0", f"pass {self.survey.passes[index]}")) from error
             if stream is not None:  # no residual is taken against it, but it has its curves
                 some_outs, some_bases = [*some_outs, None], [*some_bases, stream[part]]
-            self.signals[place].observe(*at, some_outs, some_bases)
+            self.signals[place].observe(step, index, some_outs, some_bases)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -181,8 +192,9 @@ class Recorder(Observer):
         if self._failure is not None:
             raise self._failure
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        for moments, signals in zip(self.moments, self.signals, strict=True):
+        for moments in self._moments():
             moments.end_run()
+        for signals in self.signals:
             signals.end_run()
         self._step = 0
 
@@ -212,10 +224,13 @@ class Recorder(Observer):
     @property
     def nbytes(self) -> int:
         """Bytes held on the host, and of the last steps that are held where they were computed."""
-        return sum(part.nbytes for part in (*self.moments, *self.signals))
+        return sum(part.nbytes for part in (*self._moments(), *self.signals))
+
+    def _moments(self) -> Iterator[SpanMoments]:
+        return (part for passes in self.moments for part in passes)
 
     def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {f"moments.{i}": part for i, part in enumerate(self.moments)}
+        parts: dict[str, Any] = {f"moments.{i}.{p}": x for i, ps in enumerate(self.moments) for p, x in enumerate(ps)}
         parts |= {f"signals.{i}": part for i, part in enumerate(self.signals)}
         return parts if self.attention is None else {**parts, "attention": self.attention}
 
@@ -245,26 +260,31 @@ class Recorder(Observer):
         self.revisited |= other.revisited
 
     def arrays(self) -> dict[str, Tensor]:
-        """Means over samples, named and shaped as in a `Profile`; zeros (signals: NaN) for a span that never ran.
+        """Means over samples, named and shaped as in a `Profile`; zeros (signals: NaN) for what never ran.
 
         Raises:
             ConfigError: if no run was finished.
         """
-        sizes = len(self.survey.passes), self.survey.steps
+        if not any(part.samples for part in self._moments()):
+            raise ConfigError("no run was finished: nothing was measured")
+        steps = self.survey.steps
         nothing = {
-            **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), torch.zeros(*sizes, sizes[1]).double()),
-            "input_energy": torch.zeros(sizes).double(),
+            **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), torch.zeros(1, steps, steps).double()),
+            "input_energy": torch.zeros(1, steps).double(),
         }
-        by_span = [
-            part.result() if watched.seen else nothing
-            for part, watched in zip(self.moments, self.survey.spans, strict=True)
-        ]
-        arrays = {name: torch.stack([found[name] for found in by_span]) for name in nothing}
+        found = [[part.result() if part.samples else nothing for part in passes] for passes in self.moments]
+        arrays = {
+            name: torch.stack([torch.cat([part[name] for part in passes]) for passes in found]) for name in nothing
+        }
         arrays["input_energy"] = arrays["input_energy"].float()
-        for i, found in enumerate(by_span):
-            arrays |= {f"{n}.{i}": found[n].float() for n in ("channel_mean", "channel_square") if n in found}
+        for i, passes in enumerate(found):
+            for name in ("channel_mean", "channel_square"):
+                widths = {part[name].shape[-1] for part in passes if name in part}
+                if len(widths) == 1:
+                    empty = torch.zeros(1, steps, widths.pop())
+                    arrays[f"{name}.{i}"] = torch.cat([part.get(name, empty).float() for part in passes])
         curves = [part.result() for part in self.signals]
-        return arrays | {name: torch.stack([found[name] for found in curves]) for name in curves[0]}
+        return arrays | {name: torch.stack([curve[name] for curve in curves]) for name in curves[0]}
 
 
 def always(scope: str | None, depth: int | None, feature: Feature = "auto", every: int = 1) -> Method:
@@ -286,10 +306,19 @@ def surveyed(
         ConfigError: if no span or no scheduler step was seen, or calls cannot be told apart into passes.
         NoSpansError: if a denoiser has no spans at this scope.
     """
+    if not callable(getattr(getattr(batch.pipe, "scheduler", None), "step", None)):
+        raise ConfigError(f"{type(batch.pipe).__name__} has no scheduler whose steps could be followed")
     looking = _Looking(batch)
     with attached(batch.pipe, always(scope, depth, feature, every=2), looking) as session:
-        with wrapped_step(batch.pipe.scheduler, looking.stepping), _counting_flops(session) as flops:
-            images = batch.images(batch.call())
+        try:
+            with wrapped_step(batch.pipe.scheduler, looking.stepping), _counting_flops(session) as flops:
+                images = batch.images(batch.call())
+        except DiffusionCacheError:
+            raise
+        except Exception:  # operations that cannot run while they are counted; if that is not why, it is raised now
+            session.observer, flops = (looking := _Looking(batch)), {}
+            with wrapped_step(batch.pipe.scheduler, looking.stepping):
+                images = batch.images(batch.call())
         found = looking.survey(session, flops, images)
         session.method = always(scope, depth, feature)
         session.observer = Observer()
@@ -319,13 +348,18 @@ class _Looking(Observer):
     def span_computed(
         self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
     ) -> None:
+        if frame.reason == FILLS_CACHE:
+            return
         bases = [leaf.base for leaf in leaves if leaf.base is not None]
         elements = sum(out.numel() for out in outputs if out.is_floating_point()) // frame.batch
         stream = image_stream(inputs)
         tokens = stream.shape[1] if stream.ndim == 3 else 0
-        self.spans[span] = "residual" if bases else "output", elements, tokens
+        if elements > self.spans.get(span, ("", -1, 0))[1]:  # which may differ from pass to pass
+            self.spans[span] = "residual" if bases else "output", elements, tokens
 
     def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+        if frame.reason == FILLS_CACHE:
+            return
         self.names.setdefault(frame.position, frame.step.pass_name)
         self.batches.add(frame.batch)
         self.steps = max(self.steps, frame.step.index + 1)
@@ -366,15 +400,15 @@ class _Looking(Observer):
         )
 
     def _rows(self, pipeline: str) -> int:
-        """Guidance branches in the rows of each call."""
+        """Guidance branches in the rows of a call, of which some calls may have fewer."""
         count = self.batch.count
-        if len(self.batches) > 1 or any(batch % count for batch in self.batches):
+        if any(batch % count for batch in self.batches):
             shown = ", ".join(map(str, sorted(self.batches)))
             raise ConfigError(
-                f"{pipeline} calls its denoiser with {shown} rows for {count} sample(s): guidance branches cannot be "
-                "told apart. Profile with the same guidance at every step, one image a prompt"
+                f"{pipeline} calls its denoiser with {shown} rows for {count} samples, which cannot be told apart: "
+                "profile with one image a prompt"
             )
-        return next(iter(self.batches)) // count
+        return max(self.batches) // count
 
     def _pass_name(self, position: int, group: int, rows: int) -> str:
         name = self.names.get(position, str(position))
@@ -406,11 +440,11 @@ def grid_of(tokens: int, latent: tuple[int, ...], image: tuple[int, ...]) -> Gri
     frames = latent[1] if len(latent) == 4 else 1
     if len(latent) not in (3, 4) and len(image) >= 4 and image[-4] > 1:
         return None  # of packed videos, nothing tells how many frames are one
-    height, width = latent[-2:] if len(latent) in (3, 4) else image[-2:]
-    if tokens % frames:
+    plane = latent[-2:] if len(latent) in (3, 4) else image[-2:]
+    if tokens % frames or len(plane) < 2 or not all(plane):
         return None
-    patches = tokens // frames
-    high = math.isqrt(patches * height // width) if width else 0
+    patches, (height, width) = tokens // frames, plane
+    high = math.isqrt(patches * height // width)
     if not high or patches % high or high * width != height * (patches // high):
         return None
     return frames, high, patches // high
@@ -445,13 +479,15 @@ def per_sample(leaf: Tensor, batch: int, name: str) -> Tensor:
 
 def _batched(leaf: Tensor, batch: int) -> Tensor | None:
     if leaf.ndim and len(leaf) == batch:
-        return leaf
+        return leaf if leaf.ndim > 2 else leaf.reshape(batch, 1, -1)  # one token
     if not leaf.ndim or not len(leaf) or len(leaf) % batch:
         return None
     parts = leaf.unflatten(0, (batch, -1))  # [B, k, ...]
     if leaf.ndim == 3:
         return parts.flatten(1, 2)  # [B, k·N, C]
-    return parts.movedim(1, 2) if leaf.ndim == 4 else parts  # [B, C, k, H, W]
+    if leaf.ndim == 4:
+        return parts.movedim(1, 2)  # [B, C, k, H, W]
+    return parts if parts.ndim > 2 else parts[:, None]
 
 
 @dataclass

@@ -127,14 +127,13 @@ METHODS = [
     bad(dict(every=2, start=0.1, qqq=1), "Unknown option 'qqq'"),
     # things that are no methods
     bad(dict(policy=3), "policy must be a name or an instance", "3"),
-    bad(dict(policy=None), "policy must be a name or an instance", "None"),
     bad(dict(policy=object()), "policy must be a name or an instance", "object"),
     bad(dict(policy=Interval), "policy must be a name or an instance", "Interval"),
     bad(dict(policy=Taylor()), "policy must be a name or an instance", "Taylor(order=1"),
     bad(dict(policy=Guards()), "policy must be a name or an instance", "Guards(warmup=1"),
     bad(dict(policy={"every": 2}), "policy must be a name or an instance", "{'every': 2}"),
     bad(dict(forecaster=Interval()), "forecaster must be a name or an instance", "Interval(every=2)"),
-    bad(dict(forecaster=None), "forecaster must be a name or an instance", "None"),
+    bad(dict(forecaster=3), "forecaster must be a name or an instance", "3"),
     # values
     bad(dict(every=0), "every must be at least 1", "not 0"),
     bad(dict(every=-3), "every must be at least 1", "not -3"),

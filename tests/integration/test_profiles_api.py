@@ -22,6 +22,8 @@ from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.plan import Quality, Speed
 from diffusion_cache.planning.build import Planner, Search, psnr
 from diffusion_cache.profile import Profile
+from diffusion_cache.profiling.generation import Batch
+from diffusion_cache.profiling.measure import Options, measure
 
 NAME = "dit-digits"
 
@@ -234,6 +236,14 @@ def test_a_denoiser_compiled_as_a_whole(found, before, silent):
     torch._dynamo.reset()
 
 
+def test_a_shipped_profile_by_its_name(found, pipe, tmp_path, monkeypatch, silent):
+    found.save(tmp_path / "profiles" / "tiny-ddim")
+    monkeypatch.setattr(api.resources, "files", lambda package: tmp_path / package.rpartition(".")[2])
+    dc.enable(pipe, profile="tiny-ddim", nfe=4)
+    generate(pipe)
+    assert dc.summary(pipe).computed == 4
+
+
 def test_the_last_profile_wins_and_leaves_no_trace(found, pipe, silent):
     dc.enable(pipe, profile=found, nfe=3)
     dc.enable(pipe, profile=found, nfe=4)
@@ -284,8 +294,48 @@ def test_plan_makes_stores_and_shows_plans(folder, tmp_path):
     assert (folder / "plans.png").is_file()
 
 
+def test_a_pipeline_from_a_folder(tmp_path):
+    """With the profile's sampler, precision and call, whatever the folder says of them."""
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    sizes = dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4)
+    unet = UNet2DModel(layers_per_block=1, **sizes, **blocks)
+    pipe = DDIMPipeline(unet, DDPMScheduler())
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+
+    def batch(samples):
+        def call():
+            generators = [torch.Generator().manual_seed(seed) for _, seed in samples]
+            return pipe(len(samples), generators, num_inference_steps=STEPS, output_type="np", eta=0.3)
+
+        def images(output):
+            return torch.as_tensor(output.images).movedim(-1, -3)[:, None]
+
+        return Batch(pipe, call, images, len(samples))
+
+    options = Options(scope="denoiser", batch=2, sensitivity_samples=0)
+    settings = {"model": {"kind": "hub", "call": {"eta": 0.3}}}
+    measure(batch, plans.drawn(0, 2), options, settings=settings, folder=tmp_path / "profile")
+    arguments = ("--nfe", 4, "--model", tmp_path / "model", "--device", "cpu", *SMALL)
+    run("plan", tmp_path / "profile", *arguments)
+    (plan,) = Profile.load(tmp_path / "profile").plans
+    assert (plan.name, plan.scope, plan.quality.n) == ("nfe-4", "denoiser", 3)
+    # what it states holds for the pipeline that was profiled
+    (value,) = plan.quality.values[:1]
+    sample = batch([("", plan.quality.seeds[0])])
+    uncached = sample.images(sample.call())
+    with dc.cached(pipe, profile=tmp_path / "profile", nfe=4):
+        assert psnr(sample.images(sample.call()), uncached) == pytest.approx([value], abs=0.01)
+    assert "unknown" in run("plan", tmp_path / "profile", *arguments, "--call", "hieght=3", code=2).lower()
+    assert "name its folder or repository" in run("plan", tmp_path / "profile", "--nfe", 4, *SMALL, code=2)
+
+
 def test_stopped_after_a_plan(folder, monkeypatch):
-    made = itertools.chain(plans.planned("flux-digits").plans[:1])
+    made = itertools.chain(plans.planned("flux-digits", computed=(4,)).plans)
 
     def plan(self, computed, name=None):
         try:

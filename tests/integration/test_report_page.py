@@ -208,7 +208,7 @@ def test_pictures_enlarge(page):
 
 
 def test_samples_by_method_and_by_prompt(page, folder):
-    assert page.locator("#budget option").all_inner_texts() == ["1/2", "1/3", "1/5"]
+    assert page.locator("#budget option").all_inner_texts() == ["1/2", "1/3", "1/4", "1/5"]
     page.select_option("#budget", "1/2")
     by_method = points(page, "strip")["planned"]
     (place,) = set(by_method["runs"])

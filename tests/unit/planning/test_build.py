@@ -60,7 +60,9 @@ def test_fitted_weights_beat_taylor_on_held_out_samples(planner, three):
     bare = replace(three, nodes=torch.full_like(three.nodes, -1), weights=torch.full_like(three.weights, math.nan))
     taylor = planner.measured(bare)
     assert taylor.quality.seeds == three.quality.seeds
-    assert three.quality.mean > taylor.quality.mean + 0.5
+    better = [a - b for a, b in zip(three.quality.values, taylor.quality.values, strict=True)]
+    assert min(better) > 0
+    assert sum(better) / len(better) > 0.25
 
 
 def test_without_fitting_all_is_left_to_taylor(planner):

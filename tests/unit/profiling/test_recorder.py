@@ -1,15 +1,18 @@
 """What is recorded of real generations, against features that plain hooks see."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_cache import reference
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.history import Leaf
 from diffusion_cache.profiling import recorder as module
 from diffusion_cache.profiling.attention import AttentionReceived
 from diffusion_cache.profiling.generation import Batch
@@ -214,6 +217,71 @@ def test_shares_of_parameters_where_operations_cannot_be_counted(monkeypatch):
     assert shares[3] == pytest.approx(block / total)
 
 
+def test_shares_of_parameters_where_counting_fails(monkeypatch):
+    made = batch("dit-digits", count=1, steps=2)
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise TypeError("no implementation found")
+
+    monkeypatch.setattr(module, "flop_counter", Counter)
+    with surveyed(made, "block") as (_, survey):
+        assert survey.shares == "parameters"
+    assert survey.steps == 2
+    monkeypatch.undo()
+    made.pipe.transformer.register_forward_pre_hook(lambda part, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError), surveyed(made, "block"):
+        pass
+    assert session_of(made.pipe) is None
+
+
+def test_guidance_that_ends_before_the_last_step():
+    pipe = reference.load("unet-digits")
+
+    def end_guidance(pipe, step, timestep, kwargs):
+        if step == 1:
+            pipe._guidance_scale = 1.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    def call():
+        given = reference.inputs("unet-digits", [0, 1], [100_000, 100_001], STEPS)
+        return pipe(**given, callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+    made = Batch(pipe, call, lambda output: reference.images("unet-digits", output), 2)
+    outputs = [output for _, _, output in watched(made, {"last": pipe.unet.up_blocks[-2]})["last"]]
+    assert [len(output) for output in outputs] == [4, 4, 2, 2]
+    survey, found, _ = recorded(made)
+    assert (survey.calls, survey.rows) == (1, 2)
+    gram = found.arrays()["gram_output"][0]
+    # as in a history: rows that are there at every step are the first branch's
+    first = torch.stack([flat([output[:2]], 1)[0] for output in outputs])
+    torch.testing.assert_close(gram[0], torch.einsum("tne,une->tu", first, first) / 2, **GRAM_TOLERANCE)
+    second = torch.stack([flat([output[2:]], 1)[0] for output in outputs[:2]])
+    torch.testing.assert_close(gram[1, :2, :2], torch.einsum("tne,une->tu", second, second) / 2, **GRAM_TOLERANCE)
+    assert not gram[1, 2:].any()
+
+
+def test_passes_may_differ_in_size():
+    made = batch("dit-digits", count=1, steps=2)
+    with surveyed(made, None) as (_, survey):
+        found = Recorder(replace(survey, rows=1, calls=2), 1)
+    span = survey.spans[0].span
+    features = {0: torch.rand(2, 5, 3), 1: torch.rand(2, 7, 3)}  # by pass: [steps, tokens, channels]
+    with found.watching():
+        for step in range(2):
+            for position, feature in features.items():
+                frame = SimpleNamespace(
+                    step=SimpleNamespace(index=step), reason="", counts={}, batch=1, position=position
+                )
+                found.span_computed(frame, span, {"x": torch.ones(1, 2)}, [Leaf(None)], [feature[step : step + 1]])
+    arrays = found.arrays()
+    for index, feature in features.items():
+        flattened = feature.flatten(1).double()
+        torch.testing.assert_close(arrays["gram_residual"][0, index], flattened @ flattened.T)
+        torch.testing.assert_close(arrays["channel_mean.0"][index], feature.mean(1))
+
+
 def test_nothing_is_changed_and_nothing_stays_behind():
     made = batch("flux-digits")
     before = made.images(made.call())
@@ -299,7 +367,7 @@ def test_other_rows_than_before():
     other = batch("dit-digits", 2, pipe=made.pipe)
     with surveyed(made, None) as (session, survey):
         session.observer = found = Recorder(survey, 1)
-        told = pytest.raises(ConfigError, match="1 samples in 2 guidance branches make 2 rows")
+        told = pytest.raises(ConfigError, match="called with 4 rows for 1 samples in at most 2 guidance branches")
         with told, found.watching():
             other.call()
 
@@ -317,17 +385,18 @@ def test_several_loops_in_one_call():
     made = batch("dit-digits", count=1, steps=2)
     with surveyed(made, None) as (_, survey):
         found = Recorder(survey, 1)
-    for index in (0, 1):
-        found.denoiser_called(SimpleNamespace(step=SimpleNamespace(index=index)), None, None)
+    for index in (0, 1, 0):
+        frame = SimpleNamespace(step=SimpleNamespace(index=index), reason="", counts={}, batch=2, position=0)
+        found.span_computed(frame, survey.spans[0].span, {"x": torch.ones(2, 3)}, [Leaf("x")], [torch.rand(2, 3)])
     with pytest.raises(ConfigError, match="several denoising loops"):
-        found.denoiser_called(SimpleNamespace(step=SimpleNamespace(index=0)), None, None)
+        found.denoiser_called(frame, None, None)
 
 
 def test_stored_sums_of_something_else():
     made = batch("dit-digits", count=1, steps=2)
     _, found, _ = recorded(made)
     _, blocks, _ = recorded(made, "block")
-    with pytest.raises(ConfigError, match=r"moments\.1"):
+    with pytest.raises(ConfigError, match=r"moments\.1\.0"):
         found.load_state_dict(blocks.state_dict())
 
 
@@ -346,6 +415,7 @@ def test_stored_sums_of_something_else():
         (30, (1, 7, 16, 16), (7, 1, 16, 16), None),
         (64, (64, 4), (9, 1, 16, 16), None),  # a packed video
         (0, (1, 16, 16), (1, 1, 16, 16), None),
+        (64, (64, 4), (1000,), None),  # sound
     ],
 )
 def test_grids_of_tokens(tokens, latent, image, grid):
@@ -360,5 +430,8 @@ def test_rows_of_samples():
     tokens = torch.arange(6 * 7 * 4).view(6, 7, 4)
     assert torch.equal(per_sample(tokens, 2, "span")[1], tokens[3:].flatten(0, 1))
     assert per_sample(tokens, 6, "span") is tokens
+    assert per_sample(torch.ones(6, 4), 6, "span").shape == (6, 1, 4)
+    assert per_sample(torch.ones(6, 4), 2, "span").shape == (2, 3, 4)
+    assert per_sample(torch.ones(6), 2, "span").shape == (2, 1, 3)
     with pytest.raises(ConfigError, match="cannot be told apart"):
         per_sample(tokens, 4, "span")
