@@ -5,6 +5,8 @@ ones that a plan's stated quality is measured on. Nothing that `evaluate` report
 """
 
 import argparse
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from diffusion_cache.profiling.measure import Options, measure
 HOME = Path(__file__).parents[1] / "profiles"
 PROFILED, FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (0, 10_000, 20_000, 30_000))
 STAGES = ("schedule", "fitted", "refined", "polished")  # each has what the one before has, and one thing more
-SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 5)
+SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(1, 5))
 # where a model's plans may cache; the better one is taken for each number of computed steps
 SCOPES = {"unet-digits": ("denoiser",), "flux-digits": ("stack", "denoiser")}
 FIRST_SCOPE = {"unet-digits": "denoiser"}
@@ -86,8 +88,9 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
             ),
             progress,
         )
-        for share in SHARES:
-            computed = int(planner.steps * share + 1e-9)
+        # rounded down, and up as uniform schedules are
+        shares = [planner.steps * share for share in SHARES]
+        for computed in sorted({round_(share) for share in shares for round_ in (math.floor, math.ceil)}, reverse=True):
             known = [plan for plan in profile.plans if plan.name != f"nfe-{computed}"]
             if len(known) == len(profile.plans):
                 plan = planner.plan(computed)

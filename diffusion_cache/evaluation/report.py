@@ -448,19 +448,21 @@ EQUALS, STATISTICS = ("nfe", "speed"), ("mean", "p5")
 class Margin:
     """The best plan within a budget against the best other runs.
 
-    budget: its name. others: by (what is equal, statistic of PSNR). At equal "nfe" others spend at most the budget
-    times TOLERANCE, and the plan at most the budget itself; at equal "speed" others were measured to be at least as
-    fast as the plan. None where there is no such run.
+    budget: its name. plan: the best within the budget times TOLERANCE. others, plans: by (what is equal, statistic of
+    PSNR), the best other and the plan that is compared with it. At equal "nfe" others spend at most the budget times
+    TOLERANCE, and the plan at most what the other does (or as little as any); at equal "speed" others were measured to be at least as fast as
+    `plan`. None where there is no such run.
     """
 
     subject: tuple[str, str]
     budget: str
     plan: Run | None
     others: Mapping[tuple[str, str], Run | None]
+    plans: Mapping[tuple[str, str], Run | None]
 
     def decibels(self, equal: str, statistic: str) -> float | None:
         """By how much the plan's PSNR is above the other's; None where either is missing."""
-        plan, other = psnr_of(self.plan, statistic), psnr_of(self.others[equal, statistic], statistic)
+        plan, other = (psnr_of(runs[equal, statistic], statistic) for runs in (self.plans, self.others))
         if plan is None or other is None:
             return None
         return 0.0 if plan == other else plan - other  # infinite ones may be equal, too
@@ -481,15 +483,25 @@ def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list
         ranked = [run for run in runs if run.subject == subject and run.rank is not None and not run.random_weights]
         others = [run for run in ranked if not run.is_plan]
         for name, ratio in budgets.items():
-            plan = best_of([run for run in ranked if run.is_plan and _spends_at_most(ratio * (1 + 1e-6), run)])
+            made = [run for run in ranked if run.is_plan and _spends_at_most(ratio * TOLERANCE, run)]
+            plan = best_of(made)
             speed = None if plan is None else plan.costs["speed_ratio"]
             pools = {
                 "nfe": [run for run in others if _spends_at_most(ratio * TOLERANCE, run)],
                 "speed": [run for run in others if speed is not None and (run.costs["speed_ratio"] or 0.0) >= speed],
             }
             best = {(equal, by): _best_by(by, pools[equal]) for equal in EQUALS for by in STATISTICS}
-            found.append(Margin(subject, name, plan, best))
+            plans = {key: plan if key[0] == "speed" else _matching(made, other) for key, other in best.items()}
+            found.append(Margin(subject, name, plan, best, plans))
     return found
+
+
+def _matching(plans: Sequence[Run], other: Run | None) -> Run | None:
+    """The best plan that spends no more than the other run; where each spends more, the one that spends least."""
+    if other is None:
+        return best_of(plans)
+    within = [run for run in plans if _spends_at_most((other.costs["nfe_ratio"] or 0.0) * (1 + 1e-6), run)]
+    return best_of(within) or min(plans, key=lambda run: run.costs["nfe_ratio"] or 0.0, default=None)
 
 
 def _best_by(statistic: str, runs: Sequence[Run]) -> Run | None:
@@ -552,7 +564,7 @@ def margins_text(found: Sequence[Margin]) -> str:
     for margin in found:
         for (equal, statistic), other in margin.others.items():
             row = [*margin.subject, margin.budget, equal, statistic, margin.decibels(equal, statistic)]
-            rows.append(row + _side(margin.plan, statistic) + _side(other, statistic))
+            rows.append(row + _side(margin.plans[equal, statistic], statistic) + _side(other, statistic))
     return _csv(names, rows)
 
 

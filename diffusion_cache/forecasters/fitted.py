@@ -48,8 +48,8 @@ class Fitted(Forecaster):
         """A plan's weights.
 
         Raises:
-            ConfigError: for a plan that weighs the spans' inputs or moves the sampler's noise levels, which this version
-                cannot carry out.
+            ConfigError: for a plan that weighs the spans' inputs or moves the sampler's noise levels, which this
+                version cannot carry out.
         """
         if bool(plan.base.any()) or plan.sigmas is not None:
             raise ConfigError(

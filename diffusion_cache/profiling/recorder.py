@@ -315,7 +315,10 @@ def surveyed(
                 images = batch.images(batch.call())
         except DiffusionCacheError:
             raise
-        except Exception:  # operations that cannot run while they are counted; if that is not why, it is raised now
+        except Exception:
+            # some operations cannot run while they are counted (compiled attention, which is spoilt by the attempt);
+            # if that is not why, it is raised now
+            torch.compiler.reset()
             session.observer, flops = (looking := _Looking(batch)), {}
             with wrapped_step(batch.pipe.scheduler, looking.stepping):
                 images = batch.images(batch.call())
@@ -379,8 +382,8 @@ class _Looking(Observer):
             raise ConfigError(f"{pipeline}: no scheduler step was seen in a generation, so its steps are not known")
         rows = self._rows(pipeline)
         calls = max(self.names) + 1
-        priced = {name: found.total > 0 for name, found in flops.items()}
-        exact = bool(priced) and all(priced.get(name) for name in session.layouts)
+        ran = [name for name, layout in session.layouts.items() if any(span in self.spans for span in layout.spans)]
+        exact = all(name in flops and flops[name].total > 0 for name in ran)
         spans = [
             self._watched(name, span, flops.get(name) if exact else None, images)
             for name, layout in session.layouts.items()
@@ -419,8 +422,8 @@ class _Looking(Observer):
     def _watched(self, denoiser: str, span: Span, flops: "_Flops | None", images: Tensor) -> Watched:
         feature, elements, tokens = self.spans.get(span, ("output", 0, 0))
         whole = sum(parameter.numel() for parameter in self.batch.pipe.components[denoiser].parameters())
-        if span.kind == "denoiser":
-            share = 1.0
+        if span not in self.spans or span.kind == "denoiser":
+            share = float(span in self.spans)
         elif flops is not None:
             share = sum(flops.of.get(member, 0) for member in span.members) / flops.total
         else:

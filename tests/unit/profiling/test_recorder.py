@@ -13,10 +13,11 @@ from diffusion_cache import reference
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.history import Leaf
+from diffusion_cache.models import Span
 from diffusion_cache.profiling import recorder as module
 from diffusion_cache.profiling.attention import AttentionReceived
 from diffusion_cache.profiling.generation import Batch
-from diffusion_cache.profiling.recorder import Recorder, attention_names, grid_of, per_sample, surveyed
+from diffusion_cache.profiling.recorder import Recorder, Watched, attention_names, grid_of, per_sample, surveyed
 
 STEPS, COUNT = 4, 2
 GRAM_TOLERANCE = dict(rtol=1e-5, atol=1e-6)
@@ -280,6 +281,25 @@ def test_passes_may_differ_in_size():
         flattened = feature.flatten(1).double()
         torch.testing.assert_close(arrays["gram_residual"][0, index], flattened @ flattened.T)
         torch.testing.assert_close(arrays["channel_mean.0"][index], feature.mean(1))
+
+
+def test_spans_that_never_run_keep_their_place():
+    made = batch("flux-digits", count=1, steps=2)
+    with surveyed(made, None) as (session, survey):
+        absent = Watched(
+            Span("absent", "stack", ()), replace(survey.spans[0].facts, elements=1, share=0.0), None, False
+        )
+        survey = replace(survey, spans=(survey.spans[0], absent, survey.spans[1]))
+        session.observer = found = Recorder(survey, 1)
+        with found.watching():
+            made.call()
+    arrays, plain = found.arrays(), recorded(made)[1].arrays()
+    for name in ("gram_residual", "cross_input", "input_energy"):
+        assert torch.equal(arrays[name][[0, 2]], plain[name])
+        assert not arrays[name][1].any()
+    assert arrays["norm_ratio"][1].isnan().all()
+    assert torch.equal(arrays["channel_mean.2"], plain["channel_mean.1"])
+    assert "channel_mean.1" not in arrays
 
 
 def test_nothing_is_changed_and_nothing_stays_behind():
