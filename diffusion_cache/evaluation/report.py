@@ -450,8 +450,8 @@ class Margin:
 
     budget: its name. plan: the best within the budget times TOLERANCE. others, plans: by (what is equal, statistic of
     PSNR), the best other and the plan that is compared with it. At equal "nfe" others spend at most the budget times
-    TOLERANCE, and the plan at most what the other does (or as little as any); at equal "speed" others were measured to be at least as fast as
-    `plan`. None where there is no such run.
+    TOLERANCE, and the plan at most what the other does (or as little as any); at equal "speed" others were measured to
+    be at least as fast as `plan`. None where there is no such run.
     """
 
     subject: tuple[str, str]
