@@ -40,9 +40,9 @@ NOTES = (
 MARGINS_NOTE = (
     "PSNR in dB, mean / 5th percentile. Others are all that follow no plan, baselines and our own methods as well as "
     "rivals, and of each the best setting, which may be another one for the 5th percentile. At equal NFE all may "
-    f"exceed the budget by {TOLERANCE - 1:.0%}, but the plan behind a margin spends no more than the other (and need not "
-    "be the plan shown); at equal speed others are at least as fast as the plan shown, whatever their NFE. Margin: the "
-    "plan's PSNR less the other's."
+    f"exceed the budget by {TOLERANCE - 1:.0%}, but the plan behind a margin spends no more than the other (and need "
+    "not be the plan shown); at equal speed others are at least as fast as the plan shown, whatever their NFE. "
+    "Margin: the plan's PSNR less the other's."
 )
 
 
