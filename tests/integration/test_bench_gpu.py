@@ -81,7 +81,7 @@ def test_ours_are_correct_and_all_figures_are_possible(measured):
             assert row["ideal_ms"] is None
         else:
             assert row["ideal_ms"] < row["uncached_ms"]
-            assert row["speedup_ideal"] > 1.3
+            assert row["speedup_ideal"] > 1.0
         if row["scope"] == "denoiser":
             assert row["flops_reused"] == 0
         if row["source"] == "ours":
