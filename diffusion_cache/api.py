@@ -22,7 +22,7 @@ from .models import find_denoisers, unwrap
 from .plan import Plan
 from .planning.choose import choose
 from .policies import Guarded, Guards, Planned
-from .profile import Profile
+from .profile import JSON_FILE, Profile
 from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
@@ -451,7 +451,7 @@ def _shipped(name: str | Path) -> str | Path:
     """The folder of a shipped profile of that name, else the name."""
     folder = resources.files("diffusion_cache.profiles") / str(name)
     here = Path(str(folder))
-    return here if not Path(name).exists() and (here / "profile.json").is_file() else name
+    return here if not Path(name).exists() and (here / JSON_FILE).is_file() else name
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:

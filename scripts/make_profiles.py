@@ -17,7 +17,7 @@ from diffusion_cache.cli.progress import announcing
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
 from diffusion_cache.evaluation.subjects import Shipped, quieten_libraries
 from diffusion_cache.planning.build import Planner, Search
-from diffusion_cache.profile import Profile
+from diffusion_cache.profile import JSON_FILE, Profile
 from diffusion_cache.profiling.generation import Batch, teach
 from diffusion_cache.profiling.measure import Options, measure
 
@@ -64,9 +64,9 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
     with announcing(console, name) as progress:
         folder = options.out / name
         shipped = HOME / name
-        if (folder / "profile.json").is_file():
+        if (folder / JSON_FILE).is_file():
             profile = Profile.load(folder)
-        elif options.stage != STAGES[-1] and (shipped / "profile.json").is_file():
+        elif options.stage != STAGES[-1] and (shipped / JSON_FILE).is_file():
             profile = Profile.load(shipped).with_plans(())
         else:
             profile = measure(batch, drawn(PROFILED, 16), Options(scope=FIRST_SCOPE.get(model)), progress=progress)

@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..planning import guarantee
 from ..planning.build import Planner, Search
 from ..planning.choose import choose
-from ..profile import Profile
+from ..profile import JSON_FILE, Profile
 from ..profiling.generation import Batch, Teacher, teach
 from ..reference.models import scheduler
 from ..registry import unknown_name
@@ -104,7 +104,7 @@ def make_plans(
         console.print(f"{told}. These plans cannot be chosen by min_psnr.", soft_wrap=True)
     profile = Profile.load(folder)
     out = folder if out is None else out
-    if (out / "profile.json").is_file() and out.resolve() != folder.resolve():
+    if (out / JSON_FILE).is_file() and out.resolve() != folder.resolve():
         stored = Profile.load(out)
         if stored.fingerprint != profile.fingerprint:
             raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")

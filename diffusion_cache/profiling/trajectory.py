@@ -76,7 +76,7 @@ def fit(teacher: Teacher, policy: Policy, settings: Settings) -> Result:
     batch = teacher.batch
     with attached(batch.pipe, method, fitting), wrapped_step(batch.pipe.scheduler, fitting.stepping):
         images = batch.images(batch.call()).detach().float()
-    return Result(fitting.forecaster.fitted(), images, fitting.notes, fitting.errors)
+    return Result(fitting.forecaster.fitted, images, fitting.notes, fitting.errors)
 
 
 class _Growing(Forecaster):
@@ -86,33 +86,25 @@ class _Growing(Forecaster):
 
     def __init__(self, settings: Settings, branches: int):
         self.feature = settings.feature
-        self.settings, self.branches = settings, branches
         self.table: dict[Key, Fit] = {}
+        self.fitted = Fitted(self.table, settings.history, settings.groups, branches, settings.feature)
         self._nudged: tuple[int, int, float] | None = None  # group, place of a node, by how much
 
     @property
     def history(self) -> int:
-        return self.settings.history
+        return self.fitted.history
 
     @property
     def row_passes(self) -> int:
-        return self.branches
+        return self.fitted.row_passes
 
     @property
     def exact_degree(self) -> int | None:
         return None
 
-    def fitted(self) -> Fitted:
-        return Fitted(dict(self.table), self.settings.history, self.settings.groups, self.branches, self.feature)
-
-    def group(self, span: int) -> int:
-        return self.settings.groups[span] if self.settings.groups else 0
-
     def weights(self, query: Query) -> tuple[float, ...]:
-        group = self.group(query.span)
-        found = self.table.get((int(query.target), group, query.pass_index))
-        weights = taylor_weights(query.nodes, query.target) if found is None else found.weights
-        if self._nudged is None or self._nudged[0] != group:
+        weights = self.fitted.weights(query)
+        if self._nudged is None or self._nudged[0] != self.fitted.group(query.span):
             return weights
         _, place, by = self._nudged
         return tuple(weight + by * (i == place) for i, weight in enumerate(weights))
@@ -216,7 +208,7 @@ class _Fitting(Observer):
         nodes: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and place of the call
         for place, call in enumerate(calls):
             for visit in call.frame.reused:
-                group = self.forecaster.group(self.run.session.span_index[visit.span])
+                group = self.forecaster.fitted.group(self.run.session.span_index[visit.span])
                 held = tuple(int(node) for node in visit.state.history.nodes)
                 if nodes.setdefault((group, place), held) != held:
                     raise UnfitError("spans of one group hold features of different steps")
