@@ -111,7 +111,7 @@ class CacheRun:
         self._close_frame(frame, name, spans)
         if frame.trace is not None and self.session.layouts.get(name) is not layout and frame.stores:
             self._learn(frame, inner, *given)
-        if self.session.observer is not None:
+        if self.session.observer is not None and not frame.fills_cache:
             self.session.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
         return output
 
@@ -199,7 +199,8 @@ class CacheRun:
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         if fills_cache(kwargs):
-            frame.actions, frame.stores, frame.reason = (True,), False, "fills a cache of keys and values"
+            frame.actions, frame.stores, frame.fills_cache = (True,), False, True
+            frame.reason = "fills a cache of keys and values"
             return frame
         self.decisions.open(frame, clock.position)
         if frame.actions is not None and len(frame.actions) not in (1, len(spans)):

@@ -12,7 +12,10 @@ from .structure import Inputs
 
 
 class Observer:
-    """Does nothing; what it is told of must not be changed in place. What it raises ends the generation."""
+    """Does nothing; what it is told of must not be changed in place. What it raises ends the generation.
+
+    Calls that fill a model's own cache of keys and values are no part of any history, and it is not told of them.
+    """
 
     def run_began(self, run: Any) -> None:
         """A CacheRun is about to generate."""

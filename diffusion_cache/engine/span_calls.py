@@ -87,16 +87,21 @@ class SpanCalls:
             known = visit.state.passthrough.get(member)
             return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
         output = inner(*args, **kwargs)
+        tensors = None
         try:
             if visit.independent:
                 visit.independent = self._rows_are_independent(frame, inner, args, kwargs, output)
             if last:
-                self._leave(frame, visit, output)
+                tensors = self._leave(frame, visit, output)
             elif member not in visit.state.passthrough:
                 visit.state.passthrough[member] = PassThrough.of(output)
         except Exception as error:
             self.forget(visit.state)
             self._run.warn_failure("storing a feature", error)
+        observer = self._run.session.observer
+        if observer is not None and tensors is not None:
+            assert visit.state.template is not None
+            observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
         return output
 
     def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
@@ -114,7 +119,8 @@ class SpanCalls:
             self._interrupted(frame, state, span)
             return None
         session = self._run.session
-        if frame.actions is not None and not frame.stores and all(frame.actions) and session.observer is None:
+        watched = session.observer is not None and not frame.fills_cache
+        if frame.actions is not None and not frame.stores and all(frame.actions) and not watched:
             frame.computed += 1
             return None
         inputs = tensor_inputs(args, kwargs)
@@ -133,7 +139,7 @@ class SpanCalls:
             return visit
         frame.computed += 1
         # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
-        if state.unusable or not (visit.stores or session.observer is not None):
+        if state.unusable or not (visit.stores or watched):
             return None
         if state.template is not None and state.signature != visit.entered:
             self.forget(state)  # its members return other shapes as well
@@ -312,7 +318,8 @@ class SpanCalls:
 
     # computing
 
-    def _leave(self, frame: Frame, visit: Visit, output: Any) -> None:
+    def _leave(self, frame: Frame, visit: Visit, output: Any) -> list[Tensor] | None:
+        """Store what a computed span gave, where it is wanted. Its tensors; None where it cannot be cached."""
         visit.finished = True
         frame.open = None
         span, state = visit.span, visit.state
@@ -330,21 +337,18 @@ class SpanCalls:
             self.forget(state, structure=False)
             if residual and len(visit.unchanged_inputs()) < len(visit.inputs):
                 self._run.session.written.add(span)  # where it began is not known any more; copied from now on
-                return
+                return None
             state.template = Template.of(output, visit.inputs, residual)
             self._run.session.templates[span, frame.counts[span], visit.entered] = state.template
             tensors = state.template.split(output)
         if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
-            return
-        observer = self._run.session.observer
-        if observer is not None:
-            observer.span_computed(frame, span, visit.inputs, state.template.leaves, tensors)
-        if not visit.stores:
-            return
-        bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
-        state.history.observe(frame.step.index, tensors, bases)
-        state.unchecked = True
+            return None
+        if visit.stores:
+            bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
+            state.history.observe(frame.step.index, tensors, bases)
+            state.unchecked = True
+        return tensors
 
     # samples apart
 

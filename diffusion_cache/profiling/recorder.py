@@ -30,7 +30,6 @@ from .signals import SignalCurves
 from .sketch import DEFAULT_WIDTH
 
 EXACT_BYTES = 2**23
-FILLS_CACHE = "fills a cache of keys and values"  # the engine's reason for a call that is no part of any history
 HELD_ON_DEVICE = 2**31  # bytes of last steps that stay on the model's device
 Grid = tuple[int, int, int]
 State = dict[str, Tensor]
@@ -113,30 +112,12 @@ class Recorder(Observer):
         self.revisited: set[int] = set()
         self.peak_bytes = 0
         self._step = 0
-        self._failure: Exception | None = None
 
     # while a generation runs
 
     def span_computed(
         self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
     ) -> None:
-        if self._failure is not None:
-            return
-        try:
-            self._observe(frame, span, inputs, leaves, outputs)
-        except Exception as error:
-            # the engine goes on where a feature cannot be kept; a profile must not
-            self._failure = error
-
-    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _observe(
-        self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
-    ) -> None:
-        if frame.reason == FILLS_CACHE:
-            return
         if frame.step.index < self._step:
             raise ConfigError(
                 "the pipeline runs several denoising loops in one call, which cannot be profiled as one: profile the "
@@ -189,8 +170,6 @@ class Recorder(Observer):
                 for handle in self._attention_hooks(self.attention):
                     stack.callback(handle.remove)
             yield
-        if self._failure is not None:
-            raise self._failure
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         for moments in self._moments():
             moments.end_run()
@@ -351,8 +330,6 @@ class _Looking(Observer):
     def span_computed(
         self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]
     ) -> None:
-        if frame.reason == FILLS_CACHE:
-            return
         bases = [leaf.base for leaf in leaves if leaf.base is not None]
         elements = sum(out.numel() for out in outputs if out.is_floating_point()) // frame.batch
         stream = image_stream(inputs)
@@ -361,8 +338,6 @@ class _Looking(Observer):
             self.spans[span] = "residual" if bases else "output", elements, tokens
 
     def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
-        if frame.reason == FILLS_CACHE:
-            return
         self.names.setdefault(frame.position, frame.step.pass_name)
         self.batches.add(frame.batch)
         self.steps = max(self.steps, frame.step.index + 1)

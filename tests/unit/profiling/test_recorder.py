@@ -405,11 +405,15 @@ def test_several_loops_in_one_call():
     made = batch("dit-digits", count=1, steps=2)
     with surveyed(made, None) as (_, survey):
         found = Recorder(survey, 1)
-    for index in (0, 1, 0):
-        frame = SimpleNamespace(step=SimpleNamespace(index=index), reason="", counts={}, batch=2, position=0)
+
+    def computed(index):
+        frame = SimpleNamespace(step=SimpleNamespace(index=index), counts={}, batch=2, position=0)
         found.span_computed(frame, survey.spans[0].span, {"x": torch.ones(2, 3)}, [Leaf("x")], [torch.rand(2, 3)])
+
+    computed(0)
+    computed(1)
     with pytest.raises(ConfigError, match="several denoising loops"):
-        found.denoiser_called(frame, None, None)
+        computed(0)
 
 
 def test_stored_sums_of_something_else():
