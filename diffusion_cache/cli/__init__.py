@@ -124,6 +124,7 @@ def _plan(
     """Make plans from a profile, to a speed, a number of evaluations or a quality, and store them with it."""
     import torch
 
+    from .interrupts import kept_interrupts
     from .plan import Settings, Wishes, arguments, make_plans, numbers
 
     wishes = Wishes(numbers(speedup, "--speedup"), numbers(nfe, "--nfe"), min_psnr)
@@ -145,7 +146,8 @@ def _plan(
             raise ConfigError(f"threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
     try:
-        make_plans(profile, model, wishes, settings, out, Console())
+        with kept_interrupts():
+            make_plans(profile, model, wishes, settings, out, Console())
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. Finished plans are kept; the same command goes on from there.")
         raise typer.Exit(130) from None

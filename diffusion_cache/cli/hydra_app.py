@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from .. import registry
 from ..errors import ConfigError, DiffusionCacheError
+from .interrupts import kept_interrupts
 
 CONFIGS = "diffusion_cache.configs"
 OPEN = (("model", "call"), ("sampler", "options"), ("metrics", "settings"))
@@ -126,7 +127,8 @@ def launch(command: str, main: Callable[[], None], arguments: Iterable[str], gro
     check(command, arguments, groups)
     sys.argv = [f"diffusion-cache {command}", *arguments]
     try:
-        main()
+        with kept_interrupts():
+            main()
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. What is finished is kept; the same command goes on from there.")
         raise SystemExit(130) from None

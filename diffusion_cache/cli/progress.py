@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .interrupts import raise_dropped
+
 
 @contextmanager
 def announcing(console: Console, title: str, remaining: bool = False) -> Iterator[Callable[[str, int, int], None]]:
@@ -20,6 +22,7 @@ def announcing(console: Console, title: str, remaining: bool = False) -> Iterato
         task = progress.add_task("starting", title=escape(title), total=None)
 
         def announce(what: str, done: int, of: int) -> None:
+            raise_dropped()
             if of == 0:
                 progress.console.print(escape(what), soft_wrap=True)
             else:
