@@ -26,10 +26,13 @@ from .profile import JSON_FILE, Profile
 from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
+from .registry import systems as system_registry
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch.distributed import ProcessGroup
+
+    from .systems import System
 
 T = TypeVar("T")
 
@@ -45,6 +48,7 @@ def enable(
     policy: str | Policy | None = None,
     forecaster: str | Forecaster | None = None,
     *,
+    method: "str | System | None" = None,
     profile: "str | Path | Profile | None" = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
@@ -62,6 +66,8 @@ def enable(
     Args:
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
+        method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
+            plan from a profile at their own scope.
         profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
             shipped one ("dit-digits-ddim"), a repository, or ready-made figures ("published/magcache/flux-dev-28").
         speedup, min_psnr, nfe, plan: which of the profile's plans: the best one with that measured speed; the cheapest
@@ -77,13 +83,20 @@ def enable(
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
             none, as every sample is decided on by itself.
-        options: fields of the policy, of the forecaster and of `policies.Guards` (warmup, last, start, end,
-            max_consecutive, max_reused).
+        options: fields of the policy, of the forecaster, of the system, and of `policies.Guards` (warmup, last, start,
+            end, max_consecutive, max_reused).
 
     Raises:
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
+    if method is not None:
+        chosen_by_it = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
+        for name, given in {**chosen_by_it, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}.items():
+            if given is not None:
+                raise ConfigError(f"{name} comes from the method: give {name} or method, not both")
+        made = _system(pipe, method, profile, ignore, granularity, options)
+        return _attached(pipe, made, group)
     wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
         raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
@@ -92,13 +105,17 @@ def enable(
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-        method = _method(*chosen, scope, depth, granularity, options)
+        made = _method(*chosen, scope, depth, granularity, options)
     else:
         own = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth}
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
-        method = _planned(pipe, profile, wish, ignore, granularity, options)
+        made = _planned(pipe, profile, wish, ignore, granularity, options)
+    return _attached(pipe, made, group)
+
+
+def _attached(pipe: Any, method: Method, group: "ProcessGroup | None") -> Session:
     session = Session(method, group)
     session.attach_pipeline(pipe)
     return session
@@ -434,6 +451,33 @@ def _planned(
     return _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
 
 
+def _system(
+    pipe: Any,
+    system: "str | System",
+    profile: "str | Path | Profile | None",
+    ignore: Collection[str],
+    granularity: str,
+    options: Mapping[str, Any],
+) -> Method:
+    """The method that a published system stands for, on this pipeline."""
+    from .systems import System
+
+    denoisers = find_denoisers(pipe)
+    remaining = dict(options)
+    built = _build(system_registry, system, System, remaining)
+    guards = [field.name for field in dataclasses.fields(Guards)]
+    for name in remaining:
+        if name not in guards:
+            known = [*(field.name for field in dataclasses.fields(built)), *guards, "profile", "ignore", "granularity"]
+            raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
+    found = None
+    if profile is not None:
+        found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
+        found.check(pipe, denoisers, ignore)
+    parts = built.made_for(denoisers, found)
+    return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, granularity, remaining)
+
+
 def _published(
     name: str, denoisers: Mapping[str, nn.Module], wish: Mapping[str, Any], granularity: str, options: Mapping[str, Any]
 ) -> Method:
@@ -470,7 +514,8 @@ def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, A
     cls = registry.get(given)
     built = _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
     if not isinstance(built, kind):
-        raise ConfigError(f"{registry.kind} {given!r}: {cls.__name__} must be a subclass of context.{kind.__name__}")
+        home = kind.__module__.removeprefix("diffusion_cache.")
+        raise ConfigError(f"{registry.kind} {given!r}: {cls.__name__} must be a subclass of {home}.{kind.__name__}")
     return built
 
 

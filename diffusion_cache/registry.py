@@ -1,7 +1,8 @@
-"""Named methods: policies and forecasters are frozen dataclasses found by name.
+"""Named methods: policies, forecasters and published systems are frozen dataclasses found by name.
 
 A method of another package is found through its entry points (`diffusion_cache.policies`,
-`diffusion_cache.forecasters`) or by decorating its class: `@registry.policies.register("my_policy")`.
+`diffusion_cache.forecasters`, `diffusion_cache.systems`) or by decorating its class:
+`@registry.policies.register("my_policy")`.
 """
 
 import dataclasses
@@ -121,3 +122,4 @@ class Registry(Generic[T]):
 
 policies: Registry[Any] = Registry("policy", "diffusion_cache.policies")
 forecasters: Registry[Any] = Registry("forecaster", "diffusion_cache.forecasters")
+systems: Registry[Any] = Registry("system", "diffusion_cache.systems")

@@ -47,6 +47,7 @@ class Precision(str, Enum):
 class Listed(str, Enum):
     policies = "policies"
     forecasters = "forecasters"
+    systems = "systems"
     models = "models"
 
 
@@ -179,7 +180,7 @@ def _report(
 
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List policies, forecasters or shipped models."""
+    """List policies, forecasters, published systems or shipped models."""
     if what is Listed.models:
         from .. import reference
 
@@ -187,6 +188,8 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
         for spec in reference.MODELS.values():
             row = (spec.name, spec.pipeline, ", ".join(spec.samplers), str(spec.steps), f"{spec.guidance:g}")
             table.add_row(*row)
+    elif what is Listed.systems:
+        table = _systems()
     else:
         from .. import registry
 
@@ -195,16 +198,38 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
 
 
 def _methods(registry: "Registry[Any]") -> Table:
-    """The methods of a registry with their options; an option without a default is shown by its name alone."""
+    """The methods of a registry with their options."""
     table = Table(registry.kind, "options", "what it does")
     for name in registry.names():
-        options = [
-            option if default is dataclasses.MISSING else f"{option}={default!r}"
-            for option, default in registry.options(name).items()
-        ]
-        about = (registry.get(name).__doc__ or "").strip().splitlines()
-        table.add_row(name, escape(", ".join(options)), escape(about[0] if about else ""))
+        table.add_row(name, escape(_options(registry, name)), escape(_about(registry.get(name))))
     return table
+
+
+def _systems() -> Table:
+    """Published systems with their papers and what they serve."""
+    from ..registry import systems
+
+    table = Table("system", "paper", "scopes", "for", "needs a profile", "options", "what it does")
+    for name in systems.names():
+        system = systems.get(name)
+        serves = ", ".join(sorted(system.scopes)), ", ".join(sorted(system.denoisers))
+        profile = "yes" if system.needs_profile else "no"
+        table.add_row(
+            name, escape(system.paper), *serves, profile, escape(_options(systems, name)), escape(_about(system))
+        )
+    return table
+
+
+def _options(registry: "Registry[Any]", name: str) -> str:
+    """Options with their defaults; one without a default is shown by its name alone."""
+    return ", ".join(
+        option if default is dataclasses.MISSING else f"{option}={default!r}"
+        for option, default in registry.options(name).items()
+    )
+
+
+def _about(method: type) -> str:
+    return next(iter((method.__doc__ or "").strip().splitlines()), "")
 
 
 @app.command("inspect")

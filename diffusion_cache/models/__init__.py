@@ -2,7 +2,7 @@
 
 from .calls import fills_cache
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
-from .spans import Called, Layout, Span, arrange, default_scope, find_layout, merged
+from .spans import Called, Layout, Span, arrange, default_scope, find_layout, is_unet, merged
 
 __all__ = [
     "DENOISERS",
@@ -15,6 +15,7 @@ __all__ = [
     "fills_cache",
     "find_denoisers",
     "find_layout",
+    "is_unet",
     "merged",
     "unwrap",
 ]
