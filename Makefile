@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo train clean
+.PHONY: help venv test demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up 
 evaluate: venv ## compare all methods and rivals on the shipped models (under an hour) and publish the report
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
+
+reproduce: venv ## check the published systems' claims on the shipped models
+	$(PYTHON) scripts/reproduce.py
 
 profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
 	$(PYTHON) scripts/make_profiles.py

@@ -1,0 +1,89 @@
+"""Running claims, and what is published of them."""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from . import bench
+from .claims import Claim, Outcome, SeedSet
+
+Progress = Callable[[str, int, int], None]
+HEAD = """# The published claims, checked here
+
+Each claim was checked on the shipped models with {sets} disjoint sets of seeds, at equal measured compute (the
+last column but one). It holds if it does on every set. These are small models: a claim that fails here may hold on the
+paper's, and the reason found is given. `make reproduce` makes this page and `results/reproduction.json`.
+
+| system | claim | published | ours, per set of seeds | equal compute | holds |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def run(
+    claims: Sequence[Claim],
+    sets: Sequence[SeedSet],
+    folder: Path,
+    progress: Progress = lambda what, done, of: None,
+) -> list[dict[str, Any]]:
+    """Check the claims; outcomes are kept in `folder`, by the claim's source, and not computed again.
+
+    Returns: a row of each claim, see `Claim.row`.
+
+    Raises:
+        ConfigError: where claims fail for which no reason is given, after all have been checked.
+    """
+    rows, problems = [], []
+    for place, claim in enumerate(claims):
+        outcomes = {}
+        for seeds in sets:
+            progress(f"{claim.name}, seeds {seeds.index}", place * len(sets) + seeds.index, len(claims) * len(sets))
+            outcomes[seeds.index] = _outcome(claim, seeds, folder)
+        try:
+            rows.append(claim.row(outcomes))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return rows
+
+
+def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> Outcome:
+    source = inspect.getsource(sys.modules[claim.check.__module__]) + inspect.getsource(bench) + repr(seeds)
+    path = folder / f"{claim.name}-{seeds.index}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.json"
+    if path.is_file():
+        return Outcome(**json.loads(path.read_text()))
+    outcome = claim.check(seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(outcome), indent=2))
+    partial.replace(path)
+    return outcome
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The page: a table of all claims, and below it the reasons of those that fail."""
+    sets = max(len(row["seeds"]) for row in rows)
+    lines = [HEAD.format(sets=sets).rstrip()]
+    failed = [row for row in rows if not row["holds"]]
+    for row in rows:
+        cells = [row["system"], row["claim"], row["published"] or "–", "<br>".join(row["ours"])]
+        cells += ["<br>".join(dict.fromkeys(row["equal_compute"])), _verdict(row, failed)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if failed:
+        lines += ["", "## Where a claim does not hold", ""]
+        lines += [f"{place}. {row['claim']} {row['reason']}" for place, row in enumerate(failed, start=1)]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(row: dict[str, Any], failed: Sequence[dict[str, Any]]) -> str:
+    if row["holds"]:
+        return "yes"
+    held = sum(row["held"])
+    word = f"on {held} of {len(row['held'])}" if held else "no"
+    return f"{word} ({1 + list(failed).index(row)})"

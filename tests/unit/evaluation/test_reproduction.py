@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.evaluation.reproduction import CLAIMS, Outcome, claim, claims, load_claims, seed_sets
+from diffusion_cache.evaluation.reproduction.bench import Bench
+from diffusion_cache.evaluation.reproduction.publish import markdown, run
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Two claims of this module; the second one fails on the seeds of set 1."""
+    monkeypatch.setattr("diffusion_cache.evaluation.reproduction.claims.CLAIMS", CLAIMS.copy())
+    asked = []
+
+    def holding(seeds):
+        asked.append(seeds.index)
+        return Outcome(f"{seeds.index} > -1", "same", True, {"index": float(seeds.index)})
+
+    def failing(seeds):
+        return Outcome(f"{seeds.index} | 1", "same", seeds.index != 1, {})
+
+    claim(system="one", claim="Holds.")(holding)
+    claim(system="two", claim="Fails.", published="2×", reason="Set 1 is odd.")(failing)
+    found = [claims.CLAIMS[f"test_reproduction.{name}"] for name in ("holding", "failing")]
+    return found, asked
+
+
+def test_seed_sets_are_disjoint_and_fitting_is_apart():
+    sets = seed_sets()
+    seeds = [seed for each in sets for seed in (*each.fitting, *each.reporting)]
+    assert len(sets) == 3
+    assert len(set(seeds)) == len(seeds)
+    assert all(min(each.fitting) >= 100_000 > max(each.reporting) for each in sets)
+
+
+def test_rows_and_page(made, tmp_path):
+    rows = run(made[0], seed_sets(), tmp_path)
+    assert [row["holds"] for row in rows] == [True, False]
+    assert rows[1]["held"] == [True, False, True]
+    assert rows[0]["reason"] == ""
+    page = markdown(rows)
+    assert "| one | Holds. | – | 0 > -1<br>1 > -1<br>2 > -1 | same | yes |" in page
+    assert "| two | Fails. | 2× | 0 \\| 1<br>1 \\| 1<br>2 \\| 1 | same | on 2 of 3 (1) |" in page
+    assert "1. Fails. Set 1 is odd." in page
+
+
+def test_outcomes_are_kept(made, tmp_path):
+    first = run(made[0], seed_sets(), tmp_path)
+    assert run(made[0], seed_sets(), tmp_path) == first
+    assert made[1] == [0, 1, 2]
+
+
+def test_a_failure_without_a_reason_is_told(made, tmp_path):
+    unexplained = replace(made[0][1], reason="")
+    with pytest.raises(ConfigError, match="does not hold: look into it"):
+        run([unexplained], seed_sets(), tmp_path)
+
+
+def test_an_outcome_of_nan_says_nothing():
+    with pytest.raises(ConfigError, match="the figure psnr of an outcome is NaN"):
+        Outcome("", "", True, {"psnr": float("nan")})
+
+
+def test_a_claim_that_there_is_not():
+    with pytest.raises(ConfigError, match="Unknown claim"):
+        load_claims(["no_such_claim"])
+
+
+def test_a_bench_measures_what_is_spent():
+    bench = Bench("dit-digits", seed_sets()[0], count=2)
+    whole = bench.run(policy="interval", every=1)
+    half = bench.run(policy="interval", every=2)
+    assert (whole.work, whole.nfe) == (1.0, bench.subject.steps)
+    assert min(whole.psnr) == 120.0
+    assert half.nfe == bench.subject.steps / 2
+    assert 0.5 < half.work < 0.55
+    assert len(half.psnr) == len(half.error) == 2
+    assert 20 < half.mean < 80
+
+
+def test_a_bench_profiles_its_fitting_samples():
+    seeds = seed_sets()[1]
+    bench = Bench("dit-digits", seeds, count=2)
+    profile = bench.profile("denoiser", sensitivity_samples=0)
+    assert [seed for _, seed in profile.samples] == list(seeds.fitting[:2])
+    assert bench.profile("denoiser", sensitivity_samples=0) is profile
