@@ -161,7 +161,7 @@ class Planner:
         return list(dict.fromkeys(found))
 
     def _damages(self) -> list[tuple[Any, Any]]:
-        gram, sensitivity = self._gram(), self._sensitivity()
+        gram, sensitivity = self.gram(), self.sensitivity()
         energy, errors = gram.diagonal(), surrogate.taylor_errors(gram)
         return [
             (surrogate.damages(errors, sensitivity, energy, 1.0), "sum"),
@@ -169,14 +169,15 @@ class Planner:
             (surrogate.damages(errors, sensitivity, energy, 1.0), "minimax"),
         ]
 
-    def _gram(self) -> np.ndarray:
-        """Of all spans and passes, each scaled by its own size."""
+    def gram(self) -> np.ndarray:
+        """The Gram matrix of all spans and passes, each scaled by its own size, [T, T]."""
         both = {name: self.profile.arrays[f"gram_{name}"] for name in ("residual", "output")}
         spans = torch.stack([both[span.feature][i] for i, span in enumerate(self.profile.spans)]).double()
         scale = spans.diagonal(dim1=2, dim2=3).mean(dim=2)
         return (spans / scale.clamp_min(1e-30)[:, :, None, None]).mean(dim=(0, 1)).numpy()
 
-    def _sensitivity(self) -> np.ndarray:
+    def sensitivity(self) -> np.ndarray:
+        """The profile's, of each step; ones where it was not measured."""
         found = self.profile.arrays.get("sensitivity")
         return np.ones(self.steps) if found is None else found.double().mean(dim=0).numpy()
 
@@ -316,15 +317,24 @@ class Planner:
         settings = self._settings(self.scopes[0])
         return self._speed(self._bare(closed_loop.spaced(self.steps, computed, 1.0, self.search.last), settings))
 
+    def fitted(self, computed: Steps, name: str) -> Plan:
+        """The plan of a schedule that is given, with fitted weights: not searched for, not measured."""
+        settings = self._settings(self.scopes[0])
+        return self._assembled(name, computed, self._fit(computed, settings), settings)
+
     def measured(self, plan: Plan) -> Plan:
         """The plan with its quality on the held-out samples, and its speed."""
+        return replace(plan, quality=self.quality(plan), speed=self._speed(plan))
+
+    def quality(self, plan: Plan) -> Quality:
+        """The plan's PSNR on the held-out samples."""
         settings = trajectory.Settings(scope=plan.scope, depth=plan.depth)
         forecaster, policy = Fitted.of(plan), Planned(plan)
         values: list[float] = []
         for number, teacher in enumerate(self.held_out):
             self.progress(f"{plan.name}: held-out samples", number, len(self.held_out))
             values += psnr(self._images(teacher, policy, forecaster, settings), teacher.images)
-        return replace(plan, quality=Quality.of("psnr", values, self.seeds), speed=self._speed(plan))
+        return Quality.of("psnr", values, self.seeds)
 
     def _speed(self, plan: Plan) -> Speed:
         batch: Batch = self.held_out[-1].batch
