@@ -4,7 +4,6 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from .errors import ConfigError
 from .models import default_scope, find_denoisers, unwrap
 from .plan import Plan
 from .planning.choose import choose
-from .profile import JSON_FILE, Profile
+from .profile import Profile, shipped_profiles
 
 FEW_STEPS = 8  # models made for so few have hardly a step that is like the one before it
 MEASURED_FROM = 20  # steps; nothing was measured below
@@ -182,10 +181,9 @@ def _default_steps(pipe: Any) -> int:
 
 
 def _shipped_profile(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int | None) -> Recommendation | None:
-    folders = Path(str(resources.files("diffusion_cache.profiles")))
     classes = {name: type(unwrap(denoiser)).__name__ for name, denoiser in denoisers.items()}
-    for file in sorted(folders.glob(f"*/{JSON_FILE}")):
-        profile = Profile.load(file.parent)
+    for name, folder in shipped_profiles().items():
+        profile = Profile.load(folder)
         facts = profile.fingerprint
         own = {name: denoiser.class_name for name, denoiser in facts.denoisers.items()}
         if own != classes or facts.scheduler != type(getattr(pipe, "scheduler", None)).__name__ or not profile.plans:
@@ -202,7 +200,7 @@ def _shipped_profile(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int |
             )
         others = [other.name for other in profile.plans if other is not plan]
         alternatives = (f"another of its plans: {', '.join(others)}",) if others else ()
-        return Recommendation(None, {"profile": file.parent.name, "plan": plan.name}, reason, alternatives)
+        return Recommendation(None, {"profile": name, "plan": plan.name}, reason, alternatives)
     return None
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +21,7 @@ from .models import find_denoisers, unwrap
 from .plan import Plan
 from .planning.choose import choose
 from .policies import Guarded, Guards, Planned
-from .profile import JSON_FILE, Profile
+from .profile import Profile, shipped_profiles
 from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
@@ -493,9 +492,7 @@ def _published(
 
 def _shipped(name: str | Path) -> str | Path:
     """The folder of a shipped profile of that name, else the name."""
-    folder = resources.files("diffusion_cache.profiles") / str(name)
-    here = Path(str(folder))
-    return here if not Path(name).exists() and (here / JSON_FILE).is_file() else name
+    return name if Path(name).exists() else shipped_profiles().get(str(name), name)
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:

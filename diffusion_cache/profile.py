@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,12 @@ class Profile:
                     "Check the name, your access token and the connection; Profile.save writes it to a folder."
                 ) from error
         return str(commit.commit_url)
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """The folders of the profiles that come with the package, by name."""
+    home = Path(str(resources.files("diffusion_cache.profiles")))
+    return {file.parent.name: file.parent for file in sorted(home.glob(f"*/{JSON_FILE}"))}
 
 
 def _checked_sizes(steps: int | None, spans: int, passes: int, row_passes: int) -> dict[str, int]:

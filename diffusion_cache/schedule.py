@@ -1,5 +1,6 @@
 """A schedule: which spans are computed at which steps."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,3 +67,28 @@ class Schedule:
     @cached_property
     def _useful_cache(self) -> dict[tuple[int, int], Sequence[bool]]:
         return {}
+
+
+def spaced(steps: int, computed: int, exponent: float, last: int = 0, length: int | None = None) -> tuple[int, ...]:
+    """Computed steps spaced by a power law: length · (j / computed)^exponent for exponents ≥ 1, mirrored below 1.
+
+    Exponents above 1 crowd the start, those below 1 the end; places that collide or run out are moved. last: steps at
+    the end that are computed too, as part of the number. length: what is divided, default the steps before those;
+    the next multiple of the number makes exponent 1 every n-th step.
+
+    Raises:
+        ConfigError: unless 1 + last ≤ computed ≤ steps and the exponent is above 0.
+    """
+    if not 1 + last <= computed <= steps:
+        raise ConfigError(f"no schedule computes {computed} of {steps} steps with the last {last} among them")
+    if not exponent > 0:
+        raise ConfigError(f"the exponent of a spacing must be above 0, not {exponent}")
+    inner, end = computed - last, steps - last
+    shares = [j / inner for j in range(inner)]
+    bent = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
+    places = [math.floor((length or end) * u + 1e-9) for u in bent]  # a whole number may come out a hair below itself
+    for j in range(1, inner):  # one step each …
+        places[j] = max(places[j], places[j - 1] + 1)
+    for j in range(inner):  # … and none past the end
+        places[j] = min(places[j], end - inner + j)
+    return (*places, *range(end, steps))

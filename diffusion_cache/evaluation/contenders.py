@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from .. import api, reference, registry
 from ..errors import ConfigError
 from ..planning.choose import choose
 from ..policies import Guards
-from ..profile import JSON_FILE, Profile
+from ..profile import JSON_FILE, Profile, shipped_profiles
 from ..registry import check_options, suggest
+from ..schedule import spaced
 from .peers import peer, settings_of
 from .subjects import Subject
 
@@ -193,11 +193,10 @@ def _with_profile(node: Mapping[str, Any], model: str) -> dict[str, Any]:
 
 def _profile_folder(name: str) -> Path:
     """The folder of a profile, given as such or by the name of a shipped one."""
-    shipped = Path(str(resources.files("diffusion_cache.profiles"))) / name
-    for folder in (Path(name), shipped):
-        if (folder / JSON_FILE).is_file():
-            return folder
-    raise ConfigError(f"there is no profile {name!r}, neither a folder of that name nor one of the package. {MAKE}")
+    folder = Path(name) if (Path(name) / JSON_FILE).is_file() else shipped_profiles().get(name)
+    if folder is None:
+        raise ConfigError(f"there is no profile {name!r}, neither a folder of that name nor one of the package. {MAKE}")
+    return folder
 
 
 def _digest(folder: Path) -> str:
@@ -307,23 +306,9 @@ def _spacing(spaced: Mapping[str, Any], steps: int) -> tuple[int, float]:
 
 
 def spaced_mask(steps: int, computed: int, exponent: float) -> tuple[int, ...]:
-    """A 0/1 mask over `steps` with exactly `computed` ones, the first step among them, spaced by a power law.
+    """A 0/1 mask over `steps` with exactly `computed` ones, spaced as `schedule.spaced` does.
 
-    With u = j / computed, and n = steps rounded up to a multiple of computed, the j-th one stands at n · u^exponent
-    for exponents ≥ 1 (crowded at the start) and at its mirror image n · (1 − (1 − u)^(1/exponent)) below 1 (crowded
-    at the end), rounded down and moved where places collide or run out. Exponent 1 is every (n / computed)-th step.
-
-    Raises:
-        ConfigError: unless 1 ≤ computed ≤ steps and exponent > 0.
+    Exponent 1 is every n-th step, with n = steps / computed rounded up.
     """
-    if not 1 <= computed <= steps or exponent <= 0:
-        raise ConfigError(f"no mask of {computed} computed steps in {steps} with exponent {exponent}")
-    length = computed * math.ceil(steps / computed)
-    shares = [j / computed for j in range(computed)]
-    bent = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
-    places = [int(length * u + 1e-9) for u in bent]  # a whole number may come out a hair below itself
-    for j in range(1, computed):  # one step each …
-        places[j] = max(places[j], places[j - 1] + 1)
-    for j in range(computed):  # … and none past the end
-        places[j] = min(places[j], steps - computed + j)
+    places = spaced(steps, computed, exponent, length=computed * math.ceil(steps / max(computed, 1)))
     return tuple(int(step in places) for step in range(steps))

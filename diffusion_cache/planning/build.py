@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine import Method, Observer
+from .. import measure
+from ..engine import Method
 from ..errors import ConfigError
 from ..fingerprint import plain_json, same_levels
-from ..forecasters import Taylor
 from ..forecasters.fitted import Fitted
 from ..measure import paired
 from ..plan import Plan, Quality, Speed
@@ -22,7 +22,7 @@ from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Batch, Teacher, attached
 from ..profiling.polish import polish
-from ..schedule import Schedule
+from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .closed_loop import Steps
 from .dynamic import best_schedule
@@ -157,7 +157,7 @@ class Planner:
         uniform = tuple(range(0, self.steps, every))
         if len(uniform) == computed and not self.search.last:
             found.append(uniform)
-        found += [closed_loop.spaced(self.steps, computed, exponent, self.search.last) for exponent in EXPONENTS]
+        found += [spaced(self.steps, computed, exponent, self.search.last) for exponent in EXPONENTS]
         return list(dict.fromkeys(found))
 
     def _damages(self) -> list[tuple[Any, Any]]:
@@ -260,12 +260,10 @@ class Planner:
             progress=lambda done, of: self.progress(f"{label}: polishing", done, of),
         )
 
-    def _images(
-        self, teacher: Teacher, policy: Planned, forecaster: Fitted | Taylor, settings: trajectory.Settings
-    ) -> Tensor:
+    def _images(self, teacher: Teacher, policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Tensor:
         batch = teacher.batch
         method = Method(Guarded(policy), forecaster, settings.scope, settings.depth, "batch")
-        with attached(batch.pipe, method, Observer()):
+        with attached(batch.pipe, method):
             return batch.images(batch.call()).detach().float()
 
     def _bare(self, computed: Steps, settings: trajectory.Settings) -> Plan:
@@ -315,7 +313,7 @@ class Planner:
     def timed(self, computed: int) -> Speed:
         """The speed of a plan with so many computed steps, before it is made: which ones they are hardly matters."""
         settings = self._settings(self.scopes[0])
-        return self._speed(self._bare(closed_loop.spaced(self.steps, computed, 1.0, self.search.last), settings))
+        return self._speed(self._bare(spaced(self.steps, computed, 1.0, self.search.last), settings))
 
     def fitted(self, computed: Steps, name: str) -> Plan:
         """The plan of a schedule that is given, with fitted weights: not searched for, not measured."""
@@ -345,7 +343,7 @@ class Planner:
                 batch.call,
                 TIMED_PAIRS,
                 before_a=setting.close,
-                before_b=lambda: setting.enter_context(attached(batch.pipe, method, Observer())),
+                before_b=lambda: setting.enter_context(attached(batch.pipe, method)),
             )
         ratios = sorted(timing.wall_ratios)
         device = str(getattr(batch.pipe, "device", "cpu"))
@@ -355,10 +353,8 @@ class Planner:
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:
-    """Of each sample, [n], in dB: float images clamped to [0, 1] against their references, range 1."""
-    difference = images.clamp(0, 1).double() - reference.clamp(0, 1).double()
-    error = difference.flatten(1).square().mean(dim=1).clamp_min(10 ** (-MAX_PSNR / 10))
-    return (-10 * torch.log10(error)).tolist()
+    """Of each sample, [n], in dB: float images clamped to [0, 1] against their references; at most MAX_PSNR."""
+    return measure.psnr(images.clamp(0, 1), reference.clamp(0, 1)).clamp(max=MAX_PSNR).tolist()
 
 
 def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor]:

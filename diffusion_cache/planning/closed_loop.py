@@ -5,7 +5,6 @@ what came before it, fitted weights look further back than two steps. So the sch
 propose only start a search here.
 """
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,23 +117,3 @@ def _moves(computed: Steps, steps: int, fixed: frozenset[int], chance: random.Ra
     chance.shuffle(rest)
     for step, to in rest:
         yield moved(step, to)
-
-
-def spaced(steps: int, computed: int, exponent: float, last: int = 0) -> Steps:
-    """Computed steps at steps · (j / computed)^exponent for exponents ≥ 1 (crowded early), mirrored below 1.
-
-    The last `last` steps are computed too, as part of the number.
-    """
-    if not 1 + last <= computed <= steps:
-        raise ConfigError(f"no schedule computes {computed} of {steps} steps with the last {last} among them")
-    if not exponent > 0:
-        raise ConfigError(f"the exponent of a spacing must be above 0, not {exponent}")
-    inner, length = computed - last, steps - last
-    shares = [j / inner for j in range(inner)]
-    warped = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
-    places = [math.floor(length * u + 1e-9) for u in warped]  # 98 · (1/49) is a little less than 2 in floating point
-    for j in range(1, inner):
-        places[j] = max(places[j], places[j - 1] + 1)
-    for j in range(inner):
-        places[j] = min(places[j], length - inner + j)
-    return (*places, *range(length, steps))

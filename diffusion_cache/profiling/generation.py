@@ -119,7 +119,7 @@ def state_of(result: Any) -> Tensor:
 class attached:
     """A session of this method and observer on a pipeline, inside the block; what was enabled before comes back."""
 
-    def __init__(self, pipe: Any, method: Method, observer: Observer):
+    def __init__(self, pipe: Any, method: Method, observer: Observer | None = None):
         self.pipe, self.session = pipe, Session(method, observer=observer)
 
     def __enter__(self) -> Session:

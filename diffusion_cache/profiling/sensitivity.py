@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..context import SCOPES, Feature, PassState, Policy, Step, Verdict
-from ..engine import Method, Observer, Session
+from ..engine import Method, Session
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..forecasters import Reuse
@@ -251,7 +251,7 @@ def _reusing(
                 rows.append((tuple(place not in inside for place in range(count)),))
         return Method(Guarded(_Injected(Schedule(tuple(rows)))), Reuse(feature), scope, depth)
 
-    with attached(batch.pipe, method(()), Observer()) as session:
+    with attached(batch.pipe, method(())) as session:
         if len(groups) > 1:
             _check_layouts(session.layouts, spans)
 

@@ -171,7 +171,7 @@ def test_masks_crowd_where_the_exponent_says():
     for steps, every in ((50, 2), (50, 3), (40, 3)):
         uniform = tuple(int(step % every == 0) for step in range(steps))
         assert demo.spaced_mask(steps, math.ceil(steps / every), 1.0) == uniform
-    with pytest.raises(ConfigError, match="no mask"):
+    with pytest.raises(ConfigError, match="no schedule"):
         demo.spaced_mask(4, 5, 1.0)
 
 

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import warnings
 from dataclasses import replace
+from importlib import resources
 from types import SimpleNamespace
 
 import plans
@@ -239,7 +240,7 @@ def test_a_denoiser_compiled_as_a_whole(found, before, silent):
 
 def test_a_shipped_profile_by_its_name(found, pipe, tmp_path, monkeypatch, silent):
     found.save(tmp_path / "profiles" / "tiny-ddim")
-    monkeypatch.setattr(api.resources, "files", lambda package: tmp_path / package.rpartition(".")[2])
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path / package.rpartition(".")[2])
     dc.enable(pipe, profile="tiny-ddim", nfe=4)
     generate(pipe)
     assert dc.summary(pipe).computed == 4

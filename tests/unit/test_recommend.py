@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ SIMPLE = ("first block", "uniform Taylor", "uniform reuse")  # that fit no sched
 @pytest.fixture(autouse=True)
 def no_shipped_profiles(monkeypatch, tmp_path):
     """Whichever come with the package: the folder of this test instead."""
-    monkeypatch.setattr(advice.resources, "files", lambda name: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path)
     return tmp_path
 
 

@@ -1,9 +1,10 @@
 """Schedules: shape, cost, and which features are worth storing."""
 
+import numpy as np
 import pytest
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.schedule import Schedule
+from diffusion_cache.schedule import Schedule, spaced
 
 
 def uniform(text):
@@ -106,3 +107,59 @@ def test_stores_is_per_pass():
     schedule = Schedule((both, both, first))
     assert [schedule.stores(i, 0, 1) for i in range(3)] == [False, True, False]
     assert [schedule.stores(i, 1, 1) for i in range(3)] == [False, False, False]
+
+
+# spaced schedules
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("exponent", [0.3, 0.5, 0.99, 1.0, 1.5, 2.0, 4.0])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_spaced_schedules_are_schedules(steps, exponent, last):
+    for computed in range(1 + last, steps + 1):
+        places = spaced(steps, computed, exponent, last)
+        assert len(places) == computed
+        assert places[0] == 0
+        assert places == tuple(sorted(set(places)))
+        assert set(range(steps - last, steps)) <= set(places) <= set(range(steps))
+
+
+def test_exponent_one_is_even():
+    """All of them: 98 · (1/49) is a little less than 2 in floating point."""
+    for steps in range(1, 101):
+        for computed in range(1, steps + 1):
+            assert spaced(steps, computed, 1.0) == tuple(steps * j // computed for j in range(computed))
+
+
+def test_what_exponents_mean():
+    assert spaced(50, 5, 2.0) == (0, 2, 8, 18, 32)
+    assert spaced(50, 5, 0.5) == (0, 18, 32, 42, 48)  # 50 · (1 − (1 − j/5)²)
+    assert spaced(52, 7, 2.0, last=2) == (0, 2, 8, 18, 32, 50, 51)
+    early = [sum(spaced(50, 10, exponent)) for exponent in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert early == sorted(early, reverse=True)
+    assert len(set(early)) == 5
+
+
+def test_below_one_is_the_mirror_of_above():
+    """Gaps grow with exponent e where they shrink with 1/e."""
+    for exponent in (1.5, 2.0, 3.0):
+        above, below = spaced(1000, 10, exponent), spaced(1000, 10, 1 / exponent)
+        gaps = np.diff([*above, 1000]), np.diff([*below, 1000])
+        assert np.abs(gaps[0] - gaps[1][::-1]).max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "computed", "last"), [(5, 6, 0), (5, 0, 0), (5, 2, 2), (5, 3, 3)])
+def test_numbers_that_cannot_be(steps, computed, last):
+    with pytest.raises(ConfigError, match="no schedule"):
+        spaced(steps, computed, 1.0, last)
+
+
+@pytest.mark.parametrize("exponent", [0, -1.0, float("nan")])
+def test_exponents_that_cannot_be(exponent):
+    with pytest.raises(ConfigError, match="exponent"):
+        spaced(10, 4, exponent)
+
+
+def test_a_length_that_makes_exponent_one_every_nth_step():
+    assert spaced(10, 4, 1.0, length=12) == (0, 3, 6, 9)
+    assert spaced(9, 4, 1.0, length=12) == (0, 3, 6, 8)
