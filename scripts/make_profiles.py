@@ -14,11 +14,11 @@ from rich.console import Console
 
 from diffusion_cache import reference
 from diffusion_cache.cli.progress import announcing
-from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
-from diffusion_cache.evaluation.subjects import Shipped, quieten_libraries
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
 from diffusion_cache.planning.build import Planner, Search
 from diffusion_cache.profile import JSON_FILE, Profile
-from diffusion_cache.profiling.generation import Batch, teach
+from diffusion_cache.profiling.generation import teach
 from diffusion_cache.profiling.measure import Options, measure
 
 HOME = Path(__file__).parents[1] / "profiles"
@@ -54,9 +54,7 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
     stage = STAGES.index(options.stage)
     console = Console()
 
-    def batch(samples: list[tuple[str, int]]) -> Batch:
-        listed = [Sample(i, int(prompt), seed) for i, (prompt, seed) in enumerate(samples)]
-        return Batch(subject.pipe, lambda: subject.call(listed), subject.images, len(listed))
+    batch = batches_of(subject, subject.steps)
 
     def drawn(first: int, count: int) -> list[tuple[str, int]]:
         return [(str(i % 10), first + i) for i in range(count)]
@@ -69,7 +67,9 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
         elif options.stage != STAGES[-1] and (shipped / JSON_FILE).is_file():
             profile = Profile.load(shipped).with_plans(())
         else:
-            profile = measure(batch, drawn(PROFILED, 16), Options(scope=FIRST_SCOPE.get(model)), progress=progress)
+            scope = Options(scope=FIRST_SCOPE.get(model))
+            guidance = reference.spec(model).guidance
+            profile = measure(batch, drawn(PROFILED, 16), scope, guidance=guidance, progress=progress)
             profile.save(folder)
         held = drawn(HELD_OUT, options.held_out)
         sizes = [held[i : i + 16] for i in range(0, len(held), 16)]

@@ -18,11 +18,10 @@ import torch
 from rich.console import Console
 
 from diffusion_cache.cli.interrupts import kept_interrupts
-from diffusion_cache.cli.profile import batches_of
 from diffusion_cache.cli.progress import announcing
 from diffusion_cache.evaluation.environment import cpu_name, versions
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
-from diffusion_cache.evaluation.subjects import Shipped, quieten_libraries
+from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
 from diffusion_cache.plan import Plan, Quality
 from diffusion_cache.planning import guarantee, surrogate
 from diffusion_cache.planning.build import Planner, Search

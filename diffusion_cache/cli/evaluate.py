@@ -19,7 +19,7 @@ GROUPS = ("peer", "launcher", "experiment")
 
 
 def register_methods() -> None:
-    """Offer every registered policy and forecaster as an option of the groups `method` and `forecaster`."""
+    """Offer all registered policies, systems and forecasters as options of the groups `method` and `forecaster`."""
     store = ConfigStore.instance()
     guards = {field.name: None for field in dataclasses.fields(Guards)}
     for name in registry.policies.names():
@@ -34,6 +34,11 @@ def register_methods() -> None:
             "grid": None,
             "points": None,
         }
+        store.store(group="method", name=name, node=OmegaConf.create(node))
+    for name in registry.systems.names():
+        options = _defaults(registry.systems.options(name))
+        node = {"kind": "ours", "label": None, "system": {"name": name, **options}, "guards": guards}
+        node |= {"profile": None, "profile_scope": None, "grid": None, "points": None}
         store.store(group="method", name=name, node=OmegaConf.create(node))
     for name in registry.forecasters.names():
         store.store(group="forecaster", name=name, node={"name": name, **_defaults(registry.forecasters.options(name))})
@@ -69,7 +74,8 @@ def run_configured(cfg: DictConfig) -> None:
     job = Job(config, Path(config["out"]) / config["name"], team.ranks)
     console = Console(stderr=True, quiet=not team.leads)
     method = config["method"]
-    title = f"{config['model']['name']}, {method.get('peer') or method.get('label') or method['policy']['name']}"
+    named = method.get("policy") or method.get("system") or {}
+    title = f"{config['model']['name']}, {method.get('peer') or method.get('label') or named['name']}"
     with announcing(console, title) as progress:
         folders = run_job(job, progress, team)
     if team.leads:

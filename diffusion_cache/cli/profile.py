@@ -15,8 +15,7 @@ from .hydra_app import CONFIGS, resolved
 
 if TYPE_CHECKING:
     from ..evaluation.subjects import Subject
-    from ..profiling.generation import Batch
-    from ..profiling.measure import Given, MakeBatch, Options
+    from ..profiling.measure import Given, Options
 
 GROUPS = ("launcher",)
 FOLDER = Path("profiles-local")
@@ -36,7 +35,7 @@ def run_configured(cfg: DictConfig) -> None:
     import torch
 
     from ..evaluation.jobs import Team
-    from ..evaluation.subjects import quieten_libraries, subject
+    from ..evaluation.subjects import batches_of, quieten_libraries, subject
     from ..profiling.measure import measure
     from .progress import announcing
 
@@ -96,21 +95,6 @@ def options_of(config: Mapping[str, Any]) -> "Options":
         attention=bool(config["attention"]),
         memory=int(memory * 2**30),
     )
-
-
-def batches_of(subject: "Subject", steps: int) -> "MakeBatch":
-    """Batches of a subject's generations, for samples given as prompts (class labels as text) and seeds."""
-    from ..evaluation.prompts import Sample
-    from ..profiling.generation import Batch
-
-    def make(given: Sequence["Given"]) -> "Batch":
-        samples = [
-            Sample(index, int(prompt) if subject.classes else prompt, seed)
-            for index, (prompt, seed) in enumerate(given)
-        ]
-        return Batch(subject.pipe, lambda: subject.call(samples, steps), subject.images, len(samples))
-
-    return make
 
 
 def fitting_samples(prompts: Mapping[str, Any], count: int, subject: "Subject") -> list["Given"]:

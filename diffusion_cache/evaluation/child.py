@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DiffusionCacheError
-from .contenders import contender
 from .runner import Job, Ranks, Worker
 from .store import Store
 from .subjects import quieten_libraries
@@ -20,9 +19,9 @@ def run(task: dict[str, Any], say: Callable[..., None]) -> None:
     job = Job(task["config"], Path(task["folder"]), Ranks(*task["ranks"]))
     try:
         worker = Worker(job, Store(job.folder), lambda *news: say("progress", *news))
-        reason = contender(task["todo"][0], job.config["forecaster"], worker.steps).why_not(worker.subject)
+        reason = worker.why_not(task["todo"][0])
         if reason is not None:
-            say("refused", f"{job.config['method']['peer']} on {worker.subject.name}: {reason}")
+            say("refused", reason)
         else:
             for place, node in enumerate(task["todo"]):
                 worker.make(node)

@@ -17,11 +17,15 @@ from ..errors import ConfigError
 from ..planning.choose import choose
 from ..policies import Guards
 from ..profile import JSON_FILE, Profile, shipped_profiles
+from ..profiling.measure import Options, measure
 from ..registry import check_options, suggest
 from ..schedule import spaced
+from ..systems import System
 from .peers import peer, settings_of
-from .subjects import Subject
+from .prompts import FITTING_SEEDS
+from .subjects import Subject, batches_of
 
+PROFILED = 16  # samples
 MAKE = "`diffusion-cache profile` makes one, and `diffusion-cache plan` its plans"
 
 
@@ -101,6 +105,49 @@ class Adaptive(Ours):
     """Decides by what it sees, so samples are generated one by one."""
 
     batchable = False
+
+
+@dataclass(frozen=True)
+class Published(Contender):
+    """A published system as this package has it; profile: by name or folder, None for one that is measured first."""
+
+    system: System = None  # type: ignore[assignment]  # always given
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    profile: str | None = None
+    profile_scope: str | None = None
+
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return self._cached(subject, steps)
+
+    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return self._cached(subject, steps, max_reused=0)
+
+    def _cached(self, subject: Subject, steps: int, **more: Any) -> contextlib.AbstractContextManager[Any]:
+        profile: Any = None
+        if self.system.needs_profile:
+            profile = self.profile or measured_profile(subject, steps, self.profile_scope or min(self.system.scopes))
+        return api.cached(subject.pipe, method=self.system, profile=profile, **{**self.guards, **more})
+
+    def cache_bytes(self, subject: Subject) -> int | None:
+        return api.summary(subject.pipe).cache_bytes
+
+    def why_not(self, subject: Subject) -> str | None:
+        return self.system.why_not(subject.denoisers)
+
+
+@lru_cache(maxsize=2)
+def measured_profile(subject: Subject, steps: int, scope: str) -> Profile:
+    """A profile of PROFILED samples of a model that takes class labels, kept for the next contender.
+
+    Raises:
+        ConfigError: for a model that takes text, whose prompts nobody has chosen.
+    """
+    if not subject.classes:
+        raise ConfigError(f"{subject.name} needs a profile at scope {scope}: give its folder, method.profile=…. {MAKE}")
+    drawn = [(str(number % 10), FITTING_SEEDS + number) for number in range(PROFILED)]
+    profile = measure(batches_of(subject, steps), drawn, Options(scope=scope))
+    assert profile is not None
+    return profile
 
 
 @dataclass(frozen=True)
@@ -240,6 +287,8 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
         return FewerSteps(kind, label or "fewer steps", {"steps": max(1, round(steps * ratio))}, ratio=ratio)
     if "share" in node:
         return _planned(node, steps)
+    if "system" in node:
+        return _published(node)
     return _ours(node, forecaster, steps)
 
 
@@ -262,6 +311,27 @@ def _planned(node: Mapping[str, Any], steps: int) -> Contender:
         options=options,
         control={**options, "max_reused": 0},
     )
+
+
+def _published(node: Mapping[str, Any]) -> Contender:
+    options = dict(node["system"])
+    guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
+    cls = registry.systems.get(options.pop("name"))
+    usual = registry.systems.options(cls.name)
+    unknown = sorted(set(options) - set(usual))
+    if unknown:
+        raise ConfigError(f"{cls.name} has no option {unknown[0]!r}. {suggest(unknown[0], usual)}")
+    check_options(cls.name, cls, options)
+    system = cls(**options)
+    Guards(**guards)
+    scope = node.get("profile_scope")
+    if scope is not None and scope not in system.scopes:
+        raise ConfigError(f"{cls.name} needs a profile at scope {' or '.join(sorted(system.scopes))}, not {scope!r}")
+    told = {key: value for key, value in options.items() if value != usual[key]} | guards
+    told |= {"profile": node["profile"]} if node["profile"] else {}
+    label, place = node.get("label") or cls.name, scope or ", ".join(sorted(system.scopes))
+    return Published(node["kind"], label, told, scope=place, system=system, guards=guards,
+                     profile=node["profile"], profile_scope=scope)  # fmt: skip
 
 
 def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:

@@ -113,9 +113,12 @@ def _worker(job: Job, store: Store, progress: Progress) -> Any:
 
 
 def _work_here(job: Job, todo: Sequence[Mapping[str, Any]], store: Store, progress: Progress, team: Team) -> str | None:
-    make = _worker(job, store, progress).make
+    worker = _worker(job, store, progress)
+    reason = worker.why_not(todo[0])
+    if reason is not None:
+        return reason
     for node in todo:
-        make(node)
+        worker.make(node)
         team.meet()
         if team.leads:
             put_together(job, node, store)

@@ -120,6 +120,12 @@ class Worker:
         self.plain = self._generate([self.first], self.steps, flops=True)[1]
         self.uncached = self._uncached()
 
+    def why_not(self, node: Mapping[str, Any]) -> str | None:
+        """Why a contender cannot run on this subject at all, if so."""
+        what = contender(node, self.job.config["forecaster"], self.steps)
+        reason = what.why_not(self.subject)
+        return None if reason is None else f"{what.method} on {self.subject.name}: {reason}"
+
     # generation
 
     def _generate(self, samples: Sequence[Sample], steps: int, flops: bool = False) -> tuple[Output, Observed]:

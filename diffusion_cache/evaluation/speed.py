@@ -39,6 +39,9 @@ class SpeedWorker:
         self.denoiser: Any = self.architecture.build(**self.options)
         self.lock = device_lock(self.options["device"])
 
+    def why_not(self, node: Mapping[str, Any]) -> str | None:
+        return "random weights have no pipeline, which published systems run on" if "system" in node else None
+
     @torch.no_grad()
     def loop(self, steps: int, between: Callable[[], object] | None = None) -> torch.Tensor:
         """One generation; the last step's output."""

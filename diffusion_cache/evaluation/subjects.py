@@ -14,6 +14,8 @@ from .. import reference
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..models import find_denoisers, unwrap
+from ..profiling.generation import Batch
+from ..profiling.measure import Given, MakeBatch
 from ..registry import unknown_name
 from .prompts import Sample
 
@@ -184,6 +186,19 @@ class Pretrained(Subject):
         if not isinstance(found, Tensor):
             found = torch.as_tensor(found).movedim(-1, -3)  # pipelines without "pt" give arrays, channels last
         return found if found.ndim == 5 else found[:, None]
+
+
+def batches_of(subject: Subject, steps: int) -> MakeBatch:
+    """Batches of a subject's generations, for samples given as prompts (class labels as text) and seeds."""
+
+    def make(given: Sequence[Given]) -> Batch:
+        samples = [
+            Sample(index, int(prompt) if subject.classes else prompt, seed)
+            for index, (prompt, seed) in enumerate(given)
+        ]
+        return Batch(subject.pipe, lambda: subject.call(samples, steps), subject.images, len(samples))
+
+    return make
 
 
 def device_of(name: str) -> str:

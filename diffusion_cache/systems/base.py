@@ -55,17 +55,24 @@ class System(ABC):
         plan = self.plan(profile)
         return Parts(Planned(plan), Fitted.of(plan), plan.scope, plan.depth)
 
+    def why_not(self, denoisers: Mapping[str, nn.Module]) -> str | None:
+        """Why the system cannot serve these denoisers, if so."""
+        for denoiser in map(unwrap, denoisers.values()):
+            kind = DENOISER_KINDS[is_unet(denoiser)]
+            if kind not in self.denoisers:
+                served = " and ".join(sorted(self.denoisers))
+                return f"{self.name} is for a {served}, and {type(denoiser).__name__} is a {kind}"
+        return None
+
     def made_for(self, denoisers: Mapping[str, nn.Module], profile: Profile | None) -> Parts:
         """`parts` for these denoisers.
 
         Raises:
             ConfigError: where the system does not serve them or the profile, or has to have one.
         """
-        for denoiser in denoisers.values():
-            kind = DENOISER_KINDS[is_unet(unwrap(denoiser))]
-            if kind not in self.denoisers:
-                served = " and ".join(sorted(self.denoisers))
-                raise ConfigError(f"{self.name} is for a {served}, and {type(unwrap(denoiser)).__name__} is a {kind}")
+        reason = self.why_not(denoisers)
+        if reason is not None:
+            raise ConfigError(reason)
         if not self.needs_profile:
             if profile is not None:
                 raise ConfigError(f"{self.name} needs no profile: leave it out")

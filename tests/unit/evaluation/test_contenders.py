@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from importlib import resources
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from evaluation_profile import plan, write_profile
 
-from diffusion_cache import reference
+from diffusion_cache import api, reference, registry
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation import contenders
@@ -18,8 +19,14 @@ from diffusion_cache.evaluation.contenders import (
     Uncached,
     contender,
     expand,
+    measured_profile,
     spaced_mask,
 )
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
+from diffusion_cache.evaluation.subjects import Shipped
+from diffusion_cache.forecasters import Taylor
+from diffusion_cache.policies import Interval
+from diffusion_cache.systems import Parts, System
 
 TAYLOR = {"name": "taylor", "order": 1}
 NODE = {
@@ -274,3 +281,82 @@ def test_a_profile_is_read_once_for_all_its_plans(stored, monkeypatch):
     monkeypatch.setattr(contenders.Profile, "load", lambda folder: read.append(folder) or load(folder))
     planned({**PLANNED, "profile": str(stored), "grid": {"share": [0.5, 1 / 3]}})
     assert read == [stored]
+
+
+# published systems
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther(System):
+    """Computes every n-th step, at scope stack."""
+
+    n: int = 2
+
+    paper = "none"
+    scopes = frozenset({"stack"})
+    denoisers = frozenset({"transformer"})
+    needs_profile = False
+
+    def parts(self, profile):
+        return Parts(Interval(every=self.n), Taylor(1), "stack", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfBlocks(System):
+    """Plans from a profile at scope block."""
+
+    paper = "none"
+    scopes = frozenset({"block"})
+
+
+@pytest.fixture
+def systems(monkeypatch):
+    for name, cls in (("every_other", EveryOther), ("of_blocks", OfBlocks)):
+        monkeypatch.setitem(registry.systems._classes, name, cls)
+        monkeypatch.setattr(cls, "name", name)
+
+
+def system_node(name, **system):
+    node = {"kind": "ours", "label": None, "system": {"name": name, **system}, "guards": {"last": 1, "warmup": None}}
+    return {**node, "profile": None, "profile_scope": None}
+
+
+def test_a_published_system_is_a_contender(systems):
+    subject = Shipped("dit-digits")
+    what = contender(system_node("every_other", n=3), TAYLOR, 6)
+    assert (what.kind, what.method, what.scope, what.settings) == ("ours", "every_other", "stack", {"n": 3, "last": 1})
+    samples = [Sample(0, 3, 0)]
+    with what.applied(subject, 6):
+        subject.call(samples, 6)
+        records = api.summary(subject.pipe).records
+    assert [record.computed for record in records] == [True, False, False, True, False, True]
+    with what.never(subject, 6):
+        subject.call(samples, 6)
+        assert api.summary(subject.pipe).reused == 0
+    assert what.why_not(subject) is None
+    assert "every_other is for a transformer" in what.why_not(Shipped("unet-digits"))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (system_node("every_othr"), "Unknown system 'every_othr'"),
+        (system_node("every_other", m=3), "every_other has no option 'm'"),
+        (system_node("every_other", n="three"), "n must be a whole number"),
+        ({**system_node("of_blocks"), "profile_scope": "stack"}, "needs a profile at scope block, not 'stack'"),
+    ],
+)
+def test_systems_that_cannot_be(systems, node, message):
+    with pytest.raises(ConfigError, match=message):
+        contender(node, TAYLOR, 6)
+
+
+def test_a_profile_is_measured_where_none_is_given():
+    subject = Shipped("dit-digits")
+    profile = measured_profile(subject, 3, "denoiser")
+    assert (profile.total, profile.scope, len(profile.samples)) == (3, "denoiser", 16)
+    assert min(seed for _, seed in profile.samples) >= FITTING_SEEDS
+    assert measured_profile(subject, 3, "denoiser") is profile
+    subject.classes = False
+    with pytest.raises(ConfigError, match="needs a profile at scope stack: give its folder"):
+        measured_profile(subject, 3, "stack")
