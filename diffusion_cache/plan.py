@@ -113,7 +113,8 @@ class Plan:
 
     schedule: compute[T][P][S]. noise_levels: log-SNR of each step, [T], or empty if the sampler does not tell.
     nodes: int32 [T, S, K], the steps whose features the weights are for, oldest first, −1 in front where there are
-    fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor. base: float64
+    fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor; without both, all
+    are left to it. base: float64
     [T, P, S], what is added to the weight of the span's input; None for zeros. An axis of length one stands for all
     passes or spans. row_passes: guidance branches stacked in the rows of one call. sigmas: the sampler's noise levels
     moved by the plan, if it moves them, in its own unit.
@@ -127,8 +128,8 @@ class Plan:
     feature: str
     schedule: Schedule
     noise_levels: tuple[float, ...]
-    nodes: Tensor
-    weights: Tensor
+    nodes: Tensor = None  # type: ignore[assignment]  # __post_init__ makes those of a plan without weights
+    weights: Tensor = None  # type: ignore[assignment]
     base: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros
     row_passes: int = 1
     sigmas: tuple[float, ...] | None = None
@@ -140,6 +141,12 @@ class Plan:
     def __post_init__(self) -> None:
         if self.nfe is None:
             object.__setattr__(self, "nfe", self.schedule.nfe)
+        if self.nodes is None and self.weights is None:
+            nothing = torch.full((self.total, 1, 1, 1), math.nan, dtype=torch.float64)
+            object.__setattr__(self, "nodes", torch.full((self.total, 1, 1), -1, dtype=torch.int32))
+            object.__setattr__(self, "weights", nothing)
+        if self.nodes is None or self.weights is None:
+            raise ConfigError(f"plan {self.name!r}: nodes and weights belong together, give both or neither")
         if self.base is None:
             object.__setattr__(self, "base", torch.zeros(self.weights.shape[:3], dtype=torch.float64))
         self._check()

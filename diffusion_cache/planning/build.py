@@ -276,8 +276,6 @@ class Planner:
             feature=settings.feature,
             schedule=schedule,
             noise_levels=self.fitting.noise_levels,
-            nodes=torch.full((self.steps, 1, 1), -1, dtype=torch.int32),
-            weights=torch.full((self.steps, 1, 1, 1), math.nan, dtype=torch.float64),
         )
 
     def _assembled(self, name: str, computed: Steps, result: trajectory.Result, settings: trajectory.Settings) -> Plan:

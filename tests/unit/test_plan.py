@@ -327,3 +327,13 @@ def test_any_plan_can_be_resampled(mask, total, shift, ends):
     assert after.computed()[0].all()
     wanted = max(1, math.floor(sum(mask) * total / len(mask) + 0.5))
     assert after.schedule.nfe == (wanted if after is not made else sum(mask))
+
+
+def test_a_plan_without_weights_is_left_to_taylor():
+    schedule = Schedule.uniform((True, False, True))
+    bare = Plan("bare", "stack", None, "auto", schedule, (2.0, 1.0, 0.0))
+    assert bare.nodes.tolist() == [[[-1]]] * 3
+    assert bare.weights.shape == (3, 1, 1, 1)
+    assert bool(bare.weights.isnan().all())
+    with pytest.raises(ConfigError, match="nodes"):
+        Plan("half", "stack", None, "auto", schedule, (), weights=bare.weights)

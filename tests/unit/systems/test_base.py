@@ -49,8 +49,6 @@ class FirstHalf(System):
             feature="auto",
             schedule=Schedule.uniform(step < total // 2 for step in range(total)),
             noise_levels=profile.noise_levels,
-            nodes=torch.full((total, 1, 1), -1, dtype=torch.int32),
-            weights=torch.full((total, 1, 1, 1), float("nan"), dtype=torch.float64),
         )
 
 
