@@ -86,9 +86,16 @@ def spaced(steps: int, computed: int, exponent: float, last: int = 0, length: in
     inner, end = computed - last, steps - last
     shares = [j / inner for j in range(inner)]
     bent = [u**exponent if exponent >= 1 else 1 - (1 - u) ** (1 / exponent) for u in shares]
-    places = [math.floor((length or end) * u + 1e-9) for u in bent]  # a whole number may come out a hair below itself
-    for j in range(1, inner):  # one step each …
-        places[j] = max(places[j], places[j - 1] + 1)
-    for j in range(inner):  # … and none past the end
-        places[j] = min(places[j], end - inner + j)
-    return (*places, *range(end, steps))
+    return (*distinct([(length or end) * u for u in bent], end), *range(end, steps))
+
+
+def distinct(places: Sequence[float], total: int) -> list[int]:
+    """The steps below ascending places, in order and each only once, moved as little as it takes; 0 comes first.
+
+    places: at most `total` of them, from 0 on.
+    """
+    steps: list[int] = []
+    for place in places:
+        below = math.floor(place + 1e-9)  # a whole number may come out a hair below itself
+        steps.append(max(below, steps[-1] + 1) if steps else 0)
+    return [min(step, total - len(steps) + j) for j, step in enumerate(steps)]

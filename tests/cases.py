@@ -14,11 +14,13 @@ STEPS = 6
 # a newly registered policy must be listed here
 REUSING: dict[str, dict[str, Any]] = {
     "interval": {"every": 2},
+    "centered": {"every": 2},
     "mask": {"mask": "101010"},
     "first_block": {"threshold": 10.0, "max_consecutive": 2},
 }
 COMPUTING: dict[str, dict[str, Any]] = {
     "interval": {"every": 1},
+    "centered": {"every": 1},
     "mask": {"mask": "1"},
     "first_block": {"warmup": STEPS},
 }
