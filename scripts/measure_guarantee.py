@@ -144,9 +144,9 @@ def repetition(number: int) -> dict[str, Any]:
 
 def schedule(planner: Planner, computed: int) -> tuple[int, ...]:
     """The steps that dynamic programming computes: the least sum of squared damages."""
-    gram = planner.gram()
+    gram = surrogate.mean_gram(planner.profile)
     errors = surrogate.taylor_errors(gram)
-    damage = surrogate.damages(errors, planner.sensitivity(), gram.diagonal(), 2.0)
+    damage = surrogate.damages(errors, surrogate.mean_sensitivity(planner.profile), gram.diagonal(), 2.0)
     return best_schedule(damage, range(computed, computed + 1))[computed].computed
 
 

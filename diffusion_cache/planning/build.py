@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,25 +160,13 @@ class Planner:
         return list(dict.fromkeys(found))
 
     def _damages(self) -> list[tuple[Any, Any]]:
-        gram, sensitivity = self.gram(), self.sensitivity()
+        gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)
         energy, errors = gram.diagonal(), surrogate.taylor_errors(gram)
         return [
             (surrogate.damages(errors, sensitivity, energy, 1.0), "sum"),
             (surrogate.damages(errors, sensitivity, energy, 2.0), "sum"),
             (surrogate.damages(errors, sensitivity, energy, 1.0), "minimax"),
         ]
-
-    def gram(self) -> np.ndarray:
-        """The Gram matrix of all spans and passes, each scaled by its own size, [T, T]."""
-        both = {name: self.profile.arrays[f"gram_{name}"] for name in ("residual", "output")}
-        spans = torch.stack([both[span.feature][i] for i, span in enumerate(self.profile.spans)]).double()
-        scale = spans.diagonal(dim1=2, dim2=3).mean(dim=2)
-        return (spans / scale.clamp_min(1e-30)[:, :, None, None]).mean(dim=(0, 1)).numpy()
-
-    def sensitivity(self) -> np.ndarray:
-        """The profile's, of each step; ones where it was not measured."""
-        found = self.profile.arrays.get("sensitivity")
-        return np.ones(self.steps) if found is None else found.double().mean(dim=0).numpy()
 
     def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
         """The scope whose starts score best, and the best schedules found there."""

@@ -11,11 +11,32 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
+from ..profile import Profile
 
 Array = NDArray[np.float64]
 
 # an array over (previous node, node, step) of so many steps takes half a gigabyte, and planning takes several
 MOST_STEPS = 400
+TINY = 1e-30
+
+
+def own_grams(profile: Profile) -> Array:
+    """Of each span's own feature: [S, P, T, T]."""
+    both = {name: profile.arrays[f"gram_{name}"].double().numpy() for name in ("residual", "output")}
+    return np.stack([both[span.feature][i] for i, span in enumerate(profile.spans)])
+
+
+def mean_gram(profile: Profile) -> Array:
+    """Of all spans and passes, each scaled by its own mean energy: [T, T]."""
+    grams = own_grams(profile)
+    scale = grams.diagonal(axis1=2, axis2=3).mean(axis=2)
+    return (grams / np.maximum(scale, TINY)[:, :, None, None]).mean(axis=(0, 1))
+
+
+def mean_sensitivity(profile: Profile) -> Array:
+    """Of all groups of spans: [T]; ones where it was not measured."""
+    found = profile.arrays.get("sensitivity")
+    return np.ones(profile.total) if found is None else found.double().mean(dim=0).numpy()
 
 
 def forecast_error(gram: ArrayLike, nodes: ArrayLike, weights: ArrayLike, target: ArrayLike) -> Array:
