@@ -66,7 +66,7 @@ def enable(
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
         method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
-            plan from a profile at their own scope.
+            plan from a profile at their own scope. Of the arguments below, it takes those that are its fields.
         profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
             shipped one ("dit-digits-ddim"), a repository, or ready-made figures ("published/magcache/flux-dev-28").
         speedup, min_psnr, nfe, plan: which of the profile's plans: the best one with that measured speed; the cheapest
@@ -90,10 +90,14 @@ def enable(
         NoSpansError: nothing to cache at the scope.
     """
     if method is not None:
-        chosen_by_it = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
-        for name, given in {**chosen_by_it, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}.items():
-            if given is not None:
+        wishes = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
+        fields = _fields(method)
+        for name, given in {**wishes, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}.items():
+            if given is None:
+                continue
+            if name not in fields:
                 raise ConfigError(f"{name} comes from the method: give {name} or method, not both")
+            options[name] = given  # some systems have a field of that name
         made = _system(pipe, method, profile, ignore, granularity, options)
         return _attached(pipe, made, group)
     wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
@@ -448,6 +452,12 @@ def _planned(
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
     return _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
+
+
+def _fields(system: "str | System") -> set[str]:
+    """The options of a published system."""
+    cls = system_registry.get(system) if isinstance(system, str) else type(system)
+    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
 def _system(

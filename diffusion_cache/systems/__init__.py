@@ -1,5 +1,25 @@
 """Published systems: where their papers cache, when they compute, with what they forecast. One file each."""
 
 from .base import DENOISER_KINDS, Parts, System
+from .deepcache import DeepCache
+from .dpcache import DPCache
+from .fora import Fora
+from .laptop import Laptop
+from .lemica import LeMiCa
+from .meancache import MeanCache
+from .smooth_cache import SmoothCache
+from .step_rehash import StepRehash
 
-__all__ = ["DENOISER_KINDS", "Parts", "System"]
+__all__ = [
+    "DENOISER_KINDS",
+    "DPCache",
+    "DeepCache",
+    "Fora",
+    "Laptop",
+    "LeMiCa",
+    "MeanCache",
+    "Parts",
+    "SmoothCache",
+    "StepRehash",
+    "System",
+]

@@ -1,0 +1,89 @@
+"""LAPTOP-Diff's idea for caching: damages of single cells (step, block) add up, so cells are chosen by knapsack."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError, DiffusionCacheWarning
+from ..plan import Plan
+from ..planning.coupled import couple
+from ..planning.static import static_plan
+from ..planning.surrogate import Array, own_grams, taylor_errors
+from ..profile import Profile
+from ..registry import systems
+from .base import System
+
+ADDITIVE = (0.5, 2.0)  # squared joint error over the sum of squares; what is measured beyond that is told
+
+
+@systems.register("laptop")
+@dataclass(frozen=True)
+class Laptop(System):
+    """The cells (step, block) to compute that keep the sum of damages of all others least within a share of compute.
+
+    keep: share of the blocks' arithmetic that is spent. A cell's
+    damage is the squared error of the final output by reusing that block at that step alone, from the profile: the
+    sensitivity measured for its third of the blocks, shared out by the blocks' own errors. It depends on how old the
+    reused feature is, so each block's cells are chosen by dynamic programming and blocks are weighed by knapsack.
+    Warns where the profile's check says that damages do not add up.
+    """
+
+    keep: float = 0.5
+
+    paper = "LAPTOP-Diff (arXiv 2404.11098)"
+    scopes = frozenset({"block"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"laptop: keep is a share of the blocks' compute, above 0 and up to 1, not {self.keep}")
+
+    def plan(self, profile: Profile) -> Plan:
+        self.missing(profile, "sensitivity")
+        ratio = self._additivity(profile)
+        shares = [span.share for span in profile.spans]
+        budget = self.keep * sum(shares) * profile.total
+        found = couple(cell_damages(profile), shares, budget)
+        computed = np.array([best.compute for best in found.schedules]).T
+        facts = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
+        return static_plan(profile, f"laptop, {self.keep:g}", computed, **facts)
+
+    def _additivity(self, profile: Profile) -> float:
+        checked = profile.facts.get("sensitivity", {}).get("additivity")
+        if checked is None:
+            raise ConfigError("laptop: this profile did not check whether damages add up: profile more than 3 steps")
+        ratio = float(checked["mean"])
+        if not ADDITIVE[0] <= ratio <= ADDITIVE[1]:
+            warnings.warn(
+                f"Damages of this model do not add up (jointly {ratio:.2g} times their sum): the cells that laptop "
+                "chooses may be far from the best. dpcache plans whole steps",
+                DiffusionCacheWarning,
+                stacklevel=2,
+            )
+        return ratio
+
+
+def cell_damages(profile: Profile) -> Iterator[Array]:
+    """Of each span, the squared final error of reusing step i at step t: [1, T, T].
+
+    Squared relative errors of a group's spans add up to the group's, each scaled by its own mean energy, as where its
+    sensitivity was measured. A group that could not be reused anywhere is never reused.
+    """
+    grams = own_grams(profile)
+    energy = grams.diagonal(axis1=2, axis2=3)
+    scale = energy.mean(axis=2, keepdims=True)
+    weights = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
+    sensitivity = profile.arrays["sensitivity"].double().numpy()
+    groups = profile.facts["sensitivity"]["groups"]
+    unmeasured = profile.facts["sensitivity"]["unmeasured"]
+    owner = {place: g for g, group in enumerate(groups) for place in group["spans"] or range(len(profile.spans))}
+    totals = np.zeros((len(groups), profile.total))
+    for place, g in owner.items():
+        totals[g] += (energy[place] * weights[place]).sum(axis=0)
+    for place, g in sorted(owner.items()):
+        if groups[g]["name"] in unmeasured:
+            yield np.full((1, profile.total, profile.total), np.inf)
+            continue
+        error = sum(taylor_errors(gram)[0] * weight for gram, weight in zip(grams[place], weights[place], strict=True))
+        yield (sensitivity[g] ** 2 * error / np.maximum(totals[g], np.finfo(float).tiny))[None]

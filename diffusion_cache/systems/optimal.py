@@ -1,0 +1,55 @@
+"""What the systems that look for an optimal schedule share: the profile's damages, and a budget of evaluations."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..context import SCOPES
+from ..errors import ConfigError
+from ..plan import Plan
+from ..planning.dynamic import Best
+from ..planning.static import spared, static_plan
+from ..planning.surrogate import Array, damages, mean_gram, mean_sensitivity, taylor_errors
+from ..profile import Profile
+from .base import System
+
+
+def step_damages(profile: Profile, order: int) -> Array:
+    """What forecasting a step does to the final output: [T, T, T] with Taylor-1, [1, T, T] with reuse (order 0)."""
+    gram = mean_gram(profile)
+    errors = taylor_errors(gram)
+    return damages(errors if order else errors[:1], mean_sensitivity(profile), gram.diagonal())
+
+
+@dataclass(frozen=True)
+class Optimal(System):
+    """The schedule with the least damage of all that take so many denoiser evaluations.
+
+    nfe: evaluations, of which a reused step of a UNet's cut still takes a part. order: of the Taylor forecast, 1, or 0
+    for reuse. Damage is the sensitivity of the final output times the relative error of the forecast, of all spans and
+    passes together: the profile's estimate of what the papers measure. Without sensitivities all steps count alike.
+    """
+
+    nfe: float
+    order: int = 1
+
+    scopes = frozenset(SCOPES)
+
+    def __post_init__(self) -> None:
+        if self.order not in (0, 1):
+            raise ConfigError(f"{self.name}: order must be 0 (reuse) or 1 (Taylor), not {self.order}")
+
+    @abstractmethod
+    def best(self, damage: Array, computed: range) -> Mapping[int, Best]:
+        """The best schedules by number of computed steps."""
+
+    def plan(self, profile: Profile) -> Plan:
+        total, share = profile.total, spared(profile)
+        count = math.floor(total - (total - self.nfe) / share + 1e-9) if share > 0 else total
+        if not 1 <= count <= total:
+            least = total - (total - 1) * share
+            raise ConfigError(f"{self.name}: nfe must be from {least:.4g} to {total}, not {self.nfe:g}")
+        found = self.best(step_damages(profile, self.order), range(count, count + 1))[count]
+        facts = {"damage": found.total, "worst": found.worst}
+        return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order, **facts)
