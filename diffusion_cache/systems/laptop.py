@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Laptop(System):
         budget = self.keep * sum(shares) * profile.total
         found = couple(cell_damages(profile), shares, budget)
         computed = np.array([best.compute for best in found.schedules]).T
-        facts = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
+        facts: dict[str, Any] = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
         return static_plan(profile, f"laptop, {self.keep:g}", computed, **facts)
 
     def _additivity(self, profile: Profile) -> float:

@@ -27,7 +27,9 @@ def test_as_many_steps_as_the_interval_and_densest_at_the_center(center, power):
         for every in (1, 2, 3, 7, 70):
             steps = Centered(every, center, power).computed(total)
             assert len(set(steps)) == len(steps) == -(-total // every)
-            assert steps == sorted(steps) and steps[0] == 0 and steps[-1] < total
+            assert steps == sorted(steps)
+            assert steps[0] == 0
+            assert steps[-1] < total
     steps = [*Centered(5, center, power).computed(1000), 1000]
     gaps = [gap for _, gap in sorted((abs((a + b) / 2 - 1000 * center), b - a) for a, b in pairwise(steps))]
     assert all(after >= before - 3 for before, after in pairwise(gaps))  # rounding moves a gap's two ends

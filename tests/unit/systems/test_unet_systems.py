@@ -120,7 +120,8 @@ def test_step_rehash_may_forecast_the_deep_feature():
     assert (plan.scope, plan.depth) == ("cut", 2)
     assert Fitted.of(plan).table[3, 0, -1] == Fit((0,), (1.0,))
     keys = StepRehash(computed=4, order=1).plan(profile)
-    assert keys.history == 2 and keys.schedule == StepRehash(computed=4).plan(profile).schedule
+    assert keys.history == 2
+    assert keys.schedule == StepRehash(computed=4).plan(profile).schedule
 
 
 def test_step_rehash_on_a_shipped_model(pipe):
@@ -130,7 +131,9 @@ def test_step_rehash_on_a_shipped_model(pipe):
         generate(pipe)
         found = [step for step, mark in enumerate(computed(pipe)) if mark == "1"]
         assert dc.summary(pipe).spans == 1
-    assert found[0] == 0 and found[-1] == STEPS - 1 and len(found) <= 4
+    assert found[0] == 0
+    assert found[-1] == STEPS - 1
+    assert len(found) <= 4
     assert found == key_steps(similarity, StepRehash(computed=4).plan(profile).facts["gamma"])
 
 
@@ -166,12 +169,15 @@ def test_on_a_temporal_unet():
 
     profile = measure(batch, [("", 1), ("", 2)], Options(scope="cut", batch=1, sensitivity_samples=0))
     assert profile.total == 6
-    assert profile.spans[0].kind == "cut" and profile.spans[0].share > 0.3
+    assert profile.spans[0].kind == "cut"
+    assert profile.spans[0].share > 0.3
     with dc.cached(pipe, method="step_rehash", profile=profile, computed=3):
         call()
         keys = [step for step, mark in enumerate(computed(pipe)) if mark == "1"]
     assert keys == key_steps(similarities(profile), StepRehash(computed=3).plan(profile).facts["gamma"])
-    assert keys[0] == 0 and keys[-1] == 5 and len(keys) <= 3
+    assert keys[0] == 0
+    assert keys[-1] == 5
+    assert len(keys) <= 3
     with dc.cached(pipe, method="step_rehash", profile=profile, gamma=1.0, warmup=6):
         assert torch.equal(call().frames, before)
     with dc.cached(pipe, method="deepcache", every=3, depth=2):
