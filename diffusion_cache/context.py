@@ -120,6 +120,13 @@ class Query(NamedTuple):
     pass_index: int = 0
 
 
+class Correction(NamedTuple):
+    """What a forecast output y becomes, scale·y + bias: numbers of each of the span's channels, or one for all."""
+
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+
+
 class Forecaster(ABC):
     """What to reuse: a linear combination of stored features. A frozen dataclass of primitives.
 
@@ -150,6 +157,15 @@ class Forecaster(ABC):
     def for_run(self, noise_levels: Sequence[float]) -> "Forecaster":
         """This forecaster for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
+
+    @property
+    def corrected_channels(self) -> int:
+        """Length of the corrections of forecast outputs: 0 where none are made, 1 if all channels are done alike."""
+        return 0
+
+    def correction(self, query: Query) -> Correction | None:
+        """How the output that is forecast is corrected; asked for only where `corrected_channels` is not 0."""
+        return None
 
     def note(self, query: Query) -> str:
         """What is to be known of a forecast beside that it was made, in a word; mostly nothing."""

@@ -19,9 +19,11 @@ from .schedule import Schedule
 FEATURES = ("auto", "residual", "output")
 MAX_HISTORY = 8
 MAX_STEPS = 10_000
+MAX_CHANNELS = 65_536
 MAX_CELLS = 10_000_000  # steps × passes × spans of one plan
 
-TENSORS = {"nodes": torch.int32, "weights": torch.float64, "base": torch.float64, "compute": torch.uint8}
+TENSORS = {"nodes": torch.int32, "weights": torch.float64, "compute": torch.uint8, "correction": torch.float64}
+OPTIONAL_TENSORS = frozenset({"correction"})
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ class Plan:
     schedule: compute[T][P][S]. noise_levels: log-SNR of each step, [T], or empty if the sampler does not tell.
     nodes: int32 [T, S, K], the steps whose features the weights are for, oldest first, −1 in front where there are
     fewer than K. weights: float64 [T, P, S, K], NaN where the step is computed or left to Taylor; without both, all
-    are left to it. base: float64
-    [T, P, S], what is added to the weight of the span's input; None for zeros. An axis of length one stands for all
-    passes or spans. row_passes: guidance branches stacked in the rows of one call. sigmas: the sampler's noise levels
-    moved by the plan, if it moves them, in its own unit.
+    are left to it. correction: float64 [T, P, S, 2, C], the scale and the bias that turn a forecast output y into
+    scale·y + bias, C = 1 or one for each of its channels, NaN where it stays as it is; None for no correction anywhere.
+    An axis of length one stands for all passes or spans. row_passes: guidance branches stacked in the rows of one call.
+    sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
     nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
     values on how it was made. quality, speed: measured on held-out samples, None if they were not.
     """
@@ -130,7 +132,7 @@ class Plan:
     noise_levels: tuple[float, ...]
     nodes: Tensor = None  # type: ignore[assignment]  # __post_init__ makes those of a plan without weights
     weights: Tensor = None  # type: ignore[assignment]
-    base: Tensor = None  # type: ignore[assignment]  # __post_init__ makes zeros
+    correction: Tensor | None = None
     row_passes: int = 1
     sigmas: tuple[float, ...] | None = None
     nfe: float = None  # type: ignore[assignment]  # __post_init__ counts the schedule's
@@ -147,8 +149,6 @@ class Plan:
             object.__setattr__(self, "weights", nothing)
         if self.nodes is None or self.weights is None:
             raise ConfigError(f"plan {self.name!r}: nodes and weights belong together, give both or neither")
-        if self.base is None:
-            object.__setattr__(self, "base", torch.zeros(self.weights.shape[:3], dtype=torch.float64))
         self._check()
 
     def _check(self) -> None:
@@ -169,20 +169,19 @@ class Plan:
         _need(where, "sigmas", all(map(math.isfinite, self.sigmas or ())), "finite numbers")
         check_facts(self.facts, where)
 
-        for name in ("nodes", "weights", "base"):
-            tensor = getattr(self, name)
+        for name, tensor in self._stored().items():
             _need(where, name, tensor.dtype == TENSORS[name], f"dtype {TENSORS[name]}, not {tensor.dtype}")
-        nodes, weights, base = self.nodes, self.weights, self.base
+        nodes, weights = self.nodes, self.weights
         _need(where, "nodes", nodes.ndim == 3 and weights.ndim == 4, "3 axes [T, S, K], and 4 [T, P, S, K] for weights")
         history = nodes.shape[2]
         _need(where, "nodes", 1 <= history <= MAX_HISTORY, f"1 to {MAX_HISTORY} a step")
         axes = [{1, size, count} for size, count in zip((passes, spans[0]), weights.shape[1:3], strict=True)]
         fitting = all(len(sizes - {1}) <= 1 and 0 not in sizes for sizes in axes)
-        fitting = fitting and (*weights.shape[:3], history) == weights.shape and base.shape == weights.shape[:3]
+        fitting = fitting and (*weights.shape[:3], history) == weights.shape
         if not fitting or nodes.shape[:2] != (steps, weights.shape[2]) or len(weights) != steps:
-            found = ", ".join(str(tuple(tensor.shape)) for tensor in (nodes, weights, base))
+            found = f"{tuple(nodes.shape)} and {tuple(weights.shape)}"
             raise ConfigError(
-                f"{where}: nodes [T, S, K], weights [T, P, S, K] and base [T, P, S] have shapes {found}, "
+                f"{where}: nodes [T, S, K] and weights [T, P, S, K] have shapes {found}, "
                 f"the schedule has T={steps}, P={passes}, S={spans[0]}"
             )
         self._check_values(where)
@@ -193,7 +192,6 @@ class Plan:
         in_order = (nodes[..., 1:] > nodes[..., :-1]) | (nodes[..., :-1] == -1)
         earlier = nodes < torch.arange(len(nodes))[:, None, None]
         _need(where, "nodes", bool(in_order.all() and earlier.all() and (nodes >= -1).all()), "earlier steps, in order")
-        _need(where, "base", bool(torch.isfinite(self.base).all()), "finite numbers")
 
         fitted = torch.isfinite(weights).any(dim=3)  # [T, P, S]
         slots = given[:, None].expand_as(weights)
@@ -206,6 +204,14 @@ class Plan:
         step, pass_index, span, slot = torch.nonzero(fitted[..., None] & slots, as_tuple=True)
         known = _where_any(computed, weights)[nodes[step, span, slot].long(), pass_index, span]
         _need(where, "nodes", bool(known.all()), "computed steps")
+        if self.correction is not None:
+            shape = self.correction.shape
+            sound = len(shape) == 5 and shape[:4] == (*weights.shape[:3], 2) and 1 <= shape[4] <= MAX_CHANNELS
+            _need(where, "correction", sound, f"[T, P, S, 2, C] with the weights' T, P and S, not {list(shape)}")
+            corrected = torch.isfinite(self.correction).all(dim=(3, 4))
+            whole = corrected | self.correction.isnan().all(dim=4).all(dim=3)
+            _need(where, "correction", bool(whole.all()), "all of an entry finite, or all of it NaN")
+            _need(where, "correction", bool((fitted | ~corrected).all()), "NaN where there are no weights")
 
     @property
     def total(self) -> int:
@@ -235,8 +241,9 @@ class Plan:
         """The plan for a run with other noise levels (log-SNR, one a step): another number of steps, another shift.
 
         Where they are this plan's own to within 1e-3 step by step, the plan itself. Otherwise the share of computed
-        steps and the noise levels where they are dense are kept, while the weights (Taylor takes their place), moved
-        sigmas and what was measured are dropped. A plan without noise levels is stretched to the number of steps.
+        steps and the noise levels where they are dense are kept, while the weights (Taylor takes their place), their
+        corrections, moved sigmas and what was measured are dropped. A plan without noise levels is stretched to the
+        number of steps.
         """
         if self.noise_levels and same_levels(self.noise_levels, noise_levels):
             return self
@@ -261,7 +268,7 @@ class Plan:
             noise_levels=tuple(float(level) for level in noise_levels),
             nodes=torch.full((total, shape[2], history), -1, dtype=torch.int32),
             weights=torch.full(shape, math.nan, dtype=torch.float64),
-            base=torch.zeros(shape[:3], dtype=torch.float64),
+            correction=None,
             sigmas=None,
             nfe=self._nfe_of(schedule),
             facts={**self.facts, "resampled_from_steps": self.total},
@@ -284,11 +291,12 @@ class Plan:
         return stored
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that belong to `to_json`: nodes, weights, base, and the schedule as compute (uint8 [T, P, S])."""
-        return {
-            **{name: getattr(self, name) for name in ("nodes", "weights", "base")},
-            "compute": self.computed().byte(),
-        }
+        """The tensors that belong to `to_json`: the plan's own, and the schedule as compute (uint8 [T, P, S])."""
+        return {**self._stored(), "compute": self.computed().byte()}
+
+    def _stored(self) -> dict[str, Tensor]:
+        stored = {"nodes": self.nodes, "weights": self.weights}
+        return stored if self.correction is None else {**stored, "correction": self.correction}
 
     @classmethod
     def from_json(cls, value: Any, tensors: Mapping[str, Tensor], where: str = "plan") -> "Plan":
@@ -308,7 +316,7 @@ class Plan:
             noise_levels=fields("noise_levels", tuple_of(number)),
             nodes=tensors["nodes"],
             weights=tensors["weights"],
-            base=tensors["base"],
+            correction=tensors.get("correction"),
             row_passes=fields("row_passes", integer),
             sigmas=fields("sigmas", optional(tuple_of(number))),
             nfe=fields("nfe", number),

@@ -33,7 +33,7 @@ from .fingerprint import (
     text,
     tuple_of,
 )
-from .plan import MAX_STEPS, TENSORS, Plan, check_facts, positions
+from .plan import MAX_STEPS, OPTIONAL_TENSORS, TENSORS, Plan, check_facts, positions
 from .registry import suggest
 
 SCHEMA = 1
@@ -540,7 +540,8 @@ def _read_arrays(path: Path, digest: str, limit: int, plans: int) -> dict[str, T
         tensors = {}
         with safe_open(path, "pt") as stored:
             names = list(stored.keys())
-            missing = sorted(of_plans.keys() - set(names))
+            needed = {name for name in of_plans if name.rpartition(".")[2] not in OPTIONAL_TENSORS}
+            missing = sorted(needed - set(names))
             if missing:
                 raise ConfigError(f"{path}: {', '.join(missing[:4])} is missing")
             for name in names:

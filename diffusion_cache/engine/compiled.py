@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Cell:
     """What the traced code of one span reads and writes.
 
-    slots: [history][leaf]; weights: [history], or [rows, history].
+    slots: [history][leaf]; weights: [history], or [rows, history]; correction: [1 or rows, 2, channels].
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class Cell:
         self.passthrough: dict[int, PassThrough] = {}
         self.slots: list[list[Tensor]] = []
         self.weights: Tensor | None = None
+        self.correction: Tensor | None = None
         self.bases: list[Tensor | None] = []
         self.feature: list[Tensor] | None = None
 
@@ -66,7 +67,8 @@ class CompiledSpans:
         """Let go of what the last call took and gave, so that calls from elsewhere pass through."""
         for cell in self.cells.values():
             cell.reuse, cell.template = False, None
-            cell.slots, cell.bases, cell.weights, cell.feature = [], [], None, None
+            cell.slots, cell.bases, cell.feature = [], [], None
+            cell.weights = cell.correction = None
 
     def call(self, run: "CacheRun", frame: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, its spans computed or reused as the frame says."""
@@ -121,7 +123,7 @@ class CompiledSpans:
             state.passthrough = dict(learned.passthrough)
         state.history.reserve(learned.like)
         cell.template, cell.passthrough, cell.slots = state.template, state.passthrough, state.history.slots
-        cell.weights = run.spans.slot_weights(frame, span, state)
+        cell.weights, cell.correction = run.spans.slot_weights(frame, span, state)
         cell.reuse = cell.weights is not None
 
     def _store(self, run: "CacheRun", frame: Frame, span: Span) -> None:
@@ -197,7 +199,7 @@ def _traced(cell: Cell, member: int, last: bool, forward: Callable) -> Callable:
                 return cell.passthrough[member].output()
             assert cell.weights is not None
             tensors = [
-                ops.forecast(base, [feature[i] for feature in cell.slots], cell.weights)
+                ops.forecast(base, [feature[i] for feature in cell.slots], cell.weights, cell.correction)
                 for i, base in enumerate(cell.bases)
             ]
             return cell.template.join(tensors)

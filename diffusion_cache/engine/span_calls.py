@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..context import Query
+from ..context import Correction, Query
+from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
 from .frame import Frame, PassKey, SpanState, Visit, written_since
@@ -202,11 +203,12 @@ class SpanCalls:
             return False
         try:
             weights, slots = self._weights(frame, span, state)
+            correction = self._correction(frame, span, state.history)
             visit.forecast = []
             for i, leaf in enumerate(state.template.leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 features = state.history.leaf(i)
-                visit.forecast.append(ops.forecast(base, [features[slot] for slot in slots], weights))
+                visit.forecast.append(ops.forecast(base, [features[slot] for slot in slots], weights, correction))
             visit.rows = frame.rows
             return True
         except Exception as error:
@@ -216,32 +218,37 @@ class SpanCalls:
             frame.reason = "failure"
             return False
 
-    def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> Tensor | None:
-        """What a span whose every slot is taken is forecast with, [slots] or [rows, slots]; None: it is computed."""
+    def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Tensor | None, Tensor | None]:
+        """What a span whose every slot is taken is forecast with; weights None: it is computed.
+
+        Weights are [slots] or [rows, slots]; a correction is [1 or rows, 2, channels], and given at each reused step
+        by a forecaster that makes any.
+        """
         assert frame.actions is not None
         if frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]:
-            return None
+            return None, None
         if not state.history:
             frame.reason = "no history"
-            return None
+            return None, None
         if not self._is_checked(span, state):
             frame.reason = "not finite"
-            return None
+            return None, None
         (lane,) = state.history.lanes
         try:
             table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
+            correction = self._correction(frame, span, state.history, always=True)
             by_slot = [dict(zip((slot for _, slot in lane), weights, strict=True)) for weights in table]
         except Exception as error:
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
-            return None
+            return None, None
         feature = state.history.slots[0][0]
         whole = [[weights.get(slot, 0.0) for slot in range(state.history.capacity)] for weights in by_slot]
         if self._run.forecaster.row_passes == 1:
-            return _tensor(whole[0], feature)
+            return _tensor(whole[0], feature), correction
         # the same shape whether branches differ or not: another one would be compiled anew
-        return _tensor(_spread(whole, len(feature)), feature)
+        return _tensor(_spread(whole, len(feature)), feature), correction
 
     def _weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Sequence[float] | Tensor, list[int]]:
         """One weight for each of the slots named; [rows, slots] where rows differ in theirs."""
@@ -267,8 +274,42 @@ class SpanCalls:
                 row[slot] = weight
         return _tensor(by_row, history.slots[0][0]), slots
 
+    def _correction(self, frame: Frame, span: Span, history: History, always: bool = False) -> Tensor | None:
+        """Scale and bias of the forecast output, [1 or rows, 2, channels]; None where nothing is corrected.
+
+        always: neutral ones then, unless the forecaster never corrects.
+        """
+        forecaster = self._run.forecaster
+        channels = forecaster.corrected_channels
+        if not channels:
+            return None
+        corrected = [leaf for leaf in history.slots[0] if leaf.is_floating_point()]
+        if channels > 1 and any(ops.channels(leaf) != channels for leaf in corrected):
+            raise ConfigError(f"corrections are of {channels} channels, and {span.name} gives others")
+        found: list[Correction | None] = []
+        for place, lane in enumerate(history.lanes):
+            asked = self._queries(frame, span, tuple(node for node, _ in lane))
+            if len(history.lanes) > 1:
+                asked = [asked[place * len(asked) // len(history.lanes)]]
+            found += [forecaster.correction(query) for query in asked]
+        if not always and not any(found):
+            return None
+        neutral = Correction((1.0,) * channels, (0.0,) * channels)
+        feature = history.slots[0][0]
+        # the same shape whether branches differ or not, as for weights
+        rows = len(feature) if len(history.lanes) > 1 or forecaster.row_passes > 1 else 1
+        return _tensor(_spread([one or neutral for one in found], rows), feature)
+
     def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[tuple[float, ...]]:
         """A weight per node, once for all rows or once for each guidance branch that is stacked in the rows."""
+        forecaster = self._run.forecaster
+        queries = self._queries(frame, span, nodes)
+        frame.note = forecaster.note(queries[0])
+        table = [forecaster.weights(query) for query in queries]
+        return table[:1] if all(weights == table[0] for weights in table[1:]) else table
+
+    def _queries(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[Query]:
+        """One for all rows, or one for each guidance branch that is stacked in the rows."""
         forecaster = self._run.forecaster
         count = forecaster.row_passes
         if count > 1 and frame.batch % count:
@@ -279,10 +320,7 @@ class SpanCalls:
             count = 1
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
-        queries = [Query(nodes, frame.step.index, index, first + i) for i in range(count)]
-        frame.note = forecaster.note(queries[0])
-        table = [forecaster.weights(query) for query in queries]
-        return table[:1] if all(weights == table[0] for weights in table[1:]) else table
+        return [Query(nodes, frame.step.index, index, first + i) for i in range(count)]
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import cast
 
-from ..context import Feature, Forecaster, Query
+from ..context import Correction, Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..fingerprint import same_levels
 from ..plan import Plan
@@ -19,10 +20,14 @@ Key = tuple[int, int, int]  # step, span group, guidance branch or ANY_PASS
 
 @dataclass(frozen=True)
 class Fit:
-    """Of one span group at one reused step, for one guidance branch: a weight for the feature of each node."""
+    """Of one span group at one reused step, for one guidance branch: a weight for the feature of each node.
+
+    correction: of the output that is forecast with them, if it is corrected.
+    """
 
     nodes: tuple[int, ...]
     weights: tuple[float, ...]
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,27 @@ class Fitted(Forecaster):
         """A plan's weights.
 
         Raises:
-            ConfigError: for a plan that weighs the spans' inputs or moves the sampler's noise levels, which this
-                version cannot carry out.
+            ConfigError: for a plan that moves the sampler's noise levels, which this version cannot carry out.
         """
-        if bool(plan.base.any()) or plan.sigmas is not None:
+        if plan.sigmas is not None:
             raise ConfigError(
-                f"plan {plan.name!r} weighs the spans' inputs or moves the sampler's noise levels, which this version "
-                "cannot do: make the plan again with it"
+                f"plan {plan.name!r} moves the sampler's noise levels, which this version cannot do: make the plan "
+                "again with it"
             )
         table: dict[Key, Fit] = {}
         steps, passes, spans, _ = plan.weights.shape
         weights, nodes = plan.weights.tolist(), plan.nodes.tolist()
+        corrections = None if plan.correction is None else plan.correction.tolist()
         for step, branch, span in product(range(steps), range(passes), range(spans)):
             used = [place for place, node in enumerate(nodes[step][span]) if node >= 0]
             values = tuple(weights[step][branch][span][place] for place in used)
             if values and not any(map(math.isnan, values)):
                 held = tuple(nodes[step][span][place] for place in used)
-                table[step, span, branch if passes > 1 else ANY_PASS] = Fit(held, values)
+                correction = None
+                if corrections is not None:
+                    scale, bias = corrections[step][branch][span]
+                    correction = None if math.isnan(scale[0]) else Correction(tuple(scale), tuple(bias))
+                table[step, span, branch if passes > 1 else ANY_PASS] = Fit(held, values, correction)
         groups = tuple(range(spans)) if spans > 1 else ()
         return cls(table, plan.history, groups, plan.row_passes, cast(Feature, plan.feature), plan.noise_levels)
 
@@ -82,8 +91,8 @@ class Fitted(Forecaster):
         return self.branches
 
     @property
-    def exact_degree(self) -> int:
-        return 0  # fitted weights sum to one, no more
+    def exact_degree(self) -> int | None:
+        return None if self.corrected_channels else 0  # fitted weights sum to one, no more
 
     def group(self, span: int) -> int:
         return self.groups[span] if self.groups else 0
@@ -93,6 +102,14 @@ class Fitted(Forecaster):
         step, group = int(query.target), self.group(query.span)
         found = self.table.get((step, group, query.pass_index)) or self.table.get((step, group, ANY_PASS))
         return found if found is not None and found.nodes == tuple(query.nodes) else None
+
+    @cached_property
+    def corrected_channels(self) -> int:  # type: ignore[override]  # counted once: the table can be long
+        return max((len(fit.correction.bias) for fit in self.table.values() if fit.correction), default=0)
+
+    def correction(self, query: Query) -> Correction | None:
+        found = self.fit(query)
+        return found.correction if found else None
 
     def note(self, query: Query) -> str:
         return "" if self.fit(query) else UNFITTED

@@ -29,6 +29,7 @@ from .dynamic import best_schedule
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
 HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3)
+REGRESSORS: tuple[dict[str, bool], ...] = ({"scale": True}, {"bias": True}, {"scale": True, "bias": True})
 FINALISTS = 3
 TIMED_PAIRS = 5
 MAX_PSNR = 120.0  # of images equal to within rounding
@@ -40,8 +41,9 @@ class Search:
 
     runs: cached generations of the fitting batch for each number of computed steps. scopes: tried for each; () for
     the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
-    steps in closed loop (else the best start is taken). polished: rounds of Gauss–Newton on the weights at the end.
-    seed: of the search's moves.
+    steps in closed loop (else the best start is taken). regressors: let the fit correct reused outputs too, where that
+    is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search's
+    moves.
     """
 
     runs: int = 60
@@ -49,6 +51,7 @@ class Search:
     last: int = 0
     fitted: bool = True
     refined: bool = True
+    regressors: bool = False
     polished: int = 2
     seed: int = 0
 
@@ -229,6 +232,8 @@ class Planner:
                 best = score, steps, result, choice
             if number == len(finalists) - 1:  # then its strengths
                 tried += [(best[1], choice) for choice in choices if choice != settings]
+            if number == len(tried) - 1 and self.search.regressors and not (choice.scale or choice.bias):
+                tried += [(best[1], replace(best[3], **also)) for also in REGRESSORS]
         assert best is not None
         return best[1:]
 
@@ -267,11 +272,12 @@ class Planner:
 
     def _assembled(self, name: str, computed: Steps, result: trajectory.Result, settings: trajectory.Settings) -> Plan:
         bare = self._bare(computed, settings)
-        nodes, weights = as_tensors(result.forecaster, self.steps, self.fitting.branches)
+        nodes, weights, correction = as_tensors(result.forecaster, self.steps, self.fitting.branches)
         facts = {
             **self._facts,
             "history": settings.history,
             "ridge": settings.ridge,
+            "regressors": [name for name in ("scale", "bias") if getattr(settings, name)],
             "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
         }
         return replace(
@@ -279,7 +285,7 @@ class Planner:
             name=name,
             nodes=nodes,
             weights=weights,
-            base=torch.zeros(weights.shape[:3], dtype=torch.float64),
+            correction=correction,
             row_passes=self.fitting.rows,
             nfe=self.nfe(len(computed), bare.scope),
             facts=facts,
@@ -342,8 +348,8 @@ def psnr(images: Tensor, reference: Tensor) -> list[float]:
     return measure.psnr(images.clamp(0, 1), reference.clamp(0, 1)).clamp(max=MAX_PSNR).tolist()
 
 
-def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor]:
-    """A fitted table as a plan's nodes [T, S, K] and weights [T, P, S, K]."""
+def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A fitted table as a plan's nodes [T, S, K], weights [T, P, S, K] and correction [T, P, S, 2, C] or None."""
     groups = max((group for _, group, _ in forecaster.table), default=0) + 1
     nodes = torch.full((steps, groups, forecaster.history), -1, dtype=torch.int32)
     weights = torch.full((steps, branches, groups, forecaster.history), math.nan, dtype=torch.float64)
@@ -352,4 +358,11 @@ def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, T
         nodes[step, group, place:] = torch.tensor(fit.nodes, dtype=torch.int32)
         weights[step, branch, group] = 0.0
         weights[step, branch, group, place:] = torch.tensor(fit.weights, dtype=torch.float64)
-    return nodes, weights
+    channels = forecaster.corrected_channels
+    if not channels:
+        return nodes, weights, None
+    correction = torch.full((*weights.shape[:3], 2, channels), math.nan, dtype=torch.float64)
+    for (step, group, branch), fit in forecaster.table.items():
+        if fit.correction:
+            correction[step, branch, group] = torch.tensor(fit.correction, dtype=torch.float64)
+    return nodes, weights, correction

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..forecasters.fitted import Fit, Fitted, Key
+from ..forecasters.fitted import Fitted, Key
 
 NUDGE = 1e-2
 DAMPINGS = (1e-3, 1e-2, 1e-1)
@@ -84,5 +84,5 @@ def _moved(forecaster: Fitted, directions: Sequence[Direction], by: Sequence[flo
             weights = list(table[key].weights)
             weights[place] += amount
             weights[-1] -= amount
-            table[key] = Fit(table[key].nodes, tuple(weights))
+            table[key] = replace(table[key], weights=tuple(weights))
     return replace(forecaster, table=table)

@@ -6,21 +6,23 @@ is the state that the uncached run has next, and w₀ the Taylor-1 weights, solv
 
     min over δ of ‖M(w₀) + Jδ − M*‖² + λ Σ_j ‖J_j‖² δ_j²   subject to Σ_j δ_j = 0 for each guidance branch and group
 
-with the derivatives J_j taken by finite differences (of reused calls, which are cheap), and go on with w₀ + δ. What
-the sampler makes of a model output is asked of a copy of itself; how guidance combines its branches is found by
-regression.
+with the derivatives J_j taken by finite differences (of reused calls, which are cheap), and go on with w₀ + δ. Further
+regressors may take part in the same system, for each branch and group: a scale of the spans' outputs, which frees the
+weights from summing to one and so weighs the spans' inputs, and a bias of each of their channels. What the sampler
+makes of a model output is asked of a copy of itself; how guidance combines its branches is found by regression.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..context import Feature, Forecaster, Policy, Query
+from .. import ops
+from ..context import Correction, Feature, Forecaster, Policy, Query
 from ..engine import Method, Observer
 from ..engine.frame import Frame
 from ..engine.patches import wrapped_step
@@ -33,6 +35,7 @@ NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}
 LOW_PRECISION_NUDGE = 0.25
 GUIDANCE_TOLERANCE = 1e-3  # what guidance may differ from a linear combination by, relative
 LENGTHS = (1.0, 0.5, 0.25)  # of the step that is solved for, where the output is not as linear as it takes it to be
+BIASED_CHANNELS = 128
 AFFINE_TOLERANCE = 1e-3  # what a sampler's step may differ from an affine map by, relative
 
 
@@ -40,7 +43,8 @@ AFFINE_TOLERANCE = 1e-3  # what a sampler's step may differ from an affine map b
 class Settings:
     """history: features kept. ridge: λ. groups: the span group of each span, or () for one; scope, depth: of the spans.
 
-    feature: what is stored (see `Forecaster`).
+    feature: what is stored (see `Forecaster`). scale, bias: correct the outputs too, strengths: their λ. A bias takes
+    a reused call for each channel and group; spans of more than BIASED_CHANNELS, or of different ones, get one for all.
     """
 
     scope: str | None = None
@@ -49,6 +53,9 @@ class Settings:
     ridge: float = 1e-3
     groups: tuple[int, ...] = ()
     feature: Feature = "auto"
+    scale: bool = False
+    bias: bool = False
+    strengths: tuple[float, float] = (1e-3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def fit(teacher: Teacher, policy: Policy, settings: Settings) -> Result:
 
 
 class _Growing(Forecaster):
-    """Weights while they are being fitted: a table that grows, and one weight moved for a moment."""
+    """Weights while they are being fitted: a table that grows, and one unknown moved for a moment."""
 
     name = "fitting"
 
@@ -88,7 +95,8 @@ class _Growing(Forecaster):
         self.feature = settings.feature
         self.table: dict[Key, Fit] = {}
         self.fitted = Fitted(self.table, settings.history, settings.groups, branches, settings.feature)
-        self._nudged: tuple[int, int, float] | None = None  # group, place of a node, by how much
+        self.channels, self.size = 0, 1.0  # how many channels are corrected; biases are solved for in units of this
+        self._nudged: tuple[int, Unknown, float] | None = None  # of which group, by how much
 
     @property
     def history(self) -> int:
@@ -106,16 +114,43 @@ class _Growing(Forecaster):
         weights = self.fitted.weights(query)
         if self._nudged is None or self._nudged[0] != self.fitted.group(query.span):
             return weights
-        _, place, by = self._nudged
-        return tuple(weight + by * (i == place) for i, weight in enumerate(weights))
+        _, (kind, place), by = self._nudged
+        return tuple(weight + by * ((kind, i) == ("weight", place)) for i, weight in enumerate(weights))
+
+    @property
+    def corrected_channels(self) -> int:
+        return self.channels
+
+    def correction(self, query: Query) -> Correction | None:
+        if self._nudged is None or self._nudged[0] != self.fitted.group(query.span):
+            return self.fitted.correction(query)
+        _, (kind, place), by = self._nudged
+        scale = 1.0 + by * (kind == "scale")
+        bias = [by * self.size * ((kind, channel) == ("bias", place)) for channel in range(self.channels)]
+        return Correction((scale,) * self.channels, tuple(bias))
 
     @contextmanager
-    def nudged(self, group: int, place: int, by: float) -> Iterator[None]:
-        self._nudged = group, place, by
+    def nudged(self, group: int, unknown: "Unknown", by: float) -> Iterator[None]:
+        self._nudged = group, unknown, by
         try:
             yield
         finally:
             self._nudged = None
+
+
+class Unknown(NamedTuple):
+    """What is solved for: the weight of a place in the history, the scale, or the bias of a channel."""
+
+    kind: Literal["weight", "scale", "bias"]
+    place: int = 0
+
+
+class _Owner(NamedTuple):
+    """Whose unknowns they are: a group's in one guidance branch, with the steps of its features."""
+
+    group: int
+    branch: int
+    nodes: tuple[int, ...]
 
 
 class _Called(NamedTuple):
@@ -128,7 +163,7 @@ class _Called(NamedTuple):
 
 class _Fitting(Observer):
     def __init__(self, teacher: Teacher, settings: Settings):
-        self.teacher, self.ridge = teacher, settings.ridge
+        self.teacher, self.settings = teacher, settings
         self.forecaster = _Growing(settings, teacher.rows)
         self.run: Any = None
         self.calls: list[_Called] = []
@@ -172,17 +207,16 @@ class _Fitting(Observer):
         guidance = _guidance(branches, before)
         target = self._target(index, given, scheduler)
         unknowns, columns = self._derivatives(index, calls, guidance, like)
-        starts = _starts(unknowns)
-        if len(unknowns) == len(starts):
+        owners = list(dict.fromkeys(owner for owner, _ in unknowns))
+        if len(unknowns) == len(owners):
             raise UnfitError("with one feature in the history there is nothing to choose")
-        delta = _solve(torch.stack(columns), (target - before).flatten(), unknowns, self.ridge).tolist()
+        delta = dict(zip(unknowns, self._solve(columns, (target - before).flatten(), unknowns), strict=True))
         size = float(target.norm().clamp_min(1e-30))
         error = float((before - target).norm()) / size
         for length in LENGTHS:
-            for (group, guided, nodes), start in starts.items():
-                ahead = zip(taylor_weights(nodes, index), delta[start : start + len(nodes)], strict=True)
-                weights = tuple(weight + length * change for weight, change in ahead)
-                self.forecaster.table[index, group, guided] = Fit(nodes, weights)
+            for owner in owners:
+                own = {unknown: length * change for (of, unknown), change in delta.items() if of == owner}
+                self.forecaster.table[index, owner.group, owner.branch] = self._found(index, owner.nodes, own)
             after = _combined(self._repeat(calls, like), guidance)
             reached = float((after - target).norm()) / size
             if reached < error:
@@ -201,10 +235,36 @@ class _Fitting(Observer):
             found += [_aligned(branch, like) for branch in branches]
         return found
 
+    def _found(self, index: int, nodes: tuple[int, ...], changes: Mapping[Unknown, float]) -> Fit:
+        scale = 1.0 + changes.get(Unknown("scale"), 0.0)
+        # what the weights add is scaled too: divided by it, the output is as linear in the unknowns as solved for
+        ahead = enumerate(taylor_weights(nodes, index))
+        weights = tuple(weight + changes[Unknown("weight", place)] / scale for place, weight in ahead)
+        channels = self.forecaster.channels
+        if not channels:
+            return Fit(nodes, weights)
+        bias = tuple(self.forecaster.size * changes.get(Unknown("bias", i), 0.0) for i in range(channels))
+        return Fit(nodes, weights, Correction((scale,) * channels, bias))
+
+    def _regressors(self, calls: Sequence[_Called]) -> list[Unknown]:
+        """Those beside the weights; the forecaster then corrects as many channels as they are for."""
+        settings = self.settings
+        if not settings.scale and not settings.bias:
+            return []
+        outputs = [leaf for call in calls for visit in call.frame.reused for leaf in visit.forecast or ()]
+        outputs = [output for output in outputs if output.is_floating_point()]
+        self.forecaster.size = float(outputs[0].double().square().mean().sqrt())
+        if not self.forecaster.channels:
+            counts = {ops.channels(output) for output in outputs}
+            wide = len(counts) > 1 or max(counts) > BIASED_CHANNELS
+            self.forecaster.channels = 1 if wide or not settings.bias else counts.pop()
+        biases = [Unknown("bias", channel) for channel in range(self.forecaster.channels)]
+        return [Unknown("scale")] * settings.scale + biases * settings.bias
+
     def _derivatives(
         self, index: int, calls: Sequence[_Called], guidance: Sequence[float], like: torch.Size
-    ) -> tuple[list[tuple[int, int, tuple[int, ...], int]], list[Tensor]]:
-        """Unknowns (group, guidance branch, nodes, place of the node) and ∂M/∂w of each, flattened."""
+    ) -> tuple[list[tuple[_Owner, Unknown]], Tensor]:
+        """What is to be solved for, and ∂M/∂ of each, flattened, [unknowns, elements]."""
         nodes: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and place of the call
         for place, call in enumerate(calls):
             for visit in call.frame.reused:
@@ -215,22 +275,33 @@ class _Fitting(Observer):
         base = [branch for call in calls for branch in call.branches]
         nudge = NUDGES.get(base[0].dtype, LOW_PRECISION_NUDGE)
         rows = self.teacher.rows
-        unknowns, columns = [], []
-        groups = sorted({group for group, _ in nodes})
-        for group in groups:
+        regressors = self._regressors(calls)
+        found: dict[tuple[_Owner, Unknown], Tensor] = {}
+        for group in sorted({group for group, _ in nodes}):
             longest = max(len(held) for (owner, _), held in nodes.items() if owner == group)
-            for node in range(longest):
-                with self.forecaster.nudged(group, node, nudge):
+            for unknown in [*(Unknown("weight", node) for node in range(longest)), *regressors]:
+                with self.forecaster.nudged(group, unknown, nudge):
                     moved = self._repeat(calls, like)
                 for position, (branch, was, weight) in enumerate(zip(moved, base, guidance, strict=True)):
-                    held = nodes.get((group, position // rows), ())
-                    if node < len(held):
-                        unknowns.append(
-                            (group, calls[position // rows].frame.position * rows + position % rows, held, node)
-                        )
-                        columns.append((weight * (branch - _aligned(was, like)) / nudge).flatten())
-        order = sorted(range(len(unknowns)), key=lambda i: (unknowns[i][0], unknowns[i][1], unknowns[i][3]))
-        return [unknowns[i] for i in order], [columns[i] for i in order]
+                    place, row = divmod(position, rows)
+                    held = nodes.get((group, place), ())
+                    if held and (unknown.kind != "weight" or unknown.place < len(held)):
+                        owner = _Owner(group, calls[place].frame.position * rows + row, held)
+                        found[owner, unknown] = (weight * (branch - _aligned(was, like)) / nudge).flatten()
+        return list(found), torch.stack(list(found.values()))
+
+    def _solve(self, columns: Tensor, wanted: Tensor, unknowns: Sequence[tuple[_Owner, Unknown]]) -> list[float]:
+        """δ by the system above, one of each unknown."""
+        settings = self.settings
+        scale, bias = settings.strengths
+        strength = {"weight": settings.ridge, "scale": scale, "bias": bias}
+        ridge = [strength[unknown.kind] for _, unknown in unknowns]
+        summed = [] if settings.scale else [owner for owner, _ in unknowns]
+        sums = [
+            [place for place, (of, unknown) in enumerate(unknowns) if of == owner and unknown.kind == "weight"]
+            for owner in dict.fromkeys(summed)
+        ]
+        return _solve(columns, wanted, ridge, sums).tolist()
 
     def _target(self, index: int, given: StepCall, scheduler: Any) -> Tensor:
         """M*: the model output that leads to the uncached run's next state, [n, ...] in float64."""
@@ -294,27 +365,17 @@ def _combined(branches: Sequence[Tensor], guidance: Sequence[float]) -> Tensor:
     return total
 
 
-def _starts(unknowns: Sequence[tuple[int, int, tuple[int, ...], int]]) -> dict[tuple[int, int, tuple[int, ...]], int]:
-    """Where the weights of each group and branch begin among the unknowns."""
-    starts: dict[tuple[int, int, tuple[int, ...]], int] = {}
-    for place, (group, branch, nodes, _) in enumerate(unknowns):
-        starts.setdefault((group, branch, nodes), place)
-    return starts
+def _solve(columns: Tensor, wanted: Tensor, ridge: Sequence[float], sums: Sequence[Sequence[int]]) -> Tensor:
+    """δ [unknowns] that minimises ‖Jᵀδ − wanted‖² + Σ_j ridge_j ‖J_j‖² δ_j², with zero sums over these sets of places.
 
-
-def _solve(
-    columns: Tensor, wanted: Tensor, unknowns: Sequence[tuple[int, int, tuple[int, ...], int]], ridge: float
-) -> Tensor:
-    """δ by the system above, [unknowns]; columns: [unknowns, elements]."""
+    columns: J, [unknowns, elements].
+    """
     count = len(columns)
     gram, right = (columns @ columns.T).cpu(), (columns @ wanted).cpu()  # on CUDA, lstsq wants full rank
-    sums = list(dict.fromkeys((group, branch) for group, branch, _, _ in unknowns))
-    system = torch.zeros(count + len(sums), count + len(sums), dtype=gram.dtype, device=gram.device)
-    system[:count, :count] = gram + ridge * torch.diag(gram.diag())
-    for row, owner in enumerate(sums):
-        for column, (group, branch, _, _) in enumerate(unknowns):
-            if (group, branch) == owner:
-                system[count + row, column] = system[column, count + row] = gram.diag().mean()
+    system = gram.new_zeros(count + len(sums), count + len(sums))
+    system[:count, :count] = gram + torch.diag(torch.tensor(ridge, dtype=gram.dtype) * gram.diag())
+    for row, places in enumerate(sums, count):
+        system[row, places] = system[places, row] = gram.diag()[places].mean()
     found = torch.linalg.lstsq(system, torch.cat([right, right.new_zeros(len(sums))])[:, None]).solution.flatten()
     if not bool(torch.isfinite(found).all()):
         raise UnfitError("the system that gives the weights has no solution")

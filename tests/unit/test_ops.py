@@ -63,6 +63,33 @@ def test_each_row_has_its_own_weights(dtype, shape, count, with_base):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [((3, 63), 1), ((3, 5, 7), 2), ((3, 2, 4, 4), 1), ((3, 2, 5, 4, 4), 1)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+    "weights", [(0.5, -0.25), (0.0, 0.0), torch.tensor([0.5, -0.25])], ids=["some", "none", "tensor"]
+)
+def test_corrections(dtype, shape, axis, rows, alike, weights):
+    """scale·y + bias of each channel, or of all alike, rounded once."""
+    features, base = [random(shape, dtype, seed) for seed in range(2)], random(shape, dtype, 9)
+    count = shape[axis]
+    correction = random((rows, 2, 1 if alike else count), torch.float64, 3)
+    spread = [1] * len(shape)
+    spread[0], spread[axis] = rows, count
+    scale, bias = (part.expand(rows, count).reshape(spread) for part in correction.unbind(1))
+    result = ops.forecast(base, features, weights, correction)
+    # the same sum, of inputs that are scaled already
+    scaled = [tensor.double() * scale for tensor in (*features, base)]
+    expected = sum(float(w) * tensor for w, tensor in zip([*weights, 1.0], scaled, strict=True)) + bias
+    magnitude = sum(tensor.abs() for tensor in scaled) + bias.abs()
+    accumulate = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert (result.dtype, result.shape) == (dtype, shape)
+    bound = torch.finfo(dtype).eps / 2 * expected.abs() * 1.001 + 8 * accumulate * magnitude + torch.finfo(dtype).tiny
+    assert bool(((result.double() - expected).abs() <= bound).all())
+    assert ops.channels(result) == count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_with_equal_weights_are_one_forecast(dtype):
     """As many rows as features, so that rows and columns of the weights could be confused."""
     features = [random((2, 5), dtype, seed) for seed in range(2)]
@@ -132,6 +159,11 @@ def test_zero_weights():
 
 def test_integers_are_reused_as_they_are():
     assert torch.equal(ops.forecast(None, [torch.arange(3)], (1.0,)), torch.arange(3))
+
+
+def test_integers_are_not_corrected():
+    corrected = ops.forecast(None, [torch.arange(4).reshape(2, 2)], (1.0,), torch.full((1, 2, 1), 0.5))
+    assert torch.equal(corrected, torch.arange(4).reshape(2, 2))
 
 
 def test_integers_of_rows_are_reused_as_they_are():

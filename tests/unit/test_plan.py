@@ -94,9 +94,7 @@ def test_defaults():
     made = plan()
     assert (made.total, made.history, made.passes, made.spans) == (6, 2, 1, 1)
     assert made.nfe == 2.0
-    assert made.base.dtype == torch.float64
-    assert made.base.shape == (6, 1, 1)
-    assert not made.base.any()
+    assert made.correction is None
     assert made.computed().shape == (6, 1, 1)
     assert made.computed().flatten().tolist() == [True, False, False, True, False, False]
 
@@ -112,6 +110,15 @@ def test_axes_of_length_one_stand_for_all():
     nodes, weights = empty(3)
     nodes[2, 0], weights[2, 0, 0] = torch.tensor([0, 1]), torch.tensor([0.5, 0.5])
     assert plan(schedule=both, noise_levels=levels(3), nodes=nodes, weights=weights).spans == 2
+
+
+def correction(values=None, spans=1, channels=3):
+    """Of the one step that has weights; then with these values at these places."""
+    found = torch.full((6, 1, spans, 2, channels), NAN, dtype=torch.float64)
+    found[4, :, :, 0], found[4, :, :, 1] = 1.25, torch.linspace(-1, 1, channels, dtype=torch.float64)
+    for place, value in (values or {}).items():
+        found[place] = value
+    return found
 
 
 def changed(name, place, value):
@@ -134,13 +141,19 @@ def changed(name, place, value):
         ({"facts": {"a": NAN}}, "facts"),
         ({"nodes": plan().nodes.long()}, "int32"),
         ({"weights": plan().weights.float()}, "float64"),
-        ({"base": torch.zeros(6, 1, 1)}, "float64"),
-        ({"base": torch.zeros(6, 1, 2, dtype=torch.float64)}, "shapes"),
-        ({"base": torch.full((6, 1, 1), NAN, dtype=torch.float64)}, "base: expected finite"),
+        ({"correction": correction().float()}, "float64"),
+        ({"correction": correction(spans=2)}, r"correction: expected \[T, P, S, 2, C\]"),
+        ({"correction": correction()[:5]}, r"not \[5, 1, 1, 2, 3\]"),
+        ({"correction": correction(channels=0)}, r"not \[6, 1, 1, 2, 0\]"),
+        ({"correction": correction()[..., 0]}, r"not \[6, 1, 1, 2\]"),
+        ({"correction": correction({(4, 0, 0, 1, 2): NAN})}, "all of it NaN"),
+        ({"correction": correction({(4, 0, 0, 0, 0): INF})}, "all of it NaN"),
+        ({"correction": correction({(3,): 1.0})}, "NaN where there are no weights"),  # a computed step
+        ({"correction": correction({(2,): 1.0})}, "NaN where there are no weights"),  # left to Taylor
         ({"nodes": plan().nodes[:, 0]}, "axes"),
         ({"nodes": plan().nodes[:5]}, "shapes"),
         ({"nodes": plan().nodes[..., :1]}, "shapes"),
-        ({"weights": plan().weights[:5], "base": torch.zeros(5, 1, 1, dtype=torch.float64)}, "shapes"),
+        ({"weights": plan().weights[:5]}, "shapes"),
         ({"nodes": plan().nodes[..., :0], "weights": plan().weights[..., :0]}, "1 to 8"),
         ({"schedule": Schedule.uniform([True] * 5)}, "noise levels"),
         ({"schedule": Schedule((((True,),) * 2,) * 3 + (((True,),),) * 3)}, "same passes"),
@@ -193,7 +206,7 @@ def test_storing_changes_nothing():
         noise_levels=(-INF, *levels(5)),
         sigmas=(3.0, 2.0, 1.5, 1.0, 0.5, 0.1),
         nfe=2.25,
-        base=torch.randn(6, 1, 1, dtype=torch.float64),
+        correction=correction(),
         facts={"objective": "power", "strength": 1e-3, "notes": ["a"]},
         quality=Quality.of("psnr", [30.5, INF, 31.0], [5, 6, 7]),
         speed=Speed(2.0, 1.9, 2.1, "cpu", 4),
@@ -224,9 +237,15 @@ def test_its_own_noise_levels_keep_a_plan_as_it_is():
 
 def test_resampling_drops_what_no_longer_holds():
     measured = Quality.of("psnr", [30.0], [1]), Speed(2.0, 2.0, 2.0, "cpu", 1)
-    made = plan(sigmas=tuple(range(1, 7)), quality=measured[0], speed=measured[1], facts={"objective": "sum"})
+    made = plan(
+        sigmas=tuple(range(1, 7)),
+        correction=correction(),
+        quality=measured[0],
+        speed=measured[1],
+        facts={"objective": "sum"},
+    )
     after = made.resampled(levels(12))
-    assert (after.quality, after.speed, after.sigmas) == (None, None, None)
+    assert (after.quality, after.speed, after.sigmas, after.correction) == (None,) * 4
     assert after.weights.isnan().all()
     assert (after.nodes == -1).all()
     assert after.nodes.shape == (12, 1, 2)

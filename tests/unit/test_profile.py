@@ -229,7 +229,7 @@ def test_plans_must_fit_the_profile():
             arrays={name: value[:, :1] for name, value in arrays().items() if name.startswith("gram")},
         )
     nodes, weights = torch.full((6, 2, 1), -1, dtype=torch.int32), torch.full((6, 1, 2, 1), NAN, dtype=torch.float64)
-    two_spans = replace(plan(), nodes=nodes, weights=weights, base=None)
+    two_spans = replace(plan(), nodes=nodes, weights=weights)
     with pytest.raises(ConfigError, match="2 spans"):
         profile(plans=(two_spans,))
     assert profile(plans=(replace(two_spans, scope="denoiser"),)).plans  # its spans are not the profile's
@@ -336,7 +336,7 @@ def long_run(body):
         (set_in("plans", 0, "speed", "low", value=99.0), "spread"),
         (set_in("plans", 0, value=[]), "expected an object"),
         (set_in("plans", value=[{}, {}]), "is missing"),
-        (set_in("plans", value=[{}] * 3), "plan.2.base"),
+        (set_in("plans", value=[{}] * 3), "plan.2.compute"),
         (set_in("plans", value=[{}]), "no array of a profile"),
         (set_in("plans", value=[{}] * 2000), "is missing"),
         (lambda body: body.pop("facts"), "facts is missing"),

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.context import Query
+from diffusion_cache.context import Correction, Query
 from diffusion_cache.engine import Method, Observer
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Taylor
@@ -29,10 +29,24 @@ def some_weights(step, branch, count):
     return (*first, 1 - sum(first))
 
 
-def table(branches, alike=(), groups=1):
-    """For all reused steps but the last, which is left to Taylor; in steps of `alike` the branches share theirs."""
+def some_correction(step, branch, channels):
+    """Of each step, branch and channel its own; none at step 4."""
+    found = [0.1 * torch.cos(torch.tensor(5.0 * step + 2 * branch + i)).item() for i in range(2 * channels)]
+    scale, bias = (1.0 + x for x in found[:channels]), found[channels:]
+    return Correction(tuple(scale), tuple(bias)) if channels and step != 4 else None
+
+
+def table(branches, alike=(), groups=1, channels=0):
+    """For all reused steps but the last, which is left to Taylor; in steps of `alike` the branches share theirs.
+
+    channels: that are corrected.
+    """
     return {
-        (step, group, branch): Fit(nodes, some_weights(step + 10 * group, 0 if step in alike else branch, len(nodes)))
+        (step, group, branch): Fit(
+            nodes,
+            some_weights(step + 10 * group, 0 if step in alike else branch, len(nodes)),
+            some_correction(step + 10 * group, branch, channels),
+        )
         for step, nodes in NODES.items()
         if step != 7
         for group in range(groups)
@@ -69,6 +83,25 @@ def test_only_the_case_that_was_fitted_has_its_weights():
     assert fitted.weights(Query((1, 2, 4), 6, 1, 0)) == pytest.approx((0.0, -1.0, 2.0))  # another target
     assert fitted.weights(Query((1, 2, 4), 5, 0, 0)) == pytest.approx(taylor)  # a span of another group
     assert fitted.weights(Query((1, 2, 4), 5, 1, 1)) == pytest.approx(taylor)  # another guidance branch
+
+
+def test_a_correction_goes_with_its_weights():
+    correction = Correction((1.5, 0.5), (0.0, -1.0))
+    fitted = Fitted({(5, 1, 0): Fit((1, 4), (0.5, 0.5), correction)}, groups=(0, 1))
+    assert (fitted.corrected_channels, fitted.exact_degree) == (2, None)
+    assert fitted.correction(Query((1, 4), 5, 1, 0)) == correction
+    for other in (Query((0, 4), 5, 1, 0), Query((1, 4), 6, 1, 0), Query((1, 4), 5, 0, 0), Query((1, 4), 5, 1, 1)):
+        assert fitted.correction(other) is None
+    assert Fitted(table(1)).corrected_channels == Taylor().corrected_channels == 0
+
+
+def test_channels_that_do_not_fit_are_computed():
+    """With a warning; an output of other channels must not be stretched to those of its correction."""
+    name, pipe = "dit-digits", reference.load("dit-digits")
+    expected = generate(name, pipe)
+    told_of = pytest.warns(dc.DiffusionCacheWarning, match="corrections are of 3 channels, and transformer_blocks")
+    with dc.cached(pipe, Mask(MASK), Fitted(table(2, channels=3), branches=2), scope="stack"), told_of:
+        assert (generate(name, pipe) - expected).abs().max() <= 1e-5
 
 
 def test_without_groups_all_spans_share_their_weights():
@@ -129,21 +162,25 @@ def generate(name, pipe, labels=(3, 8), guidance=None, steps=STEPS):
 
 
 @pytest.mark.parametrize(
-    ("name", "scope", "calls", "rows", "groups"),
+    ("name", "scope", "calls", "rows", "groups", "channels"),
     [
-        ("dit-digits", "denoiser", 1, 2, ()),
-        ("dit-digits", "stack", 1, 2, ()),
-        ("unet-digits", "denoiser", 1, 2, ()),
-        ("unet-digits", "cut", 1, 2, ()),
-        ("wan-moving-digits", "stack", 2, 1, ()),
-        ("dit-digits", "block", 1, 2, (0, 1) * 6),
-        ("flux-digits", "stack", 1, 1, (0, 1)),
+        ("dit-digits", "denoiser", 1, 2, (), 0),
+        ("dit-digits", "stack", 1, 2, (), 0),
+        ("dit-digits", "stack", 1, 2, (), 96),
+        ("unet-digits", "denoiser", 1, 2, (), 1),
+        ("unet-digits", "cut", 1, 2, (), 0),
+        ("wan-moving-digits", "stack", 2, 1, (), 0),
+        ("wan-moving-digits", "stack", 2, 1, (), 1),
+        ("dit-digits", "block", 1, 2, (0, 1) * 6, 1),
+        ("flux-digits", "stack", 1, 1, (0, 1), 0),
+        ("flux-digits", "stack", 1, 1, (0, 1), 96),
+        ("flux-digits", "denoiser", 1, 1, (), 4),
     ],
 )
-def test_each_guidance_branch_has_its_own_weights(name, scope, calls, rows, groups):
-    """Against a sum by hand over the features that the spans were seen to have."""
+def test_each_guidance_branch_has_its_own_weights(name, scope, calls, rows, groups, channels):
+    """Against a sum by hand over the features that the spans were seen to have; and so with its own corrections."""
     branches = calls * rows
-    fits = table(branches, groups=len(set(groups)) or 1)
+    fits = table(branches, groups=len(set(groups)) or 1, channels=channels)
     pipe, seen = reference.load(name), Features()
     method = Method(Guarded(Mask(MASK)), Fitted(fits, 3, groups, rows), scope, granularity="batch")
     with attached(pipe, method, seen) as session:
@@ -158,6 +195,11 @@ def test_each_guidance_branch_has_its_own_weights(name, scope, calls, rows, grou
                 weights = fits[key].weights if key in fits else taylor_weights(nodes, step)
                 held = [seen.features[span, position, node][stream].chunk(rows)[row] for node in nodes]
                 expected = expected + sum(w * feature for w, feature in zip(weights, held, strict=True))
+                if key in fits and fits[key].correction:
+                    # tokens' channels are their last axis, images' the second one
+                    scale, bias = torch.tensor(fits[key].correction, dtype=torch.float64)
+                    spread = (-1, *[1] * (expected.ndim - 2)) if expected.ndim > 3 else (-1,)
+                    expected = scale.reshape(spread) * expected + bias.reshape(spread)
                 assert (part - expected).norm() <= 2e-6 * expected.norm()
 
 
@@ -198,10 +240,12 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("dit-digits", 2), ("wan-moving-digits", 1)])
-def test_branches_of_a_denoiser_compiled_as_a_whole(name, rows, fresh_compiler):
-    """At some steps their weights differ, at others not: two graphs serve all."""
-    method = (Mask(MASK), Fitted(table(2, alike=(4,)), branches=rows))
+@pytest.mark.parametrize(
+    ("name", "rows", "channels"), [("dit-digits", 2, 0), ("dit-digits", 2, 96), ("wan-moving-digits", 1, 1)]
+)
+def test_branches_of_a_denoiser_compiled_as_a_whole(name, rows, channels, fresh_compiler):
+    """At some steps their weights differ or outputs are corrected, at others not: two graphs serve all."""
+    method = (Mask(MASK), Fitted(table(2, alike=(4,), channels=channels), branches=rows))
     plain = reference.load(name)
     with dc.cached(plain, *method, scope="stack"):
         expected = generate(name, plain)

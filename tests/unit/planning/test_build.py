@@ -208,7 +208,7 @@ def test_tables_and_tensors_say_the_same():
         (3, 1, 0): Fit((2,), (1.0,)),
         (5, 1, 1): Fit((0, 2, 4), (0.1, -0.1, 1.0)),
     }
-    nodes, weights = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    nodes, weights, _ = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
     assert (nodes.shape, weights.shape) == ((6, 2, 3), (6, 2, 2, 3))
     assert nodes[3].tolist() == [[-1, 0, 2], [-1, -1, 2]]
     assert weights[3, 1, 0].tolist() == [0.0, -0.25, 1.25]
