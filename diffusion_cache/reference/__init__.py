@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..registry import unknown_name
-from .models import MODELS, NULL_CLASS, ReferenceModel, class_embeddings, scheduler
+from .models import BARE, MODELS, NULL_CLASS, ReferenceModel, class_embeddings, scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,13 +34,17 @@ def spec(name: str) -> ReferenceModel:
 
 
 def card(name: str) -> dict[str, Any]:
-    """What is known of a shipped model: data, training, hardware, loss, class accuracy."""
-    return json.loads((WEIGHTS / spec(name).name / "card.json").read_text())
+    """What is known of a shipped model: data, training, hardware, loss, and how it passed its gate."""
+    return json.loads((_folder(name) / "card.json").read_text())
+
+
+def _folder(name: str) -> Path:
+    return WEIGHTS / (name if name in BARE else spec(name).name)
 
 
 def save(name: str, model: nn.Module, card: Mapping[str, Any]) -> Path:
     """Store a trained denoiser as 16-bit weights beside its card; returns the folder."""
-    folder = WEIGHTS / spec(name).name
+    folder = _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
@@ -51,7 +55,7 @@ def save(name: str, model: nn.Module, card: Mapping[str, Any]) -> Path:
 
 def update_card(name: str, entries: Mapping[str, Any]) -> None:
     """Add entries to a shipped model's card."""
-    path = WEIGHTS / spec(name).name / "card.json"
+    path = _folder(name) / "card.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2) + "\n")
 
 
