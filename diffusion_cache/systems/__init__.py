@@ -1,5 +1,6 @@
 """Published systems: where their papers cache, when they compute, with what they forecast. One file each."""
 
+from .bac import BAC
 from .base import DENOISER_KINDS, Parts, System
 from .deepcache import DeepCache
 from .dpcache import DPCache
@@ -11,6 +12,7 @@ from .smooth_cache import SmoothCache
 from .step_rehash import StepRehash
 
 __all__ = [
+    "BAC",
     "DENOISER_KINDS",
     "DPCache",
     "DeepCache",

@@ -1,0 +1,109 @@
+"""BAC: each branch is updated at the steps that keep its reused outputs most alike, and the worst with what follows.
+
+Ji et al., Block-wise Adaptive Caching for Accelerating Diffusion Policy (ICLR 2026, arXiv 2506.13456). Its adaptive
+caching scheduler gives each branch of each block `updates` steps, of which step 0 is one, so that the similarities of
+reused outputs to the one that they are reused from add up to the most: Σ_t S[a(t), t] with S the cosine between the
+branch's outputs at two steps and a(t) the last update. That is `planning.dynamic` with the damage 1 − S. Bubbling union:
+of the `upstream` branches whose outputs differ most between steps, each is also updated whenever a feed-forward branch
+behind it is, which by then may have taken over updates itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..plan import Plan
+from ..planning.dynamic import best_schedule
+from ..planning.reusing import reusing
+from ..profile import Profile
+from ..registry import systems
+from .base import System
+
+
+@systems.register("bac")
+@dataclass(frozen=True)
+class BAC(System):
+    """Updates each branch at its own best steps, and the worst ones with the feed-forwards behind them.
+
+    updates: steps that a branch computes, before the union. upstream: branches that the union is made for, 0 for none.
+    unified: one schedule for all branches, best for their mean similarity.
+    """
+
+    updates: int = 10
+    upstream: int = 3
+    unified: bool = False
+
+    paper = "BAC (ICLR 2026, arXiv 2506.13456)"
+    scopes = frozenset({"branch"})
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or self.upstream < 0:
+            raise ConfigError(
+                f"{self.name} needs updates ≥ 1 and upstream ≥ 0: updates={self.updates}, upstream={self.upstream}"
+            )
+
+    def plan(self, profile: Profile) -> Plan:
+        if len({span.denoiser for span in profile.spans}) > 1:
+            raise ConfigError(f"{self.name} is for one denoiser, and this profile has spans of several")
+        alike = similarity(profile.arrays["gram_output"])
+        if self.unified:
+            steps = [update_steps(alike.mean(dim=0), self.updates)] * len(profile.spans)
+        else:
+            steps = [update_steps(values, self.updates) for values in alike]
+        apart = spread(profile.arrays["gram_output"], [span.elements for span in profile.spans])
+        worst = sorted(apart.argsort(descending=True)[: self.upstream].tolist())
+        names = [span.name for span in profile.spans]
+        steps = bubbling_union(steps, worst, [place for place, name in enumerate(names) if is_feed_forward(name)])
+        facts = {"system": self.name, "updates": self.updates, "upstream": [names[place] for place in worst]}
+        return reusing(f"{self.name}-{self.updates}", profile, steps, facts)
+
+
+def similarity(gram: Tensor) -> Tensor:
+    """Cosine between a span's features at two steps, mean over passes, [S, T, T], from inner products [S, P, T, T]."""
+    norms = gram.double().diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    between = norms[..., :, None] * norms[..., None, :]
+    return torch.where(between > 0, gram / between.clamp_min(1e-300), 1.0).clamp_max(1.0).mean(dim=1)
+
+
+def update_steps(alike: Tensor, updates: int) -> frozenset[int]:
+    """The `updates` steps, 0 among them, with the largest Σ_t S[a(t), t]; alike: S, [T, T].
+
+    Raises:
+        ConfigError: for more updates than steps, and similarities that are not finite.
+    """
+    damage = 1.0 - alike.double().numpy()[None]
+    return frozenset(best_schedule(damage, range(updates, updates + 1))[updates].computed)
+
+
+def spread(gram: Tensor, elements: Sequence[int]) -> Tensor:
+    """How far a branch's outputs lie apart, [S]: root mean square over elements, mean over pairs of steps and passes.
+
+    gram: inner products, [S, P, T, T]; elements: numbers in an output of each branch. The paper takes the mean absolute
+    difference over elements, which inner products do not tell.
+    """
+    energy = gram.double().diagonal(dim1=-2, dim2=-1)
+    squares = energy[..., :, None] + energy[..., None, :] - 2 * gram
+    pairs = max(gram.shape[-1] * (gram.shape[-1] - 1), 1) * gram.shape[1]
+    distances = (squares.clamp_min(0) / torch.tensor(elements)[:, None, None, None]).sqrt()
+    return distances.sum(dim=(1, 2, 3)) / pairs
+
+
+def bubbling_union(
+    steps: Sequence[frozenset[int]], worst: Sequence[int], feed_forward: Sequence[int]
+) -> list[frozenset[int]]:
+    """The update steps of each branch, in the order they run, where the worst take over those of feed-forwards behind.
+
+    From the last branch on, so that what a feed-forward has taken over itself is passed on.
+    """
+    found = list(steps)
+    for branch in sorted(worst, reverse=True):
+        found[branch] = found[branch].union(*(found[place] for place in feed_forward if place > branch))
+    return found
+
+
+def is_feed_forward(name: str) -> bool:
+    """Whether a branch of that name is one; the others are attention."""
+    return "att" not in name.rsplit(".", 1)[-1].lower()
