@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import Method, Observer, Session
 from ..engine.frame import Frame
@@ -27,6 +27,24 @@ class Batch:
     call: Callable[[], Any]
     images: Callable[[Any], Tensor]
     count: int
+
+
+class Loop:
+    """A bare denoiser and the scheduler that one's own loop steps, as a pipeline for `Batch`.
+
+    Called with the loop, a function that makes the samples with both and gives them as a tensor, it runs it.
+    """
+
+    def __init__(self, denoiser: nn.Module, scheduler: Any):
+        self.components = {"denoiser": denoiser}
+        self.scheduler = scheduler
+
+    def __call__(self, loop: Callable[[], Tensor]) -> Tensor:
+        return loop()
+
+    def batch(self, loop: Callable[[], Tensor], count: int) -> Batch:
+        """The batch of `count` samples that the loop makes, the same every time."""
+        return Batch(self, lambda: self(loop), lambda samples: samples, count)
 
 
 @dataclass

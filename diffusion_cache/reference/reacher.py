@@ -25,7 +25,7 @@ HORIZON, EXECUTED = 16, 8
 STEPS = 100
 OBSERVED = 5  # tokens of an observation
 WIDTH, LAYERS, HEADS = 64, 6, 4
-GATE = 0.85
+GATE = 0.7
 FIRST_SEED = 50_000  # of the episodes that the gate is passed on
 
 Within = Callable[[], AbstractContextManager[Any]]

@@ -14,7 +14,9 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.subjects import last_latents
 from diffusion_cache.forecasters import Reuse
 from diffusion_cache.policies import Guarded, Interval
-from diffusion_cache.profiling.generation import Batch, StepCall, attached, state_of, teach
+from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, state_of, teach
+from diffusion_cache.profiling.measure import Options, measure
+from diffusion_cache.reference.reacher import Reacher, act
 
 STEPS = 6
 LABELS, SEEDS = (3, 8), (5, 6)
@@ -204,3 +206,31 @@ def test_the_state_in_what_a_step_returns(scheduler):
         assert state.shape == sample.shape
         torch.manual_seed(0)
         assert torch.equal(state, scheduler.step(sample, time, sample).prev_sample)
+
+
+def test_a_bare_denoiser_in_a_loop_of_ones_own_is_profiled():
+    torch.manual_seed(0)
+    loop = Loop(Reacher().eval(), DDPMScheduler(100))
+    model, observation = loop.components["denoiser"], torch.randn(2, 5, 2)
+
+    def make(samples):
+        def actions():
+            generators = [torch.Generator().manual_seed(seed) for _, seed in samples]
+            return act(model, observation[: len(samples)], generators, STEPS, loop.scheduler)
+
+        return loop.batch(actions, len(samples))
+
+    found = []
+    handle = model.blocks[1].ff.register_forward_hook(lambda module, args, output: found.append(output))
+    expected = make([("", 3), ("", 4)]).call()
+    handle.remove()
+    options = Options("branch", batch=2, sensitivity_samples=2, sensitivity_steps=2)
+    profile = measure(make, [("", 3), ("", 4)], options)
+    names = [span.name for span in profile.spans]
+    assert names[:3] == ["blocks.0.attn1", "blocks.0.attn2", "blocks.0.ff"]
+    assert (len(names), profile.total, profile.passes) == (18, STEPS, ("0",))
+    assert len(profile.noise_levels) == STEPS
+    outputs = torch.stack(found).double().flatten(2)  # steps, samples
+    gram = torch.einsum("tni,uni->tu", outputs, outputs) / 2
+    torch.testing.assert_close(profile.arrays["gram_output"][names.index("blocks.1.ff"), 0], gram, rtol=1e-5, atol=1e-6)
+    assert torch.equal(teach(make([("", 3), ("", 4)])).images, expected)
