@@ -1,9 +1,9 @@
 """A small Diffusion-Policy transformer (Chi et al. 2023, arXiv 2303.04137) for the task of `reaching`.
 
 It denoises the next HORIZON positions given what was seen; the first EXECUTED of them are done, then it is asked
-again (receding horizon). Like the original's transformer, its tokens are actions, and the noise level comes in among the
-observations that cross-attention reads. It is a bare denoiser, for a loop of one's own; scripts/train_reference.py
-trains it.
+again (receding horizon). Like the original's transformer, its tokens are actions, and the noise level comes in among
+the observations that cross-attention reads. It is a bare denoiser, for a loop of one's own;
+scripts/train_reference.py trains it.
 """
 
 from collections.abc import Callable, Sequence

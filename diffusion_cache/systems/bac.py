@@ -2,10 +2,10 @@
 
 Ji et al., Block-wise Adaptive Caching for Accelerating Diffusion Policy (ICLR 2026, arXiv 2506.13456). Its adaptive
 caching scheduler gives each branch of each block `updates` steps, of which step 0 is one, so that the similarities of
-reused outputs to the one that they are reused from add up to the most: Σ_t S[a(t), t] with S the cosine between the
-branch's outputs at two steps and a(t) the last update. That is `planning.dynamic` with the damage 1 − S. Bubbling union:
-of the `upstream` branches whose outputs differ most between steps, each is also updated whenever a feed-forward branch
-behind it is, which by then may have taken over updates itself.
+reused outputs to the ones they are taken from add up to the most: Σ_t S[a(t), t] with S the cosine between the branch's
+outputs at two steps and a(t) the last update. That is `planning.dynamic` with the damage 1 − S. Bubbling union: of the
+`upstream` branches whose outputs differ most between steps, each is also updated whenever a feed-forward branch behind
+it is, which by then may have taken over updates itself.
 """
 
 from collections.abc import Sequence

@@ -55,7 +55,9 @@ def test_the_wall_is_touched_everywhere_but_in_its_gates():
 def test_a_step_is_no_longer_than_its_speed():
     position = torch.zeros(2, 2)
     moved = reaching.move(position, torch.tensor([[3.0, 4.0], [0.03, 0.04]]))
-    torch.testing.assert_close(moved, torch.tensor([[0.6, 0.8], [0.0, 0.0]]) * reaching.SPEED + moved[1] * torch.eye(2)[1])
+    torch.testing.assert_close(
+        moved, torch.tensor([[0.6, 0.8], [0.0, 0.0]]) * reaching.SPEED + moved[1] * torch.eye(2)[1]
+    )
     assert moved[1].tolist() == pytest.approx([0.03, 0.04])
 
 
@@ -113,7 +115,7 @@ def test_it_succeeds_by_both_ways(model):
 
 
 def test_cached_in_a_loop_of_ones_own(model):
-    """Computing everything changes nothing; with a step of all reused for good, no episode succeeds."""
+    """Computing everything changes nothing; reusing everything after the first step changes the actions."""
     seeds = range(4)
     within = {
         every: lambda every=every: dc.run(

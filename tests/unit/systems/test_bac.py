@@ -69,9 +69,7 @@ def test_similarity_is_the_cosine_averaged_over_passes():
 
 def test_spread_is_the_mean_distance_between_outputs():
     features = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # passes, steps
-    differences = [
-        (one[a] - one[b]).square().mean().sqrt() for one in features for a, b in combinations(range(7), 2)
-    ]
+    differences = [(one[a] - one[b]).square().mean().sqrt() for one in features for a, b in combinations(range(7), 2)]
     expected = torch.stack(differences).mean()
     found = spread((features @ features.mT)[None], [6])
     torch.testing.assert_close(found, expected[None])
