@@ -65,8 +65,8 @@ def load(dtype: torch.dtype = torch.float32) -> Reacher:
     return model.to(dtype).eval()
 
 
-def scheduler() -> DDPMScheduler:
-    """Of as many steps as it was trained with."""
+def scheduler() -> Any:
+    """DDPM, of as many steps as it was trained with."""
     return DDPMScheduler(num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
 
 

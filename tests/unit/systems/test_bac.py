@@ -125,6 +125,9 @@ def test_what_runs_is_the_plan(pipe, profile):
         return pipe(**{**inputs, "generator": again}).images
 
     full = executed_flops(generate)
+    uncached = generate()
+    with dc.cached(pipe, method="bac", profile=profile, updates=3, max_reused=0):
+        assert torch.equal(generate(), uncached)
     with dc.cached(pipe, method="bac", profile=profile, updates=3, upstream=2), count_blocks(branches) as counted:
         found = generate()
         assert counted.per_block == [len(steps) for steps in update_sets(plan)]
@@ -136,7 +139,8 @@ def test_what_runs_is_the_plan(pipe, profile):
             stack.enter_context(by_hand(module, steps))
         expected = generate()
     torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, generate())
+    assert torch.equal(generate(), uncached)
+    assert not torch.allclose(found, uncached)
 
 
 class by_hand:
