@@ -104,7 +104,7 @@ class Fitted(Forecaster):
         return found if found is not None and found.nodes == tuple(query.nodes) else None
 
     @cached_property
-    def corrected_channels(self) -> int:  # type: ignore[override]  # counted once: the table can be long
+    def corrected_channels(self) -> int:  # counted once: the table can be long
         return max((len(fit.correction.bias) for fit in self.table.values() if fit.correction), default=0)
 
     def correction(self, query: Query) -> Correction | None:

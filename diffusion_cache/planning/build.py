@@ -29,7 +29,7 @@ from .dynamic import best_schedule
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
 HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3)
-REGRESSORS: tuple[dict[str, bool], ...] = ({"scale": True}, {"bias": True}, {"scale": True, "bias": True})
+REGRESSORS = ((True, False), (False, True), (True, True))  # scale, bias
 FINALISTS = 3
 TIMED_PAIRS = 5
 MAX_PSNR = 120.0  # of images equal to within rounding
@@ -233,7 +233,7 @@ class Planner:
             if number == len(finalists) - 1:  # then its strengths
                 tried += [(best[1], choice) for choice in choices if choice != settings]
             if number == len(tried) - 1 and self.search.regressors and not (choice.scale or choice.bias):
-                tried += [(best[1], replace(best[3], **also)) for also in REGRESSORS]
+                tried += [(best[1], replace(best[3], scale=scale, bias=bias)) for scale, bias in REGRESSORS]
         assert best is not None
         return best[1:]
 

@@ -1,6 +1,7 @@
 """Plans from a schedule alone: with reuse or Taylor between its computed steps, nothing fitted, nothing measured."""
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ def static_plan(profile: Profile, name: str, computed: ArrayLike, order: int = 0
         nfe=evaluations(profile, compute),
         facts=facts,
     )
+
+
+def marks(total: int, computed: Sequence[Collection[int]]) -> NDArray[np.bool_]:
+    """Each span's computed steps as a schedule [T, S]."""
+    return np.array([[step in steps for steps in computed] for step in range(total)])
 
 
 def spared(profile: Profile) -> float:

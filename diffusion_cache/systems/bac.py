@@ -17,10 +17,13 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.dynamic import best_schedule
-from ..planning.reusing import reusing
+from ..planning.static import marks, static_plan
 from ..profile import Profile
+from ..profiling.sensitivity import branch_kind
 from ..registry import systems
 from .base import System
+
+FEED_FORWARD = "feed-forward"
 
 
 @systems.register("bac")
@@ -56,9 +59,10 @@ class BAC(System):
         apart = spread(profile.arrays["gram_output"], [span.elements for span in profile.spans])
         worst = sorted(apart.argsort(descending=True)[: self.upstream].tolist())
         names = [span.name for span in profile.spans]
-        steps = bubbling_union(steps, worst, [place for place, name in enumerate(names) if is_feed_forward(name)])
-        facts = {"system": self.name, "updates": self.updates, "upstream": [names[place] for place in worst]}
-        return reusing(f"{self.name}-{self.updates}", profile, steps, facts)
+        forward = [place for place, name in enumerate(names) if branch_kind(name) == FEED_FORWARD]
+        computed = marks(profile.total, bubbling_union(steps, worst, forward))
+        upstream = [names[place] for place in worst]
+        return static_plan(profile, f"{self.name}-{self.updates}", computed, updates=self.updates, upstream=upstream)
 
 
 def similarity(gram: Tensor) -> Tensor:
@@ -102,8 +106,3 @@ def bubbling_union(
     for branch in sorted(worst, reverse=True):
         found[branch] = found[branch].union(*(found[place] for place in feed_forward if place > branch))
     return found
-
-
-def is_feed_forward(name: str) -> bool:
-    """Whether a branch of that name is one; the others are attention."""
-    return "att" not in name.rsplit(".", 1)[-1].lower()

@@ -14,15 +14,16 @@ from ... import api
 from ...forecasters.fitted import Fitted
 from ...measure import executed_flops
 from ...plan import Plan
-from ...planning.reusing import reusing
+from ...planning.static import marks, static_plan
 from ...policies import Planned
 from ...profile import Profile
 from ...profiling.generation import Batch, Loop
 from ...profiling.measure import Options, measure
+from ...profiling.sensitivity import branch_kind
 from ...reference import reacher, reaching
 from ...schedule import spaced
 from ...systems import BAC
-from ...systems.bac import is_feed_forward, similarity, update_steps
+from ...systems.bac import FEED_FORWARD, similarity, update_steps
 from .bench import Bench
 from .claims import Outcome, SeedSet, claim
 
@@ -112,7 +113,8 @@ def one_for_all(profile: Profile, least: int) -> Iterable[Plan]:
 def evenly(profile: Profile, least: int) -> Iterable[Plan]:
     """Evenly spaced updates of all branches at once."""
     for updates in range(least, profile.total + 1):
-        yield reusing(f"even-{updates}", profile, [spaced(profile.total, updates, 1.0)] * len(profile.spans))
+        even = [spaced(profile.total, updates, 1.0)] * len(profile.spans)
+        yield static_plan(profile, f"even-{updates}", marks(profile.total, even))
 
 
 def less_harm(seeds: SeedSet, compared: Callable[[Profile, int], tuple[Plan, Plan]], names: tuple[str, str]) -> Outcome:
@@ -167,17 +169,19 @@ def _attention_and_feed_forwards_own(profile: Profile, updates: int) -> tuple[Pl
     """Where the others have the schedule that is best for all."""
     alike = similarity(profile.arrays["gram_output"])
     shared, own = update_steps(alike.mean(dim=0), updates), [update_steps(values, updates) for values in alike]
-    forward = [is_feed_forward(span.name) for span in profile.spans]
+    forward = [branch_kind(span.name) == FEED_FORWARD for span in profile.spans]
     first = [shared if there else steps for steps, there in zip(own, forward, strict=True)]
     second = [steps if there else shared for steps, there in zip(own, forward, strict=True)]
-    return reusing("attention's own", profile, first), reusing("feed-forwards' own", profile, second)
+    plans = (("attention's own", first), ("feed-forwards' own", second))
+    one, other = (static_plan(profile, name, marks(profile.total, steps)) for name, steps in plans)
+    return one, other
 
 
 def with_last(plan: Plan, profile: Profile) -> Plan:
     """The plan with the LAST steps computed as well."""
     last = range(plan.total - LAST, plan.total)
     steps = [{*column.nonzero().flatten().tolist(), *last} for column in plan.computed()[:, 0].T]
-    return reusing(f"{plan.name}-last", profile, steps)
+    return static_plan(profile, f"{plan.name}-last", marks(profile.total, steps))
 
 
 @claim(

@@ -13,8 +13,9 @@ from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.measure import count_blocks, executed_flops
 from diffusion_cache.models import find_layout
+from diffusion_cache.profiling.sensitivity import branch_kind
 from diffusion_cache.systems import BAC
-from diffusion_cache.systems.bac import bubbling_union, is_feed_forward, similarity, spread, update_steps
+from diffusion_cache.systems.bac import bubbling_union, similarity, spread, update_steps
 
 MODEL = "dit-digits"
 
@@ -88,7 +89,7 @@ def test_the_union_takes_over_updates_of_feed_forwards_behind_and_passes_them_on
 @pytest.mark.parametrize("model", sorted(reference.MODELS))
 def test_feed_forwards_are_told_from_attention_by_name(model):
     spans = find_layout(reference.spec(model).build(), "branch").spans
-    kinds = {type(span.members[0]).__name__: is_feed_forward(span.name) for span in spans}
+    kinds = {type(span.members[0]).__name__: branch_kind(span.name) == "feed-forward" for span in spans}
     assert set(kinds.values()) <= {True, False}
     assert {name for name, feed_forward in kinds.items() if feed_forward} == {"FeedForward"}
 
