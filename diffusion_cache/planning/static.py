@@ -1,7 +1,7 @@
 """Plans from a schedule alone: with reuse or Taylor between its computed steps, nothing fitted, nothing measured."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from ..schedule import Schedule
 CALLS_SPARED = ("denoiser", "stack")  # scopes at which a reused step counts as no evaluation at all
 
 
-def static_plan(profile: Profile, name: str, computed: ArrayLike, order: int = 0, **facts: Any) -> Plan:
+def static_plan(
+    profile: Profile, name: str, computed: ArrayLike, order: int = 0, facts: Mapping[str, Any] | None = None
+) -> Plan:
     """A plan for the profiled model and sampler with this schedule.
 
     computed: bool, [T], or [T, S] where spans are decided on apart. order: of the Taylor forecast, 0 for reuse. facts:
@@ -61,7 +63,7 @@ def static_plan(profile: Profile, name: str, computed: ArrayLike, order: int = 0
         nodes=nodes,
         weights=weights,
         nfe=evaluations(profile, compute),
-        facts=facts,
+        facts=facts or {},
     )
 
 

@@ -61,8 +61,8 @@ class BAC(System):
         names = [span.name for span in profile.spans]
         forward = [place for place, name in enumerate(names) if branch_kind(name) == FEED_FORWARD]
         computed = marks(profile.total, bubbling_union(steps, worst, forward))
-        upstream = [names[place] for place in worst]
-        return static_plan(profile, f"{self.name}-{self.updates}", computed, updates=self.updates, upstream=upstream)
+        facts = {"updates": self.updates, "upstream": [names[place] for place in worst]}
+        return static_plan(profile, f"{self.name}-{self.updates}", computed, facts=facts)
 
 
 def similarity(gram: Tensor) -> Tensor:

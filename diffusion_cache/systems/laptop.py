@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -47,8 +46,8 @@ class Laptop(System):
         budget = self.keep * sum(shares) * profile.total
         found = couple(cell_damages(profile), shares, budget)
         computed = np.array([best.compute for best in found.schedules]).T
-        facts: dict[str, Any] = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
-        return static_plan(profile, f"laptop, {self.keep:g}", computed, **facts)
+        facts = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
+        return static_plan(profile, f"laptop, {self.keep:g}", computed, facts=facts)
 
     def _additivity(self, profile: Profile) -> float:
         checked = profile.facts.get("sensitivity", {}).get("additivity")

@@ -52,4 +52,4 @@ class Optimal(System):
             raise ConfigError(f"{self.name}: nfe must be from {least:.4g} to {total}, not {self.nfe:g}")
         found = self.best(step_damages(profile, self.order), range(count, count + 1))[count]
         facts = {"damage": found.total, "worst": found.worst}
-        return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order, **facts)
+        return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order, facts)

@@ -64,4 +64,4 @@ class SmoothCache(System):
             places = [place for place, other in enumerate(kinds) if other == kind]
             steps = longest_lags(changes(grams[places]), self.alpha, self.max_lag)
             computed[np.ix_(steps, places)] = True
-        return static_plan(profile, f"smooth cache, {self.alpha:g}", computed, alpha=self.alpha)
+        return static_plan(profile, f"smooth cache, {self.alpha:g}", computed, facts={"alpha": self.alpha})

@@ -57,7 +57,7 @@ class StepRehash(System):
         gamma = self.gamma if self.computed is None else self._gamma(similarity, self.computed)
         keys = key_steps(similarity, gamma)
         steps = np.isin(np.arange(profile.total), keys)
-        return static_plan(profile, f"step rehash, {gamma:.4g}", steps, self.order, gamma=gamma)
+        return static_plan(profile, f"step rehash, {gamma:.4g}", steps, self.order, {"gamma": gamma})
 
     @staticmethod
     def _gamma(similarity: Array, computed: int) -> float:

@@ -16,7 +16,7 @@ def profile(kind="stack", spans=2, **fields):
 
 
 def test_reuse_of_the_last_computed_step():
-    plan = static_plan(profile(), "made", [1, 0, 0, 1, 0, 1], note=3)
+    plan = static_plan(profile(), "made", [1, 0, 0, 1, 0, 1], facts={"note": 3})
     assert (plan.name, plan.scope, plan.facts, plan.history) == ("made", "stack", {"note": 3}, 1)
     assert [row[0][0] for row in plan.schedule.compute] == [True, False, False, True, False, True]
     assert plan.nodes[:, 0, 0].tolist() == [-1, 0, 0, -1, 3, -1]
