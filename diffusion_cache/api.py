@@ -497,6 +497,9 @@ def _published(
     classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
+    if entry.blocks:
+        given = {"mask": entry.mask(), "blocks": entry.blocks, **options}
+        return _method("mask", "reuse", "block", None, granularity, given)
     return _method("mask", DEFAULT_FORECASTER, None, None, granularity, {"mask": entry.mask(), **options})
 
 

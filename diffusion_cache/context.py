@@ -37,11 +37,14 @@ class Needs:
 
     signals: names from {"probe_residual"}; empty for a policy that knows its schedule beforehand.
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
+    blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
+    a span of its own.
     """
 
     signals: tuple[str, ...] = ()
     probe: int = 0
     tail: int = 0
+    blocks: tuple[str, ...] = ()
 
 
 class Verdict(NamedTuple):

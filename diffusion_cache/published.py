@@ -156,6 +156,11 @@ class Published:
             )
         return next(iter(masks.values()))
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that `mask` is for, at scope block with plain reuse; () where it is for any span."""
+        return tuple(f"single_transformer_blocks.{index}" for index in self._stated("cached_single_blocks", ()))
+
     def _is_whole(self, masks: Mapping[str, str]) -> bool:
         return set(masks) in PARTS and len(set(masks.values())) == 1
 

@@ -78,7 +78,7 @@ class Method:
             )
         if self.depth is not None and scope != "cut":
             raise ConfigError(f"depth is for scope 'cut' of UNets; {type(unwrap(denoiser)).__name__} runs at {scope!r}")
-        return find_layout(denoiser, scope, self.depth or 1, needs.probe, needs.tail)
+        return find_layout(denoiser, scope, self.depth or 1, needs.probe, needs.tail, needs.blocks)
 
 
 class Session:

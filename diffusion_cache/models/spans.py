@@ -8,6 +8,7 @@ out. What flows between, and which output belongs to which input, is read off th
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -142,19 +143,24 @@ def default_scope(denoiser: nn.Module) -> str:
     return "stack" if stacks(denoiser) else "denoiser"
 
 
-def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0, tail: int = 0) -> Layout:
+def find_layout(
+    denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0, tail: int = 0, blocks: Sequence[str] = ()
+) -> Layout:
     """The denoiser's spans at a scope.
 
     depth: for cuts, how many down and up blocks stay outside (1 skips most). probe, tail: for stacks, how many
-    blocks at the front of the first and the end of the last stack stay outside.
+    blocks at the front of the first and the end of the last stack stay outside. blocks: at scope block of
+    transformers, the names of those to cache, of which neighbours are one span; () for all, each a span of its own.
 
     Raises:
         NoSpansError: if there is nothing to cache at this scope.
-        ConfigError: for depth, probe or tail that leave nothing to skip.
+        ConfigError: for depth, probe or tail that leave nothing to skip, and blocks that do not exist.
     """
     inner = unwrap(denoiser)
     if scope not in SCOPES:
         raise unknown_name("scope", scope, SCOPES)
+    if blocks:
+        return _runs_layout(inner, scope, blocks)
     if scope == "denoiser":
         return Layout(scope, (Span("denoiser", scope, (denoiser,)),))
     if scope == "branch":
@@ -176,6 +182,27 @@ def find_layout(denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0,
         named = (item for stack in found.values() for item in stack.items())
         return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in named))
     return _stack_layout(inner, found, probe, tail)
+
+
+def _runs_layout(denoiser: nn.Module, scope: str, chosen: Sequence[str]) -> Layout:
+    found = {} if is_unet(denoiser) else stacks(denoiser)
+    if scope != "block" or not found:
+        raise ConfigError(
+            f"blocks are chosen by name at scope block of a transformer, not at scope {scope} of "
+            f"{type(denoiser).__name__}"
+        )
+    known = [name for stack in found.values() for name in stack]
+    for name in chosen:
+        if name not in known:
+            raise unknown_name("block", name, known)
+    spans = []
+    for stack in found.values():
+        for cached, run in groupby(stack, key=set(chosen).__contains__):
+            if cached:
+                names = list(run)
+                name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+                spans.append(Span(name, scope, tuple(stack[block] for block in names)))
+    return Layout(scope, tuple(spans))
 
 
 def _stack_layout(denoiser: nn.Module, found: Mapping[str, Mapping[str, nn.Module]], probe: int, tail: int) -> Layout:

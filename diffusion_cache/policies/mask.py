@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from ..context import SCOPES, PassState, Policy, Step, Verdict
+from ..context import SCOPES, Needs, PassState, Policy, Step, Verdict
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..registry import policies
 
@@ -17,10 +17,12 @@ class Mask(Policy):
     """Compute where the mask is 1 and reuse where it is 0.
 
     mask: one entry a step ("1001001" or a sequence of 0/1). A run of another length uses it rescaled: the share of
-    computed steps and where they are dense are kept. The first step is computed whatever the mask says.
+    computed steps and where they are dense are kept. The first step is computed whatever the mask says. blocks: at
+    scope block, names of the blocks that are reused there, neighbours as one span; the others are always computed.
     """
 
     mask: str | Sequence[int]
+    blocks: Sequence[str] = ()
 
     scopes = frozenset(SCOPES)
 
@@ -35,7 +37,14 @@ class Mask(Policy):
                 DiffusionCacheWarning,
                 stacklevel=2,
             )
+        if isinstance(self.blocks, str) or not all(isinstance(name, str) for name in self.blocks):
+            raise ConfigError(f"mask: blocks must be a sequence of names, not {self.blocks!r}")
         object.__setattr__(self, "mask", "1" + entries[1:])
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(blocks=tuple(self.blocks))
 
     @cached_property
     def _rescaled(self) -> dict[int, frozenset[int]]:

@@ -430,3 +430,26 @@ def test_controlnets_and_autoencoders_are_no_denoisers():
 def test_no_pipeline(models):
     with pytest.raises(ConfigError, match=r"for a bare denoiser use diffusion_cache\.run"):
         find_denoisers(models["dit"])
+
+
+def test_chosen_blocks_side_by_side_are_one_span():
+    chosen = [
+        "transformer_blocks.1",
+        "transformer_blocks.0",
+        "single_transformer_blocks.0",
+        "single_transformer_blocks.2",
+    ]
+    flux = build_flux()
+    layout = find_layout(flux, "block", blocks=chosen)
+    single = flux.single_transformer_blocks
+    assert [(span.name, span.members) for span in layout.spans] == [
+        ("transformer_blocks.0…transformer_blocks.1", tuple(flux.transformer_blocks)),  # stacks are not joined
+        ("single_transformer_blocks.0", (single[0],)),
+        ("single_transformer_blocks.2", (single[2],)),
+    ]
+    assert all(span.kind == "block" and span.stores_residual for span in layout.spans)
+    with pytest.raises(ConfigError, match="Did you mean 'transformer_blocks.1'"):
+        find_layout(flux, "block", blocks=["transformer_blocks.11"])
+    for denoiser, scope in ((flux, "stack"), (build_unet(), "block")):
+        with pytest.raises(ConfigError, match="at scope block of a transformer"):
+            find_layout(denoiser, scope, blocks=chosen)
