@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra import main as hydra_main
 from omegaconf import DictConfig
@@ -14,6 +14,8 @@ from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation.subjects import Subject
     from ..profiling.measure import Given, Options
 
@@ -58,6 +60,7 @@ def run_configured(cfg: DictConfig) -> None:
             batches_of(what, steps),
             fitting_samples(config["prompts"], config["num_samples"], what),
             options,
+            foreground=foreground_of(config["foreground"]),
             guidance=guidance_of(config["model"]),
             settings={"model": config["model"], "sampler": config["sampler"]},
             folder=folder,
@@ -93,6 +96,8 @@ def options_of(config: Mapping[str, Any]) -> "Options":
         sensitivity_samples=config["sensitivity"]["samples"],
         sensitivity_steps=config["sensitivity"]["steps"],
         attention=bool(config["attention"]),
+        attention_offset=config["attention_offset"],
+        attention_top=config["attention_top"],
         memory=int(memory * 2**30),
     )
 
@@ -117,6 +122,25 @@ def guidance_of(model: Mapping[str, Any]) -> float | None:
         return reference.spec(model["name"]).guidance
     given = (model.get("call") or {}).get("guidance_scale")
     return None if given is None else float(given)
+
+
+def foreground_of(given: Any) -> "Tensor | Literal['motion'] | None":
+    """The foreground that attention is compared with: none, "motion", or the masks in an .npy file of bool values.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    if given is None or given == "motion":
+        return given
+    import numpy as np
+    import torch
+
+    if not isinstance(given, str) or not given.endswith(".npy"):
+        raise ConfigError(f"foreground must be null, motion or an .npy file of bool values, not {given!r}")
+    try:
+        return torch.from_numpy(np.load(given, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"foreground: {given} cannot be read: {error}") from error
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -2,8 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..models import find_denoisers, unwrap
-from ..profiling.generation import Batch
+from ..profiling.generation import Batch, last_state
 from ..profiling.measure import Given, MakeBatch
 from ..registry import unknown_name
 from .prompts import Sample
@@ -73,29 +71,12 @@ class Subject(ABC):
 
     def generate(self, samples: Sequence[Sample], steps: int | None = None) -> Output:
         """One call of the pipeline as it stands, with its last latents."""
-        with last_latents(self.pipe.scheduler) as found:
+        with last_state(self.pipe.scheduler) as found:
             output = self.call(samples, steps)
         images = self.images(output)
         latents = found[-1] if found and len(found[-1]) % len(images) == 0 else images.flatten(1)
         latents = latents[: len(images)]  # some pipelines step both guidance branches
         return Output(images.detach().float().cpu(), latents.detach().float().cpu())
-
-
-@contextmanager
-def last_latents(scheduler: Any) -> Iterator[list[Tensor]]:
-    """A list that holds, after each `scheduler.step` inside the block, the sample that it gave."""
-    found: list[Tensor] = []
-
-    def make(original: Callable) -> Callable:
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            found[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
-            return result
-
-        return step
-
-    with wrapped_step(scheduler, make):
-        yield found
 
 
 class Shipped(Subject):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +33,8 @@ class AttentionReceived(TorchFunctionMode, Sums):
     passed over. offset, tokens: where in the sequence the tokens of interest begin, and how many they are (None: all
     that follow), for joint sequences of text and image: others are left out as queries and as receivers, but not
     from the softmax, so that ā then sums to what they do not receive. With `tokens` given, shorter sequences are
-    passed over. max_queries: an evenly spaced part of the queries, for long sequences; None for all.
+    passed over. max_queries: an evenly spaced part of the queries, for long sequences; None for all. top: remember for
+    each batch row which share of the tokens received most, until `compare` has seen its foreground.
 
     Attention kernels that are called by another way (diffusers' flash, sage, xformers and flex backends) are not
     seen: `pipe.transformer.reset_attention_backend()` while this runs.
@@ -46,11 +48,15 @@ class AttentionReceived(TorchFunctionMode, Sums):
         offset: int = 0,
         tokens: int | None = None,
         max_queries: int | None = None,
+        top: float | None = None,
     ):
+        if top is not None and not 0 < top <= 1:
+            raise ConfigError(f"the share of top tokens must be in (0, 1], not {top}")
         TorchFunctionMode.__init__(self)
         Sums.__init__(self, f"the attention of {', '.join(blocks)}")
         self.blocks, self.steps = tuple(blocks), steps
-        self.offset, self.tokens, self.max_queries = offset, tokens, max_queries
+        self.offset, self.tokens, self.max_queries, self.top = offset, tokens, max_queries, top
+        self._most: list[tuple[int, int, np.ndarray]] = []  # block, step, and the tokens attended most: bits of [B, N]
         self._current: tuple[int, int] | None = None
 
     @contextmanager
@@ -108,6 +114,10 @@ class AttentionReceived(TorchFunctionMode, Sums):
             )
         self.add(f"{block}.sum", per_sample.sum(0), (step,), (self.steps, end - self.offset))
         self.add(f"{block}.count", torch.tensor(len(per_sample)), (step,), (self.steps,))
+        if self.top is not None:
+            most = per_sample.topk(math.ceil(self.top * per_sample.shape[1]), dim=1).indices
+            among = torch.zeros_like(per_sample, dtype=torch.bool).scatter_(1, most, True)
+            self._most.append((block, step, np.packbits(among.cpu().numpy(), axis=1)))
 
     def result(self) -> dict[str, Tensor]:
         """attention_received.<block index>: [T, N] float32 for each block that was seen; NaN at steps that were not.
@@ -134,29 +144,44 @@ class AttentionReceived(TorchFunctionMode, Sums):
             )
         return {f"attention_received.{index}": value for index, value in means.items()}
 
-    def foreground_share(self, mask: Tensor, top: float = 0.2) -> Tensor:
-        """The share of foreground among the tokens that receive most attention: [S, T] float32, NaN where not seen.
+    def compare(self, foreground: Tensor) -> None:
+        """Add to the sums how much of the foreground is among the tokens that received most, since the last call.
 
-        mask: bool [N]. top: the share of tokens that count as most attended; the paper leaves it open, 0.2 is ours.
+        foreground: bool [n, N], of the n samples that were generated since then in batch rows [guidance branch · n].
 
         Raises:
-            ConfigError: for a mask of another length than the blocks' sequences, or a share outside (0, 1].
+            ConfigError: for a mask of another number of tokens than the blocks' sequences, or of samples than rows.
         """
-        if not 0 < top <= 1:
-            raise ConfigError(f"the share of top tokens must be in (0, 1], not {top}")
-        shares = torch.full((len(self.blocks), self.steps), torch.nan)
-        foreground = mask.flatten().cpu().float()
-        for index in range(len(self.blocks)):
-            if f"{index}.sum" not in self.sums:
-                continue
-            sums, counts = self.sums[f"{index}.sum"], self.sums[f"{index}.count"]
-            if sums.shape[1] != len(foreground):
+        foreground = foreground.cpu()
+        for block, step, bits in self._most:
+            tokens = self.sums[f"{block}.sum"].shape[1]
+            if foreground.shape[1] != tokens:
                 raise ConfigError(
-                    f"the foreground mask has {len(foreground)} tokens, but {self.blocks[index]} attends over "
-                    f"{sums.shape[1]}: give one value for each token, in the order of the sequence"
+                    f"the foreground mask has {foreground.shape[1]} tokens, but {self.blocks[block]} attends over "
+                    f"{tokens}: give one value for each token, in the order of the sequence"
                 )
-            most = sums.topk(math.ceil(top * len(foreground)), dim=1).indices
-            shares[index] = torch.where(counts > 0, foreground[most].mean(1).double(), torch.nan).float()
+            if len(bits) % len(foreground):
+                raise ConfigError(
+                    f"{self.blocks[block]} attends in {len(bits)} rows for {len(foreground)} samples, which cannot be "
+                    "told apart: a foreground has no meaning there"
+                )
+            masks = foreground.repeat(len(bits) // len(foreground), 1)
+            most = torch.from_numpy(np.unpackbits(bits, axis=1, count=tokens)).bool()
+            shares = (most & masks).sum(1) / most.sum(1)
+            self.add(f"{block}.share", shares.sum(), (step,), (self.steps,))
+            self.add(f"{block}.compared", torch.tensor(len(bits)), (step,), (self.steps,))
+        self._most.clear()
+
+    def foreground_share(self) -> Tensor:
+        """The share of foreground among the tokens that receive most attention: [S, T] float32, NaN where not seen.
+
+        Mean over samples and guidance branches, each with the foreground of its own (ProfilingDiT's R). The paper
+        leaves open how many tokens are the most attended ones.
+        """
+        shares = torch.full((len(self.blocks), self.steps), torch.nan)
+        for index in range(len(self.blocks)):
+            if f"{index}.share" in self.sums:  # 0/0 is NaN
+                shares[index] = (self.sums[f"{index}.share"] / self.sums[f"{index}.compared"]).float()
         return shares
 
 

@@ -1,7 +1,8 @@
 """One batch of a pipeline's generations that can be made again and again, and what its uncached run looks like."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,23 @@ def teach(batch: Batch) -> Teacher:
 def state_of(result: Any) -> Tensor:
     """The next state in what `scheduler.step` returned."""
     return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+@contextmanager
+def last_state(scheduler: Any) -> Iterator[list[Tensor]]:
+    """A list that holds, after each `scheduler.step` inside the block, the state that it gave."""
+    found: list[Tensor] = []
+
+    def make(step: Callable) -> Callable:
+        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(self, *args, **kwargs)
+            found[:] = [state_of(result)]
+            return result
+
+        return noted
+
+    with wrapped_step(scheduler, make):
+        yield found
 
 
 class attached:

@@ -7,6 +7,7 @@ processes shared its batches.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,8 +16,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -31,12 +33,14 @@ from ..models import find_denoisers
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
 from .attention import AttentionReceived
-from .generation import Batch, teach
-from .recorder import EXACT_BYTES, Recorder, State, Survey, attention_names, held_on, surveyed
+from .foreground import latent_motion
+from .generation import Batch, last_state, teach
+from .recorder import EXACT_BYTES, Grid, Recorder, State, Survey, attention_names, held_on, surveyed
 from .sensitivity import PAIRS, sampled_steps, sensitivities, span_groups
 from .sketch import DEFAULT_WIDTH
 
 LEAST_WIDTH = 2**10  # of a sketch: an error of 0.8 % in the mean over 32 samples
+MOTION = "motion"
 MOST_QUERIES = 1024  # whose attention is looked at in a call
 
 Given = tuple[str, int]  # prompt and seed of a sample
@@ -51,8 +55,9 @@ class Options:
     scope, depth: of the spans, None for the denoiser's default. feature: of a span, see `Forecaster`. batch: samples
     generated at once. sensitivity_samples: samples that sensitivity is measured on, 0 for not at all;
     sensitivity_steps: at how many steps. attention: note the attention that each token receives, at scope block or
-    branch; attention_offset: where in the sequence the tokens of a foreground mask begin. memory: bytes that the
-    features of one batch may take on the host; what does not fit is sketched.
+    branch; attention_offset: where in the sequence the tokens of a foreground mask begin (of the image, where text
+    goes before it); attention_top: the share of tokens that count as most attended. memory: bytes that the features of
+    one batch may take on the host; what does not fit is sketched.
     """
 
     scope: str | None = None
@@ -63,6 +68,7 @@ class Options:
     sensitivity_steps: int = 16
     attention: bool = False
     attention_offset: int = 0
+    attention_top: float = 0.2
     memory: int = 4 * 2**30
 
     def __post_init__(self) -> None:
@@ -73,6 +79,9 @@ class Options:
                 raise ConfigError(f"{name} must be a whole number of at least {bound}, not {value!r}")
         if self.scope is not None and self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
+        top = self.attention_top
+        if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
+            raise ConfigError(f"attention_top must be a share in (0, 1], not {top!r}")
 
 
 def measure(
@@ -80,7 +89,7 @@ def measure(
     samples: Sequence[Given],
     options: Options | None = None,
     *,
-    foreground: Tensor | None = None,
+    foreground: "Tensor | Literal['motion'] | None" = None,
     guidance: float | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
@@ -92,8 +101,9 @@ def measure(
     """Profile a pipeline on calibration samples; with a folder, save the profile there.
 
     make_batch: the batch that generates these samples (prompt and seed each), always on the same pipeline with the same
-    sampler, size and guidance. foreground: bool mask of tokens, for `foreground_share`. guidance: scale, default what
-    the pipeline says. settings: JSON values that determine what is generated, beside samples and pipeline.
+    sampler, size and guidance. foreground: what `foreground_share` compares attention with, a bool mask of the tokens
+    ([N], or [samples, …] for each sample its own) or "motion" (`latent_motion`). guidance: scale, default what the
+    pipeline says. settings: JSON values that determine what is generated, beside samples and pipeline.
 
     What is done waits in `<folder>.partial` for an interrupted run to go on from; a finished profile of the same
     settings is returned as it is. With several processes (rank of world; meet waits for all of them), which must see
@@ -108,8 +118,10 @@ def measure(
     samples = [(str(prompt), int(seed)) for prompt, seed in samples]
     if not samples:
         raise ConfigError("a profile needs at least one sample")
-    if foreground is not None and not options.attention:
-        raise ConfigError("a foreground mask is compared with attention: set attention as well")
+    if foreground is not None:
+        if not options.attention:
+            raise ConfigError("a foreground mask is compared with attention: set attention as well")
+        foreground = checked_foreground(foreground, len(samples))
     if world > 1 and folder is None:
         raise ConfigError("several processes meet in a folder: name one")
     with ExitStack() as stack:
@@ -145,7 +157,7 @@ class _Run:
         make_batch: MakeBatch,
         samples: Sequence[Given],
         options: Options,
-        foreground: Tensor | None,
+        foreground: "Tensor | Literal['motion'] | None",
         settings: Mapping[str, Any],
         survey: Survey,
         fingerprint: Fingerprint,
@@ -158,6 +170,10 @@ class _Run:
         self.fingerprint, self.folder, self.progress = fingerprint, folder, progress
         if options.attention and survey.scope not in ("block", "branch"):
             raise ConfigError(f"attention is noted block by block: use scope block or branch, not {survey.scope}")
+        if isinstance(foreground, str) and (len(survey.sample_shape) != 4 or survey.sample_shape[1] < 2):
+            raise ConfigError(
+                f"motion needs videos, and a sample's latents are {list(survey.sample_shape)}: give a foreground mask"
+            )
         self.depth = (options.depth or 1) if survey.scope == "cut" else None
         size = options.batch
         self.batches = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -169,13 +185,15 @@ class _Run:
         self.of = sum(len(self.batches[i]) for i in self.mine)  # samples to generate
         if ranks[0] == 0:
             self.of += cells * len(self.sensitive)
+        settled = replace(options, scope=survey.scope, sensitivity_samples=0, sensitivity_steps=1)
+        masks = foreground.tolist() if isinstance(foreground, Tensor) else foreground
         key = {
             "fingerprint": fingerprint.to_json(),
             "spans": [plain_json(vars(facts)) for facts in spans],
             "samples": samples,
             "settings": self.settings,
-            "options": asdict(replace(options, scope=survey.scope, sensitivity_samples=0, sensitivity_steps=1)),
-            "foreground": None if foreground is None else foreground.flatten().tolist(),
+            "options": {name: value for name, value in asdict(settled).items() if name != "attention_top"},
+            "foreground": None if foreground is None else [masks, options.attention_top],
         }
         self.work = Work(folder, digest(key))
         self.key = digest([key, options.sensitivity_samples, options.sensitivity_steps])
@@ -203,10 +221,13 @@ class _Run:
     def recorder(self, count: int = 1, seed: int = 0, hold: str | None = None) -> Recorder:
         attention = None
         if self.options.attention:
-            tokens = None if self.foreground is None else self.foreground.numel()
-            names, offset = attention_names(self.survey), self.options.attention_offset
             attention = AttentionReceived(
-                names, self.survey.steps, offset=offset, tokens=tokens, max_queries=MOST_QUERIES
+                attention_names(self.survey),
+                self.survey.steps,
+                offset=self.options.attention_offset,
+                tokens=self._tokens,
+                max_queries=MOST_QUERIES,
+                top=None if self.foreground is None else self.options.attention_top,
             )
         return Recorder(
             self.survey,
@@ -232,8 +253,10 @@ class _Run:
                 # a seed of its own: sketches of samples in different batches err independently
                 recorder = self.recorder(len(given), seed=index, hold=held_on(self.survey, len(given), device))
                 session.observer = recorder
-                with recorder.watching():
+                with recorder.watching(), last_state(batch.pipe.scheduler) as state:
                     batch.call()
+                if recorder.attention is not None and self.foreground is not None:
+                    recorder.attention.compare(self._foreground(index, len(given), state))
                 facts = {
                     "bytes": recorder.peak_bytes,
                     "seconds": time.perf_counter() - began,
@@ -242,6 +265,32 @@ class _Run:
                 self.work.keep(index, recorder.state_dict(), facts)
             done += len(given)
         self.progress("measuring", done, self.of)
+
+    @cached_property
+    def _tokens(self) -> int | None:
+        """Tokens of the foreground; None for all that are attended to."""
+        if isinstance(self.foreground, Tensor):
+            return self.foreground.shape[1]
+        return None if self.foreground is None else math.prod(self._grid)
+
+    @cached_property
+    def _grid(self) -> Grid:
+        grids = [watched.grid for watched in self.survey.spans if watched.grid is not None]
+        if not grids:
+            raise ConfigError(
+                "how the tokens tile the frames cannot be told from the blocks, so that motion says nothing of them: "
+                "give a foreground mask"
+            )
+        return grids[0]
+
+    def _foreground(self, index: int, count: int, state: Sequence[Tensor]) -> Tensor:
+        """Masks of a batch's samples, [count, N]."""
+        if not isinstance(self.foreground, Tensor):
+            return latent_motion(state[-1][:count], self._grid)
+        if len(self.foreground) == 1:
+            return self.foreground.expand(count, -1)
+        first = index * self.options.batch
+        return self.foreground[first : first + count]
 
     def put_together(self) -> Profile:
         """The profile, from the batches of all processes."""
@@ -285,7 +334,7 @@ class _Run:
             received = attention.result()
         arrays |= {name: values.nan_to_num(0.0) for name, values in received.items()}
         if self.foreground is not None:
-            arrays["foreground_share"] = attention.foreground_share(self.foreground)
+            arrays["foreground_share"] = attention.foreground_share()
         return arrays
 
     def _facts(self, kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -306,6 +355,7 @@ class _Run:
             "unusable": dict(survey.unusable),
             "revisited": [names[place] for place in sorted(revisited)],
             "key": self.key,
+            **({} if self.foreground is None else {"attention_top": self.options.attention_top}),
         }
 
     def _sensitivity(self, arrays: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
@@ -326,6 +376,24 @@ class _Run:
         )
         facts["sensitivity"] = {"samples": batch.count, **found.facts()}
         return {"sensitivity": found.values, "sensitivity_sampled": found.sampled}
+
+
+def checked_foreground(foreground: "Tensor | str", samples: int) -> "Tensor | Literal['motion']":
+    """Masks of one or of all samples, [1 or n, N]; or "motion".
+
+    Raises:
+        ConfigError: for a mask of another type or number of samples.
+    """
+    if isinstance(foreground, str):
+        if foreground != MOTION:
+            raise unknown_name("foreground", foreground, [MOTION])
+        return "motion"
+    if foreground.dtype != torch.bool or not foreground.numel():
+        raise ConfigError(f"a foreground mask is of bool values, one a token, not of {foreground.dtype}")
+    masks = foreground.cpu()[None] if foreground.ndim < 2 else foreground.cpu().flatten(1)
+    if len(masks) not in (1, samples):
+        raise ConfigError(f"the foreground mask is of {len(masks)} samples, and {samples} are profiled")
+    return masks
 
 
 def sketch_sizes(survey: Survey, count: int, memory: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from .fora import Fora
 from .laptop import Laptop
 from .lemica import LeMiCa
 from .meancache import MeanCache
+from .profiling_dit import ProfilingDiT
 from .smooth_cache import SmoothCache
 from .step_rehash import StepRehash
 
@@ -21,6 +22,7 @@ __all__ = [
     "LeMiCa",
     "MeanCache",
     "Parts",
+    "ProfilingDiT",
     "SmoothCache",
     "StepRehash",
     "System",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -20,7 +21,8 @@ from diffusion_cache.models import find_denoisers
 from diffusion_cache.plan import Plan
 from diffusion_cache.profile import Profile
 from diffusion_cache.profiling import measure as module
-from diffusion_cache.profiling.generation import Batch
+from diffusion_cache.profiling.foreground import latent_motion
+from diffusion_cache.profiling.generation import Batch, teach
 from diffusion_cache.profiling.measure import Options, Work, measure
 from diffusion_cache.schedule import Schedule
 
@@ -143,13 +145,44 @@ def test_attention_and_foreground(pipe):
     made = measure(batches(pipe), GIVEN[:2], options, foreground=mask)
     assert made.arrays["attention_received.11"].shape == (4, 64)
     torch.testing.assert_close(made.arrays["attention_received.3"].sum(1), torch.ones(4))
-    assert made.arrays["foreground_share"].shape == (12, 4)
-    most = made.arrays["attention_received.5"].topk(13, dim=1).indices
-    torch.testing.assert_close(made.arrays["foreground_share"][5], mask[most].float().mean(1))
+    share = made.arrays["foreground_share"]
+    assert share.shape == (12, 4)
+    other = measure(batches(pipe), GIVEN[:2], options, foreground=~mask).arrays["foreground_share"]
+    torch.testing.assert_close(share + other, torch.ones(12, 4))
+    # one mask for both samples, or the same for each; and each sample its own, measured in one batch or apart
+    both = torch.stack([mask, ~mask])
+    shares = []
+    for masks, size in ((torch.stack([mask, mask]), 2), (both, 2), (both, 1)):
+        found = measure(batches(pipe), GIVEN[:2], replace(options, batch=size), foreground=masks)
+        shares.append(found.arrays["foreground_share"])
+    assert torch.equal(shares[0], share)
+    torch.testing.assert_close(shares[1], shares[2])
+    whole = measure(batches(pipe), GIVEN[:2], replace(options, attention_top=1.0), foreground=mask)
+    assert torch.equal(whole.arrays["foreground_share"], torch.full((12, 4), 0.5))
     with pytest.raises(ConfigError, match="block by block"):
         measure(batches(pipe), GIVEN[:2], Options(attention=True))
-    with pytest.raises(ConfigError, match="set attention as well"):
-        measure(batches(pipe), GIVEN[:2], foreground=mask)
+    refused = [
+        (dict(foreground=mask), Options(), "set attention as well"),
+        (dict(foreground="movement"), options, "Unknown foreground 'movement'"),
+        (dict(foreground="motion"), options, r"motion needs videos, and a sample's latents are \[1, 16, 16\]"),
+        (dict(foreground=mask.float()), options, "of bool values"),
+        (dict(foreground=torch.stack([mask] * 3)), options, "of 3 samples, and 2 are profiled"),
+    ]
+    for given, how, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            measure(batches(pipe), GIVEN[:2], how, **given)
+
+
+def test_foreground_of_a_video_that_moves():
+    """The tokens that change hold most of the digit; text is no part of this self-attention."""
+    wan = reference.load("wan-moving-digits")
+    options = Options(scope="block", batch=2, sensitivity_samples=0, attention=True)
+    made = measure(batches(wan, "wan-moving-digits", 6), GIVEN[:2], options, foreground="motion")
+    assert made.arrays["foreground_share"].shape == (10, 6)
+    teacher = teach(batches(wan, "wan-moving-digits", 6)(GIVEN[:2]))
+    masks = latent_motion(teacher.states[-1], (7, 4, 4))
+    again = measure(batches(wan, "wan-moving-digits", 6), GIVEN[:2], options, foreground=masks)
+    assert torch.equal(made.arrays["foreground_share"], again.arrays["foreground_share"])
 
 
 def test_a_single_step_has_no_sensitivity():
@@ -410,6 +443,12 @@ def test_misspelled_keys_are_told_with_a_suggestion(override, message):
         (["model=random", "model.name=dit-xl-2"], "kind of model"),
         (["scope=blok"], "Did you mean 'block'"),
         (["attention=true"], "block by block"),
+        (["attention_top=0"], "attention_top must be a share"),
+        (["attention_offset=-1"], "attention_offset must be"),
+        (["foreground=motion"], "set attention as well"),
+        (["foreground=motion", "attention=true", "scope=block"], "motion needs videos"),
+        (["foreground=mask.txt"], r"an \.npy file"),
+        (["foreground=nowhere.npy"], r"nowhere\.npy cannot be read"),
     ],
 )
 def test_what_cannot_work_is_told(tmp_path, overrides, message):

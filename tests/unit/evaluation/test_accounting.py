@@ -9,7 +9,8 @@ from torch import nn
 import diffusion_cache as dc
 from diffusion_cache.evaluation.accounting import Accountant
 from diffusion_cache.evaluation.prompts import Sample
-from diffusion_cache.evaluation.subjects import Shipped, last_latents
+from diffusion_cache.evaluation.subjects import Shipped
+from diffusion_cache.profiling.generation import last_state
 
 
 class Block(nn.Module):
@@ -125,7 +126,7 @@ def test_a_cached_pipeline_executes_its_share(every, share):
 def test_latents_are_what_the_last_step_gave():
     scheduler, other = Scheduler(), Scheduler()
     before = Scheduler.step
-    with last_latents(scheduler) as found:
+    with last_state(scheduler) as found:
         scheduler.step(torch.ones(4))
         last = scheduler.step(torch.full((4,), 3.0)).prev_sample
         other.step(torch.zeros(4))

@@ -168,25 +168,32 @@ def test_gradients_flow_as_without_it():
 
 
 def test_foreground_share():
-    received = AttentionReceived(["a", "b", "c"], 2)
-    values = torch.tensor([0.05, 0.3, 0.1, 0.25, 0.2, 0.1])
-    received.add("0.sum", 3 * values, (1,), (2, 6))
-    received.add("0.count", torch.tensor(3), (1,), (2,))
-    received.add("2.sum", values.flip(0), (1,), (2, 6))
-    received.add("2.count", torch.tensor(1), (1,), (2,))
-    mask = torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.bool)
-    expected = {0.2: (1, 0), 0.5: (2 / 3, 1 / 3), 1.0: (0.5, 0.5), 0.01: (1, 0)}  # tops of 2, 3, 6 and 1 tokens
-    for top, (first, third) in expected.items():
-        shares = received.foreground_share(mask, top)
+    """Each row against the foreground of its own sample, counted by hand; [cond of both samples, null of both]."""
+    q, k, v = qkv(4, 2, 10, 8)
+    ranked = received_in_full(q, k).argsort(dim=1, descending=True)
+    masks = torch.rand(2, 10, generator=torch.Generator().manual_seed(3)) > 0.6
+    for top, count in ((0.2, 2), (0.25, 3), (1.0, 10), (0.01, 1)):
+        received = AttentionReceived(["a", "b", "c"], 2, top=top)
+        with received, received.block("b", 1):
+            F.scaled_dot_product_attention(q, k, v)
+        received.compare(masks)
+        shares = received.foreground_share()
+        by_row = [masks[row % 2, ranked[row, :count]].double().mean() for row in range(4)]
         assert shares.shape == (3, 2)
-        assert shares[[0, 2], 1].tolist() == pytest.approx([first, third])
-        assert shares[:, 0].isnan().all()
-        assert shares[1].isnan().all()
-    assert torch.equal(received.foreground_share(mask).nan_to_num(), received.foreground_share(mask, 0.2).nan_to_num())
-    with pytest.raises(ConfigError, match=r"mask has 5 tokens, but a attends over 6"):
-        received.foreground_share(mask[:5])
+        assert shares[1, 1].item() == pytest.approx(float(sum(by_row) / 4))
+        assert shares.isnan().sum() == 5
+
+
+def test_foregrounds_that_do_not_fit():
+    q, k, v = qkv(3, 2, 10, 8)
+    received = AttentionReceived(["a"], 1, top=0.2)
+    observe(received, q, k, v)
+    with pytest.raises(ConfigError, match="mask has 9 tokens, but a attends over 10"):
+        received.compare(torch.ones(3, 9, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="3 rows for 2 samples"):
+        received.compare(torch.ones(2, 10, dtype=torch.bool))
     with pytest.raises(ConfigError, match="share of top tokens"):
-        received.foreground_share(mask, 0.0)
+        AttentionReceived(["a"], 1, top=0.0)
 
 
 def test_misuse_is_refused():

@@ -11,10 +11,9 @@ from diffusion_cache import reference
 from diffusion_cache.engine import Method, Observer
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.evaluation.subjects import last_latents
 from diffusion_cache.forecasters import Reuse
 from diffusion_cache.policies import Guarded, Interval
-from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, state_of, teach
+from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, last_state, state_of, teach
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.reference.reacher import Reacher, act
 
@@ -45,7 +44,7 @@ def batch_of(name, pipe=None, count=2, **options):
 def test_what_is_noted_of_an_uncached_run(name, options, calls, rows):
     batch = batch_of(name, **options)
     kept = []
-    with last_latents(batch.pipe.scheduler) as found:
+    with last_state(batch.pipe.scheduler) as found:
         expected = batch.images(batch.call())
         kept += found
     teacher = teach(batch)
