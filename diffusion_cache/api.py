@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ from .models import find_denoisers, unwrap
 from .plan import Plan
 from .planning.choose import choose
 from .policies import Guarded, Guards, Planned
+from .policies.select import Select
 from .profile import Profile, shipped_profiles
 from .registry import Registry, check_options, suggest
 from .registry import forecasters as forecaster_registry
@@ -65,6 +66,7 @@ def enable(
     Args:
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
+            "select" is the system of that name.
         method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
             plan from a profile at their own scope. Of the arguments below, it takes those that are its fields.
         profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
@@ -89,6 +91,8 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
+    if policy == Select.name:
+        method, policy = policy, None
     if method is not None:
         wishes = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
         fields = _fields(method)
@@ -375,7 +379,7 @@ def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
 def _summarise(session: Session, cache_run: CacheRun) -> Summary:
     layouts = cache_run.layouts.values()
     return Summary(
-        method=_described(session.method),
+        method=_described(replace(session.method, guarded=cache_run.decisions.guarded)),
         scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
         spans=sum(len(layout.spans) for layout in layouts),
         total=cache_run.clock.total,

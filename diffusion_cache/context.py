@@ -1,7 +1,7 @@
 """The types that policies, forecasters and the engine share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -38,13 +38,21 @@ class Needs:
     signals: names from {"probe_residual"}; empty for a policy that knows its schedule beforehand.
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
     blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
-    a span of its own.
+    a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
     """
 
     signals: tuple[str, ...] = ()
     probe: int = 0
     tail: int = 0
     blocks: tuple[str, ...] = ()
+    condition: bool = False
+
+
+class Condition(NamedTuple):
+    """What a denoiser call is conditioned on. name: of its argument; values: embeddings [rows, D], or labels [rows]."""
+
+    name: str
+    values: Tensor
 
 
 class Verdict(NamedTuple):
@@ -97,6 +105,16 @@ class Policy(ABC):
     def for_run(self, noise_levels: Sequence[float]) -> "Policy":
         """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
+
+    def choose(
+        self, condition: Condition | None, agree: Callable[[Tensor], Tensor] | None
+    ) -> "tuple[Policy, Forecaster]":
+        """What a run goes by, from the condition of its first call; for a policy that needs it.
+
+        condition: None where the denoiser is given none that is known. agree: makes values equal on all ranks that
+        must decide alike, None where there are no others.
+        """
+        raise NotImplementedError(f"policy {self.name!r} asks for the condition and so must define choose")
 
     def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
         """One number per batch row, [rows]: from this step's signals and those of each row's last computed step.

@@ -57,6 +57,8 @@ SHAPES = {
     "foreground_share": "ST",
     "sensitivity": "GT",
     "sensitivity_sampled": "GT",
+    "select_weights": "KD",
+    "select_bias": "K",
 }
 SPAN_SHAPES = {"channel_mean": "PTC", "channel_square": "PTC", "attention_received": "TN"}  # with a span's index
 MAY_BE_NAN = frozenset({*GRAMS, "cross_input", "foreground_share", *SIGNALS})
@@ -100,6 +102,7 @@ class Profile:
     - attention_received.<s> [T, N]: by each token, mean over queries and heads. foreground_share [S, T].
     - sensitivity [G, T]: relative error of the final latents per relative error of a group of spans at a step.
       sensitivity_sampled [G, T] uint8: 1 where it was measured, 0 where interpolated.
+    - select_weights [K, D], select_bias [K]: of system "select", see `planning.select`.
     """
 
     fingerprint: Fingerprint
@@ -424,6 +427,8 @@ def _resample(name: str, tensor: Tensor, places: "np.ndarray[Any, Any]") -> Tens
         return _resample_changes(tensor, places, multiply=name == "norm_ratio")
     kind = name.partition(".")[0]
     axes = SHAPES[name] if name in SHAPES else SPAN_SHAPES[kind]
+    if "T" not in axes:
+        return tensor
     steps = tensor.shape[axes.index("T")]
     if name == "sensitivity_sampled":
         return torch.zeros(tensor.shape[0], len(places), dtype=torch.uint8)

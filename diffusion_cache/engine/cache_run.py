@@ -184,8 +184,9 @@ class CacheRun:
                 self.spans.release()
                 self.decisions.clear()
             self._levels = self._noise_levels(clock.first_timestep)
-            self.forecaster = self.session.method.forecaster.for_run(self._levels)
-            self.decisions.begin_loop(self.session.method.guarded.for_run(self._levels))
+            method = self.session.method.for_call(kwargs, self.session.agree)
+            self.forecaster = method.forecaster.for_run(self._levels)
+            self.decisions.begin_loop(method.guarded.for_run(self._levels), self.forecaster.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch

@@ -38,8 +38,9 @@ class Decisions:
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, dict[str, Tensor]] = {}
 
-    def begin_loop(self, guarded: Guarded) -> None:
-        """Go by this policy from now on."""
+    def begin_loop(self, guarded: Guarded, history: int) -> None:
+        """Go by this policy from now on, with so many features kept."""
+        self.history = history
         if guarded is not self.guarded:
             self.guarded = guarded
             self._schedules.clear()

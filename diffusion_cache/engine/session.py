@@ -5,16 +5,27 @@ import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..context import Forecaster
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, merged, unwrap
+from ..models import (
+    Called,
+    Layout,
+    Span,
+    arrange,
+    condition_of,
+    default_scope,
+    find_denoisers,
+    find_layout,
+    merged,
+    unwrap,
+)
 from ..policies import Guarded
 from ..registry import unknown_name
 from . import patches
@@ -51,6 +62,13 @@ class Method:
 
         where = self.scope or "default scope"
         return f"{text(self.guarded.policy)} + {text(self.forecaster)} on {where}"
+
+    def for_call(self, kwargs: Mapping[str, Any], agree: Agree | None) -> "Method":
+        """What a run goes by whose first denoiser call has these arguments."""
+        if not self.guarded.policy.needs.condition:
+            return self
+        policy, forecaster = self.guarded.policy.choose(condition_of(kwargs), agree)
+        return replace(self, guarded=replace(self.guarded, policy=policy), forecaster=forecaster)
 
     def layout(self, denoiser: nn.Module) -> Layout:
         """The denoiser's spans under this method.

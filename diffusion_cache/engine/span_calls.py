@@ -165,7 +165,7 @@ class SpanCalls:
     def state(self, key: PassKey, span: Span, count: int) -> SpanState:
         state = self._states.get((key, span, count))
         if state is None:
-            state = self._states[key, span, count] = SpanState(History(self._method.forecaster.history))
+            state = self._states[key, span, count] = SpanState(History(self._run.forecaster.history))
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state

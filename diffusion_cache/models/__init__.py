@@ -1,6 +1,6 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
-from .calls import fills_cache
+from .calls import condition_of, fills_cache
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
 from .spans import Called, Layout, Span, arrange, default_scope, find_layout, is_unet, merged
 
@@ -11,6 +11,7 @@ __all__ = [
     "Layout",
     "Span",
     "arrange",
+    "condition_of",
     "default_scope",
     "fills_cache",
     "find_denoisers",

@@ -1,7 +1,13 @@
-"""Calls of a denoiser that are made for more than their output."""
+"""What the arguments of a denoiser call tell: what it is conditioned on, and if it is made for more than its output."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
+
+from ..context import Condition
+
+TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
 
 def fills_cache(kwargs: Mapping[str, Any]) -> bool:
@@ -16,3 +22,19 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     if isinstance(flag, Mapping) and flag.get("is_cache_step"):
         return True
     return caches is not None and getattr(caches[0], "mode", None) == "write"
+
+
+def condition_of(kwargs: Mapping[str, Any]) -> Condition | None:
+    """The prompt or class of each batch row: embeddings (float32, mean over tokens, padding and all) or class labels.
+
+    None where none of the arguments in use is there as one tensor.
+    """
+    for name in (*TEXT, *LABELS, *POOLED):
+        value = kwargs.get(name)
+        if not isinstance(value, Tensor) or not value.ndim:
+            continue
+        if value.is_floating_point() and value.ndim > 1:
+            return Condition(name, value.detach().flatten(1, -2).float().mean(1) if value.ndim > 2 else value.float())
+        if name in LABELS and value.ndim == 1:
+            return Condition(name, value.detach())
+    return None

@@ -9,6 +9,7 @@ from .laptop import Laptop
 from .lemica import LeMiCa
 from .meancache import MeanCache
 from .profiling_dit import ProfilingDiT
+from .select import Selection
 from .smooth_cache import SmoothCache
 from .step_rehash import StepRehash
 
@@ -23,6 +24,7 @@ __all__ = [
     "MeanCache",
     "Parts",
     "ProfilingDiT",
+    "Selection",
     "SmoothCache",
     "StepRehash",
     "System",

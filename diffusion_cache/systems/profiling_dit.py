@@ -112,8 +112,6 @@ class ProfilingDiT(System):
             feature="auto",
             schedule=Schedule(tuple((tuple(row),) for row in computed)),
             noise_levels=profile.noise_levels,
-            nodes=torch.full((total, 1, 1), -1, dtype=torch.int32),
-            weights=torch.full((total, 1, 1, 1), torch.nan, dtype=torch.float64),
             nfe=total - (total - len(refreshed)) * share,
             facts={"background": sorted(background)},
         )

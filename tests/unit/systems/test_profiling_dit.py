@@ -106,7 +106,7 @@ def test_what_it_cannot_plan_from():
     with pytest.raises(ConfigError, match="no block is a background block"):
         ProfilingDiT(tau=0.0).parts(profile())
     for options in (dict(background=1.5), dict(tau=-1.0), dict(full_steps=0), dict(interval_to=0.5)):
-        with pytest.raises(ConfigError, match="must be|shares between"):
+        with pytest.raises(ConfigError, match=r"must be|shares between"):
             ProfilingDiT(**options)
     shares = [0.1] * 9 + [float("nan")]
     with pytest.warns(DiffusionCacheWarning, match="no attention was seen in 1 blocks, as blocks.9"):

@@ -1,0 +1,189 @@
+import warnings
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import plans
+import pytest
+import torch
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.context import Condition
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.forecasters import Taylor
+from diffusion_cache.models import condition_of
+from diffusion_cache.plan import Plan
+from diffusion_cache.planning.select import scores, with_selector
+from diffusion_cache.policies import Planned
+from diffusion_cache.policies.select import Select
+from diffusion_cache.profile import Profile
+from diffusion_cache.profiling.generation import teach
+from diffusion_cache.schedule import Schedule
+from diffusion_cache.systems import Selection
+
+STEPS = plans.STEPS
+
+
+def plan(name, mask, levels=()):
+    return Plan(name, "stack", None, "auto", Schedule.uniform(entry == "1" for entry in mask), tuple(levels))
+
+
+def select(weights, bias=(0.0, 0.0), source="class_labels", labels=(3, 8), fallback=0):
+    choices = tuple(Planned(plan(name, mask)) for name, mask in (("a", "1100"), ("b", "1001")))
+    forecasters = (Taylor(1), Taylor(2))
+    return Select(choices, forecasters, torch.tensor(weights), torch.tensor(bias), source, labels, fallback)
+
+
+def chosen(policy, condition, agree=None):
+    picked, forecaster = policy.choose(condition, agree)
+    index = policy.plans.index(picked)
+    assert forecaster is policy.forecasters[index]
+    return picked.plan.name
+
+
+def labels(*values):
+    return Condition("class_labels", torch.tensor(values))
+
+
+def test_the_plan_with_the_highest_score():
+    policy = select([[1.0, 0.0], [0.0, 1.0]])
+    assert chosen(policy, labels(3)) == "a"
+    assert chosen(policy, labels(8)) == "b"
+    assert chosen(policy, labels(8, 1000)) == "b"  # the class for none, beside it, is left out
+    assert chosen(policy, labels(8, 3, 3)) == "a"  # the mean score of three samples
+    assert chosen(select([[1.0, 0.0], [0.0, 4.0]]), labels(8, 3, 3)) == "b"
+    by_text = select([[1.0, 0.0], [0.0, 1.0]], (0.0, 0.5), source="encoder_hidden_states", labels=())
+    assert chosen(by_text, Condition("encoder_hidden_states", torch.tensor([[1.0, 0.2], [0.0, 0.2]]))) == "b"
+    assert chosen(by_text, Condition("encoder_hidden_states", torch.tensor([[1.0, 0.2], [1.0, 0.2]]))) == "a"
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        None,
+        labels(7),
+        Condition("pooled_projections", torch.ones(1, 2)),
+        Condition("class_labels", torch.ones(1, 2)),
+    ],
+)
+def test_what_cannot_be_read_takes_the_best_on_average(condition):
+    policy = select([[1.0, 0.0], [0.0, 1.0]], fallback=1)
+    with pytest.warns(DiffusionCacheWarning, match="'b' is taken, the best on average"):
+        assert chosen(policy, condition) == "b"
+    by_text = select([[1.0, 0.0], [0.0, 1.0]], source="encoder_hidden_states", labels=())
+    for values in (torch.ones(1, 3), torch.full((1, 2), torch.nan)):
+        with pytest.warns(DiffusionCacheWarning, match="no known encoder_hidden_states"):
+            assert chosen(by_text, Condition("encoder_hidden_states", values)) == "a"
+
+
+def test_ranks_choose_alike():
+    policy = select([[1.0, 0.0], [0.0, 1.0]], fallback=1)
+    assert chosen(policy, labels(3), lambda values: values.flip(0)) == "b"
+    with pytest.warns(DiffusionCacheWarning, match="on average"):
+        assert chosen(policy, labels(3), lambda values: values * torch.nan) == "b"
+
+
+def test_what_a_call_is_conditioned_on():
+    text = torch.arange(24.0).view(2, 3, 4)
+    found = condition_of({"encoder_hidden_states": text.bfloat16(), "pooled_projections": torch.ones(2, 5)})
+    assert found.name == "encoder_hidden_states"
+    assert found.values.dtype == torch.float32
+    assert found.values.tolist() == [[4.0, 5.0, 6.0, 7.0], [16.0, 17.0, 18.0, 19.0]]
+    assert condition_of({"class_labels": torch.tensor([3, 1000])}).values.tolist() == [3, 1000]
+    assert condition_of({"encoder_hidden_states": [text], "pooled_projections": torch.ones(2, 5)}).values.shape == (
+        2,
+        5,
+    )
+    assert condition_of({"hidden_states": text, "class_labels": None, "timestep": torch.ones(2)}) is None
+
+
+def test_scores_are_a_ridge_that_leaves_nothing_where_there_is_nothing():
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(64, 6))
+    truth = generator.normal(size=(3, 6))
+    weights, bias = scores(inputs, inputs @ truth.T + [1.0, 0.0, -1.0])
+    np.testing.assert_allclose(weights, truth, atol=1e-2)
+    np.testing.assert_allclose(bias, [1.0, 0.0, -1.0], atol=1e-2)
+    noise = generator.normal(size=(64, 3))
+    weights, bias = scores(inputs, noise)
+    assert np.abs(weights).max() < 0.15
+    np.testing.assert_allclose(bias, noise.mean(0), atol=0.05)
+
+
+@cache
+def learned(name):
+    """A profile with two plans of equal cost, and scores for them that class 3 and class 8 reverse."""
+    found = plans.profile(name)
+    levels = found.noise_levels
+    found = found.with_plans([plan("early", "11111000", levels), plan("late", "10001111", levels)])
+    pipe = reference.load(name)
+    samples = [("3", 1), ("8", 2), ("3", 3), ("8", 4)]
+    learnt = with_selector(found, [teach(plans.batch(pipe, name, part)) for part in (samples[:2], samples[2:])])
+    wanted = torch.tensor([[1.0], [-1.0]])
+    rows = {"class_labels": torch.eye(2), "encoder_hidden_states": reference.class_embeddings()[[3, 8]].mean(1)}
+    source = learnt.facts["select"]["source"]
+    both = rows[source]
+    direction = both[0] - both[1]
+    weights = wanted * direction / direction.square().sum()
+    bias = -(weights @ both.mean(0))
+    return learnt, replace(learnt, arrays={**learnt.arrays, "select_weights": weights, "select_bias": bias})
+
+
+def strip(pipe):
+    return "".join(
+        str(int(record.computed)) for record in dc.summary(pipe).records if record.pass_name in ("0", "cond")
+    )
+
+
+@pytest.mark.parametrize("name", ["dit-digits", "wan-moving-digits"])
+def test_a_pipeline_runs_the_plan_of_its_prompt(name, tmp_path):
+    learnt, reversed_ = learned(name)
+    assert learnt.facts["select"]["plans"] == ["early", "late"]
+    assert learnt.facts["select"]["samples"] == 4
+    reversed_.save(tmp_path)
+    stored = Profile.load(tmp_path)
+    pipe = reference.load(name)
+    plain = {}
+    for label, chosen_plan in (("3", "early"), ("8", "late")):
+        with dc.cached(pipe, profile=stored, plan=chosen_plan):
+            plain[label] = reference.images(name, plans.batch(pipe, name, [(label, 5)]).call())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)
+        with dc.cached(pipe, policy="select", profile=stored):
+            for label, mask in (("3", "11111000"), ("8", "10001111"), ("3", "11111000")):
+                images = reference.images(name, plans.batch(pipe, name, [(label, 5)]).call())
+                assert strip(pipe) == mask
+                assert torch.equal(images, plain[label])
+            assert "plan 'early'" in dc.summary(pipe).method
+            plans.batch(pipe, name, [("8", 5), ("8", 6), ("3", 7)]).call()
+            assert strip(pipe) == "10001111"
+
+
+def test_scores_follow_the_measured_psnr():
+    """With two classes and a strong preference, the ridge keeps the sign that was measured."""
+    learnt, _ = learned("dit-digits")
+    weights, bias = learnt.arrays["select_weights"], learnt.arrays["select_bias"]
+    assert learnt.facts["select"]["labels"] == [3, 8]
+    means = weights @ torch.eye(2) + bias[:, None]
+    assert torch.allclose(means.sum(0), torch.zeros(2), atol=1e-4)  # PSNR over the mean of both plans
+    fallback = learnt.facts["select"]["plans"].index(learnt.facts["select"]["fallback"])
+    assert fallback == int(means.mean(1).argmax())
+
+
+def test_what_cannot_be_selected():
+    learnt, _ = learned("dit-digits")
+    pipe = reference.load("dit-digits")
+    with pytest.raises(ConfigError, match="has not learned"):
+        dc.enable(pipe, policy="select", profile=plans.profile("dit-digits"))
+    with pytest.raises(ConfigError, match="plans from measurements"):
+        dc.enable(pipe, policy="select")
+    with pytest.raises(ConfigError, match="nfe comes from the method"):
+        dc.enable(pipe, policy="select", profile=learnt, nfe=4)
+    with pytest.raises(ConfigError, match=r"for the plans early, late, and it has late: learn them again"):
+        Selection().parts(learnt.with_plans(learnt.plans[1:]))
+    teacher = teach(plans.batch(pipe, "dit-digits", [("3", 1), ("3", 2)]))
+    with pytest.raises(ConfigError, match="is the same for all calibration prompts"):
+        with_selector(learnt, [teacher])
+    with pytest.raises(ConfigError, match="two or more"):
+        with_selector(learnt, [teacher], ["early"])
