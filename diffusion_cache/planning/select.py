@@ -28,8 +28,9 @@ def with_selector(profile: Profile, teachers: Sequence[Teacher], names: Sequence
 
     teachers: uncached runs of calibration prompts, apart from those the plans state their quality on; a few for each
     kind of prompt. names: of the plans to choose from, of about equal NFE (or the most expensive one would always be
-    best); () for all. The score of a plan is how much better its PSNR is than the mean of the plans' on that prompt. The
-    strength of the ridge is chosen by leave-one-out error: where prompts tell nothing, the best plan on average is left.
+    best); () for all. The score of a plan is how much better its PSNR is than the mean of the plans' on that prompt.
+    The strength of the ridge is chosen by leave-one-out error: where prompts tell nothing, the best plan on average
+    is left.
 
     Raises:
         ConfigError: for fewer than two plans, plans of different scopes, or prompts that all look the same.
