@@ -98,6 +98,11 @@ class Policy(ABC):
     def needs(self) -> Needs:
         return Needs()
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The noise levels that the sampler is to go through, one a step, in its own unit; None for its own."""
+        return None
+
     def schedule(self, total: int) -> Schedule | None:
         """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
         return None

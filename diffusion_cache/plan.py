@@ -119,7 +119,8 @@ class Plan:
     are left to it. correction: float64 [T, P, S, 2, C], the scale and the bias that turn a forecast output y into
     scale·y + bias, C = 1 or one for each of its channels, NaN where it stays as it is; None for no correction anywhere.
     An axis of length one stands for all passes or spans. row_passes: guidance branches stacked in the rows of one call.
-    sigmas: the sampler's noise levels moved by the plan, if it moves them, in its own unit.
+    sigmas: where the plan moves the sampler's noise levels to, in its own unit, [T], if it moves them; noise_levels are
+    those it has by itself.
     nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
     values on how it was made. quality, speed: measured on held-out samples, None if they were not.
     """
@@ -166,7 +167,9 @@ class Plan:
         _need(where, "NFE", 0 < self.nfe < math.inf, f"a positive number, not {self.nfe}")
         _need(where, "depth", self.depth is None or self.depth >= 0, f"0 or more, not {self.depth}")
         _need(where, "row passes", self.row_passes >= 1, f"at least 1, not {self.row_passes}")
-        _need(where, "sigmas", all(map(math.isfinite, self.sigmas or ())), "finite numbers")
+        if self.sigmas is not None:
+            _need(where, "sigmas", len(self.sigmas) == steps, f"one for each of {steps} steps")
+            _need(where, "sigmas", all(map(math.isfinite, self.sigmas)), "finite numbers")
         check_facts(self.facts, where)
 
         for name, tensor in self._stored().items():

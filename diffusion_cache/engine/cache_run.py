@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..context import Step
-from ..errors import DiffusionCacheError, DiffusionCacheWarning
+from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
-from .clock import StepClock
+from .clock import StepClock, noise_levels
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
+from .sigmas import move_sigmas
 from .span_calls import SpanCalls
 from .structure import IMAGE_STREAM, copied, forked_rng, image_stream, tensor_inputs
 
@@ -72,6 +73,7 @@ class CacheRun:
         self._told_before: Any = None
         self._noise_levels = noise_levels
         self._levels: list[float] = []
+        self._moved_from: list[float] | None = None  # the sampler's own levels, where the policy has moved them
         self._groups, self._grouped_batch = 1, 0
         self._warned: set[str] = set()
         self._reached: dict[str, bool] = {}  # by denoiser: whether any of its spans was ever entered
@@ -185,8 +187,9 @@ class CacheRun:
                 self.decisions.clear()
             self._levels = self._noise_levels(clock.first_timestep)
             method = self.session.method.for_call(kwargs, self.session.agree)
-            self.forecaster = method.forecaster.for_run(self._levels)
-            self.decisions.begin_loop(method.guarded.for_run(self._levels), self.forecaster.history)
+            levels = self._own_levels()
+            self.forecaster = method.forecaster.for_run(levels)
+            self.decisions.begin_loop(method.guarded.for_run(levels), self.forecaster.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
@@ -271,12 +274,44 @@ class CacheRun:
             self.session.arrange_spans(name, frame.trace)
             self.layouts[name] = self.session.layouts[name]
 
-    def timesteps_set(self) -> None:
+    def timesteps_set(self, scheduler: Any) -> None:
         """A scheduler's timesteps are set: a loop follows, of which the pipeline may tell the length."""
         self.clock.timesteps_set()
+        self._move_sigmas(scheduler)
         pipe = self.pipe() if self.pipe is not None else None
         if pipe is not None:  # what it has told before is of all loops, or of the last one
             self._told_before = vars(pipe).pop("_num_timesteps", self._told_before)
+
+    def _move_sigmas(self, scheduler: Any) -> None:
+        """Where the policy moves the noise levels of such a run, move them."""
+        if self.clock.is_suppressed or self.session.method.guarded.sigmas is None:
+            return
+        own = noise_levels(scheduler)
+        sigmas = self._sigmas_for(own)
+        self._moved_from = None if sigmas is None else own
+        if sigmas is not None:
+            move_sigmas(scheduler, sigmas)
+
+    def _sigmas_for(self, levels: list[float]) -> tuple[float, ...] | None:
+        guarded = self.session.method.guarded
+        return None if guarded.sigmas is None else guarded.for_run(levels).sigmas
+
+    def _own_levels(self) -> list[float]:
+        """This loop's noise levels as the sampler has them by itself, which is what plans go by."""
+        own = self._moved_from
+        if own is None:
+            if self._sigmas_for(self._levels) is not None:
+                raise ConfigError(
+                    "the plan moves noise levels, but no scheduler's timesteps were set in this run: call "
+                    "set_timesteps inside of it, or use a plan without sigmas"
+                )
+            return self._levels
+        if self._levels and len(self._levels) != len(own):
+            raise ConfigError(
+                f"the plan moves the noise levels of all {len(own)} steps, and this run makes only the last "
+                f"{len(self._levels)} (image to image): use a plan without sigmas"
+            )
+        return own
 
     def told_total(self) -> Any:
         """What the pipeline says is the length of the loop that begins, if it does."""

@@ -52,6 +52,10 @@ class StepClock:
         """The user's own loop says that the next call belongs to the next step."""
         self._explicit = self._advance = True
 
+    @property
+    def is_suppressed(self) -> bool:
+        return self._suppressed > 0
+
     def suppressed(self) -> "_Suppressed":
         """A context in which scheduler steps do not count (probing a copied scheduler fires the same patch)."""
         return _Suppressed(self)

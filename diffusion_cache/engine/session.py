@@ -464,7 +464,7 @@ def _noted_timesteps(original: Callable) -> Callable:
         result = original(self, *args, **kwargs)
         run = ACTIVE.get()
         if run is not None and _counts(run, self):
-            run.timesteps_set()
+            run.timesteps_set(self)
         return result
 
     return set_timesteps

@@ -50,16 +50,7 @@ class Fitted(Forecaster):
 
     @classmethod
     def of(cls, plan: Plan) -> "Fitted":
-        """A plan's weights.
-
-        Raises:
-            ConfigError: for a plan that moves the sampler's noise levels, which this version cannot carry out.
-        """
-        if plan.sigmas is not None:
-            raise ConfigError(
-                f"plan {plan.name!r} moves the sampler's noise levels, which this version cannot do: make the plan "
-                "again with it"
-            )
+        """A plan's weights."""
         table: dict[Key, Fit] = {}
         steps, passes, spans, _ = plan.weights.shape
         weights, nodes = plan.weights.tolist(), plan.nodes.tolist()

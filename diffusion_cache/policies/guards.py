@@ -77,6 +77,11 @@ class Guarded:
         """Whether decisions depend on the step alone, so that the whole schedule is known beforehand."""
         return not self.needs.signals
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Noise levels that the policy moves the sampler's to."""
+        return self.policy.sigmas
+
     def for_run(self, noise_levels: Sequence[float]) -> "Guarded":
         """The same under the same guards, for a run through these noise levels."""
         policy = self.policy.for_run(noise_levels)

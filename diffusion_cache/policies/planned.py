@@ -31,6 +31,10 @@ class Planned(Policy):
     def _stretched(self) -> dict[int, Schedule]:
         return {}
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        return self.plan.sigmas
+
     def for_run(self, noise_levels: Sequence[float]) -> "Planned":
         if not noise_levels or not self.plan.noise_levels:
             return self
