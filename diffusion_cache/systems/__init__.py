@@ -4,6 +4,7 @@ from .bac import BAC
 from .base import DENOISER_KINDS, Parts, System
 from .deepcache import DeepCache
 from .dpcache import DPCache
+from .ertacache import ERTACache
 from .fora import Fora
 from .laptop import Laptop
 from .lemica import LeMiCa
@@ -18,6 +19,7 @@ __all__ = [
     "DENOISER_KINDS",
     "DPCache",
     "DeepCache",
+    "ERTACache",
     "Fora",
     "Laptop",
     "LeMiCa",
