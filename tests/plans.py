@@ -27,10 +27,10 @@ def drawn(first, count):
 
 
 @cache
-def profile(name, sampler=None, scope=None, steps=STEPS):
+def profile(name, sampler=None, scope=None, steps=STEPS, feature="auto"):
     """Of two samples, without sensitivities; made once in a test run."""
     pipe = reference.load(name, sampler)
-    options = Options(scope=scope, sensitivity_samples=0, batch=2)
+    options = Options(scope=scope, sensitivity_samples=0, batch=2, feature=feature)
     return measure(lambda samples: batch(pipe, name, samples, steps), drawn(0, 2), options)
 
 

@@ -76,14 +76,15 @@ def total_gram(profile: Profile, feature: str) -> Array:
     """Of all spans and passes together, [T, T], as if their features were one.
 
     Raises:
-        ConfigError: where a span has no such feature.
+        ConfigError: where the residuals of a span were not measured.
     """
-    gram = profile.arrays[f"gram_{feature}"].double().sum(dim=(0, 1)).numpy()
-    if not np.isfinite(gram).all():
+    lacking = [span.name for span in profile.spans if feature == "residual" != span.feature]
+    if lacking:
         raise ConfigError(
-            f"the profile has no {feature} of some span, whose input and output differ in shape: use the other feature"
+            f"the profile has measured outputs and no residuals of {', '.join(lacking[:4])}: profile again with "
+            "feature=residual (if input and output have one shape), or go by outputs"
         )
-    return gram
+    return profile.arrays[f"gram_{feature}"].double().sum(dim=(0, 1)).numpy()
 
 
 def distances(gram: Array) -> Array:

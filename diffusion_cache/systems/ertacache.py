@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..context import Feature
 from ..errors import ConfigError
-from ..plan import Plan
+from ..plan import FEATURES, Plan
 from ..planning.static import static_plan
 from ..planning.timesteps import KINDS, Array, adjusted, distances, profiled_shares, total_gram
 from ..profile import Profile
@@ -20,14 +21,15 @@ class ERTACache(System):
 
     Norms are L2, over all calibration samples, spans and passes, for a profile keeps inner products (the paper's are
     L1). nfe: instead of λ, the smallest λ with which at most so many steps are computed. feature: "residual", v − x at
-    scope denoiser and the hidden residual at scope stack, or "output", v itself: on straight flows it is constant.
+    scope denoiser and the hidden residual at scope stack; "output", v itself, which is constant on straight flows; or
+    "auto", what was measured of the spans.
     adjust: how far reused steps go, "none" (all the way), "A" or "B" (`planning.timesteps`), for flow samplers that
     take noise levels. The rectification of what is reused needs runs of the pipeline: `profiling.rectify`.
     """
 
     threshold: float | None = None
     nfe: int | None = None
-    feature: str = "residual"
+    feature: Feature = "auto"
     adjust: str = "none"
 
     paper = "ERTACache (arXiv 2508.21091)"
@@ -38,13 +40,14 @@ class ERTACache(System):
             raise ConfigError("ertacache: give threshold (λ, such as 0.1) or nfe, and not both")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"ertacache: threshold must be at least 0, not {self.threshold}")
-        if self.feature not in ("residual", "output"):
-            raise ConfigError(f"ertacache: feature must be 'residual' or 'output', not {self.feature!r}")
+        if self.feature not in FEATURES:
+            raise ConfigError(f"ertacache: feature must be one of {', '.join(FEATURES)}, not {self.feature!r}")
         if self.adjust not in ("none", *KINDS):
             raise ConfigError(f"ertacache: adjust must be 'none', 'A' or 'B', not {self.adjust!r}")
 
     def plan(self, profile: Profile) -> Plan:
-        gram = total_gram(profile, self.feature)
+        feature = profile.spans[0].feature if self.feature == "auto" else self.feature
+        gram = total_gram(profile, feature)
         size = np.sqrt(gram.diagonal())
         distance = distances(gram)
         errors = np.divide(distance, size, out=np.where(distance > 0, np.inf, 0.0), where=size > 0)
@@ -52,9 +55,9 @@ class ERTACache(System):
         assert threshold is not None
         computed = replay(errors, threshold)
         plan = static_plan(profile, self.name, computed, threshold=threshold)
-        return replace(plan, feature=self.feature, sigmas=self._sigmas(profile, computed))
+        return replace(plan, feature=feature, sigmas=self._sigmas(profile, computed, feature))
 
-    def _sigmas(self, profile: Profile, computed: list[bool]) -> tuple[float, ...] | None:
+    def _sigmas(self, profile: Profile, computed: list[bool], feature: str) -> tuple[float, ...] | None:
         if self.adjust == "none" or all(computed):
             return None
         own = profile.fingerprint.sigmas
@@ -63,7 +66,7 @@ class ERTACache(System):
                 "ertacache: adjust moves the sampler's noise levels, and this profile's sampler goes by none: "
                 "set adjust='none'"
             )
-        return adjusted(own, profiled_shares(profile, computed, self.feature, self.adjust))
+        return adjusted(own, profiled_shares(profile, computed, feature, self.adjust))
 
 
 def replay(errors: Array, threshold: float) -> list[bool]:
@@ -92,4 +95,6 @@ def least_threshold(errors: Array, most: int) -> float:
     for threshold in (0.0, *(float(np.nextafter(error, np.inf)) for error in within)):
         if sum(replay(errors, threshold)) <= most:
             return threshold
-    raise ConfigError("ertacache: some residuals are zero where others are not, so that no threshold takes so few steps")
+    raise ConfigError(
+        "ertacache: some residuals are zero where others are not, so that no threshold takes so few steps"
+    )
