@@ -15,6 +15,7 @@ from ..models import Span, fills_cache
 from .clock import StepClock, noise_levels
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
+from .observer import Again
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
 from .structure import IMAGE_STREAM, copied, forked_rng, image_stream, tensor_inputs
@@ -117,12 +118,12 @@ class CacheRun:
             self.session.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
         return output
 
-    def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any]:
+    def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Again:
         """A function that makes a call again, its spans reused as they were, with nothing stored or recorded."""
 
-        def again() -> Any:
+        def again(compute: bool = False) -> Any:
             outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
-            self.frame.actions, self.frame.variant = called.actions, called.variant
+            self.frame.actions, self.frame.variant = (True,) if compute else called.actions, called.variant
             try:
                 with forked_rng():
                     return self._forward(self.layouts[called.key[0]].spans, inner, copied(args), copied(kwargs))

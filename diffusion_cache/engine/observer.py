@@ -1,7 +1,7 @@
 """Watching a session's runs from outside: what profiling records and fitting needs."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -9,6 +9,12 @@ from ..history import Leaf
 from ..models import Span
 from .frame import Frame
 from .structure import Inputs
+
+
+class Again(Protocol):
+    """Makes a denoiser call once more."""
+
+    def __call__(self, compute: bool = False) -> Any: ...
 
 
 class Observer:
@@ -25,8 +31,9 @@ class Observer:
     ) -> None:
         """A span was computed: outputs are its tensors, leaves[i].base the key of the input outputs[i] continues."""
 
-    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
+    def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
         """A denoiser call is over. again() makes the same call once more: the same spans reused from the same history.
 
-        It may be used until the scheduler's step; what a computed span gives then is not stored.
+        With compute=True all spans are computed. It may be used until the scheduler's step; what a computed span gives
+        then is not stored.
         """

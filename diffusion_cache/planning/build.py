@@ -25,6 +25,7 @@ from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .closed_loop import Steps
 from .dynamic import best_schedule
+from .timesteps import kept_if_better
 
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
@@ -43,7 +44,7 @@ class Search:
     the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
     steps in closed loop (else the best start is taken). regressors: let the fit correct reused outputs too, where that
     is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search's
-    moves.
+    moves. sigmas: move the sampler's noise levels (`timesteps.kept_if_better`).
     """
 
     runs: int = 60
@@ -54,6 +55,7 @@ class Search:
     regressors: bool = False
     polished: int = 2
     seed: int = 0
+    sigmas: bool = False
 
 
 @dataclass
@@ -117,7 +119,10 @@ class Planner:
         """Whether this planner would make the plan again: the same search, on as many samples, scored on the same."""
         facts = self._facts
         seeds = plan.quality is not None and plan.quality.seeds == tuple(self.seeds)
-        return seeds and {name: plan.facts.get(name) for name in facts} == facts
+        found = {name: plan.facts.get(name) for name in facts}
+        if isinstance(found["search"], dict):  # options that there were none of yet are at their defaults
+            found["search"] = {**plain_json(vars(Search())), **found["search"]}
+        return seeds and found == facts
 
     @property
     def _facts(self) -> dict[str, Any]:
@@ -144,7 +149,15 @@ class Planner:
         if self.search.fitted and self.search.polished:
             result = replace(result, forecaster=self._polished(schedule, result.forecaster, fit_settings, label))
         plan = self._assembled(label, schedule, result, fit_settings)
+        if self.search.sigmas:
+            plan = kept_if_better(plan, self.fitting, self.profile.fingerprint.sigmas, self._tuning_score)
         return self.measured(plan)
+
+    def _tuning_score(self, plan: Plan) -> float:
+        settings = trajectory.Settings(scope=plan.scope, depth=plan.depth)
+        return closed_loop.score(
+            psnr(self._images(self.tuning, Planned(plan), Fitted.of(plan), settings), self.tuning.images)
+        )
 
     def starts(self, computed: int) -> list[Steps]:
         """Schedules of so many computed steps: optimal ones for the profile's surrogates, and evenly spaced ones."""

@@ -4,13 +4,17 @@ A reused step covers the share φ of the interval that it would have. The time i
 that remain, in proportion to their own intervals, so that the last one lands exactly where the sampler's does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
+from ..plan import Plan
 from ..profile import Profile
+from ..profiling.generation import Teacher
+from ..profiling.rectify import reuse_errors
 
 Array = NDArray[np.float64]
 
@@ -50,11 +54,40 @@ def profiled_shares(profile: Profile, computed: Sequence[bool], feature: str, ki
     return np.where(computed, 1.0, found)
 
 
+def calibrated(plan: Plan, teacher: Teacher, sigmas: ArrayLike, kind: str) -> Plan:
+    """The plan with noise levels moved by `shares` of the teacher's batch, along the run that the plan caches.
+
+    sigmas: the sampler's own, as for `adjusted`. Steps with any span computed go all the way.
+    """
+    phi = shares(*reuse_errors(teacher, replace(plan, sigmas=None)), kind)
+    computed = plan.computed().flatten(1).any(dim=1).numpy()
+    return replace(plan, sigmas=adjusted(sigmas, np.where(computed, 1.0, phi)))
+
+
+def kept_if_better(
+    plan: Plan, teacher: Teacher, sigmas: ArrayLike | None, score: Callable[[Plan], float], kind: str = "B"
+) -> Plan:
+    """The plan with `calibrated` noise levels where they score higher than its own, else as it was.
+
+    sigmas: the sampler's own, None if it has none. score: of a plan, higher is better. What was found is in the plan's
+    facts, as "sigmas".
+    """
+    if sigmas is None:
+        return replace(plan, facts={**plan.facts, "sigmas": "the sampler has none"})
+    try:
+        moved = calibrated(plan, teacher, sigmas, kind)
+        before, after = score(plan), score(moved)
+    except ConfigError as error:  # not this sampler
+        return replace(plan, facts={**plan.facts, "sigmas": str(error)})
+    best = moved if after > before else plan
+    return replace(best, facts={**plan.facts, "sigmas": {"own": before, "moved": after}})
+
+
 def adjusted(sigmas: ArrayLike, phi: ArrayLike) -> tuple[float, ...]:
     """The noise levels [T] with step t going φ_t of its interval.
 
-    sigmas: the sampler's own, [T + 1], with the one that it ends at. phi: [T], 1 for computed steps; of the last step it
-    is not read.
+    sigmas: the sampler's own, [T + 1], with the one that it ends at. phi: [T], 1 for computed steps; the last step's is
+    not used, as it goes to the end.
 
     Raises:
         ConfigError: for other lengths, or φ that are not above 0 and at most 1.

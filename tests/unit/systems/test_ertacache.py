@@ -50,9 +50,9 @@ def path(pipe, samples):
 
         return noted
 
-    with attached(pipe, Method(Guarded(Interval(1)), Reuse(), "denoiser"), Observer()):
-        with wrapped_step(pipe.scheduler, make):
-            plans.batch(pipe, MODEL, samples).call()
+    method = Method(Guarded(Interval(1)), Reuse(), "denoiser")
+    with attached(pipe, method, Observer()), wrapped_step(pipe.scheduler, make):
+        plans.batch(pipe, MODEL, samples).call()
     return torch.stack(inputs), torch.stack(outputs)
 
 
