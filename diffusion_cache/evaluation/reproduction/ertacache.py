@@ -2,7 +2,9 @@
 
 from functools import lru_cache
 
+from ...context import Feature
 from ...forecasters import Reuse
+from ...plan import Plan
 from ...planning.timesteps import calibrated
 from ...profiling.generation import teach
 from ...systems.ertacache import ERTACache
@@ -16,32 +18,29 @@ PAPER = "Wan2.1-1.3B, PSNR: uniform 13.76, + policy 22.09, + time 22.94, + recti
 
 @lru_cache(maxsize=1)
 def _rows(seeds: SeedSet) -> dict[str, Ran]:
-    """The rows of the ablation, what is reused being v − x."""
+    """The rows of the ablation with v − x reused, and two of them with v and with the hidden residual."""
     bench = Bench(MODEL, seeds, count=SAMPLES)
-    profile = bench.profile("denoiser", feature="residual", sensitivity_samples=0)
-    plan = ERTACache(nfe=NFE, feature="residual").plan(profile)
-    teacher, levels = teach(bench.batch()), profile.fingerprint.sigmas
+    profiles = {
+        scope: bench.profile(scope, feature="residual", sensitivity_samples=0) for scope in ("denoiser", "stack")
+    }
+    teacher, levels = teach(bench.batch()), profiles["stack"].fingerprint.sigmas
     assert levels is not None
-    moved = {kind: calibrated(plan, teacher, levels, kind) for kind in "AB"}
+
+    def planned(scope: str, feature: Feature) -> Plan:
+        return ERTACache(nfe=NFE, feature=feature).plan(profiles[scope])
+
+    plan, output, hidden = planned("denoiser", "residual"), planned("denoiser", "output"), planned("stack", "residual")
     uniform = Reuse(feature="residual")
-    rows = {
+    return {
         "uniform": bench.run(policy="interval", every=EVERY, forecaster=uniform, scope="denoiser", granularity="batch"),
         "policy": bench.run(plan=plan),
-        "time A": bench.run(plan=moved["A"]),
-        "time B": bench.run(plan=moved["B"]),
+        "time A": bench.run(plan=calibrated(plan, teacher, levels, "A")),
+        "time B": bench.run(plan=calibrated(plan, teacher, levels, "B")),
+        "v": bench.run(plan=output),
+        "v, time B": bench.run(plan=calibrated(output, teacher, levels, "B")),
+        "hidden": bench.run(plan=hidden),
+        "hidden, time B": bench.run(plan=calibrated(hidden, teacher, levels, "B")),
     }
-    return rows
-
-
-def _outcome(rows: dict[str, Ran], better: str, worse: str) -> Outcome:
-    return Outcome(
-        ours=f"{worse} {rows[worse].mean:.2f} dB, {better} {rows[better].mean:.2f} dB",
-        equal_compute=", ".join(
-            f"{name}: {rows[name].nfe:g} evaluations, {rows[name].work:.3f} of the FLOPs" for name in (worse, better)
-        ),
-        holds=rows[better].mean > rows[worse].mean,
-        figures={name: row.mean for name, row in rows.items()},
-    )
 
 
 @claim(
