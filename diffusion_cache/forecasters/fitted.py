@@ -8,7 +8,6 @@ from itertools import product
 from typing import cast
 
 from ..context import Correction, Feature, Forecaster, Query
-from ..errors import ConfigError
 from ..fingerprint import same_levels
 from ..plan import Plan
 from .taylor import Taylor

@@ -54,7 +54,7 @@ class ERTACache(System):
         threshold = self.threshold if self.nfe is None else least_threshold(errors, self.nfe)
         assert threshold is not None
         computed = replay(errors, threshold)
-        plan = static_plan(profile, self.name, computed, threshold=threshold)
+        plan = static_plan(profile, self.name, computed, facts={"threshold": threshold})
         return replace(plan, feature=feature, sigmas=self._sigmas(profile, computed, feature))
 
     def _sigmas(self, profile: Profile, computed: list[bool], feature: str) -> tuple[float, ...] | None:
