@@ -10,6 +10,7 @@ from plans import STEPS
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import Correction
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fit, Fitted
@@ -69,6 +70,19 @@ def test_without_fitting_all_is_left_to_taylor(planner):
     plan = replace(planner, search=BARE, _scores={}).plan(3)
     assert torch.isnan(plan.weights).all()
     assert plan.facts["search"]["fitted"] is False
+
+
+def test_regressors_where_they_are_better(planner):
+    """Tuned on the samples that they were fitted to, they are; polishing leaves the corrections as they are."""
+    search = replace(planner.search, runs=1, refined=False, polished=1, scopes=("denoiser",))
+    here = replace(planner, tuning=planner.fitting, held_out=[planner.fitting], seeds=[1, 2], _scores={})
+    plain, corrected = (replace(here, search=replace(search, regressors=flag)).plan(3) for flag in (False, True))
+    assert (plain.correction, plain.facts["regressors"]) == (None, [])
+    assert corrected.facts["regressors"] in (["scale"], ["bias"], ["scale", "bias"])
+    assert corrected.correction.shape == (STEPS, 1, 1, 2, 4 if "bias" in corrected.facts["regressors"] else 1)
+    assert torch.equal(torch.isfinite(corrected.correction[..., 0, 0]), torch.isfinite(corrected.weights).any(dim=3))
+    assert (corrected.correction[..., 1, :].nan_to_num() != 0).any() == ("bias" in corrected.facts["regressors"])
+    assert corrected.quality.mean > plain.quality.mean + 0.1
 
 
 def test_more_computed_steps_are_better(planner):
@@ -208,13 +222,19 @@ def test_tables_and_tensors_say_the_same():
         (3, 1, 0): Fit((2,), (1.0,)),
         (5, 1, 1): Fit((0, 2, 4), (0.1, -0.1, 1.0)),
     }
-    nodes, weights, _ = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    nodes, weights, correction = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    assert correction is None
     assert (nodes.shape, weights.shape) == ((6, 2, 3), (6, 2, 2, 3))
     assert nodes[3].tolist() == [[-1, 0, 2], [-1, -1, 2]]
     assert weights[3, 1, 0].tolist() == [0.0, -0.25, 1.25]
     assert torch.isnan(weights[3, 1, 1]).all()
     assert nodes[4].tolist() == [[-1] * 3] * 2
     assert torch.isnan(weights[4]).all()
+    table[3, 1, 0] = Fit((2,), (1.0,), Correction((1.5, 0.5), (0.0, -1.0)))
+    _, _, correction = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    assert correction.shape == (6, 2, 2, 2, 2)
+    assert correction[3, 0, 1].tolist() == [[1.5, 0.5], [0.0, -1.0]]
+    assert torch.isfinite(correction).sum() == 4
 
 
 def test_psnr():

@@ -1,6 +1,7 @@
 """Trajectory matching: the weights against independent solutions, on every sampler, and what it leaves alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import Correction
 from diffusion_cache.engine import Observer
 from diffusion_cache.engine.patches import wrapped_step
 from diffusion_cache.engine.session import Method
-from diffusion_cache.forecasters.fitted import Fitted, taylor_weights
+from diffusion_cache.forecasters.fitted import Fit, Fitted, taylor_weights
 from diffusion_cache.policies import Guarded
 from diffusion_cache.policies.mask import Mask
-from diffusion_cache.profiling.generation import Batch, attached, teach
+from diffusion_cache.profiling.generation import Batch, attached, state_of, teach
 from diffusion_cache.profiling.trajectory import NUDGES, Settings, fit
 
 STEPS = 10
@@ -448,3 +450,84 @@ def test_noise_is_the_teachers(name, scheduler, own, options):
     assert (result.images - teacher.images).norm() < 0.75 * (taylor - teacher.images).norm()
     assert all(before < 0.95 for step, (before, _) in result.errors.items() if step != STEPS - 1)
     assert (cached(noisy.batch, result.forecaster)[0] - result.images).abs().max() <= REPLAYED
+
+
+def path_of(batch, forecaster, **where):
+    """The states that a cached run goes through."""
+    states = []
+
+    def make(step):
+        def noted(*args, **kwargs):
+            result = step(*args, **kwargs)
+            states.append(state_of(result).clone())
+            return result
+
+        return noted
+
+    with wrapped_step(batch.pipe.scheduler, make):
+        cached(batch, forecaster, **where)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "feature", "scale", "exact"),
+    [
+        ("flux-digits", 4, "auto", False, False),  # its pipeline mixes in float32 noise
+        ("dit-digits", 1, "auto", False, True),
+        ("dit-digits", 1, "residual", True, True),
+        ("dit-digits", 1, "residual", False, True),
+    ],
+)
+def test_planted_corrections_are_recovered(name, channels, feature, scale, exact):
+    """On a path that weights and corrections have made, they are what puts the sampler back on it."""
+    pipe = reference.load(name, dtype=torch.float64 if exact else torch.float32)
+    batch = batch_of(name, pipe, guidance_scale=1.0)
+    planted = {}
+    for step, nodes in NODES.items():
+        start = taylor_weights(nodes, step)
+        weights = (start[0] + 0.1, *start[1:-1], start[-1] - 0.1)
+        bias = tuple(0.05 * (step - 5) + 0.02 * channel for channel in range(channels))
+        planted[step, 0, 0] = Fit(nodes, weights, Correction((1.0 + 0.01 * step * scale,) * channels, bias))
+    teacher = teach(batch)
+    forecaster = Fitted(planted, feature=feature)
+    teacher.states = path_of(batch, forecaster, scope="denoiser")
+    settings = Settings("denoiser", ridge=0.0, feature=feature, scale=scale, bias=True, strengths=(0.0, 0.0))
+    result = fit(teacher, MASK, settings)
+    assert set(result.forecaster.table) == set(planted)
+    for key, found in result.forecaster.table.items():
+        for got, wanted in (
+            (found.weights, planted[key].weights),
+            *zip(found.correction, planted[key].correction, strict=True),
+        ):
+            assert got == pytest.approx(wanted, **({"abs": 1e-6} if exact else {"abs": 2e-3}))
+    without = fit(teacher, MASK, replace(settings, bias=False, scale=False))
+    assert all(without.errors[step][1] > 5 * result.errors[step][1] for step in without.errors)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "bias", "length"),
+    [("dit-digits", "stack", False, 1), ("dit-digits", "stack", True, 96), ("flux-digits", "stack", True, 96)],
+)
+def test_regressors_of_spans_inside(name, scope, bias, length):
+    """Closer to the path at the first step, where the student has come the same way; replayed, the same images."""
+    batch = batch_of(name, reference.load(name))
+    teacher = teach(batch)
+    plain = fit(teacher, MASK, Settings(scope))
+    result = fit(teacher, MASK, Settings(scope, scale=True, bias=bias, strengths=(1e-3, 1e-1)))
+    first = next(iter(NODES))
+    assert result.errors[first][0] == pytest.approx(plain.errors[first][0])
+    assert result.errors[first][1] < plain.errors[first][1]
+    assert result.forecaster.corrected_channels == length
+    corrections = [found.correction for found in result.forecaster.table.values()]
+    assert all(one.scale != (1.0,) * length for one in corrections)
+    assert all(any(one.bias) == bias for one in corrections)
+    replayed, _ = cached(batch, result.forecaster, scope=scope)
+    assert (replayed - result.images).abs().max() <= REPLAYED
+
+
+def test_one_feature_can_be_corrected():
+    """Which is what ERTACache rectifies: the newest feature, by a scale and a bias."""
+    batch = batch_of("dit-digits", reference.load("dit-digits"))
+    result = fit(teach(batch), MASK, Settings("denoiser", history=1, scale=True, bias=True))
+    assert len(result.errors) >= 4
+    assert (cached(batch, result.forecaster, scope="denoiser")[0] - result.images).abs().max() <= REPLAYED
