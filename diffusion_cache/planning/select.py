@@ -29,8 +29,7 @@ def with_selector(profile: Profile, teachers: Sequence[Teacher], names: Sequence
     teachers: uncached runs of calibration prompts, apart from those the plans state their quality on; a few for each
     kind of prompt. names: of the plans to choose from, of about equal NFE (or the most expensive one would always be
     best); () for all. The score of a plan is how much better its PSNR is than the mean of the plans' on that prompt.
-    The strength of the ridge is chosen by leave-one-out error: where prompts tell nothing, the best plan on average
-    is left.
+    The ridge's strength is chosen by leave-one-out error: where prompts tell nothing, the best plan on average is left.
 
     Raises:
         ConfigError: for fewer than two plans, plans of different scopes, or prompts that all look the same.
@@ -44,9 +43,8 @@ def with_selector(profile: Profile, teachers: Sequence[Teacher], names: Sequence
     if len({(plan.scope, plan.depth) for plan in plans}) > 1:
         raise ConfigError("select cannot change the scope from run to run: choose plans of one scope and depth")
     seen = [_seen(teacher, plans) for teacher in teachers]
-    source, labels, inputs = _inputs(
-        [(condition, teacher.batch.count) for (condition, _), teacher in zip(seen, teachers, strict=True)]
-    )
+    counts = [teacher.batch.count for teacher in teachers]
+    source, labels, inputs = _inputs([condition for condition, _ in seen], counts)
     values = np.concatenate([values for _, values in seen])  # [n, K]
     weights, bias = scores(inputs.double().numpy(), values - values.mean(1, keepdims=True))
     facts = {
@@ -99,13 +97,12 @@ def _seen(teacher: Teacher, plans: Sequence[Plan]) -> tuple[Condition, np.ndarra
     return first[0], np.array(values).T
 
 
-def _inputs(conditions: Sequence[tuple[Condition, int]]) -> tuple[str, tuple[int, ...], Tensor]:
+def _inputs(conditions: Sequence[Condition], counts: Sequence[int]) -> tuple[str, tuple[int, ...], Tensor]:
     """The argument's name, the classes (or () for embeddings), and each sample's condition as it is scored, [n, D]."""
-    source = conditions[0][0].name
-    by_sample = [
-        condition.values.cpu().unflatten(0, (-1, count)) for condition, count in conditions
-    ]  # [branches, n, …]
-    if conditions[0][0].values.ndim > 1:
+    source = conditions[0].name
+    # [guidance branches, n, …] each
+    by_sample = [item.values.cpu().unflatten(0, (-1, count)) for item, count in zip(conditions, counts, strict=True)]
+    if conditions[0].values.ndim > 1:
         rows = torch.cat([values.mean(0) for values in by_sample])
         labels: tuple[int, ...] = ()
     else:

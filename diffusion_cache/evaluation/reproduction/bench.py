@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Bench:
         self.subject = Shipped(model, sampler)
         self.fitting = self._samples(seeds.fitting[:count])
         self.reporting = self._samples(seeds.reporting[:count])
-        self._profiles: dict[Options, Profile] = {}
+        self._profiles: dict[tuple[Options, str | None], Profile] = {}
 
     @staticmethod
     def _samples(seeds: Sequence[int]) -> list[Sample]:
@@ -54,16 +54,16 @@ class Bench:
         chosen = list(self.fitting if samples is None else samples)
         return Batch(self.subject.pipe, lambda: self.subject.call(chosen), self.subject.images, len(chosen))
 
-    def profile(self, scope: str | None = None, **options: Any) -> Profile:
-        """Of the fitting samples; options: of `profiling.measure.Options`."""
-        wanted = Options(scope=scope, **options)
+    def profile(self, scope: str | None = None, foreground: Literal["motion"] | None = None, **options: Any) -> Profile:
+        """Of the fitting samples; foreground: see `measure`, options: of `profiling.measure.Options`."""
+        wanted = Options(scope=scope, attention=foreground is not None, **options), foreground
         if wanted not in self._profiles:
             samples = {(str(sample.prompt), sample.seed): sample for sample in self.fitting}
 
             def make(given: Sequence[tuple[str, int]]) -> Batch:
                 return self.batch([samples[prompt, seed] for prompt, seed in given])
 
-            found = measure(make, list(samples), wanted)
+            found = measure(make, list(samples), wanted[0], foreground=foreground)
             assert found is not None
             self._profiles[wanted] = found
         return self._profiles[wanted]
