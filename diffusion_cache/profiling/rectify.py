@@ -1,21 +1,39 @@
-"""What ERTACache (arXiv 2508.21091) calibrates on runs of a pipeline along the cached path."""
+"""What ERTACache (arXiv 2508.21091) calibrates on runs of a pipeline along the cached path.
 
+Its rectification v̂ = ṽ − ε̂ takes the error of a reused output ṽ to be ε̄ + β(ṽ − v̄), in each step, with β by
+ordinary least squares: so v̂ = scale·ṽ + bias, which a plan carries as its correction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import ops
+from ..context import Correction
 from ..engine import Method, Observer
-from ..engine.frame import Frame
+from ..engine.frame import Frame, Visit
 from ..engine.observer import Again
+from ..engine.patches import wrapped_step
 from ..engine.structure import flatten
-from ..forecasters.fitted import Fitted
+from ..errors import ConfigError
+from ..forecasters import Reuse
+from ..forecasters.fitted import Fit, Fitted
+from ..models import Span
 from ..plan import Plan
-from ..policies import Guarded, Planned
-from .generation import Teacher, attached
+from ..policies import Guarded, Interval, Planned
+from .generation import StepCall, Teacher, attached
+from .trajectory import Called, Fitting, Settings, aligned, combined, guidance_weights
 
 Array = NDArray[np.float64]
+
+TARGETS = ("output", "teacher", "state")
+FLAT = 1e-9  # a share of an output's mean square: what varies less is taken not to vary, and gets a bias alone
 
 
 def reuse_errors(teacher: Teacher, plan: Plan) -> tuple[Array, Array, Array]:
@@ -40,9 +58,9 @@ class _Watching(Observer):
 
     def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
         step = frame.step.index
-        given = true = model_output(output)
+        given = true = _model_output(output)
         if frame.reused:
-            true = model_output(again(compute=True))
+            true = _model_output(again(compute=True))
         before = self._before.get(frame.key, true)
         self._before[frame.key] = true.clone()
         self.errors[step] += _l1(given - true)
@@ -50,10 +68,196 @@ class _Watching(Observer):
         self.changes[step] += _l1(true - before)
 
 
-def model_output(output: Any) -> Tensor:
+def _model_output(output: Any) -> Tensor:
     """The first tensor of what a denoiser returns."""
     return next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)).detach()
 
 
 def _l1(tensor: Tensor) -> float:
     return float(tensor.double().abs().sum())
+
+
+def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel: bool = True) -> Plan:
+    """The plan with a correction of each span's reused output, fitted along one cached run of the teacher's batch.
+
+    Step by step, on the path that the corrections so far lead to. target: what the corrected output shall be: "output",
+    the span's own where the run has come to; "teacher", that of the uncached run at this step; "state", at scope
+    denoiser, the model output that leads to the uncached run's next state. per_channel: a scale and bias for each
+    channel, else one of each for all.
+
+    What it comes to is in the plan's facts, as "rectified": the distance from the target at each step before and after,
+    relative, of the (guided) model output for "state" and of the spans' outputs otherwise.
+
+    Raises:
+        ConfigError: for another target, "state" at another scope, a target of the uncached run for a plan that goes
+            through other noise levels than it, or spans whose channels differ.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"the target of a rectification must be one of {', '.join(TARGETS)}, not {target!r}")
+    if target == "state" and plan.scope != "denoiser":
+        raise ConfigError(
+            f"the next state tells what the denoiser should give, not a {plan.scope}: set target='output'"
+        )
+    if plan.sigmas is not None and target != "output":
+        raise ConfigError("the uncached run goes through other noise levels than this plan: take target 'output'")
+    batch = teacher.batch
+    known = _uncached_outputs(teacher, plan) if target == "teacher" else {}
+    fitting = _Rectifying(teacher, plan, target, per_channel, known)
+    method = Method(Guarded(Planned(plan)), fitting.forecaster, plan.scope, plan.depth, "batch")
+    with (
+        attached(batch.pipe, method, fitting) as session,
+        wrapped_step(batch.pipe.scheduler, fitting.stepping),
+    ):
+        fitting.begin(len(session.span_index))
+        batch.call()
+    return fitting.plan()
+
+
+Outputs = dict[tuple[int, tuple[str, str], str], list[Tensor]]  # by step, denoiser and pass, span
+
+
+def _uncached_outputs(teacher: Teacher, plan: Plan) -> Outputs:
+    collecting = _Collecting()
+    method = Method(Guarded(Interval(1)), Reuse(), plan.scope, plan.depth)
+    with attached(teacher.batch.pipe, method, collecting):
+        teacher.batch.call()
+    return collecting.outputs
+
+
+class _Collecting(Observer):
+    def __init__(self) -> None:
+        self.outputs: Outputs = {}
+
+    def span_computed(self, frame: Frame, span: Span, inputs: Any, leaves: Any, outputs: Sequence[Tensor]) -> None:
+        self.outputs[frame.step.index, frame.key, span.name] = [output.detach().clone() for output in outputs]
+
+
+class _Rectifying(Fitting):
+    """Goes along the cached path as trajectory matching does, with another fit at each reused step."""
+
+    def __init__(self, teacher: Teacher, plan: Plan, target: str, per_channel: bool, known: Outputs):
+        settings = Settings(plan.scope, plan.depth, plan.history, feature=plan.feature)  # type: ignore[arg-type]
+        super().__init__(teacher, settings)
+        self.given, self.target, self.per_channel, self.known = plan, target, per_channel, known
+        self.spans = 1
+
+    def begin(self, spans: int) -> None:
+        """Once it is known how many spans there are: the plan's weights, for each of them and each guidance branch."""
+        self.spans = spans
+        self.forecaster.fitted = replace(self.forecaster.fitted, groups=tuple(range(spans)))
+        weights = Fitted.of(self.given)
+        for step, span, branch in product(range(self.given.total), range(spans), range(self.teacher.branches)):
+            keys = [(step, span if self.given.weights.shape[2] > 1 else 0, b) for b in (branch, -1)]
+            found = next((weights.table[key] for key in keys if key in weights.table), None)
+            if found is not None:
+                self.forecaster.table[step, span, branch] = Fit(found.nodes, found.weights)
+
+    def span_computed(self, frame: Frame, span: Span, inputs: Any, leaves: Any, outputs: Sequence[Tensor]) -> None:
+        if self.target == "output":
+            self.known[frame.step.index, frame.key, span.name] = [output.detach() for output in outputs]
+
+    def _fit(self, index: int, calls: Sequence[Called], given: StepCall, scheduler: Any) -> Tensor:
+        count = self.teacher.batch.count
+        before = given.model_output[:count].double()
+        branches = [aligned(branch, before.shape) for call in calls for branch in call.branches]
+        guidance = guidance_weights(branches, before)
+        found: dict[tuple[int, int], Correction] = {}  # by span and branch
+        errors = []
+        if self.target == "state":
+            target = self._target(index, given, scheduler)
+            scale, bias = self._affine([before], [target])
+            # of the branches one by one, it is the same once guidance has combined them
+            bias = tuple(value / sum(guidance) for value in bias)
+            for call, visit in _reused(calls):
+                scale, bias = _padded(scale, bias, self._channels(visit))
+                for branch in range(self.teacher.rows):
+                    found[self._key(call, visit, branch)] = Correction(scale, bias)
+        else:
+            for call in calls:
+                if self.target == "output" and call.frame.reused:
+                    call.again(compute=True)
+            for call, visit in _reused(calls):
+                true = self.known.pop((index, call.frame.key, visit.span.name))
+                chunks = [[leaf.chunk(self.teacher.rows) for leaf in side] for side in (visit.forecast or [], true)]
+                for branch in range(self.teacher.rows):
+                    pair = [[leaf[branch] for leaf in side if leaf[branch].is_floating_point()] for side in chunks]
+                    found[self._key(call, visit, branch)] = self._affine(*pair)
+                    errors.append(_distances(pair[0], pair[1], found[self._key(call, visit, branch)]))
+        for (span, branch), correction in found.items():
+            self.forecaster.channels = len(correction.scale)
+            entry = self.forecaster.table[index, span, branch]
+            self.forecaster.table[index, span, branch] = replace(entry, correction=correction)
+        after = combined(self._repeat(calls, before.shape), guidance)
+        if self.target == "state":
+            size = float(target.norm().clamp_min(1e-30))
+            errors = [(float((before - target).norm()) / size, float((after - target).norm()) / size)]
+        self.errors[index] = (float(np.mean([a for a, _ in errors])), float(np.mean([b for _, b in errors])))
+        whole = after.to(given.model_output.dtype)
+        return whole.repeat(len(given.model_output) // count, *[1] * (whole.ndim - 1))
+
+    def _key(self, call: Called, visit: Visit, branch: int) -> tuple[int, int]:
+        return self.run.session.span_index[visit.span], call.frame.position * self.teacher.rows + branch
+
+    def _channels(self, visit: Visit) -> int:
+        return ops.channels((visit.forecast or [])[0]) if self.per_channel else 1
+
+    def _affine(self, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Correction:
+        """Scale and bias by least squares."""
+        widths = {ops.channels(leaf) for leaf in given} if self.per_channel else {1}
+        if len(widths) > 1:
+            raise ConfigError("the outputs of one span have different channels: rectify them with per_channel=False")
+        width = widths.pop()
+        x, y = (torch.cat([_by_channel(leaf, width) for leaf in side]) for side in (given, wanted))
+        mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+        varied = (x - mean_x).square().mean(dim=0)
+        together = ((x - mean_x) * (y - mean_y)).mean(dim=0)
+        flat = varied <= FLAT * x.square().mean(dim=0)
+        scale = torch.where(flat, 1.0, together / varied.where(~flat, 1.0))
+        return Correction(tuple(scale.tolist()), tuple((mean_y - scale * mean_x).tolist()))
+
+    def plan(self) -> Plan:
+        """The plan with what was found."""
+        total, plan = self.given.total, self.given
+        shape = (total, self.teacher.branches, self.spans)
+        correction = torch.full((*shape, 2, max(self.forecaster.channels, 1)), torch.nan, dtype=torch.float64)
+        for (step, span, branch), entry in self.forecaster.table.items():
+            if entry.correction is not None:
+                correction[step, branch, span] = torch.tensor(entry.correction, dtype=torch.float64)
+        found = {str(step): [round(error, 6) for error in errors] for step, errors in self.errors.items()}
+        how = {"target": self.target, "per_channel": self.per_channel, "samples": self.teacher.batch.count}
+        left = {str(step): why for step, why in self.notes.items()}
+        return replace(
+            plan,
+            nodes=plan.nodes.expand(-1, self.spans, -1).contiguous(),
+            weights=plan.weights.expand(-1, *shape[1:], -1).contiguous(),
+            correction=correction,
+            row_passes=self.teacher.rows,
+            facts={**plan.facts, "rectified": {**how, "errors": found, "left": left}},
+            quality=None,
+            speed=None,
+        )
+
+
+def _reused(calls: Sequence[Called]) -> list[tuple[Called, Visit]]:
+    return [(call, visit) for call in calls for visit in call.frame.reused]
+
+
+def _by_channel(leaf: Tensor, width: int) -> Tensor:
+    """[numbers, channels] in float64; all in one channel for width 1."""
+    leaf = leaf.double()
+    return leaf.reshape(-1, 1) if width == 1 else leaf.movedim(-1 if leaf.ndim <= 3 else 1, -1).reshape(-1, width)
+
+
+def _padded(scale: tuple[float, ...], bias: tuple[float, ...], channels: int) -> Correction:
+    """Channels of a learned variance, which the sampler is not given, stay as they are."""
+    more = channels - len(scale)
+    return Correction(scale + (1.0,) * more, bias + (0.0,) * more)
+
+
+def _distances(given: Sequence[Tensor], wanted: Sequence[Tensor], correction: Correction) -> tuple[float, float]:
+    """Relative ones, before and after."""
+    x, y = (torch.cat([_by_channel(leaf, len(correction.scale)) for leaf in side]) for side in (given, wanted))
+    scale, bias = torch.tensor(correction, dtype=x.dtype, device=x.device)
+    after = x * scale + bias
+    size = float(y.norm().clamp_min(1e-30))
+    return float((x - y).norm()) / size, float((after - y).norm()) / size

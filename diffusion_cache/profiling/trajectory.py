@@ -25,6 +25,7 @@ from .. import ops
 from ..context import Correction, Feature, Forecaster, Policy, Query
 from ..engine import Method, Observer
 from ..engine.frame import Frame
+from ..engine.observer import Again
 from ..engine.patches import wrapped_step
 from ..engine.structure import flatten, forked_rng
 from ..forecasters.fitted import Fit, Fitted, Key, taylor_weights
@@ -78,7 +79,7 @@ class UnfitError(Exception):
 
 def fit(teacher: Teacher, policy: Policy, settings: Settings) -> Result:
     """Fit weights for a policy that knows its schedule beforehand, on the teacher's batch: one cached generation."""
-    fitting = _Fitting(teacher, settings)
+    fitting = Fitting(teacher, settings)
     method = Method(Guarded(policy), fitting.forecaster, settings.scope, settings.depth, "batch")
     batch = teacher.batch
     with attached(batch.pipe, method, fitting), wrapped_step(batch.pipe.scheduler, fitting.stepping):
@@ -153,28 +154,28 @@ class _Owner(NamedTuple):
     nodes: tuple[int, ...]
 
 
-class _Called(NamedTuple):
+class Called(NamedTuple):
     """One call of the denoiser in the current step. branches: outputs of its guidance branches, [n, ...] each."""
 
     frame: Frame
     branches: list[Tensor]
-    again: Callable[[], Any]
+    again: Again
 
 
-class _Fitting(Observer):
+class Fitting(Observer):
     def __init__(self, teacher: Teacher, settings: Settings):
         self.teacher, self.settings = teacher, settings
         self.forecaster = _Growing(settings, teacher.rows)
         self.run: Any = None
-        self.calls: list[_Called] = []
+        self.calls: list[Called] = []
         self.notes: dict[int, str] = {}
         self.errors: dict[int, tuple[float, float]] = {}
 
     def run_began(self, run: Any) -> None:
         self.run = run
 
-    def denoiser_called(self, frame: Frame, output: Any, again: Callable[[], Any]) -> None:
-        self.calls.append(_Called(frame, self._branches(output), again))
+    def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
+        self.calls.append(Called(frame, self._branches(output), again))
 
     def _branches(self, output: Any) -> list[Tensor]:
         first = next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
@@ -197,14 +198,14 @@ class _Fitting(Observer):
 
         return fitted
 
-    def _fit(self, index: int, calls: Sequence[_Called], given: StepCall, scheduler: Any) -> Tensor:
+    def _fit(self, index: int, calls: Sequence[Called], given: StepCall, scheduler: Any) -> Tensor:
         """The model output with the weights that are found, which are in the table then."""
         count = self.teacher.batch.count
         rows = len(given.model_output)
         before = given.model_output[:count].double()
         like = before.shape
-        branches = [_aligned(branch, like) for call in calls for branch in call.branches]
-        guidance = _guidance(branches, before)
+        branches = [aligned(branch, like) for call in calls for branch in call.branches]
+        guidance = guidance_weights(branches, before)
         target = self._target(index, given, scheduler)
         unknowns, columns = self._derivatives(index, calls, guidance, like)
         owners = list(dict.fromkeys(owner for owner, _ in unknowns))
@@ -217,7 +218,7 @@ class _Fitting(Observer):
             for owner in owners:
                 own = {unknown: length * change for (of, unknown), change in delta.items() if of == owner}
                 self.forecaster.table[index, owner.group, owner.branch] = self._found(index, owner.nodes, own)
-            after = _combined(self._repeat(calls, like), guidance)
+            after = combined(self._repeat(calls, like), guidance)
             reached = float((after - target).norm()) / size
             if reached < error:
                 self.errors[index] = error, reached
@@ -227,12 +228,12 @@ class _Fitting(Observer):
             del self.forecaster.table[key]
         raise UnfitError("the fitted weights are no better than Taylor's")
 
-    def _repeat(self, calls: Sequence[_Called], like: torch.Size) -> list[Tensor]:
+    def _repeat(self, calls: Sequence[Called], like: torch.Size) -> list[Tensor]:
         """The guidance branches' outputs with the weights as they are now."""
         found = []
         for call in calls:
             branches = self._branches(call.again()) if call.frame.reused else call.branches
-            found += [_aligned(branch, like) for branch in branches]
+            found += [aligned(branch, like) for branch in branches]
         return found
 
     def _found(self, index: int, nodes: tuple[int, ...], changes: Mapping[Unknown, float]) -> Fit:
@@ -246,7 +247,7 @@ class _Fitting(Observer):
         bias = tuple(self.forecaster.size * changes.get(Unknown("bias", i), 0.0) for i in range(channels))
         return Fit(nodes, weights, Correction((scale,) * channels, bias))
 
-    def _regressors(self, calls: Sequence[_Called]) -> list[Unknown]:
+    def _regressors(self, calls: Sequence[Called]) -> list[Unknown]:
         """Those beside the weights; the forecaster then corrects as many channels as they are for."""
         settings = self.settings
         if not settings.scale and not settings.bias:
@@ -262,7 +263,7 @@ class _Fitting(Observer):
         return [Unknown("scale")] * settings.scale + biases * settings.bias
 
     def _derivatives(
-        self, index: int, calls: Sequence[_Called], guidance: Sequence[float], like: torch.Size
+        self, index: int, calls: Sequence[Called], guidance: Sequence[float], like: torch.Size
     ) -> tuple[list[tuple[_Owner, Unknown]], Tensor]:
         """What is to be solved for, and ∂M/∂ of each, flattened, [unknowns, elements]."""
         nodes: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and place of the call
@@ -287,7 +288,7 @@ class _Fitting(Observer):
                     held = nodes.get((group, place), ())
                     if held and (unknown.kind != "weight" or unknown.place < len(held)):
                         owner = _Owner(group, calls[place].frame.position * rows + row, held)
-                        found[owner, unknown] = (weight * (branch - _aligned(was, like)) / nudge).flatten()
+                        found[owner, unknown] = (weight * (branch - aligned(was, like)) / nudge).flatten()
         return list(found), torch.stack(list(found.values()))
 
     def _solve(self, columns: Tensor, wanted: Tensor, unknowns: Sequence[tuple[_Owner, Unknown]]) -> list[float]:
@@ -339,7 +340,7 @@ class _Fitting(Observer):
                 generator.set_state(state)
 
 
-def _aligned(branch: Tensor, like: torch.Size) -> Tensor:
+def aligned(branch: Tensor, like: torch.Size) -> Tensor:
     """A denoiser's output in the shape that the sampler is given, float64: less the channels of a learned variance."""
     if branch.shape != like and branch.ndim == len(like) and branch.shape[1] > like[1]:
         branch = branch[:, : like[1]]
@@ -348,17 +349,17 @@ def _aligned(branch: Tensor, like: torch.Size) -> Tensor:
     return branch.double()
 
 
-def _guidance(branches: Sequence[Tensor], combined: Tensor) -> list[float]:
+def guidance_weights(branches: Sequence[Tensor], guided: Tensor) -> list[float]:
     """The weights that guidance gives its branches, by least squares."""
     design = torch.stack([branch.flatten() for branch in branches], dim=1)
-    found = torch.linalg.lstsq(design, combined.flatten()[:, None]).solution.flatten()
-    missed = (design @ found - combined.flatten()).norm()
-    if not float(missed) <= GUIDANCE_TOLERANCE * float(combined.norm()):
+    found = torch.linalg.lstsq(design, guided.flatten()[:, None]).solution.flatten()
+    missed = (design @ found - guided.flatten()).norm()
+    if not float(missed) <= GUIDANCE_TOLERANCE * float(guided.norm()):
         raise UnfitError("guidance is no linear combination of the denoiser's outputs")
     return found.tolist()
 
 
-def _combined(branches: Sequence[Tensor], guidance: Sequence[float]) -> Tensor:
+def combined(branches: Sequence[Tensor], guidance: Sequence[float]) -> Tensor:
     total = torch.zeros_like(branches[0])
     for branch, weight in zip(branches, guidance, strict=True):
         total.add_(branch, alpha=weight)
