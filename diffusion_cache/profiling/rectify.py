@@ -95,9 +95,7 @@ def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel
     if target not in TARGETS:
         raise ConfigError(f"the target of a rectification must be one of {', '.join(TARGETS)}, not {target!r}")
     if target == "state" and plan.scope != "denoiser":
-        raise ConfigError(
-            f"the next state tells what the denoiser should give, not a {plan.scope}: set target='output'"
-        )
+        raise ConfigError(f"the next state tells what the denoiser gives, not a {plan.scope}: set target='output'")
     if plan.sigmas is not None and target != "output":
         raise ConfigError("the uncached run goes through other noise levels than this plan: take target 'output'")
     batch = teacher.batch

@@ -92,6 +92,20 @@ def test_more_computed_steps_are_better(planner):
     assert means[-1] == pytest.approx(MAX_PSNR)
 
 
+def test_moved_noise_levels_are_kept_where_they_score_higher(planner):
+    """And a plan that was made before there was that option is known again."""
+    moving = replace(planner, search=replace(BARE, sigmas=True), _scores={})
+    plan = moving.plan(3)
+    own, moved = plan.facts["sigmas"]["own"], plan.facts["sigmas"]["moved"]
+    assert (plan.sigmas is None) == (moved <= own)
+    assert moving.made(plan)
+    assert not replace(planner, search=BARE).made(plan)
+    search = {name: value for name, value in plan.facts["search"].items() if name != "sigmas"}
+    earlier = replace(plan, facts={**plan.facts, "search": search})
+    assert replace(planner, search=BARE).made(earlier)
+    assert not moving.made(earlier)
+
+
 def same(one, other):
     assert one.schedule == other.schedule
     for name, tensor in one.tensors().items():  # sums of floats depend on where they lie in memory

@@ -4,8 +4,21 @@ import numpy as np
 import plans
 import pytest
 
+from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.planning.timesteps import LEAST, adjusted, distances, profiled_shares, shares, total_gram
+from diffusion_cache.planning.static import static_plan
+from diffusion_cache.planning.timesteps import (
+    LEAST,
+    adjusted,
+    calibrated,
+    distances,
+    kept_if_better,
+    profiled_shares,
+    shares,
+    total_gram,
+)
+from diffusion_cache.profiling.generation import teach
+from diffusion_cache.profiling.rectify import reuse_errors
 
 OWN = (1.0, 0.9, 0.75, 0.5, 0.0)
 
@@ -60,3 +73,30 @@ def test_shares_of_a_profile():
             assert found[step] == pytest.approx(expected, abs=1e-9)
     # v itself, one step old: nothing is left of a step with A
     assert profiled_shares(profile, computed, "output", "A")[[1, 4, 6]].tolist() == [LEAST] * 3
+
+
+def test_shares_of_runs():
+    """Of the cached run, in L1 norms; the plan's own levels are not gone through for it."""
+    batch = plans.batch(reference.load("flux-digits"), "flux-digits", plans.drawn(100, 2))
+    teacher = teach(batch)
+    computed = [True, False, False, True, False, True, False, True]
+    own = plans.profile("flux-digits").fingerprint.sigmas
+    plan = static_plan(plans.profile("flux-digits"), "", computed)
+    errors, outputs, _ = reuse_errors(teacher, plan)
+    phi = np.where(computed, 1, np.clip(1 - errors / outputs, LEAST, 1))
+    assert (phi[np.array(computed) == 0] < 1).all()
+    moved = calibrated(plan, teacher, own, "B")
+    assert moved.sigmas == pytest.approx(adjusted(own, phi), abs=1e-7)
+    assert calibrated(moved, teacher, own, "B").sigmas == pytest.approx(moved.sigmas, abs=1e-7)
+    # and it is kept where it scores higher
+    for preferred in (plan.sigmas, moved.sigmas):
+        kept = kept_if_better(plan, teacher, own, lambda tried, wanted=preferred: float(tried.sigmas == wanted))
+        assert kept.sigmas == preferred
+        assert kept.facts["sigmas"] == {"own": float(preferred is None), "moved": float(preferred is not None)}
+    assert kept_if_better(plan, teacher, None, len).facts["sigmas"] == "the sampler has none"
+
+    def refused(tried):
+        raise ConfigError("not with this sampler")
+
+    kept = kept_if_better(plan, teacher, own, refused)
+    assert (kept.sigmas, kept.facts["sigmas"]) == (None, "not with this sampler")
