@@ -20,14 +20,14 @@ class ERTACache(System):
     """Reuse the residual r of the last computed step c while ‖r_c − r_t‖ / ‖r_t‖ < λ over full runs, else compute.
 
     Norms are L2, over all calibration samples, spans and passes, for a profile keeps inner products (the paper's are
-    L1). nfe: instead of λ, the smallest λ with which at most so many steps are computed. feature: "residual", v − x at
-    scope denoiser and the hidden residual at scope stack; "output", v itself, which is constant on straight flows; or
-    "auto", what was measured of the spans.
-    adjust: how far reused steps go, "none" (all the way), "A" or "B" (`planning.timesteps`), for flow samplers that
-    take noise levels. The rectification of what is reused needs runs of the pipeline: `profiling.rectify`.
+    L1; its λ are 0.08 to 0.6). nfe: in place of λ, the smallest with which at most so many steps are computed.
+    feature: "residual", v − x at scope denoiser and the hidden residual at scope stack; "output", v itself, which is
+    constant on straight flows; or "auto", what was measured of the spans. adjust: how far reused steps go, "none" (all
+    the way), "A" or "B" (`planning.timesteps`), for flow samplers that take noise levels. The rectification of what is
+    reused needs runs of the pipeline: `profiling.rectify`.
     """
 
-    threshold: float | None = None
+    threshold: float = 0.1
     nfe: int | None = None
     feature: Feature = "auto"
     adjust: str = "none"
@@ -36,9 +36,7 @@ class ERTACache(System):
     scopes = frozenset({"denoiser", "stack"})
 
     def __post_init__(self) -> None:
-        if (self.threshold is None) == (self.nfe is None):
-            raise ConfigError("ertacache: give threshold (λ, such as 0.1) or nfe, and not both")
-        if self.threshold is not None and not self.threshold >= 0:
+        if not self.threshold >= 0:
             raise ConfigError(f"ertacache: threshold must be at least 0, not {self.threshold}")
         if self.feature not in FEATURES:
             raise ConfigError(f"ertacache: feature must be one of {', '.join(FEATURES)}, not {self.feature!r}")
@@ -52,7 +50,6 @@ class ERTACache(System):
         distance = distances(gram)
         errors = np.divide(distance, size, out=np.where(distance > 0, np.inf, 0.0), where=size > 0)
         threshold = self.threshold if self.nfe is None else least_threshold(errors, self.nfe)
-        assert threshold is not None
         computed = replay(errors, threshold)
         plan = static_plan(profile, self.name, computed, facts={"threshold": threshold})
         return replace(plan, feature=feature, sigmas=self._sigmas(profile, computed, feature))

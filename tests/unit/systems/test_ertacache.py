@@ -143,8 +143,6 @@ def test_spans_of_the_stack_together(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give threshold"),
-        ({"threshold": 0.1, "nfe": 5}, "and not both"),
         ({"threshold": -0.1}, "at least 0"),
         ({"threshold": float("nan")}, "at least 0"),
         ({"threshold": 0.1, "feature": "hidden"}, "one of auto, residual, output"),
