@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..context import Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
+from ..policies import Guarded
 from .clock import StepClock, noise_levels
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
@@ -188,7 +189,7 @@ class CacheRun:
                 self.decisions.clear()
             self._levels = self._noise_levels(clock.first_timestep)
             method = self.session.method.for_call(kwargs, self.session.agree)
-            levels = self._own_levels()
+            levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
             self.decisions.begin_loop(method.guarded.for_run(levels), self.forecaster.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
@@ -288,23 +289,19 @@ class CacheRun:
         if self.clock.is_suppressed or self.session.method.guarded.sigmas is None:
             return
         own = noise_levels(scheduler)
-        sigmas = self._sigmas_for(own)
+        sigmas = self.session.method.guarded.for_run(own).sigmas
         self._moved_from = None if sigmas is None else own
         if sigmas is not None:
             move_sigmas(scheduler, sigmas)
 
-    def _sigmas_for(self, levels: list[float]) -> tuple[float, ...] | None:
-        guarded = self.session.method.guarded
-        return None if guarded.sigmas is None else guarded.for_run(levels).sigmas
-
-    def _own_levels(self) -> list[float]:
+    def _own_levels(self, guarded: Guarded) -> list[float]:
         """This loop's noise levels as the sampler has them by itself, which is what plans go by."""
         own = self._moved_from
         if own is None:
-            if self._sigmas_for(self._levels) is not None:
+            if guarded.sigmas is not None and guarded.for_run(self._levels).sigmas is not None:
                 raise ConfigError(
-                    "the plan moves noise levels, but no scheduler's timesteps were set in this run: call "
-                    "set_timesteps inside of it, or use a plan without sigmas"
+                    "the plan moves noise levels, which is done when a run's timesteps are set: call set_timesteps "
+                    "inside of the run, or use a plan without sigmas (one that is chosen by the prompt comes too late)"
                 )
             return self._levels
         if self._levels and len(self._levels) != len(own):

@@ -21,7 +21,10 @@ from diffusion_cache.engine.clock import noise_levels
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.engine.sigmas import move_sigmas
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.forecasters.fitted import Fitted
 from diffusion_cache.plan import Plan
+from diffusion_cache.policies import Planned
+from diffusion_cache.policies.select import Select
 from diffusion_cache.schedule import Schedule
 
 STEPS = 6
@@ -245,7 +248,18 @@ def test_a_run_of_the_last_steps_alone_says_so(flux):
     assert torch.equal(generate(), before)
 
 
-def test_a_bare_denoiser_in_a_loop(flux):
+def test_a_plan_that_is_chosen_too_late(flux):
+    given = plan(FluxSampler(3.0), levels_of(FluxSampler(1.5)))
+    select = Select((Planned(given),), (Fitted.of(given),), torch.zeros(1, 1), torch.zeros(1), "nothing")
+    with (
+        dc.cached(flux, policy=select, forecaster=Fitted.of(given), scope="denoiser"),
+        pytest.warns(dc.errors.DiffusionCacheWarning, match="cannot be chosen by the prompt"),
+        pytest.raises(ConfigError, match="chosen by the prompt comes too late"),
+    ):
+        images(flux)
+
+
+def test_a_bare_denoiser_in_a_loop():
     """Timesteps that are set inside the run are moved; set before it, they cannot be."""
     given = plan(FlowMatchEulerDiscreteScheduler(shift=3.0), levels_of(FlowMatchEulerDiscreteScheduler(shift=1.5)))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -266,12 +280,12 @@ def test_a_bare_denoiser_in_a_loop(flux):
     other.set_timesteps(STEPS)
     with torch.no_grad():
         wanted = generate(other)
-        with dc.run(model, dc.policies.Planned(given), scope="denoiser", num_steps=STEPS):
+        with dc.run(model, Planned(given), scope="denoiser", num_steps=STEPS):
             scheduler.set_timesteps(STEPS)
             assert torch.equal(generate(scheduler), wanted)
         scheduler.set_timesteps(STEPS)
         with (
-            dc.run(model, dc.policies.Planned(given), scope="denoiser", num_steps=STEPS),
+            dc.run(model, Planned(given), scope="denoiser", num_steps=STEPS),
             pytest.raises(ConfigError, match="set_timesteps inside"),
         ):
             generate(scheduler)
