@@ -125,19 +125,26 @@ class Published(Contender):
     def _cached(self, subject: Subject, steps: int, **more: Any) -> contextlib.AbstractContextManager[Any]:
         profile: Any = None
         if self.system.needs_profile:
-            profile = self.profile or measured_profile(subject, steps, self.profile_scope or min(self.system.scopes))
+            scope = self.profile_scope or min(self.system.scopes)
+            profile = self.profile or measured_profile(subject, steps, scope, self.system.foreground)
         return api.cached(subject.pipe, method=self.system, profile=profile, **{**self.guards, **more})
 
     def cache_bytes(self, subject: Subject) -> int | None:
         return api.summary(subject.pipe).cache_bytes
 
     def why_not(self, subject: Subject) -> str | None:
+        if self.system.foreground and not self.profile and not subject.video:
+            return (
+                f"{self.system.name} looks for what moves, and images do not: it needs a profile with a foreground mask"
+            )
         return self.system.why_not(subject.denoisers)
 
 
 @lru_cache(maxsize=2)
-def measured_profile(subject: Subject, steps: int, scope: str) -> Profile:
+def measured_profile(subject: Subject, steps: int, scope: str, foreground: bool = False) -> Profile:
     """A profile of PROFILED samples of a model that takes class labels, kept for the next contender.
+
+    foreground: with attention against what moves.
 
     Raises:
         ConfigError: for a model that takes text, whose prompts nobody has chosen.
@@ -145,7 +152,8 @@ def measured_profile(subject: Subject, steps: int, scope: str) -> Profile:
     if not subject.classes:
         raise ConfigError(f"{subject.name} needs a profile at scope {scope}: give its folder, method.profile=…. {MAKE}")
     drawn = [(str(number % 10), FITTING_SEEDS + number) for number in range(PROFILED)]
-    profile = measure(batches_of(subject, steps), drawn, Options(scope=scope))
+    options = Options(scope=scope, attention=foreground)
+    profile = measure(batches_of(subject, steps), drawn, options, foreground="motion" if foreground else None)
     assert profile is not None
     return profile
 

@@ -45,6 +45,7 @@ class ProfilingDiT(System):
     paper = "ProfilingDiT, Model Reveals What to Cache (2025)"
     scopes = frozenset({"block"})
     denoisers = frozenset({"transformer"})
+    foreground = True
 
     def __post_init__(self) -> None:
         for share in (self.background, self.tau):

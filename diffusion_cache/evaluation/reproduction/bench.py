@@ -43,7 +43,7 @@ class Bench:
         self.subject = Shipped(model, sampler)
         self.fitting = self._samples(seeds.fitting[:count])
         self.reporting = self._samples(seeds.reporting[:count])
-        self._profiles: dict[tuple[Options, str | None], Profile] = {}
+        self._profiles: dict[tuple[Options, Any], Profile] = {}
 
     @staticmethod
     def _samples(seeds: Sequence[int]) -> list[Sample]:
@@ -54,7 +54,9 @@ class Bench:
         chosen = list(self.fitting if samples is None else samples)
         return Batch(self.subject.pipe, lambda: self.subject.call(chosen), self.subject.images, len(chosen))
 
-    def profile(self, scope: str | None = None, foreground: Literal["motion"] | None = None, **options: Any) -> Profile:
+    def profile(
+        self, scope: str | None = None, foreground: "Tensor | Literal['motion'] | None" = None, **options: Any
+    ) -> Profile:
         """Of the fitting samples; foreground: see `measure`, options: of `profiling.measure.Options`."""
         wanted = Options(scope=scope, attention=foreground is not None, **options), foreground
         if wanted not in self._profiles:
