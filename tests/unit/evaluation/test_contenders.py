@@ -337,6 +337,13 @@ def test_a_published_system_is_a_contender(systems):
     assert "every_other is for a transformer" in what.why_not(Shipped("unet-digits"))
 
 
+def test_a_system_that_looks_for_motion_is_for_videos():
+    node = system_node("profiling_dit", full_steps=2)
+    assert "needs a profile with a foreground mask" in contender(node, TAYLOR, 6).why_not(Shipped("dit-digits"))
+    assert contender(node, TAYLOR, 6).why_not(Shipped("wan-moving-digits")) is None
+    assert contender({**node, "profile": "mine"}, TAYLOR, 6).why_not(Shipped("dit-digits")) is None
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [
