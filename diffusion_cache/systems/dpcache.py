@@ -1,6 +1,5 @@
 """DPCache: the schedule with the least sum of damages, by dynamic programming over pairs of computed steps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..planning.dynamic import Best, best_schedule
@@ -16,5 +15,5 @@ class DPCache(Optimal):
 
     paper = "DPCache (arXiv 2602.22654)"
 
-    def best(self, damage: Array, computed: range) -> Mapping[int, Best]:
-        return best_schedule(damage, computed, "sum")
+    def best(self, damage: Array, count: int) -> Best:
+        return best_schedule(damage, range(count, count + 1), "sum")[count]

@@ -1,19 +1,20 @@
-"""MeanCache: the schedule with the least sum of powers of damages, which keeps peaks down."""
+"""MeanCache: the schedule with the least sum of powers of its gaps' damages, which keeps peaks down."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..errors import ConfigError
 from ..planning.dynamic import Best, best_schedule
 from ..planning.surrogate import Array
 from ..registry import systems
-from .optimal import Optimal
+from .optimal import Optimal, edge_damages
 
 
 @systems.register("meancache")
 @dataclass(frozen=True)
 class MeanCache(Optimal):
-    """The schedule with the least sum of damages to the power `gamma` at so many evaluations.
+    """The schedule with the least sum, over gaps between computed steps, of their damage to the power `gamma`.
 
     Its schedules only: forecasts are Taylor's here, not the paper's average velocities.
     """
@@ -27,5 +28,9 @@ class MeanCache(Optimal):
         if not self.gamma > 0:
             raise ConfigError(f"meancache: gamma must be above 0, not {self.gamma}")
 
-    def best(self, damage: Array, computed: range) -> Mapping[int, Best]:
-        return best_schedule(damage, computed, "power", self.gamma)
+    def best(self, damage: Array, count: int) -> Best:
+        powers = edge_damages(damage) ** self.gamma
+        with np.errstate(invalid="ignore"):
+            added = np.diff(powers, axis=-1, prepend=0.0)  # by each step of a gap, so that they add up to its power
+        added[np.isnan(added)] = np.inf  # beyond a step that must not be reused
+        return best_schedule(np.maximum(added, 0.0), range(count, count + 1), "sum")[count]

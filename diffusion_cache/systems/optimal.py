@@ -2,8 +2,9 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..context import SCOPES
 from ..errors import ConfigError
@@ -13,6 +14,11 @@ from ..planning.static import spared, static_plan
 from ..planning.surrogate import Array, damages, mean_gram, mean_sensitivity, taylor_errors
 from ..profile import Profile
 from .base import System
+
+
+def edge_damages(damage: Array) -> Array:
+    """What a gap does that begins after step i and has been reused up to step t: the damages so far, [h + 1, i, t]."""
+    return np.cumsum(damage, axis=-1)
 
 
 def step_damages(profile: Profile, order: int) -> Array:
@@ -41,8 +47,8 @@ class Optimal(System):
             raise ConfigError(f"{self.name}: order must be 0 (reuse) or 1 (Taylor), not {self.order}")
 
     @abstractmethod
-    def best(self, damage: Array, computed: range) -> Mapping[int, Best]:
-        """The best schedules by number of computed steps."""
+    def best(self, damage: Array, count: int) -> Best:
+        """The best schedule with so many computed steps; damage: of single steps, as `step_damages` gives it."""
 
     def plan(self, profile: Profile) -> Plan:
         total, share = profile.total, spared(profile)
@@ -50,6 +56,5 @@ class Optimal(System):
         if not 1 <= count <= total:
             least = total - (total - 1) * share
             raise ConfigError(f"{self.name}: nfe must be from {least:.4g} to {total}, not {self.nfe:g}")
-        found = self.best(step_damages(profile, self.order), range(count, count + 1))[count]
-        facts = {"damage": found.total, "worst": found.worst}
-        return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order, facts)
+        found = self.best(step_damages(profile, self.order), count)
+        return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order)

@@ -14,17 +14,21 @@ def test_everything_is_computed_but_the_cells():
     assert plan.nodes[:, :, 0].tolist() == [[-1] * 3, [0, -1, -1], [-1] * 3, [2, -1, -1], [-1, -1, 3]]
 
 
-def test_objectives_are_compared_at_equal_compute_only(monkeypatch):
-    def ran(psnr, work):
-        return Ran((psnr,), (0.0,), work, 10.0, torch.empty(0))
+def ran(psnr, work):
+    return Ran((psnr - 1, psnr + 1), (0.1, 0.3), work, 10.0, torch.empty(0))
 
+
+def test_better_at_each_budget_for_no_more_compute(monkeypatch):
     found = {schedules.LeMiCa: ran(31.0, 0.3), schedules.DPCache: ran(30.0, 0.3), schedules.MeanCache: ran(40.0, 0.4)}
-    monkeypatch.setattr(schedules, "optimal", lambda seeds, system, nfe: found[system])
+    monkeypatch.setattr(schedules, "optimal", lambda seeds, system, nfe, order: found[system])
     seeds = seed_sets()[0]
-    assert schedules.minimax_beats_sum(seeds).holds
-    assert not schedules.compared(seeds, ("sum", schedules.DPCache), ("minimax", schedules.LeMiCa)).holds
+    outcome = schedules.minimax_beats_sum(seeds)
+    assert outcome.holds
+    assert outcome.figures["minimax_14"] == 31.0
+    assert (outcome.figures["sum_8_worst"], outcome.figures["sum_8_error"]) == (29.0, 0.2)
     assert not schedules.power_beats_sum(seeds).holds  # it has spent more
-    assert schedules.minimax_beats_sum(seeds).figures["minimax_13"] == 31.0
+    one, other = [ran(31.0, 0.3), ran(30.0, 0.3)], [ran(30.0, 0.3), ran(31.0, 0.3)]
+    assert not schedules.compared(("one", one), ("other", other)).holds
 
 
 def test_claims_have_names_of_their_own():
