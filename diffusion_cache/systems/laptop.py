@@ -14,6 +14,7 @@ from ..planning.surrogate import Array, own_grams, taylor_errors
 from ..profile import Profile
 from ..registry import systems
 from .base import System
+from .optimal import edge_powers
 
 ADDITIVE = (0.5, 2.0)  # squared joint error over the sum of squares; what is measured beyond that is told
 
@@ -25,8 +26,9 @@ class Laptop(System):
 
     keep: share of the blocks' arithmetic that is spent. A cell's
     damage is the squared error of the final output by reusing that block at that step alone, from the profile: the
-    sensitivity measured for its third of the blocks, shared out by the blocks' own errors. It depends on how old the
-    reused feature is, so each block's cells are chosen by dynamic programming and blocks are weighed by knapsack.
+    sensitivity measured for its third of the blocks, shared out by the blocks' own errors. Errors of cells that reuse
+    one feature point the same way, so within such a gap they are added before they are squared. Each block's gaps are
+    chosen by dynamic programming, and blocks are weighed by knapsack.
     Warns where the profile's check says that damages do not add up.
     """
 
@@ -44,9 +46,9 @@ class Laptop(System):
         ratio = self._additivity(profile)
         shares = [span.share for span in profile.spans]
         budget = self.keep * sum(shares) * profile.total
-        found = couple(cell_damages(profile), shares, budget)
+        found = couple((edge_powers(damage, 2.0) for damage in cell_errors(profile)), shares, budget)
         computed = np.array([best.compute for best in found.schedules]).T
-        facts = {"damage": found.allocation.total, "gap": found.allocation.gap, "additivity": ratio}
+        facts = {"damage": found.allocation.total, "gap": float(found.allocation.gap), "additivity": ratio}
         return static_plan(profile, f"laptop, {self.keep:g}", computed, facts=facts)
 
     def _additivity(self, profile: Profile) -> float:
@@ -64,8 +66,8 @@ class Laptop(System):
         return ratio
 
 
-def cell_damages(profile: Profile) -> Iterator[Array]:
-    """Of each span, the squared final error of reusing step i at step t: [1, T, T].
+def cell_errors(profile: Profile) -> Iterator[Array]:
+    """Of each span, the relative final error of reusing step i at step t: [1, T, T].
 
     Squared relative errors of a group's spans add up to the group's, each scaled by its own mean energy, as where its
     sensitivity was measured. A group that could not be reused anywhere is never reused.
@@ -86,4 +88,4 @@ def cell_damages(profile: Profile) -> Iterator[Array]:
             yield np.full((1, profile.total, profile.total), np.inf)
             continue
         error = sum(taylor_errors(gram)[0] * weight for gram, weight in zip(grams[place], weights[place], strict=True))
-        yield (sensitivity[g] ** 2 * error / np.maximum(totals[g], np.finfo(float).tiny))[None]
+        yield (sensitivity[g] * np.sqrt(error / np.maximum(totals[g], np.finfo(float).tiny)))[None]

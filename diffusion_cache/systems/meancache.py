@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import ConfigError
 from ..planning.dynamic import Best, best_schedule
 from ..planning.surrogate import Array
 from ..registry import systems
-from .optimal import Optimal, edge_damages
+from .optimal import Optimal, edge_powers
 
 
 @systems.register("meancache")
@@ -29,8 +27,4 @@ class MeanCache(Optimal):
             raise ConfigError(f"meancache: gamma must be above 0, not {self.gamma}")
 
     def best(self, damage: Array, count: int) -> Best:
-        powers = edge_damages(damage) ** self.gamma
-        with np.errstate(invalid="ignore"):
-            added = np.diff(powers, axis=-1, prepend=0.0)  # by each step of a gap, so that they add up to its power
-        added[np.isnan(added)] = np.inf  # beyond a step that must not be reused
-        return best_schedule(np.maximum(added, 0.0), range(count, count + 1), "sum")[count]
+        return best_schedule(edge_powers(damage, self.gamma), range(count, count + 1), "sum")[count]

@@ -21,6 +21,14 @@ def edge_damages(damage: Array) -> Array:
     return np.cumsum(damage, axis=-1)
 
 
+def edge_powers(damage: Array, gamma: float) -> Array:
+    """What each step of a gap adds to the power of the gap's damage: summed up, they are the sum of powers of gaps."""
+    with np.errstate(invalid="ignore"):
+        added = np.diff(edge_damages(damage) ** gamma, axis=-1, prepend=0.0)
+    added[np.isnan(added)] = np.inf  # beyond a step that must not be reused
+    return np.maximum(added, 0.0)
+
+
 def step_damages(profile: Profile, order: int) -> Array:
     """What forecasting a step does to the final output: [T, T, T] with Taylor-1, [1, T, T] with reuse (order 0)."""
     gram = mean_gram(profile)
