@@ -18,12 +18,12 @@ from .engine.session import session_of
 from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
 from .models import find_denoisers, unwrap
-from .plan import Plan
+from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
-from .policies import Guarded, Guards, Planned
+from .policies import Drift, Guarded, Guards, Planned
 from .policies.select import Select
 from .profile import Profile, shipped_profiles
-from .registry import Registry, check_options, suggest
+from .registry import Registry, check_options, suggest, unknown_name
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
 from .registry import systems as system_registry
@@ -55,6 +55,9 @@ def enable(
     nfe: float | None = None,
     plan: "str | Plan | None" = None,
     ignore: Collection[str] = (),
+    guard: str | None = None,
+    guard_factor: float | None = None,
+    strict: bool = False,
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
@@ -75,11 +78,15 @@ def enable(
             one whose PSNR (dB, against the uncached image) is at least that for 95% of prompts; the best one of at
             most so many denoiser evaluations; the one called so, or a Plan.
         ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
+        guard: the signal ("input_turn" or "input_l1") that a plan carries a band of, to watch each sample by: where it
+            is more than guard_factor (default 10) times its spread above its mean, a step is computed that was to be
+            reused, in place of the next one that was to be computed; with strict, beside it. The host waits for the
+            signal at each step, as with adaptive policies.
         scope: "denoiser", "stack", "block", "branch" or "cut"; None picks cut for UNets and stack for transformers.
         depth: for cuts, how many down and up blocks stay outside the cut; None for 1.
-        granularity: with an adaptive policy, "sample" decides for every sample of a batch apart and computes only
-            those that ask for it, so that an image does not depend on its neighbours (falling back, told once, where
-            samples cannot be told apart); "batch" computes all if any asks.
+        granularity: with an adaptive policy or a guard, "sample" decides for every sample of a batch apart and computes
+            only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
+            where samples cannot be told apart); "batch" computes all if any asks.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
@@ -91,12 +98,13 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
+    watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if policy == Select.name:
         method, policy = policy, None
     if method is not None:
         wishes = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
         fields = _fields(method)
-        for name, given in {**wishes, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}.items():
+        for name, given in {**wishes, "min_psnr": min_psnr, "nfe": nfe, "plan": plan, **watch}.items():
             if given is None:
                 continue
             if name not in fields:
@@ -108,7 +116,7 @@ def enable(
     if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
         raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
     if profile is None and (ignore or not isinstance(plan, Plan)):
-        for name, value in {**wish, "ignore": ignore or None}.items():
+        for name, value in {**wish, "ignore": ignore or None, **(watch if plan is None else {})}.items():
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
@@ -118,7 +126,7 @@ def enable(
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
-        made = _planned(pipe, profile, wish, ignore, granularity, options)
+        made = _planned(pipe, profile, wish, watch, ignore, granularity, options)
     return _attached(pipe, made, group)
 
 
@@ -245,7 +253,9 @@ class Summary:
         table.add_column("reasons to compute")
         for key in dict.fromkeys((record.denoiser, record.pass_name) for record in self.records):
             rows = [record for record in self.records if (record.denoiser, record.pass_name) == key]
-            reasons = dict.fromkeys(record.reason.split(" ")[0] for record in rows if record.computed)
+            # what some samples ask for follows how many do: "1 of 4 samples: guard (…)"
+            whys = (record.reason.rpartition(" samples: ")[2] for record in rows if record.computed)
+            reasons = dict.fromkeys(why.split(" ")[0] for why in whys)
             strip = "".join("█" if row.spans_reused == 0 else "·" if not row.computed else "▒" for row in rows)
             computed = sum(row.computed for row in rows)
             table.add_row(" ".join(key), strip, f"{computed}/{len(rows)}", ", ".join(reasons))
@@ -393,7 +403,9 @@ def _described(method: Method) -> str:
     if not isinstance(policy, Planned):
         return str(method)
     plan = policy.plan
-    return f"plan {plan.name!r}: {plan.nfe:.4g} evaluations in {plan.total} steps, on {plan.scope}"
+    drift = method.guarded.drift
+    watched = f", watched by {drift.band.signal}" if drift is not None else ""
+    return f"plan {plan.name!r}: {plan.nfe:.4g} evaluations in {plan.total} steps, on {plan.scope}{watched}"
 
 
 def _rendered(shown: Any) -> str:
@@ -441,6 +453,7 @@ def _planned(
     pipe: Any,
     profile: "str | Path | Profile | None",
     wish: Mapping[str, Any],
+    watch: Mapping[str, Any],
     ignore: Collection[str],
     granularity: str,
     options: Mapping[str, Any],
@@ -448,14 +461,33 @@ def _planned(
     """The method that a profile's plan, or a plan itself, stands for."""
     denoisers = find_denoisers(pipe)
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
-        return _published(profile, denoisers, {**wish, "ignore": ignore or None}, granularity, options)
+        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, granularity, options)
     plan = wish["plan"]
     if profile is not None:
         found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
         found.check(pipe, denoisers, ignore)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
-    return _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
+    method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
+    return dataclasses.replace(method, guarded=dataclasses.replace(method.guarded, drift=_drift(plan, **watch)))
+
+
+def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bool | None) -> Drift | None:
+    """What a plan's runs are watched by, if they are to be."""
+    if guard is None:
+        for name, given in {"guard_factor": guard_factor, "strict": strict}.items():
+            if given is not None:
+                raise ConfigError(f"{name} says how a guard works: name its signal too, guard={GUARD_SIGNALS[0]!r}")
+        return None
+    if guard not in GUARD_SIGNALS:
+        raise unknown_name("guard signal", guard, GUARD_SIGNALS)
+    if plan.guard is None or plan.guard.signal != guard:
+        carried = f"carries no guard {guard!r}" + (f", but {plan.guard.signal!r}" if plan.guard is not None else "")
+        raise ConfigError(
+            f"plan {plan.name!r} {carried}: `diffusion-cache plan --guard {guard}` makes plans that do, and "
+            "planning.band.with_guard measures it for one that is there"
+        )
+    return Drift(plan.guard, Drift.factor if guard_factor is None else guard_factor, bool(strict))
 
 
 def _fields(system: "str | System") -> set[str]:

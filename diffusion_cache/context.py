@@ -35,7 +35,8 @@ class Step:
 class Needs:
     """What a policy must see before it can decide.
 
-    signals: names from {"probe_residual"}; empty for a policy that knows its schedule beforehand.
+    signals: names from {"probe_residual", "input"} (what enters the first span); empty for a policy that knows its
+    schedule beforehand.
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
     blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
     a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
@@ -60,6 +61,7 @@ class Verdict(NamedTuple):
 
     compute: bool
     reason: str
+    extra: bool = False  # whether a plan would have reused the step
 
 
 @dataclass
@@ -69,6 +71,7 @@ class PassState:
     last_computed: int = -1
     consecutive: int = 0
     reused: int = 0
+    extra: tuple[int, ...] = ()  # steps that a guard had computed beside the planned ones
 
     def update(self, index: int, computed: bool) -> None:
         if computed:

@@ -463,6 +463,10 @@ class Fields:
             raise ConfigError(f"{self._where}: {key} is missing")
         return read(self._left.pop(key), f"{self._where}.{key}")
 
+    def maybe(self, key: str, read: Read[T]) -> T | None:
+        """None where there is no such key."""
+        return self(key, read) if key in self._left else None
+
     def end(self) -> None:
         """Raises ConfigError for what nobody asked for."""
         if self._left:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .fingerprint import Fields, integer, json_object, number, optional, plain_json, same_levels, text, tuple_of
+from .registry import unknown_name
 from .schedule import Schedule
 
 FEATURES = ("auto", "residual", "output")
+GUARD_SIGNALS = ("input_l1", "input_turn")
+LEAST_SPREAD = 0.01  # of a signal, relative to its mean
 MAX_HISTORY = 8
 MAX_STEPS = 10_000
 MAX_CHANNELS = 65_536
@@ -109,6 +112,50 @@ class Speed:
         return speed
 
 
+@dataclass(frozen=True)
+class Band:
+    """What a signal was at each step of calibration runs that went by the plan.
+
+    signal: of the spans' input x, per sample. "input_l1": mean|x_t − x_{t−1}| / mean|x_{t−1}|; "input_turn": with
+    d_t = x_t − x_{t−1}, mean|d_t − d_{t−1}| / mean|d_{t−1}|, which tells when forecasts and computed steps disagree.
+    mean, spread (standard deviation): over samples, one a step, NaN where nothing was measured. samples: how many.
+    """
+
+    signal: str
+    mean: tuple[float, ...]
+    spread: tuple[float, ...]
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.signal not in GUARD_SIGNALS:
+            raise unknown_name("guard signal", self.signal, GUARD_SIGNALS)
+        _need("guard", "band", len(self.mean) == len(self.spread), "a mean and a spread for each step")
+        _need("guard", "spread", not any(spread < 0 for spread in self.spread), "no negative number")
+        _need("guard", "samples", self.samples >= 2, f"at least 2, not {self.samples}")
+
+    def limit(self, step: int, factor: float) -> float | None:
+        """The most that the signal may be, `factor` spreads above the mean; None where nothing is known."""
+        # where forecasts go on as before, the signal is the same for all samples, to within rounding
+        spread = max(self.spread[step], LEAST_SPREAD * self.mean[step])
+        limit = self.mean[step] + factor * spread
+        return None if math.isnan(limit) else limit
+
+    def to_json(self) -> dict[str, Any]:
+        return plain_json(vars(self))
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> "Band":
+        fields = Fields(value, where)
+        band = cls(
+            signal=fields("signal", text),
+            mean=fields("mean", tuple_of(number)),
+            spread=fields("spread", tuple_of(number)),
+            samples=fields("samples", integer),
+        )
+        fields.end()
+        return band
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A schedule with the forecaster weights fitted for it. T steps, P passes, S spans, K features.
@@ -122,7 +169,8 @@ class Plan:
     sigmas: where the plan moves the sampler's noise levels to, in its own unit, [T], if it moves them; noise_levels are
     those it has by itself.
     nfe: denoiser evaluations per pass, spans counted by their share; None for those of the schedule. facts: JSON
-    values on how it was made. quality, speed: measured on held-out samples, None if they were not.
+    values on how it was made. quality, speed: measured on held-out samples, None if they were not. guard: what a run
+    must keep to, if it is to be watched; for plans that compute all of a step or nothing.
     """
 
     name: str
@@ -140,6 +188,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     quality: Quality | None = None
     speed: Speed | None = None
+    guard: Band | None = None
 
     def __post_init__(self) -> None:
         if self.nfe is None:
@@ -171,6 +220,9 @@ class Plan:
             _need(where, "sigmas", len(self.sigmas) == steps, f"one for each of {steps} steps")
             _need(where, "sigmas", all(map(math.isfinite, self.sigmas)), "finite numbers")
         check_facts(self.facts, where)
+        if self.guard is not None:
+            _need(where, "guard", len(self.guard.mean) == steps, f"a band for each of {steps} steps")
+            _need(where, "guard", passes == spans[0] == 1, "a schedule that computes all of a step or nothing")
 
         for name, tensor in self._stored().items():
             _need(where, name, tensor.dtype == TENSORS[name], f"dtype {TENSORS[name]}, not {tensor.dtype}")
@@ -277,6 +329,7 @@ class Plan:
             facts={**self.facts, "resampled_from_steps": self.total},
             quality=None,
             speed=None,
+            guard=None,
         )
 
     def _nfe_of(self, schedule: Schedule) -> float:
@@ -291,6 +344,8 @@ class Plan:
         stored = {name: plain_json(getattr(self, name)) for name in names}
         stored["quality"] = self.quality and self.quality.to_json()
         stored["speed"] = self.speed and self.speed.to_json()
+        if self.guard is not None:
+            stored["guard"] = self.guard.to_json()
         return stored
 
     def tensors(self) -> dict[str, Tensor]:
@@ -326,6 +381,7 @@ class Plan:
             facts=fields("facts", json_object),
             quality=fields("quality", optional(Quality.from_json)),
             speed=fields("speed", optional(Speed.from_json)),
+            guard=fields.maybe("guard", Band.from_json),
         )
         fields.end()
         return plan

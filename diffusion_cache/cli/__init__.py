@@ -115,6 +115,9 @@ def _plan(
     batch: Annotated[int, typer.Option(help="Held-out samples in one call; speed is measured on so many.")] = 8,
     last: Annotated[int, typer.Option(help="Steps at the end that are always computed.")] = 0,
     scope: Annotated[list[str] | None, typer.Option(help="Where to cache; repeat to try several.")] = None,
+    guard: Annotated[
+        str | None, typer.Option(help="Carry a band of this signal, for enable(guard=…): input_turn or input_l1.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")] = None,
     call: Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")] = None,
     device: Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")] = "auto",
@@ -137,6 +140,7 @@ def _plan(
         batch=batch,
         last=last,
         scopes=tuple(scope or ()),
+        guard=guard,
         prompts=prompts,
         device=device,
         offload=offload,

@@ -58,8 +58,9 @@ class Wishes:
 class Settings:
     """How plans are made. fitting, tuning, held_out: samples; the first two are generated in one call each.
 
-    batch: held-out samples in one call. scopes: tried for each plan, () for the profile's. prompts: a file, for models
-    that take text. device, offload, call: of a pipeline that is no shipped model; call: where not as in the profile.
+    batch: held-out samples in one call. scopes: tried for each plan, () for the profile's. guard: see `Search`.
+    prompts: a file, for models that take text. device, offload, call: of a pipeline that is no shipped model; call:
+    where not as in the profile.
     """
 
     runs: int = 60
@@ -69,6 +70,7 @@ class Settings:
     batch: int = 8
     last: int = 0
     scopes: tuple[str, ...] = ()
+    guard: str | None = None
     prompts: Path | None = None
     device: str = "auto"
     offload: str = "none"
@@ -275,7 +277,7 @@ def _planner(profile: Profile, source: _Source, settings: Settings, progress: Pr
     for number, part in enumerate(samples):
         progress("uncached runs", number, len(samples))
         teachers.append(teach(source.make(part)))
-    search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last)
+    search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     seeds = [sample.seed for sample in held_out]
     return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress)
 

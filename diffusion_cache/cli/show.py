@@ -173,6 +173,7 @@ def _plan_table(plans: Sequence[Plan]) -> Table:
     def of_quality(name: str) -> list[str]:
         return [_ABSENT if quality is None else _figure(getattr(quality, name)) for quality in qualities]
 
+    unguarded = "none" if any(plan.guard is not None for plan in plans) else _ABSENT
     columns = {
         "plan": [plan.name for plan in plans],
         "scope": [plan.scope for plan in plans],
@@ -180,6 +181,7 @@ def _plan_table(plans: Sequence[Plan]) -> Table:
         "metric": [_ABSENT if quality is None else quality.metric for quality in qualities],
         "samples": [_ABSENT if quality is None else str(quality.n) for quality in qualities],
         "on": [_ABSENT if speed is None else f"{speed.device}, batch {speed.batch}" for speed in speeds],
+        "guard": [unguarded if plan.guard is None else plan.guard.signal for plan in plans],
         "NFE": [f"{plan.nfe:.4g}" for plan in plans],
         "of full": [f"{plan.nfe / plan.total:.0%}" for plan in plans],
         "mean": of_quality("mean"),

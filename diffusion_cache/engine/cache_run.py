@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 MAX_ROW_GROUPS = 4
-SIGNALS = frozenset({"probe_residual"})
+SIGNALS = frozenset({"probe_residual", "input"})
 
 
 class StepRecord(NamedTuple):

@@ -105,6 +105,7 @@ class Decisions:
             self._warn_failure("the policy", error)
             verdicts = [Verdict(True, "failure")] * count
         frame.asking = [verdict.compute for verdict in verdicts]
+        frame.extra = [verdict.extra for verdict in verdicts]
         asking = sum(frame.asking)
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
@@ -123,16 +124,15 @@ class Decisions:
         values: list[float | None] = [None] * len(states)
         if not all(forced) and frame.signals:
             values = self._values(frame, samples)
-        return [
-            Verdict(True, reason) if reason else self.guarded.policy.decide(frame.step, value, state)
-            for reason, value, state in zip(forced, values, states, strict=True)
-        ]
+        return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
 
     def _values(self, frame: Frame, samples: Sequence[Sequence[int]]) -> list[float | None]:
         kept = self._kept.get(frame.key, {})
         if not kept or any(kept[name].shape != signal.shape for name, signal in frame.signals.items()):
             return [None] * len(samples)
-        measured = self.guarded.policy.measure(frame.signals, kept)
+        measured = self.guarded.measure(frame.signals, kept)
+        if measured is None:
+            return [None] * len(samples)
         if self._agree is not None:
             measured = self._agree(measured)
         by_row = measured.tolist()
@@ -149,9 +149,15 @@ class Decisions:
         for i, state in enumerate(states):
             asked = frame.rows is not None and frame.asking[i]
             state.update(frame.step.index, all_computed or asked)
+            # with all for the sake of one, a step is extra for those as well that would have reused it
+            if any(frame.extra) and (frame.extra[i] or (all_computed and not frame.asking[i])):
+                state.extra += (frame.step.index,)
+        kept = self._kept.get(frame.key)
+        if frame.signals and self.guarded.drift is not None:
+            self._kept[frame.key] = self.guarded.drift.kept(frame.signals, kept or {})
+            return
         if not frame.signals or not (all_computed or frame.rows):
             return
-        kept = self._kept.get(frame.key)
         if frame.rows is None or all_computed or not kept:
             self._kept[frame.key] = frame.signals
             return

@@ -76,9 +76,9 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "computed", "counts", "fills_cache", "key", "note", "open", "outputs", "poisoned",
-        "position", "probe_input", "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace",
-        "variant", "visits",
+        "actions", "asking", "batch", "computed", "counts", "extra", "fills_cache", "key", "note", "open", "outputs",
+        "poisoned", "position", "probe_input", "probe_version", "reason", "reused", "rows", "signals", "step", "stores",
+        "trace", "variant", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -90,6 +90,7 @@ class Frame:
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
         self.fills_cache = False  # of keys and values: no part of any history
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
+        self.extra: list[bool] = []  # of each sample, whether that is beside its plan
         self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
         self.reason = ""
         self.note = ""  # on how it was forecast

@@ -171,8 +171,13 @@ class SpanCalls:
         return state
 
     def _measure(self, frame: Frame, inputs: Inputs) -> None:
-        """The probe's residual, or its output where the shape changes within (UNet cuts)."""
+        """What enters the span; the probe's residual, or its output where the shape changes within (UNet cuts)."""
         out = image_stream(inputs).detach()
+        needed = self._run.decisions.guarded.needs.signals
+        if "input" in needed:
+            frame.signals["input"] = out.clone()
+        if "probe_residual" not in needed:
+            return
         before = frame.probe_input
         if before is not None and before.shape == out.shape and not written_since(before, frame.probe_version):
             frame.signals["probe_residual"] = out - before.detach()

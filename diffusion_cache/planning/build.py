@@ -15,14 +15,16 @@ from ..errors import ConfigError
 from ..fingerprint import plain_json, same_levels
 from ..forecasters.fitted import Fitted
 from ..measure import paired
-from ..plan import Plan, Quality, Speed
+from ..plan import GUARD_SIGNALS, Plan, Quality, Speed
 from ..policies import Guarded, Planned
 from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Batch, Teacher, attached
 from ..profiling.polish import polish
+from ..registry import unknown_name
 from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
+from .band import with_guard
 from .closed_loop import Steps
 from .dynamic import best_schedule
 from .timesteps import kept_if_better
@@ -44,7 +46,8 @@ class Search:
     the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
     steps in closed loop (else the best start is taken). regressors: let the fit correct reused outputs too, where that
     is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search's
-    moves. sigmas: move the sampler's noise levels (`timesteps.kept_if_better`).
+    moves. sigmas: move the sampler's noise levels (`timesteps.kept_if_better`). guard: the signal that plans carry a
+    band of, measured on the tuning batch; None for none.
     """
 
     runs: int = 60
@@ -56,6 +59,11 @@ class Search:
     polished: int = 2
     seed: int = 0
     sigmas: bool = False
+    guard: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.guard is not None and self.guard not in GUARD_SIGNALS:
+            raise unknown_name("guard signal", self.guard, GUARD_SIGNALS)
 
 
 @dataclass
@@ -80,6 +88,8 @@ class Planner:
             self._check(teacher)
         if "cut" in self.search.scopes and self.profile.scope != "cut":
             raise ConfigError("how much of the denoiser a cut spares is not in this profile: make one at scope cut")
+        if self.search.guard is not None and self.tuning.batch.count < 2:
+            raise ConfigError("a guard's band is measured on the tuning samples: give at least 2")
         held_out = sum(teacher.batch.count for teacher in self.held_out)
         if not held_out or held_out != len(self.seeds):
             raise ConfigError(
@@ -151,6 +161,8 @@ class Planner:
         plan = self._assembled(label, schedule, result, fit_settings)
         if self.search.sigmas:
             plan = kept_if_better(plan, self.fitting, self.profile.fingerprint.sigmas, self._tuning_score)
+        if self.search.guard is not None:
+            plan = with_guard(plan, self.search.guard, [self.tuning.batch])
         return self.measured(plan)
 
     def _tuning_score(self, plan: Plan) -> float:

@@ -1,12 +1,15 @@
 """Guards: limits on reuse that hold for every policy, as one wrapper."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ..context import Needs, PassState, Policy, Step, Verdict
 from ..errors import ConfigError
 from ..schedule import Schedule
+from .drift import SIGNAL, Drift
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,18 @@ class Guards:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A policy under guards: what the engine asks."""
+    """A policy under guards: what the engine asks. drift: for planned policies, whose runs are then decided stepwise.
+
+    `guards` hold whatever the drift guard does; steps they compute are neither extra nor dropped.
+    """
 
     policy: Policy
     guards: Guards = Guards()
+    drift: Drift | None = None
 
     @property
     def needs(self) -> Needs:
-        return self.policy.needs
+        return self.policy.needs if self.drift is None else replace(self.policy.needs, signals=(SIGNAL,))
 
     @property
     def planned(self) -> bool:
@@ -83,13 +90,13 @@ class Guarded:
         return self.policy.sigmas
 
     def for_run(self, noise_levels: Sequence[float]) -> "Guarded":
-        """The same under the same guards, for a run through these noise levels."""
+        """The same under the same guards, for a run through these noise levels; a band is for one run's alone."""
         policy = self.policy.for_run(noise_levels)
-        return self if policy is self.policy else replace(self, policy=policy)
+        return self if policy is self.policy else replace(self, policy=policy, drift=None)
 
     def schedule(self, total: int) -> Schedule | None:
-        """The schedule of a run of `total` steps, or None for a policy that decides from signals."""
-        if not self.planned:
+        """The schedule of a run of `total` steps, or None where it is decided from signals."""
+        if self.policy.needs.signals or (self.drift is not None and self.drift.total == total):
             return None
         own = self.policy.schedule(total)
         passes = max(map(len, own.compute)) if own else 1
@@ -110,6 +117,27 @@ class Guarded:
             rows.append(tuple(row))
         return Schedule(tuple(rows))
 
+    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor | None:
+        """As `Policy.measure`; None where there is nothing to compare with."""
+        return self.policy.measure(signals, kept) if self.drift is None else self.drift.measure(signals, kept)
+
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         reason = self.guards.forced(step, state)
-        return Verdict(True, reason) if reason else self.policy.decide(step, value, state)
+        if reason:
+            return Verdict(True, reason)
+        own = self.policy.schedule(step.total) if self.drift is not None and step.total is not None else None
+        if own is None:
+            return self.policy.decide(step, value, state)
+        assert self.drift is not None
+        planned = [index for index in range(own.total) if all(own.row(index, 0))]
+        fixed = [index for index in planned if self.guards.forced(replace(step, index=index), PassState())]
+        remaining = self.drift.remaining(planned, state.extra, fixed)
+        if step.index in remaining:
+            return Verdict(True, "schedule")
+        affordable = self.drift.strict or self.drift.replaced(remaining, step.index, fixed) is not None
+        # one extra step between two planned ones: else a run that lies outside its band at every step would spend
+        # all it has at once
+        affordable = affordable and state.last_computed not in state.extra
+        if value is not None and affordable and self.drift.is_outside(step.index, value):
+            return Verdict(True, f"guard ({self.drift.band.signal} {value:.3g})", extra=True)
+        return Verdict(False, "schedule")

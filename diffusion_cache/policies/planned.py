@@ -58,8 +58,9 @@ class Planned(Policy):
     def _warn(self, difference: str) -> None:
         warnings.warn(
             f"plan {self.plan.name!r} is for {difference}: steps at the nearest noise levels are computed, Taylor "
-            "forecasts take the place of fitted weights, and the plan's stated quality does not hold. Make a plan for "
-            "these steps",
+            "forecasts take the place of fitted weights, and the plan's stated quality does not hold"
+            + (", nor does the band of its guard, which is off" if self.plan.guard is not None else "")
+            + ". Make a plan for these steps",
             DiffusionCacheWarning,
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.plan import Plan, Quality, Speed, positions
+from diffusion_cache.plan import Band, Plan, Quality, Speed, positions
 from diffusion_cache.schedule import Schedule
 
 NAN, INF = math.nan, math.inf
@@ -46,6 +46,11 @@ def plan(**fields):
     nodes[4, 0], weights[4, 0, 0] = torch.tensor([0, 3]), torch.tensor([-0.25, 1.25])
     nodes[1, 0], weights[1, 0, 0] = torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])
     return bare("100100", **{"nodes": nodes, "weights": weights, **fields})
+
+
+def band(**fields):
+    given = {"signal": "input_l1", "mean": (NAN, *[0.5] * 5), "spread": (INF, *[0.25] * 5), "samples": 3}
+    return Band(**{**given, **fields})
 
 
 def strip(schedule):
@@ -210,6 +215,7 @@ def test_storing_changes_nothing():
         facts={"objective": "power", "strength": 1e-3, "notes": ["a"]},
         quality=Quality.of("psnr", [30.5, INF, 31.0], [5, 6, 7]),
         speed=Speed(2.0, 1.9, 2.1, "cpu", 4),
+        guard=band(),
     )
     again = Plan.from_json(made.to_json(), made.tensors())
     for name in vars(made):
@@ -217,7 +223,41 @@ def test_storing_changes_nothing():
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         else:
-            assert one == other, name
+            assert str(one) == str(other), name  # NaN does not equal itself
+
+
+def test_a_plan_stored_without_a_guard_has_none():
+    stored = plan().to_json()
+    assert "guard" not in stored
+    assert Plan.from_json(stored, plan().tensors()).guard is None
+
+
+def test_a_band_and_its_limits():
+    assert band().limit(1, 6.0) == 2.0
+    assert band().limit(0, 6.0) is None
+    assert band(spread=(1e-9,) * 6).limit(1, 6.0) == pytest.approx(0.53)  # no less than 1% of the mean
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"signal": "input_l2"}, "Unknown guard signal 'input_l2'. Did you mean 'input_l1'"),
+        ({"mean": (1.0,)}, "a mean and a spread for each step"),
+        ({"spread": (-1.0,) * 6}, "no negative number"),
+        ({"samples": 1}, "at least 2, not 1"),
+    ],
+)
+def test_bands_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        band(**fields)
+
+
+def test_guards_of_plans_that_cannot_have_them():
+    with pytest.raises(ConfigError, match="a band for each of 6 steps"):
+        plan(guard=band(mean=(1.0,), spread=(1.0,)))
+    partial = Schedule((((True, True),), *[((True, False),)] * 5))
+    with pytest.raises(ConfigError, match="computes all of a step or nothing"):
+        Plan("a", "block", None, "auto", partial, (), guard=band())
 
 
 def test_a_schedule_that_is_none_is_refused():
@@ -243,9 +283,10 @@ def test_resampling_drops_what_no_longer_holds():
         quality=measured[0],
         speed=measured[1],
         facts={"objective": "sum"},
+        guard=band(),
     )
     after = made.resampled(levels(12))
-    assert (after.quality, after.speed, after.sigmas, after.correction) == (None,) * 4
+    assert (after.quality, after.speed, after.sigmas, after.correction, after.guard) == (None,) * 5
     assert after.weights.isnan().all()
     assert (after.nodes == -1).all()
     assert after.nodes.shape == (12, 1, 2)

@@ -14,7 +14,7 @@ from diffusion_cache import profiles
 from diffusion_cache.cli.show import _default_out, _drift, _representatives, show, strip
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.fingerprint import DenoiserFacts, Fingerprint
-from diffusion_cache.plan import Plan, Quality, Speed
+from diffusion_cache.plan import Band, Plan, Quality, Speed
 from diffusion_cache.profile import Profile, SpanFacts
 from diffusion_cache.schedule import Schedule
 
@@ -91,6 +91,18 @@ def test_tables(tmp_path):
     assert "metric psnr, samples 2, on H100, batch 4" in " ".join(text.split())
     assert "planned  █··█··█··█" in lines
     assert "two      █·█·█·█·█·" in lines
+
+
+def test_guards(tmp_path):
+    band = Band("input_turn", (math.nan, *[1.0] * 9), (math.nan, *[0.1] * 9), 4)
+    plans = plan("watched", guard=band), plan("not")
+    lines = shown(profile(plans=plans), tmp_path)[0].splitlines()
+    (line,) = [line.split() for line in lines if line.startswith(" watched")]
+    assert line[:2] == ["watched", "input_turn"]
+    (line,) = [line.split() for line in lines if line.startswith(" not")]
+    assert line[:2] == ["not", "none"]
+    assert "guard input_turn" in " ".join(shown(profile(plans=plans[:1]), tmp_path)[0].split())
+    assert "none" not in shown(profile(plans=plans[1:]), tmp_path)[0]
 
 
 def test_tables_fit_a_narrow_terminal(tmp_path):

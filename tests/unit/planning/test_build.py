@@ -266,3 +266,17 @@ def test_what_was_enabled_stays_enabled(pipe, planner):
         assert session_of(pipe) is session
     finally:
         dc.disable(pipe)
+
+
+def test_a_plan_carries_a_guard_where_it_is_asked_for(planner, three):
+    watching = replace(planner, search=replace(BARE, guard="input_l1"), _scores={})
+    plan = watching.plan(3)
+    assert (plan.guard.signal, plan.guard.samples) == ("input_l1", 2)
+    assert watching.made(plan)
+    assert three.guard is None
+    assert not watching.made(three)
+    with pytest.raises(ConfigError, match="Unknown guard signal 'input'"):
+        replace(BARE, guard="input")
+    one = teach(plans.batch(planner.tuning.batch.pipe, NAME, plans.drawn(200, 1)))
+    with pytest.raises(ConfigError, match="measured on the tuning samples: give at least 2"):
+        replace(watching, tuning=one)

@@ -132,7 +132,7 @@ def test_reasons():
     guarded = Guarded(Interval(50), guards)
 
     def reason(index, **past):
-        return guarded.decide(step(index, 10), None, PassState(last_computed=1, **past))
+        return guarded.decide(step(index, 10), None, PassState(last_computed=1, **past))[:2]
 
     assert reason(1) == (True, "warm-up")
     assert reason(2) == (True, "outside the window")

@@ -1,0 +1,82 @@
+"""A guard for planned runs: compute a step more where a generation leaves the band that calibration runs kept to."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..plan import Band, Plan
+from ..signals import relative_l1
+
+SIGNAL = "input"  # what the engine gives: the image stream that enters the first span
+FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Watches one of `plan.GUARD_SIGNALS` against its band at each step.
+
+    factor: how many times its spread the signal may be above its mean. strict: an extra step is added to the planned
+    ones; else the next one of them is dropped for it, so that the number of computed steps stays.
+
+    An extra step need not be a gain: fitted weights forecast what leads back to the uncached path, and are not used
+    where the history holds other steps than they were fitted for. The default factor is one that no sample of the
+    profiled kind reached (32 by each of two plans of flux-digits; one of the 64 reached 6).
+    """
+
+    band: Band
+    factor: float = FACTOR
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ConfigError(f"guard_factor must be a number above 0, not {self.factor}")
+
+    @classmethod
+    def of(cls, plan: Plan, factor: float = FACTOR, strict: bool = False) -> "Drift | None":
+        """The guard that a plan carries, if it does."""
+        return None if plan.guard is None else cls(plan.guard, factor, strict)
+
+    @property
+    def total(self) -> int:
+        return len(self.band.mean)
+
+    def kept(self, signals: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the next step is compared with. before: what this step was."""
+        now = signals[SIGNAL]
+        if SIGNAL not in before or before[SIGNAL].shape != now.shape:
+            return {SIGNAL: now}
+        return {SIGNAL: now, "change": now - before[SIGNAL]}
+
+    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor | None:
+        """The signal of each batch row, [rows]; None at the first steps, which have nothing to be compared with."""
+        now, before = signals[SIGNAL], kept[SIGNAL]
+        if self.band.signal == "input_l1":
+            return relative_l1(now, before)
+        return relative_l1(now - before, kept["change"]) if "change" in kept else None
+
+    def is_outside(self, step: int, value: float) -> bool:
+        """Whether a signal is above the band of its step. NaN is, wherever there is a band."""
+        limit = self.band.limit(step, self.factor)
+        return limit is not None and not value <= limit
+
+    def remaining(self, planned: Collection[int], extra: Sequence[int], fixed: Collection[int] = ()) -> frozenset[int]:
+        """What of the planned steps is left, with the extra ones, each of which has taken the place of the next.
+
+        fixed: planned steps that stay whatever happens.
+        """
+        steps = set(planned)
+        for step in extra:
+            steps.add(step)
+            replaced = self.replaced(steps, step, fixed)
+            if replaced is not None:
+                steps.remove(replaced)
+        return frozenset(steps)
+
+    def replaced(self, steps: Collection[int], step: int, fixed: Collection[int] = ()) -> int | None:
+        """Which of the steps is dropped if an extra one is computed; None for none: with strict, or where none is left.
+
+        The next one: what was to be computed then is computed at once.
+        """
+        return None if self.strict else min((s for s in steps if s > step and s not in fixed), default=None)
