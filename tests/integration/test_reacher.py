@@ -53,9 +53,9 @@ def test_the_wall_is_touched_everywhere_but_in_its_gates():
 
 
 def test_a_step_is_no_longer_than_its_speed():
-    position = torch.zeros(2, 2)
-    moved = reaching.move(position, torch.tensor([[3.0, 4.0], [0.03, 0.04]]))
-    torch.testing.assert_close(moved, torch.tensor([[0.6 * reaching.SPEED, 0.8 * reaching.SPEED], [0.03, 0.04]]))
+    moved = reaching.move(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.03, 0.04]]))
+    assert moved[0].tolist() == pytest.approx([0.6 * reaching.SPEED, 0.8 * reaching.SPEED])
+    assert moved[1].tolist() == pytest.approx([0.03, 0.04])
 
 
 def carried_out(here, target, steps=reaching.LIMIT):
