@@ -214,7 +214,7 @@ def union_against_each_its_own(seeds: SeedSet) -> Outcome:
     reason="The union lifts three branches of 18; the other feed-forwards keep schedules of their own, which do the "
     "harm, and a union over more branches (up to all, tried once) gains less than it costs. One schedule for all, "
     "given as much, has a later last update, and the last steps of a denoising decide, where cosine similarity counts "
-    f"every step alike: with the last {LAST} computed as well, all errors fall to less than half, and one for all stays "
+    f"every step alike: with the last {LAST} computed as well, errors fall to less than half, and one for all stays "
     "ahead (in the figures).",
 )
 def union_against_unified(seeds: SeedSet) -> Outcome:
