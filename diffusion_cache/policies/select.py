@@ -44,7 +44,7 @@ class Select(Policy):
 
     def choose(
         self, condition: Condition | None, agree: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Policy, Forecaster]:
+    ) -> tuple[Planned, Forecaster]:
         found = embedded(condition, self.source, self.labels, self.weights.shape[1])
         scores = self.bias * torch.nan if found is None else self.weights @ found.mean(0) + self.bias
         if agree is not None and condition is not None:  # NaN on any rank is NaN on all

@@ -5,10 +5,11 @@ from statistics import fmean
 import torch
 
 from ...context import Condition
-from ...plan import Plan
 from ...planning.select import with_selector
+from ...planning.static import static_plan
+from ...policies.select import Select
 from ...profiling.generation import teach
-from ...schedule import Schedule, spaced
+from ...schedule import spaced
 from ...systems import Selection
 from ..prompts import Sample
 from .bench import CLASSES, Bench
@@ -29,24 +30,16 @@ def selected_against_best_single(seeds: SeedSet) -> Outcome:
     bench = Bench(MODEL, seeds)
     profile = bench.profile("stack", sensitivity_samples=0)
     plans = [
-        Plan(
-            name=f"spaced-{exponent:g}",
-            scope="stack",
-            depth=None,
-            feature="auto",
-            schedule=Schedule.uniform(
-                step in spaced(profile.total, COMPUTED, exponent, 0) for step in range(profile.total)
-            ),
-            noise_levels=profile.noise_levels,
-        )
+        static_plan(profile, f"spaced-{exponent:g}", _marked(profile.total, exponent), order=1)
         for exponent in EXPONENTS
     ]
     teachers = [teach(bench.batch(_of_each_class(seeds, call))) for call in range(CALLS)]
     learned = with_selector(profile.with_plans(plans), teachers)
     policy = Selection().parts(learned).policy
+    assert isinstance(policy, Select)
     runs = [bench.run(profile=learned, plan=plan.name) for plan in plans]
     # a run has one plan, so each sample is a run of its own; its images are those of the plan it chooses
-    chosen = [plans.index(policy.choose(_condition(sample), None)[0].plan) for sample in bench.reporting]
+    chosen = [policy.plans.index(policy.choose(_condition(sample), None)[0]) for sample in bench.reporting]
     values = list(zip(*(ran.psnr for ran in runs), strict=True))
     selected = fmean(row[choice] for row, choice in zip(values, chosen, strict=True))
     single = runs[policy.fallback].mean
@@ -63,6 +56,11 @@ def selected_against_best_single(seeds: SeedSet) -> Outcome:
             **{f"psnr_{plan.name}": ran.mean for plan, ran in zip(plans, runs, strict=True)},
         },
     )
+
+
+def _marked(total: int, exponent: float) -> list[bool]:
+    computed = spaced(total, COMPUTED, exponent)
+    return [step in computed for step in range(total)]
 
 
 def _of_each_class(seeds: SeedSet, call: int) -> list[Sample]:
