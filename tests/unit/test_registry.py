@@ -178,7 +178,7 @@ def test_policy_of_another_package():
         policy = registry.policies.get("only_even")(offset=0)
         schedule = policies.Guarded(policy).schedule(5)
         assert [schedule.row(i, 0) for i in range(5)] == [(True,), (False,), (True,), (False,), (True,)]
-        assert policy.decide(Step(3, 5, 3, None, "", ()), {}, None) == (False, "even")
+        assert policy.decide(Step(3, 5, 3, None, "", ()), {}, None) == Verdict(False, "even")
         assert "only_even" in registry.policies.names()
     finally:
         registry.policies.unregister("only_even")
