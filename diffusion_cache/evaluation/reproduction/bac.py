@@ -239,6 +239,8 @@ def unified_against_each_its_own_on_images(seeds: SeedSet) -> Outcome:
 @claim(
     system="bac",
     claim="Of images too: the union does less harm than more updates of each branch (second figure).",
+    reason="As much work gives each of the 24 branches 20 updates instead of 17, which gains more than what the union "
+    "takes over for three of them.",
 )
 def union_against_each_its_own_on_images(seeds: SeedSet) -> Outcome:
     return less_harm_to_images(seeds, _union_and_own)
@@ -269,23 +271,29 @@ def kept(alike: Tensor, steps: Sequence[int]) -> float:
     system="bac",
     claim=f"With BAC the policy succeeds as often, within {TOLERANCE}, as uncached and as with evenly spaced updates.",
     published="success .79 with BAC, .76 uncached and evenly spaced, at 3.4× speed (RoboMimic)",
+    reason="BAC keeps up with even spacing, but neither keeps the success at a quarter of the work: the gates of this "
+    "task are narrow, so that small errors of actions end an episode. One schedule for all branches, with the last "
+    f"{LAST} steps computed as well, comes nearer to the uncached success for as much work (in the figures): schedules "
+    "of their own set the feed-forwards apart, and similarity counts the last steps, which decide, like any other.",
 )
 def success_is_kept(seeds: SeedSet) -> Outcome:
     bench = acting(seeds)
     bac = BAC(PLAYED).plan(bench.profile)
     even = with_as_much(bac.nfe, evenly(bench.profile, PLAYED))
-    full, ours, evens, longer = (bench.success(plan) for plan in (None, bac, even, with_last(bac, bench.profile)))
-    work, even_work = bench.work(bac), bench.work(even)
+    shared = with_last(with_as_much(bac.nfe - LAST, one_for_all(bench.profile, 1)), bench.profile)
+    full, ours, evens, longer = (bench.success(plan) for plan in (None, bac, even, shared))
+    work, even_work, longer_work = (bench.work(plan) for plan in (bac, even, shared))
     return Outcome(
         f"success {ours:.2f} with BAC, {full:.2f} uncached, {evens:.2f} evenly spaced",
         f"{work:.3f} with BAC and {even_work:.3f} evenly spaced of the uncached FLOPs",
         ours >= max(full, evens) - TOLERANCE,
         {
             "bac": ours,
-            f"bac and the last {LAST}": longer,
+            f"one for all and the last {LAST}": longer,
             "uncached": full,
             "even": evens,
             "bac: work": work,
             "even: work": even_work,
+            f"one for all and the last {LAST}: work": longer_work,
         },
     )
