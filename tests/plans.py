@@ -9,7 +9,7 @@ from diffusion_cache.profiling.generation import Batch, teach
 from diffusion_cache.profiling.measure import Options, measure
 
 STEPS = 8
-SEARCH = Search(runs=6, polished=0)
+SEARCH = Search(runs=6, regressors=False, polished=0)
 
 
 def batch(pipe, name, samples, steps=STEPS):

@@ -32,7 +32,6 @@ from .timesteps import kept_if_better
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
 HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3)
-REGRESSORS = ((True, False), (False, True), (True, True))  # scale, bias
 FINALISTS = 3
 TIMED_PAIRS = 5
 MAX_PSNR = 120.0  # of images equal to within rounding
@@ -44,7 +43,7 @@ class Search:
 
     runs: cached generations of the fitting batch for each number of computed steps. scopes: tried for each; () for
     the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
-    steps in closed loop (else the best start is taken). regressors: let the fit correct reused outputs too, where that
+    steps in closed loop (else the best start is taken). regressors: let the fit scale reused outputs too, where that
     is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search's
     moves. sigmas: move the sampler's noise levels (`timesteps.kept_if_better`). guard: the signal that plans carry a
     band of, measured on the tuning batch; None for none.
@@ -55,7 +54,7 @@ class Search:
     last: int = 0
     fitted: bool = True
     refined: bool = True
-    regressors: bool = False
+    regressors: bool = True
     polished: int = 2
     seed: int = 0
     sigmas: bool = False
@@ -248,6 +247,7 @@ class Planner:
             choices = [settings]
         best: tuple[float, Steps, trajectory.Result, trajectory.Settings] | None = None
         tried = [(steps, settings) for steps in finalists]
+        regressors = self.search.fitted and self.search.regressors
         for number, (steps, choice) in enumerate(tried):
             self.progress(f"{label}: tuning", number, len(finalists) + len(choices))
             result = self._fit(steps, choice)
@@ -257,8 +257,8 @@ class Planner:
                 best = score, steps, result, choice
             if number == len(finalists) - 1:  # then its strengths
                 tried += [(best[1], choice) for choice in choices if choice != settings]
-            if number == len(tried) - 1 and self.search.regressors and not (choice.scale or choice.bias):
-                tried += [(best[1], replace(best[3], scale=scale, bias=bias)) for scale, bias in REGRESSORS]
+            if number == len(tried) - 1 and regressors and not choice.scale:
+                tried.append((best[1], replace(best[3], scale=True)))
         assert best is not None
         return best[1:]
 
