@@ -24,7 +24,8 @@ CALLS = 3  # calibration batches: every class with so many seeds
     system="select",
     claim="Choosing among plans of equal NFE by the class gives a higher mean PSNR than the single best plan",
     published="",
-    reason="",
+    reason="One spacing of the steps suits nearly every class: even chosen with hindsight for each sample, the plans "
+    "would gain 0.24 dB (seeds 0), and leave-one-out keeps nothing of the class but the mean.",
 )
 def selected_against_best_single(seeds: SeedSet) -> Outcome:
     bench = Bench(MODEL, seeds)
