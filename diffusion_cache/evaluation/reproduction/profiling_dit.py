@@ -133,7 +133,7 @@ def interval_shapes(seeds: SeedSet) -> Outcome:
     claim="The order of blocks by R is the same at all steps: Spearman's rank correlation above 0.8, mean over pairs",
     published="R is stable across steps",
     reason="The order is kept from step to step (0.98) and through the first half of the run (0.98), and drifts in the "
-    "second, where little noise is left. The mask is not why: with the true digits all pairs give 0.58, as with motion; "
+    "second, where little noise is left. The mask is not why: with the true digits it is 0.58, as with motion; "
     "nor alone the top fraction: with half of the tokens as the most attended ones it is 0.73 (seeds 0).",
 )
 def order_is_stable(seeds: SeedSet) -> Outcome:
