@@ -37,6 +37,7 @@ LOW_PRECISION_NUDGE = 0.25
 GUIDANCE_TOLERANCE = 1e-3  # what guidance may differ from a linear combination by, relative
 LENGTHS = (1.0, 0.5, 0.25)  # of the step that is solved for, where the output is not as linear as it takes it to be
 BIASED_CHANNELS = 128
+NEGLIGIBLE = 1e-2  # what a scale or a bias of one changes the model output by, relative, if it is to be solved for
 AFFINE_TOLERANCE = 1e-3  # what a sampler's step may differ from an affine map by, relative
 
 
@@ -207,7 +208,7 @@ class Fitting(Observer):
         branches = [aligned(branch, like) for call in calls for branch in call.branches]
         guidance = guidance_weights(branches, before)
         target = self._target(index, given, scheduler)
-        unknowns, columns = self._derivatives(index, calls, guidance, like)
+        unknowns, columns = _that_matter(*self._derivatives(index, calls, guidance, like), float(before.norm()))
         owners = list(dict.fromkeys(owner for owner, _ in unknowns))
         if len(unknowns) == len(owners):
             raise UnfitError("with one feature in the history there is nothing to choose")
@@ -297,10 +298,10 @@ class Fitting(Observer):
         scale, bias = settings.strengths
         strength = {"weight": settings.ridge, "scale": scale, "bias": bias}
         ridge = [strength[unknown.kind] for _, unknown in unknowns]
-        summed = [] if settings.scale else [owner for owner, _ in unknowns]
         sums = [
             [place for place, (of, unknown) in enumerate(unknowns) if of == owner and unknown.kind == "weight"]
-            for owner in dict.fromkeys(summed)
+            for owner in dict.fromkeys(owner for owner, _ in unknowns)
+            if (owner, Unknown("scale")) not in unknowns
         ]
         return _solve(columns, wanted, ridge, sums).tolist()
 
@@ -338,6 +339,21 @@ class Fitting(Observer):
         finally:
             for generator, state in states:
                 generator.set_state(state)
+
+
+def _that_matter(
+    unknowns: Sequence[tuple[_Owner, Unknown]], columns: Tensor, size: float
+) -> tuple[list[tuple[_Owner, Unknown]], Tensor]:
+    """Without the scales and biases that hardly move the model output, as where a normalisation follows the span.
+
+    What is left of those is rounding, to which a solution would be as large as it likes.
+    """
+    kept = [
+        place
+        for place, (_, unknown) in enumerate(unknowns)
+        if unknown.kind == "weight" or float(columns[place].norm()) > NEGLIGIBLE * size
+    ]
+    return [unknowns[place] for place in kept], columns[kept]
 
 
 def aligned(branch: Tensor, like: torch.Size) -> Tensor:
