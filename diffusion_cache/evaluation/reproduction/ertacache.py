@@ -81,8 +81,8 @@ def policy_beats_uniform(seeds: SeedSet) -> Outcome:
     system="ertacache",
     claim="Adjusting the timesteps (φ-B, calibrated on runs) improves on the schedule alone, whatever is reused.",
     published=PAPER,
-    reason="With v − x reused on this schedule, what is reused is off by some 3%, so that φ is about 0.97: noise levels "
-    "hardly move, and the images change by less than 0.1 dB in either direction.",
+    reason="With v − x reused on this schedule, what is reused is off by some 3%, so that φ is about 0.97: noise "
+    "levels hardly move, and the images change by less than 0.1 dB in either direction.",
 )
 def time_adjustment_helps(seeds: SeedSet) -> Outcome:
     return _outcome(seeds, [(f"{reused} + time B", reused) for reused in REUSED])
