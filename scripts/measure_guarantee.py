@@ -2,7 +2,7 @@
 
 Each repetition starts from nothing: a profile, schedules by dynamic programming, weights fitted to the trajectory, and
 the PSNR of every plan on held-out samples, all with seeds that no other repetition uses. For each target it picks the
-plan that `min_psnr` would, and tests it on fresh seeds, beside the cheaper plans, to see whether one of them would
+plan that `min_psnr` would (or is refused, where no plan reaches the target), and tests it on fresh seeds, beside the cheaper plans, to see whether one of them would
 have done. Finished repetitions wait in outputs/guarantee; results/guarantee.json is written from all of them.
 """
 
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from diffusion_cache.cli.interrupts import kept_interrupts
 from diffusion_cache.cli.progress import announcing
+from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.environment import cpu_name, versions
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
@@ -80,9 +81,11 @@ def main() -> None:
 
 def summary(target: float, repetitions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """In how many repetitions the picked plan held on the fresh seeds, and what it spent more than was needed."""
-    rows = [each["targets"][str(target)] for each in repetitions]
+    every = [each["targets"][str(target)] for each in repetitions]
+    rows = [row for row in every if row is not None]
     return {
-        "repetitions": len(rows),
+        "repetitions": len(every),
+        "refused": len(every) - len(rows),
         "held": sum(row["reached"] >= SHARE for row in rows),
         "lowest_reached": min(row["reached"] for row in rows),
         "mean_reached": float(np.mean([row["reached"] for row in rows])),
@@ -119,9 +122,13 @@ def repetition(number: int) -> dict[str, Any]:
         plans.append(replace(plan, quality=quality))
         if not guarantee.holds(quality.values, min(TARGETS)):
             break  # the choice never goes past the first plan that fails
-    targets = {}
+    targets: dict[str, Any] = {}
     for target in TARGETS:
-        picked = choose(plans, min_psnr=target)
+        try:
+            picked = choose(plans, min_psnr=target)
+        except ConfigError:  # not even the most expensive plan is shown to reach it
+            targets[str(target)] = None
+            continue
         needed = picked
         for plan in plans[plans.index(picked) :]:  # from the picked one down, as long as fresh seeds reach the target
             if plan.name not in tests:
