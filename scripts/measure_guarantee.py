@@ -2,8 +2,9 @@
 
 Each repetition starts from nothing: a profile, schedules by dynamic programming, weights fitted to the trajectory, and
 the PSNR of every plan on held-out samples, all with seeds that no other repetition uses. For each target it picks the
-plan that `min_psnr` would (or is refused, where no plan reaches the target), and tests it on fresh seeds, beside the cheaper plans, to see whether one of them would
-have done. Finished repetitions wait in outputs/guarantee; results/guarantee.json is written from all of them.
+plan that `min_psnr` would (or is refused, where no plan is shown to reach it), and tests that on fresh seeds, beside
+the cheaper plans, to see whether one of them would have done. Finished repetitions wait in outputs/guarantee;
+results/guarantee.json is written from all of them.
 """
 
 import argparse
