@@ -50,11 +50,22 @@ def rows(summary):
     return pq.read_table(summary["path"] / "rows.parquet").to_pylist()
 
 
+def interruptible():
+    """Ctrl-C reaches the process even where it is ignored here, as in a shell's background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments, launcher=(), **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     call = [*(launcher or [sys.executable]), "-m", "diffusion_cache.cli", "evaluate", *SMALL, *arguments]
     return subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+        call,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        preexec_fn=interruptible,
+        **options,
     )
 
 

@@ -340,13 +340,25 @@ def run(*arguments):
     command.run_configured(config)
 
 
+def interruptible():
+    """Ctrl-C reaches the process even where it is ignored here, as in a shell's background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(tmp_path, *arguments, launcher=(), **options):
     script = tmp_path / "profile_command.py"
     script.write_text(LAUNCHER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     call = [*(launcher or [sys.executable]), str(script), *SMALL, *arguments]
     return subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path, **options
+        call,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=interruptible,
+        **options,
     )
 
 
