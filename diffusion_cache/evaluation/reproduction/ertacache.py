@@ -22,6 +22,11 @@ REUSED: dict[str, tuple[str, Feature]] = {
     "hidden": ("stack", "residual"),
 }
 
+RECTIFIED = (
+    "What is fitted on 8 samples does not carry over to all others: on seeds 0 rectifying changes single images by −1.5 "
+    "to +2.3 dB (target: the model output at the point), as many for the better as for the worse, and the mean stays."
+)
+
 
 class _Rows:
     """Runs of one set of seeds, each made once."""
@@ -100,6 +105,7 @@ def b_beats_a(seeds: SeedSet) -> Outcome:
     system="ertacache",
     claim="Rectifying what is reused improves on schedule and adjusted timesteps.",
     published=PAPER,
+    reason=RECTIFIED,
 )
 def rectification_helps(seeds: SeedSet) -> Outcome:
     return _outcome(seeds, [("v − x + time B + rectified output", "v − x + time B")])
@@ -108,6 +114,7 @@ def rectification_helps(seeds: SeedSet) -> Outcome:
 @claim(
     system="ertacache",
     claim="Rectifying what is reused improves on the schedule alone, whatever it is fitted to.",
+    reason=RECTIFIED,
 )
 def rectification_targets(seeds: SeedSet) -> Outcome:
     return _outcome(seeds, [(f"v − x + rectified {target}", "v − x") for target in ("output", "teacher", "state")])
