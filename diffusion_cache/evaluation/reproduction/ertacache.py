@@ -24,7 +24,8 @@ REUSED: dict[str, tuple[str, Feature]] = {
 
 RECTIFIED = (
     "What is fitted on 8 samples does not carry over to all others: on seeds 0 rectifying changes single images by "
-    "−1.5 to +2.3 dB (target: the model output at the point), as many for the better as for the worse, and the mean stays."
+    "−1.5 to +2.3 dB (target: the model output at the point), as many for the better as for the worse, and the mean "
+    "stays."
 )
 
 
