@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .fingerprint import Fields, integer, json_object, number, optional, plain_json, same_levels, text, tuple_of
+from .fingerprint import same_levels
+from .plain import Fields, integer, json_object, number, optional, plain_json, text, tuple_of
 from .registry import unknown_name
 from .schedule import Schedule
 

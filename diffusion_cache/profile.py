@@ -19,20 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, DiffusionCacheWarning
-from .fingerprint import (
-    MEANINGS,
-    Difference,
-    Fields,
-    Fingerprint,
-    integer,
-    json_object,
-    number,
-    optional,
-    plain_json,
-    same_levels,
-    text,
-    tuple_of,
-)
+from .fingerprint import MEANINGS, Difference, Fingerprint, same_levels
+from .plain import Fields, integer, json_object, number, optional, plain_json, text, tuple_of
 from .plan import MAX_STEPS, OPTIONAL_TENSORS, TENSORS, Plan, check_facts, positions
 from .registry import suggest
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import measure
 from ..engine import Method
 from ..errors import ConfigError
-from ..fingerprint import plain_json, same_levels
+from ..fingerprint import same_levels
 from ..forecasters.fitted import Fitted
 from ..measure import paired
+from ..plain import plain_json
 from ..plan import GUARD_SIGNALS, Plan, Quality, Speed
 from ..policies import Guarded, Planned
 from ..profile import Profile

@@ -28,8 +28,9 @@ from torch import Tensor
 from ..context import SCOPES, Feature
 from ..engine import Session
 from ..errors import ConfigError, DiffusionCacheWarning
-from ..fingerprint import Fingerprint, plain_json
+from ..fingerprint import Fingerprint
 from ..models import find_denoisers
+from ..plain import plain_json
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
 from .attention import AttentionReceived

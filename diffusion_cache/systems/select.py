@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..fingerprint import Fields, integer, text, tuple_of
 from ..forecasters.fitted import Fitted
+from ..plain import Fields, integer, text, tuple_of
 from ..policies import Planned
 from ..policies.select import Select
 from ..profile import Profile

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ...errors import ConfigError
-from ...fingerprint import plain_json
+from ...plain import plain_json
 from ...registry import unknown_name
 from ..prompts import FITTING_SEEDS
 
