@@ -131,7 +131,7 @@ def load_claims(chosen: Iterable[str] = ()) -> list[Claim]:
         import_module(f"{package}.{module.name}")
     known = {name.partition(".")[0] for name in CLAIMS} | set(CLAIMS)
     found: dict[str, Claim] = {}
-    for wanted in chosen or sorted(CLAIMS):
+    for wanted in tuple(chosen) or sorted(CLAIMS):
         if wanted not in known:
             raise unknown_name("claim", wanted, known)
         found |= {name: claim for name, claim in CLAIMS.items() if wanted in (name, name.partition(".")[0])}

@@ -88,7 +88,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if failed:
         lines += ["", "## Where a claim does not hold", ""]
-        lines += [f"{place}. {row['claim']} {row['reason']}" for place, row in enumerate(failed, start=1)]
+        lines += [f"{place}. {row['claim'].rstrip('.')}. {row['reason']}" for place, row in enumerate(failed, start=1)]
     return "\n".join(lines) + "\n"
 
 

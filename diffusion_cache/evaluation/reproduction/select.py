@@ -17,6 +17,7 @@ from .claims import Outcome, SeedSet, claim
 
 MODEL, COMPUTED = "dit-digits", 7
 EXPONENTS = (0.6, 1.0, 1.5)  # how the computed steps of each plan are spaced
+EQUAL = 1e-6  # dB that rounding makes
 CALLS = 3  # calibration batches: every class with so many seeds
 
 
@@ -24,8 +25,9 @@ CALLS = 3  # calibration batches: every class with so many seeds
     system="select",
     claim="Choosing among plans of equal NFE by the class gives a higher mean PSNR than the single best plan",
     published="",
-    reason="One spacing of the steps suits nearly every class: even chosen with hindsight for each sample, the plans "
-    "would gain 0.24 dB (seeds 0), and leave-one-out keeps nothing of the class but the mean.",
+    reason="One spacing of the steps suits nearly every class: leave-one-out keeps nothing of the class but the mean, "
+    "so that the best plan on average is always taken. Chosen with hindsight for each sample, the plans would gain 0.2 "
+    "to 1.7 dB.",
 )
 def selected_against_best_single(seeds: SeedSet) -> Outcome:
     bench = Bench(MODEL, seeds)
@@ -48,7 +50,7 @@ def selected_against_best_single(seeds: SeedSet) -> Outcome:
     return Outcome(
         ours=f"{selected:.2f} dB chosen by the class, {single:.2f} dB with {plans[policy.fallback].name}",
         equal_compute=f"{min(work):.3f} to {max(work):.3f} of the uncached FLOPs, NFE {runs[0].nfe:g} each",
-        holds=selected > single and max(work) - min(work) < 0.01,
+        holds=selected > single + EQUAL and max(work) - min(work) < 0.01,
         figures={
             "selected": selected,
             "single": single,

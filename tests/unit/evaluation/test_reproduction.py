@@ -63,6 +63,13 @@ def test_an_outcome_of_nan_says_nothing():
         Outcome("", "", True, {"psnr": float("nan")})
 
 
+def test_all_claims_or_those_of_a_system():
+    found = [claim.name for claim in load_claims(iter(()))]
+    assert found == sorted(CLAIMS)
+    assert len(found) > 20
+    assert {name.partition(".")[0] for name in (claim.name for claim in load_claims(["bac"]))} == {"bac"}
+
+
 def test_a_claim_that_there_is_not():
     with pytest.raises(ConfigError, match="Unknown claim"):
         load_claims(["no_such_claim"])
