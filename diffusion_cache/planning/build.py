@@ -160,16 +160,18 @@ class Planner:
             result = replace(result, forecaster=self._polished(schedule, result.forecaster, fit_settings, label))
         plan = self._assembled(label, schedule, result, fit_settings)
         if self.search.sigmas:
-            plan = kept_if_better(plan, self.fitting, self.profile.fingerprint.sigmas, self._tuning_score)
+            plan = kept_if_better(
+                plan,
+                self.fitting,
+                self.profile.fingerprint.sigmas,
+                lambda moved: self._tuning_score(Planned(moved), Fitted.of(moved), fit_settings),
+            )
         if self.search.guard is not None:
             plan = with_guard(plan, self.search.guard, [self.tuning.batch])
         return self.measured(plan)
 
-    def _tuning_score(self, plan: Plan) -> float:
-        settings = trajectory.Settings(scope=plan.scope, depth=plan.depth)
-        return closed_loop.score(
-            psnr(self._images(self.tuning, Planned(plan), Fitted.of(plan), settings), self.tuning.images)
-        )
+    def _tuning_score(self, policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> float:
+        return closed_loop.score(psnr(self._images(self.tuning, policy, forecaster, settings), self.tuning.images))
 
     def starts(self, computed: int) -> list[Steps]:
         """Schedules of so many computed steps: optimal ones for the profile's surrogates, and evenly spaced ones."""
@@ -252,8 +254,7 @@ class Planner:
         for number, (steps, choice) in enumerate(tried):
             self.progress(f"{label}: tuning", number, len(finalists) + len(choices))
             result = self._fit(steps, choice)
-            images = self._images(self.tuning, Planned(self._bare(steps, choice)), result.forecaster, choice)
-            score = closed_loop.score(psnr(images, self.tuning.images))
+            score = self._tuning_score(Planned(self._bare(steps, choice)), result.forecaster, choice)
             if best is None or score > best[0]:
                 best = score, steps, result, choice
             if number == len(finalists) - 1:  # then its strengths
@@ -266,14 +267,11 @@ class Planner:
     def _polished(self, computed: Steps, forecaster: Fitted, settings: trajectory.Settings, label: str) -> Fitted:
         policy = Planned(self._bare(computed, settings))
 
-        def images(teacher: Teacher, weights: Fitted) -> Tensor:
-            return self._images(teacher, policy, weights, settings)
-
         return polish(
             forecaster,
-            lambda weights: images(self.fitting, weights),
+            lambda weights: self._images(self.fitting, policy, weights, settings),
             self.fitting.images,
-            lambda weights: closed_loop.score(psnr(images(self.tuning, weights), self.tuning.images)),
+            lambda weights: self._tuning_score(policy, weights, settings),
             rounds=self.search.polished,
             progress=lambda done, of: self.progress(f"{label}: polishing", done, of),
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from children import interruptible
 from evaluation_profile import write_profile
 from hydra import compose, initialize_config_module
 
@@ -48,11 +49,6 @@ def without_paths(summaries):
 
 def rows(summary):
     return pq.read_table(summary["path"] / "rows.parquet").to_pylist()
-
-
-def interruptible():
-    """Ctrl-C reaches the process even where it is ignored here, as in a shell's background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started(*arguments, launcher=(), **options):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from children import interruptible
 from hydra import compose, initialize_config_module
 
 from diffusion_cache import reference
@@ -338,11 +339,6 @@ def run(*arguments):
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         config = compose("profile", [*SMALL, *arguments])
     command.run_configured(config)
-
-
-def interruptible():
-    """Ctrl-C reaches the process even where it is ignored here, as in a shell's background job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def started(tmp_path, *arguments, launcher=(), **options):

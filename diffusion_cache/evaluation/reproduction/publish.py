@@ -20,7 +20,8 @@ HEAD = """# The published claims, checked here
 
 Each claim was checked on the shipped models with {sets} disjoint sets of seeds, at equal measured compute (the
 last column but one). It holds if it does on every set. These are small models: a claim that fails here may hold on the
-paper's, and the reason found is given. `make reproduce` makes this page and `results/reproduction.json`.
+paper's, and the reason found is given; figures in reasons that the table lacks were read by hand, and no script prints
+them. `make reproduce` makes this page and `results/reproduction.json`.
 
 | system | claim | published | ours, per set of seeds | equal compute | holds |
 | --- | --- | --- | --- | --- | --- |
