@@ -90,7 +90,7 @@ class System(ABC):
             )
         return self.parts(profile)
 
-    def missing(self, profile: Profile, *arrays: str) -> None:
+    def require(self, profile: Profile, *arrays: str) -> None:
         """ConfigError where the profile lacks one of the arrays."""
         for array in arrays:
             if array not in profile.arrays:

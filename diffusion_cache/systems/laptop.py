@@ -42,7 +42,7 @@ class Laptop(System):
             raise ConfigError(f"laptop: keep is a share of the blocks' compute, above 0 and up to 1, not {self.keep}")
 
     def plan(self, profile: Profile) -> Plan:
-        self.missing(profile, "sensitivity")
+        self.require(profile, "sensitivity")
         ratio = self._additivity(profile)
         shares = [span.share for span in profile.spans]
         budget = self.keep * sum(shares) * profile.total

@@ -40,7 +40,7 @@ class FirstHalf(System):
     scopes = frozenset({"denoiser", "stack"})
 
     def plan(self, profile):
-        self.missing(profile, "sensitivity")
+        self.require(profile, "sensitivity")
         total = profile.total
         return Plan(
             name="first half",
