@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
+.PHONY: help venv test contracts demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ venv: .venv/.stamp ## create .venv with the package and its development tools
 
 test: venv ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope
+
+contracts: venv ## run the contract tests for every combination of methods, scopes and models
+	OMP_NUM_THREADS=1 DIFFUSION_CACHE_ALL_CASES=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope tests/contracts
 
 demo: venv ## generate with and without the cache and report speed and quality
 	.venv/bin/diffusion-cache demo --out demo_output
@@ -35,7 +38,7 @@ bench-overhead: venv ## measure what the cache layer costs per step
 bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up to 9 minutes)
 	$(PYTHON) scripts/bench_gpu.py --budget-seconds 520 --out results/gpu
 
-evaluate: venv ## compare all methods and rivals on the shipped models (under an hour) and publish the report
+evaluate: venv ## compare all methods and rivals on the shipped models and publish the report
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
 

@@ -296,17 +296,14 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
     if "share" in node:
         return _planned(node, steps)
     if "system" in node:
-        return _published(node)
+        return _published(node, steps)
     return _ours(node, forecaster, steps)
 
 
 def _planned(node: Mapping[str, Any], steps: int) -> Contender:
     """The best plan of at most so many denoiser evaluations as `share` of the steps is, rounded down."""
-    share = node["share"]
-    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-        raise ConfigError(f"method.share must be above 0 and at most 1, not {share!r}")
+    nfe = _part(steps, "share", node["share"])
     profile = _profile(node["profile"], node["digest"])
-    nfe = max(1, math.floor(steps * share + 1e-9))
     # with other steps than the profile's, the plan will be resampled, which keeps its share of computed ones
     plan = choose(profile.plans, nfe=nfe * profile.total / steps)
     options = {"profile": profile, "plan": plan.name}
@@ -321,8 +318,10 @@ def _planned(node: Mapping[str, Any], steps: int) -> Contender:
     )
 
 
-def _published(node: Mapping[str, Any]) -> Contender:
+def _published(node: Mapping[str, Any], steps: int) -> Contender:
+    """A published system. of_steps: options of it that are given as shares of the steps, rounded down."""
     options = dict(node["system"])
+    options |= {name: _part(steps, f"of_steps.{name}", share) for name, share in (node.get("of_steps") or {}).items()}
     guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
     cls = registry.systems.get(options.pop("name"))
     usual = registry.systems.options(cls.name)
@@ -340,6 +339,13 @@ def _published(node: Mapping[str, Any]) -> Contender:
     label, place = node.get("label") or cls.name, scope or ", ".join(sorted(system.scopes))
     return Published(node["kind"], label, told, scope=place, system=system, guards=guards,
                      profile=node["profile"], profile_scope=scope)  # fmt: skip
+
+
+def _part(steps: int, name: str, share: Any) -> int:
+    """So many of the steps as a share of them is, rounded down."""
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+        raise ConfigError(f"method.{name} must be above 0 and at most 1, not {share!r}")
+    return max(1, math.floor(steps * share + 1e-9))
 
 
 def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:

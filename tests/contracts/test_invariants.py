@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import COMPUTING, REUSING, STEPS, Subject
+from cases import ALL_CASES, CASES, COMPUTING, REUSING, STEPS, Subject, covered
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
@@ -17,6 +17,10 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_every_policy_has_options_to_be_tested_with():
     assert set(REUSING) == set(COMPUTING) == set(registry.policies.names())
+
+
+def test_the_cases_that_are_run_leave_nothing_out():
+    assert set().union(*map(covered, CASES)) == set().union(*map(covered, ALL_CASES))
 
 
 def test_always_computing_changes_and_stores_nothing(subject, case):

@@ -40,7 +40,9 @@ def test_every_option_composes(group):
         assert group in composed(f"{group}={name}", *more)
 
 
-@pytest.mark.parametrize("name", [*registry.policies.names(), *options("method")])
+@pytest.mark.parametrize(
+    "name", [*registry.policies.names(), *options("method"), *(f"system/{name}" for name in options("method/system"))]
+)
 def test_every_method_expands_into_contenders(name, tmp_path):
     more = ["method.policy.mask='10'"] if name == "mask" else []
     if name == "planned":

@@ -337,6 +337,14 @@ def test_a_published_system_is_a_contender(systems):
     assert "every_other is for a transformer" in what.why_not(Shipped("unet-digits"))
 
 
+def test_an_option_of_a_system_can_be_a_share_of_the_steps():
+    node = {**system_node("dpcache"), "of_steps": {"nfe": 1 / 3}}
+    assert [contender(node, TAYLOR, steps).system.nfe for steps in (50, 40, 6, 2)] == [16, 13, 2, 1]
+    for wrong in (0, 1.5, "half"):
+        with pytest.raises(ConfigError, match=r"method\.of_steps\.nfe must be above 0 and at most 1"):
+            contender({**node, "of_steps": {"nfe": wrong}}, TAYLOR, 50)
+
+
 def test_a_system_that_looks_for_motion_is_for_videos():
     node = system_node("profiling_dit", full_steps=2)
     assert "needs a profile with a foreground mask" in contender(node, TAYLOR, 6).why_not(Shipped("dit-digits"))
