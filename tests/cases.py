@@ -94,7 +94,7 @@ class Spy(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",), probe=1)
 
-    def measure(self, signals, kept):
+    def measure(self, signals, past):
         self.signals.append(signals["probe_residual"].shape)
         return signals["probe_residual"].flatten(1).mean(1)
 
