@@ -542,15 +542,17 @@ def _published(
 ) -> Method:
     for key, value in wish.items():
         if value is not None:
-            raise ConfigError(f"{name} is a ready-made schedule, for which {key} says nothing: leave it out")
+            raise ConfigError(f"{name} is a ready-made method, for which {key} says nothing: leave it out")
     entry = published.load(name)
     classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
-    if entry.blocks:
-        given = {"mask": entry.mask(), "blocks": entry.blocks, **options}
-        return _method("mask", "reuse", "block", None, how, given)
-    return _method("mask", DEFAULT_FORECASTER, None, None, how, {"mask": entry.mask(), **options})
+    driven = entry.driven()
+    given = {**driven.options, **options}
+    for option, value in given.items():
+        if value is None and option not in options:
+            raise ConfigError(f"{name}: its source recommends no {option}: give one, {option}=…")
+    return _method(driven.policy, driven.forecaster or DEFAULT_FORECASTER, driven.scope, None, how, given)
 
 
 def _shipped(name: str | Path) -> str | Path:
