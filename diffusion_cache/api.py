@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +40,8 @@ __all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "ena
 
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
 PUBLISHED = "published/"
-GRANULARITIES = ("sample", "batch")
+# how samples are decided on: options of the engine, whatever the policy
+HOW = {"granularity": ("sample", "batch"), "sync": ("immediate", "lagged")}
 
 
 def enable(
@@ -61,6 +62,7 @@ def enable(
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
+    sync: str = "immediate",
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Session:
@@ -87,17 +89,20 @@ def enable(
         granularity: with an adaptive policy or a guard, "sample" decides for every sample of a batch apart and computes
             only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
             where samples cannot be told apart); "batch" computes all if any asks.
+        sync: with an adaptive policy or a guard, "immediate" has the host wait for each step's signal; "lagged" decides
+            by that of the step before, which is on the host by then. The first steps, which have none, are computed.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
             none, as every sample is decided on by itself.
         options: fields of the policy, of the forecaster, of the system, and of `policies.Guards` (warmup, last, start,
-            end, max_consecutive, max_reused).
+            end, max_consecutive, max_reused, sigma_max, sigma_min).
 
     Raises:
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
+    how = {"granularity": granularity, "sync": sync}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if policy == Select.name:
         method, policy = policy, None
@@ -110,7 +115,7 @@ def enable(
             if name not in fields:
                 raise ConfigError(f"{name} comes from the method: give {name} or method, not both")
             options[name] = given  # some systems have a field of that name
-        made = _system(pipe, method, profile, ignore, granularity, options)
+        made = _system(pipe, method, profile, ignore, how, options)
         return _attached(pipe, made, group)
     wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
@@ -120,13 +125,13 @@ def enable(
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-        made = _method(*chosen, scope, depth, granularity, options)
+        made = _method(*chosen, scope, depth, how, options)
     else:
         own = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth}
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
-        made = _planned(pipe, profile, wish, watch, ignore, granularity, options)
+        made = _planned(pipe, profile, wish, watch, ignore, how, options)
     return _attached(pipe, made, group)
 
 
@@ -176,9 +181,11 @@ def run(
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
     *,
     num_steps: int | None = None,
+    noise_levels: Sequence[float] | None = None,
     scope: str | None = None,
     depth: int | None = None,
     granularity: str = "sample",
+    sync: str = "immediate",
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
@@ -186,16 +193,18 @@ def run(
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. num_steps: needed by policies that place their computed steps
-    relative to the end.
+    relative to the end. noise_levels: log-SNR log(α²/σ²) of each step, needed by policies and guards that go by it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
     if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
-    method = _method(policy, forecaster, scope, depth, granularity, options)
+    if noise_levels is not None and num_steps is not None and len(noise_levels) != num_steps:
+        raise ConfigError(f"{len(noise_levels)} noise_levels for {num_steps} steps: give one for each")
+    method = _method(policy, forecaster, scope, depth, {"granularity": granularity, "sync": sync}, options)
     session = Session(method, group)
     session.attach_model(model)
-    cache_run = session.begin_model(num_steps)
+    cache_run = session.begin_model(num_steps, noise_levels or ())
     token = ACTIVE.set(cache_run)
     try:
         yield Run(session, cache_run)
@@ -353,7 +362,7 @@ def inspect(
     Raises:
         ConfigError, NoSpansError: as `enable`.
     """
-    method = _method("interval", forecaster, scope, depth, "batch", {"every": 2})
+    method = _method("interval", forecaster, scope, depth, {}, {"every": 2})
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
     sizes: dict[str, int] = {}
@@ -426,15 +435,16 @@ def _method(
     forecaster: str | Forecaster,
     scope: str | None,
     depth: int | None,
-    granularity: str,
+    how: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> Method:
     if scope is not None and scope not in SCOPES:
         raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
     if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
         raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
-    if granularity not in GRANULARITIES:
-        raise ConfigError(f"Unknown granularity {granularity!r}. {suggest(str(granularity), GRANULARITIES)}")
+    for name, chosen in how.items():
+        if chosen not in HOW[name]:
+            raise ConfigError(f"Unknown {name} {chosen!r}. {suggest(str(chosen), HOW[name])}")
     remaining = dict(options)
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
@@ -444,9 +454,9 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for policy {built_policy.name!r} with forecaster {built_forecaster.name!r}. "
-            f"{suggest(name, [*known, 'scope', 'depth', 'granularity', 'group'])}"
+            f"{suggest(name, [*known, 'scope', 'depth', *HOW, 'group'])}"
         )
-    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, granularity)
+    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, **how)
 
 
 def _planned(
@@ -455,20 +465,20 @@ def _planned(
     wish: Mapping[str, Any],
     watch: Mapping[str, Any],
     ignore: Collection[str],
-    granularity: str,
+    how: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> Method:
     """The method that a profile's plan, or a plan itself, stands for."""
     denoisers = find_denoisers(pipe)
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
-        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, granularity, options)
+        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
     plan = wish["plan"]
     if profile is not None:
         found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
         found.check(pipe, denoisers, ignore)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
-    method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, granularity, options)
+    method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
     return dataclasses.replace(method, guarded=dataclasses.replace(method.guarded, drift=_drift(plan, **watch)))
 
 
@@ -501,7 +511,7 @@ def _system(
     system: "str | System",
     profile: "str | Path | Profile | None",
     ignore: Collection[str],
-    granularity: str,
+    how: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> Method:
     """The method that a published system stands for, on this pipeline."""
@@ -513,30 +523,36 @@ def _system(
     guards = [field.name for field in dataclasses.fields(Guards)]
     for name in remaining:
         if name not in guards:
-            known = [*(field.name for field in dataclasses.fields(built)), *guards, "profile", "ignore", "granularity"]
+            known = [*(field.name for field in dataclasses.fields(built)), *guards, "profile", "ignore", *HOW]
             raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
     found = None
     if profile is not None:
         found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
         found.check(pipe, denoisers, ignore)
     parts = built.made_for(denoisers, found)
-    return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, granularity, remaining)
+    return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
 
 
 def _published(
-    name: str, denoisers: Mapping[str, nn.Module], wish: Mapping[str, Any], granularity: str, options: Mapping[str, Any]
+    name: str,
+    denoisers: Mapping[str, nn.Module],
+    wish: Mapping[str, Any],
+    how: Mapping[str, str],
+    options: Mapping[str, Any],
 ) -> Method:
     for key, value in wish.items():
         if value is not None:
-            raise ConfigError(f"{name} is a ready-made schedule, for which {key} says nothing: leave it out")
+            raise ConfigError(f"{name} is a ready-made method, for which {key} says nothing: leave it out")
     entry = published.load(name)
     classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
-    if entry.blocks:
-        given = {"mask": entry.mask(), "blocks": entry.blocks, **options}
-        return _method("mask", "reuse", "block", None, granularity, given)
-    return _method("mask", DEFAULT_FORECASTER, None, None, granularity, {"mask": entry.mask(), **options})
+    driven = entry.driven()
+    given = {**driven.options, **options}
+    for option, value in given.items():
+        if value is None and option not in options:
+            raise ConfigError(f"{name}: its source recommends no {option}: give one, {option}=…")
+    return _method(driven.policy, driven.forecaster or DEFAULT_FORECASTER, driven.scope, None, how, given)
 
 
 def _shipped(name: str | Path) -> str | Path:

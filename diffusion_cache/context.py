@@ -1,5 +1,6 @@
 """The types that policies, forecasters and the engine share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,17 @@ from .schedule import Schedule
 
 Feature = Literal["auto", "residual", "output"]
 SCOPES = ("denoiser", "stack", "block", "branch", "cut")
+
+# what a policy may look at, each [rows, ...]
+SIGNALS = {
+    "input": "what enters the first span: its stream of the sample",
+    "input_map": "the same as latents [rows, C, H, W] or [rows, C, frames, H, W]",
+    "probe_input": "what enters the probe; where there is none, the first span",
+    "probe_residual": "what the probe adds to it, or gives where its shape changes (UNet cuts)",
+    "modulated_input": "what the first attention of the first span's first block receives, normalised and modulated",
+    "noise_level": "log-SNR of the step, [rows]",
+    "output": "what the last span gave; known after the call, so of the past alone",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +47,15 @@ class Step:
 class Needs:
     """What a policy must see before it can decide.
 
-    signals: names from {"probe_residual", "input"} (what enters the first span); empty for a policy that knows its
-    schedule beforehand.
+    signals: names of `SIGNALS`; empty for a policy that knows its schedule beforehand. previous: of how many steps
+    before this one, computed or not, they are kept as well (True is 1).
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
     blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
     a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
     """
 
     signals: tuple[str, ...] = ()
+    previous: int = 0
     probe: int = 0
     tail: int = 0
     blocks: tuple[str, ...] = ()
@@ -56,29 +69,58 @@ class Condition(NamedTuple):
     values: Tensor
 
 
+class Past(NamedTuple):
+    """What is kept of earlier calls of a pass; tensors of the same rows and shapes as this call's signals.
+
+    computed: signals of each row's last computed step, `output` among them. previous: those of the step before this
+    one, computed or not, if the policy asks for it. memory: what it remembered (`Policy.remember`), [rows] each; a row
+    for which it has remembered nothing yet is NaN. earlier: signals of the steps before the previous one, newest first.
+    """
+
+    computed: Mapping[str, Tensor] = {}
+    previous: Mapping[str, Tensor] = {}
+    memory: Mapping[str, Tensor] = {}
+    earlier: tuple[Mapping[str, Tensor], ...] = ()
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest number, NaN above all."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
 class Verdict(NamedTuple):
-    """A decision for all spans of one call, or for one sample in them, with its reason in a few words."""
+    """A decision for all spans of one call, or for one sample in them, with its reason in a few words.
+
+    extra: whether a plan would have reused the step. accumulated: what `PassState.accumulated` is to be at the next
+    step if this one is reused.
+    """
 
     compute: bool
     reason: str
-    extra: bool = False  # whether a plan would have reused the step
+    extra: bool = False
+    accumulated: float = 0.0
 
 
 @dataclass
 class PassState:
-    """What a policy may know of the past of its pass: of one sample in it, where samples are decided on apart."""
+    """What a policy may know of the past of its pass: of one sample in it, where samples are decided on apart.
+
+    accumulated: of the verdict on the step before, if that was reused; 0 after a computed one, whoever asked for it.
+    """
 
     last_computed: int = -1
     consecutive: int = 0
     reused: int = 0
+    accumulated: float = 0.0
     extra: tuple[int, ...] = ()  # steps that a guard had computed beside the planned ones
 
-    def update(self, index: int, computed: bool) -> None:
+    def update(self, index: int, computed: bool, accumulated: float = 0.0) -> None:
         if computed:
-            self.last_computed, self.consecutive = index, 0
+            self.last_computed, self.consecutive, self.accumulated = index, 0, 0.0
         else:
             self.consecutive += 1
             self.reused += 1
+            self.accumulated = accumulated
 
 
 class Policy(ABC):
@@ -124,13 +166,27 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"policy {self.name!r} asks for the condition and so must define choose")
 
-    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
-        """One number per batch row, [rows]: from this step's signals and those of each row's last computed step.
+    def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
+        """One number per batch row, [rows], on their device; None where there is nothing to compare with yet.
 
-        Both map the needed names to tensors of equal shape, [rows, ...]. Of the rows that belong to one sample
-        (guidance branches) the largest number counts, and NaN above all.
+        signals: this step's, by needed name, all but `output`. It is not asked at a pass's first step.
         """
         raise NotImplementedError(f"policy {self.name!r} names signals and so must define measure")
+
+    def combine(self, values: Sequence[float]) -> float:
+        """A sample's number from those of its guidance branches in one call, in order: the largest, NaN above all.
+
+        Branches that are calls of their own are decided on apart, each with its own number.
+        """
+        return largest(values)
+
+    def remember(self, signals: Mapping[str, Tensor], past: Past) -> dict[str, Tensor]:
+        """Numbers to find in `Past.memory` from the next step on, [rows] each; asked at the end of computed calls.
+
+        signals: this step's, `output` among them if needed. past: as it was before this step; empty at the first one.
+        Of a call that is computed for some samples, only their rows are taken.
+        """
+        return {}
 
     @abstractmethod
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:

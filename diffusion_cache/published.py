@@ -21,11 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
+from .schedule import accumulated_ratios
 
 ALL = "all"  # the one stream or part of an entry that does not tell several apart
 STREAMS = ("cond", "uncond", "ref")  # guidance passes: with the prompt, without it, with the reference image alone
 _STREAM_KEYS = {ALL: ("mag_ratios",), **{name: (f"mag_ratios_{name}", f"tail_ratios_{name}") for name in STREAMS}}
 PARTS = ({ALL}, {"attn", "mlp"})  # masks of these parts together cover a whole block
+
+
+class Driven(NamedTuple):
+    """A policy with its options and those of the guards; None is one that has to be given. What else the entry says."""
+
+    policy: str
+    options: dict[str, Any]
+    forecaster: str | None = None
+    scope: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +121,10 @@ class Published:
         most = self._option("max_skip", max_skip, "default_K")
         kept = self._kept(self._nearest(steps), self._option("retention", retention, "default_retention_ratio"))
         deviation = self._stated("max_single_step_deviation", math.inf)
-        return {stream: _accumulated(values, kept, limit, most, deviation) for stream, values in ratios.items()}
+        return {
+            stream: _joined(accumulated_ratios(values, kept, limit, most, deviation))
+            for stream, values in ratios.items()
+        }
 
     def masks(self, steps: int | None = None) -> dict[str, str]:
         """The published step list: one "1" (compute) or "0" (reuse) a step, for each part of the model.
@@ -155,6 +168,54 @@ class Published:
                 f"({', '.join(list(masks)[:4])}{', …' if len(masks) > 4 else ''}); masks() gives them"
             )
         return next(iter(masks.values()))
+
+    def driven(self) -> Driven:
+        """What carries the entry out.
+
+        Raises:
+            ConfigError: where no policy does.
+        """
+        return _DRIVEN.get(self.method, Published._by_mask)(self)
+
+    def _by_mask(self) -> Driven:
+        if self.blocks:
+            return Driven("mask", {"mask": self.mask(), "blocks": self.blocks}, "reuse", "block")
+        return Driven("mask", {"mask": self.mask()})
+
+    def _by_ratios(self) -> Driven:
+        figures, steps = self.figures, self.steps
+        assert steps is not None  # validated
+        retention = figures["default_retention_ratio"]
+        # the policy keeps the start of a run, but knows nothing of a second expert's
+        always = self._kept(range(steps), retention if figures.get("expert_switch_step") else 0.0)
+        options = {
+            "ratios": tuple(self.ratios().values()),
+            "threshold": figures["default_threshold"],
+            "max_skip": figures["default_K"],
+            "retention": retention,
+            "always": tuple(sorted(always)),
+            "max_deviation": self._stated("max_single_step_deviation", math.inf),
+        }
+        return Driven("magcache", options, scope="stack")
+
+    def _by_modulated_input(self) -> Driven:
+        kind = self._stated("signal_kind", "one that its source does not name")
+        if kind != "modulated_input":
+            raise ConfigError(
+                f"{self.name} is fitted to another signal than policy 'teacache' looks at (the modulated input): "
+                f"{kind.replace('_', ' ')}"
+            )
+        options = {
+            "coefficients": tuple(self.figures["coefficients"]),
+            "threshold": self._stated("default_threshold", self._recommended("threshold")),
+            "warmup": max(self._stated("forced_first_steps", 1), 1),
+            "last": self._stated("forced_last_steps", 0),
+        }
+        return Driven("teacache", options, scope="stack")
+
+    def _recommended(self, key: str) -> Any:
+        """The first setting that the source recommends, None if it does not."""
+        return next((setting[key] for setting in self.recommended if setting.get(key) is not None), None)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -207,6 +268,12 @@ class Published:
         forced = self._stated("forced_indices_28_grid", ())
         kept.update(step for step, index in enumerate(self._nearest(total, published=28)) if index in forced)
         return kept
+
+
+_DRIVEN = {
+    "magcache": Published._by_ratios,
+    "teacache": Published._by_modulated_input,
+}
 
 
 def names(path: Path | str | None = None) -> list[str]:
@@ -577,16 +644,3 @@ def _same_keys(what: str, given: Mapping[str, Any], known: Any, required: Sequen
 
 def _joined(mask: Sequence[Any]) -> str:
     return "".join("1" if entry else "0" for entry in mask)
-
-
-def _accumulated(ratios: Sequence[float], kept: set[int], threshold: float, max_skip: int, deviation: float) -> str:
-    computed, product, error, skipped = [], 1.0, 0.0, 0
-    for step, ratio in enumerate(ratios):
-        product *= ratio
-        error += abs(1 - product)
-        skipped += 1
-        forced = step in kept or abs(1 - ratio) > deviation
-        computed.append(forced or error > threshold or skipped > max_skip)
-        if computed[-1]:
-            product, error, skipped = 1.0, 0.0, 0
-    return _joined(computed)

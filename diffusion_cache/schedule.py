@@ -1,7 +1,7 @@
 """A schedule: which spans are computed at which steps."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,3 +99,24 @@ def distinct(places: Sequence[float], total: int) -> list[int]:
         below = math.floor(place + 1e-9)  # a whole number may come out a hair below itself
         steps.append(max(below, steps[-1] + 1) if steps else 0)
     return [min(step, total - len(steps) + j) for j, step in enumerate(steps)]
+
+
+def accumulated_ratios(
+    ratios: Sequence[float], kept: Collection[int], threshold: float, max_skip: int, max_deviation: float = math.inf
+) -> list[bool]:
+    """Which steps MagCache computes (arXiv 2506.09045), from each step's ratio to the one before.
+
+    Since the last computed step, ρ is the product of the ratios and E = Σ|1 − ρ|; a step is reused while E ≤ threshold
+    and at most `max_skip` in a row. Steps in `kept` are computed, and those whose ratio is further than `max_deviation`
+    from 1.
+    """
+    computed, product, error, skipped = [], 1.0, 0.0, 0
+    for step, ratio in enumerate(ratios):
+        product *= ratio
+        error += abs(1 - product)
+        skipped += 1
+        forced = step in kept or abs(1 - ratio) > max_deviation
+        computed.append(forced or error > threshold or skipped > max_skip)
+        if computed[-1]:
+            product, error, skipped = 1.0, 0.0, 0
+    return computed

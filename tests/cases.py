@@ -14,6 +14,7 @@ from diffusion_cache import models, reference, registry
 from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
 
 STEPS = 6
+NOISE_LEVELS = tuple(2.0 * step - STEPS for step in range(STEPS))  # for loops of one's own
 
 # options that make a policy reuse something in a run of STEPS steps, and options that make it compute every step;
 # a newly registered policy must be listed here
@@ -22,12 +23,22 @@ REUSING: dict[str, dict[str, Any]] = {
     "centered": {"every": 2},
     "mask": {"mask": "101010"},
     "first_block": {"threshold": 10.0, "max_consecutive": 2},
+    "easycache": {"threshold": 10.0, "max_consecutive": 2},
+    "growing_window": {"start": 2.0, "growth": 1.0},
+    "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 1},
+    "seacache": {"threshold": 10.0, "max_consecutive": 2},
+    "teacache": {"threshold": 10.0, "max_consecutive": 2},
 }
 COMPUTING: dict[str, dict[str, Any]] = {
     "interval": {"every": 1},
     "centered": {"every": 1},
     "mask": {"mask": "1"},
     "first_block": {"warmup": STEPS},
+    "easycache": {"warmup": STEPS},
+    "growing_window": {"start": 1.0, "growth": 0.0},
+    "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 0},
+    "seacache": {"warmup": STEPS},
+    "teacache": {"warmup": STEPS},
 }
 
 
@@ -122,7 +133,7 @@ class Spy(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",), probe=1)
 
-    def measure(self, signals, kept):
+    def measure(self, signals, past):
         self.signals.append(signals["probe_residual"].shape)
         return signals["probe_residual"].flatten(1).mean(1)
 

@@ -19,13 +19,12 @@ from .frame import Frame, Visit, version_of
 from .observer import Again
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
-from .structure import IMAGE_STREAM, copied, forked_rng, image_stream, tensor_inputs
+from .structure import copied, forked_rng, image_stream, sample_of, tensor_inputs
 
 if TYPE_CHECKING:
     from .session import Session
 
 MAX_ROW_GROUPS = 4
-SIGNALS = frozenset({"probe_residual", "input"})
 
 
 class StepRecord(NamedTuple):
@@ -204,6 +203,7 @@ class CacheRun:
             rows=self._rows(batch),
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
+        frame.called = args, kwargs
         if fills_cache(kwargs):
             frame.actions, frame.stores, frame.fills_cache = (True,), False, True
             frame.reason = "fills a cache of keys and values"
@@ -336,8 +336,10 @@ class CacheRun:
         if self.frame is not None:
             inputs = tensor_inputs(args, kwargs)
             if inputs:
-                self.frame.probe_input = image_stream(inputs)
-                self.frame.probe_version = version_of(self.frame.probe_input)
+                probed = image_stream(inputs)
+                if "probe_input" in self.decisions.guarded.needs.signals:
+                    probed = probed.detach().clone()  # blocks may write into what they are given
+                self.frame.probe_input, self.frame.probe_version = probed, version_of(probed)
         return inner(*args, **kwargs)
 
     # the end
@@ -378,14 +380,6 @@ class CacheRun:
 def _form(value: Any) -> Any:
     """What of an argument may change the way through a denoiser: that it is there, and switches."""
     return value if value is None or isinstance(value, (bool, str)) else True
-
-
-def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The argument that carries the sample: by its usual names, else the first."""
-    for name in IMAGE_STREAM:
-        if kwargs.get(name) is not None:
-            return kwargs[name]
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:

@@ -1,15 +1,15 @@
 """Asking the policy: beforehand, at the start of a call, or after its probe blocks and for each sample apart."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..context import PassState, Step, Verdict
+from ..context import PassState, Past, Step, Verdict, largest
 from ..errors import DiffusionCacheError
-from ..history import writable
 from ..policies import Guarded
 from ..schedule import Schedule
 from .frame import Frame, PassKey
@@ -31,12 +31,13 @@ class Decisions:
         self.guarded = method.guarded
         self.history = method.forecaster.history
         self._granularity = method.granularity
+        self._sync = method.sync
         self._warn = warn
         self._warn_failure = warn_failure
         self._agree = agree
         self._schedules: dict[int, Schedule | None] = {}
         self._states: dict[PassKey, list[PassState]] = {}
-        self._kept: dict[PassKey, dict[str, Tensor]] = {}
+        self._kept: dict[PassKey, Kept] = {}
 
     def begin_loop(self, guarded: Guarded, history: int) -> None:
         """Go by this policy from now on, with so many features kept."""
@@ -104,8 +105,8 @@ class Decisions:
         except Exception as error:
             self._warn_failure("the policy", error)
             verdicts = [Verdict(True, "failure")] * count
+        frame.verdicts = verdicts
         frame.asking = [verdict.compute for verdict in verdicts]
-        frame.extra = [verdict.extra for verdict in verdicts]
         asking = sum(frame.asking)
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
@@ -122,52 +123,134 @@ class Decisions:
     def _verdicts(self, frame: Frame, states: Sequence[PassState], samples: Sequence[Sequence[int]]) -> list[Verdict]:
         forced = [self.guarded.guards.forced(frame.step, state) for state in states]
         values: list[float | None] = [None] * len(states)
-        if not all(forced) and frame.signals:
-            values = self._values(frame, samples)
+        if not all(forced) and frame.signals is not None:
+            values = self._values(frame, frame.signals, samples)
         return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
 
-    def _values(self, frame: Frame, samples: Sequence[Sequence[int]]) -> list[float | None]:
-        kept = self._kept.get(frame.key, {})
-        if not kept or any(kept[name].shape != signal.shape for name, signal in frame.signals.items()):
+    def _values(
+        self, frame: Frame, signals: Mapping[str, Tensor], samples: Sequence[Sequence[int]]
+    ) -> list[float | None]:
+        """Each sample's number; None where there is none yet."""
+        kept = self._kept.get(frame.key)
+        if kept is not None and not kept.fits(signals):
+            del self._kept[frame.key]
+            kept = None
+        if kept is None:
             return [None] * len(samples)
-        measured = self.guarded.measure(frame.signals, kept)
-        if measured is None:
+        number = kept.number if self._sync == "lagged" else self._measured(signals, kept.past)
+        if number is None:
             return [None] * len(samples)
-        if self._agree is not None:
-            measured = self._agree(measured)
-        by_row = measured.tolist()
+        by_row = number.read()
         batch = sum(map(len, samples))
         if len(by_row) % batch:
-            return [_largest(by_row)] * len(samples)
+            return [largest(by_row)] * len(samples)
         folded = len(by_row) // batch  # frames and the like, which some models fold into the batch
-        return [_largest([x for row in rows for x in by_row[row * folded : (row + 1) * folded]]) for rows in samples]
+        by_row = [largest(by_row[row * folded : (row + 1) * folded]) for row in range(batch)]
+        return [self.guarded.combine([by_row[row] for row in rows]) for rows in samples]
+
+    def _measured(self, signals: Mapping[str, Tensor], past: Past) -> "Number | None":
+        measured = self.guarded.measure(signals, past)
+        if measured is None:
+            return None
+        return Number(measured if self._agree is None else self._agree(measured))
 
     def close(self, frame: Frame) -> None:
         """At the end of a call: remember what was computed of it."""
         states = self._states.setdefault(frame.key, [PassState()])
+        verdicts = frame.verdicts or [Verdict(True, "")] * len(states)
         all_computed = not frame.reused
-        for i, state in enumerate(states):
-            asked = frame.rows is not None and frame.asking[i]
-            state.update(frame.step.index, all_computed or asked)
+        for state, verdict in zip(states, verdicts, strict=True):
+            asked = frame.rows is not None and verdict.compute
+            state.update(frame.step.index, all_computed or asked, verdict.accumulated)
             # with all for the sake of one, a step is extra for those as well that would have reused it
-            if any(frame.extra) and (frame.extra[i] or (all_computed and not frame.asking[i])):
+            if any(v.extra for v in verdicts) and (verdict.extra or (all_computed and not verdict.compute)):
                 state.extra += (frame.step.index,)
-        kept = self._kept.get(frame.key)
-        if frame.signals and self.guarded.drift is not None:
-            self._kept[frame.key] = self.guarded.drift.kept(frame.signals, kept or {})
+        if frame.signals is None:
             return
-        if not frame.signals or not (all_computed or frame.rows):
-            return
-        if frame.rows is None or all_computed or not kept:
-            self._kept[frame.key] = frame.signals
-            return
-        for name, signal in frame.signals.items():
-            kept[name] = writable(kept[name])
-            kept[name][frame.rows] = signal[frame.rows]
+        try:
+            self._keep(frame, frame.signals)
+        except DiffusionCacheError:
+            raise
+        except Exception as error:
+            self._warn_failure("the policy", error)
+            self._kept.pop(frame.key, None)
+
+    def _keep(self, frame: Frame, signals: Mapping[str, Tensor]) -> None:
+        """Keep of this call what the next ones are compared with."""
+        entered = {name: signal for name, signal in signals.items() if name != "output"}
+        known = self._kept.get(frame.key)
+        kept = known or Kept()
+        before = kept.past
+        if not frame.reused or frame.rows is not None:
+            rows = frame.rows if frame.reused else None
+            remembered = self.guarded.remember(signals, before)
+            kept.computed = _replaced(kept.computed, signals, rows)
+            kept.memory = _replaced(kept.memory, remembered, rows)
+        if self._sync == "lagged":
+            # the number of this step, to decide the next one by: a computed step has moved nothing since
+            now = Past(kept.computed, before.previous, kept.memory, before.earlier)
+            kept.number = None if known is None else self._measured(entered, now)
+        steps = int(self.guarded.needs.previous)
+        kept.steps = (entered, *kept.steps)[:steps]
+        self._kept[frame.key] = kept
 
 
-def _largest(values: Sequence[float]) -> float:
-    return max(values, key=lambda value: (math.isnan(value), value))
+@dataclass
+class Kept:
+    """What one pass keeps of earlier calls, see `Past`. number: of the last step, where decisions lag by one."""
+
+    computed: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    steps: tuple[Mapping[str, Tensor], ...] = ()
+    number: "Number | None" = None
+
+    @property
+    def past(self) -> Past:
+        previous, *earlier = self.steps or ({},)
+        return Past(self.computed, previous, self.memory, tuple(earlier))
+
+    def fits(self, signals: Mapping[str, Tensor]) -> bool:
+        """Whether this is of calls of the same shapes."""
+        return all(
+            kept[name].shape == signal.shape
+            for kept in (self.computed, *self.steps)
+            for name, signal in signals.items()
+            if name in kept
+        )
+
+
+class Number:
+    """A measured number per row on its way to the host.
+
+    On CUDA the copy is asynchronous, and reading waits for its event: never for whether it happens to be there.
+    """
+
+    def __init__(self, measured: Tensor):
+        self._event: Any = None
+        self._host = measured
+        if measured.is_cuda:
+            self._host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+            self._host.copy_(measured, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(measured.device))
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+def _replaced(kept: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Sequence[int] | None) -> dict[str, Tensor]:
+    """The new tensors, or only those rows of them among what was kept. Rows never known are NaN."""
+    if rows is None:
+        return dict(new)
+    whole = {}
+    for name, tensor in new.items():
+        index = torch.tensor(rows, device=tensor.device)
+        # not in place: a step may be kept as the previous one as well
+        base = kept[name] if name in kept else torch.full_like(tensor, math.nan)
+        whole[name] = base.index_copy(0, index, tensor.index_select(0, index))
+    return {**kept, **whole}
 
 
 def samples_of(step: Step, batch: int) -> list[list[int]]:

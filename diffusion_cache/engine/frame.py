@@ -1,10 +1,11 @@
 """What is known of one denoiser call while it runs."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ..context import Step
+from ..context import Step, Verdict
 from ..history import History
 from ..models import Called, Span
 from .structure import Inputs, PassThrough, Template
@@ -76,9 +77,9 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "computed", "counts", "extra", "fills_cache", "key", "note", "open", "outputs",
-        "poisoned", "position", "probe_input", "probe_version", "reason", "reused", "rows", "signals", "step", "stores",
-        "trace", "variant", "visits",
+        "actions", "asking", "batch", "called", "computed", "counts", "fills_cache", "key", "note", "open", "outputs",
+        "peeking", "poisoned", "position", "probe_input", "probe_version", "reason", "reused", "rows", "signals",
+        "step", "stores", "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -89,12 +90,14 @@ class Frame:
         self.batch = batch  # rows of the sample
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
         self.fills_cache = False  # of keys and values: no part of any history
+        self.verdicts: list[Verdict] = []  # on each sample
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
-        self.extra: list[bool] = []  # of each sample, whether that is beside its plan
         self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
         self.reason = ""
         self.note = ""  # on how it was forecast
-        self.signals: dict[str, Tensor] = {}
+        self.called: tuple[tuple, dict[str, Any]] = ((), {})  # the denoiser's arguments
+        self.signals: dict[str, Tensor] | None = None  # that the policy asks for, once the first span is entered
+        self.peeking = False  # a block is run only to see what its attention receives
         self.probe_input: Tensor | None = None
         self.probe_version = 0
         self.visits: dict[Span, Visit] = {}  # the latest of each span

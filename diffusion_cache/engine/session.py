@@ -5,20 +5,21 @@ import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..context import Forecaster
+from ..context import SIGNALS, Forecaster
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import (
     Called,
     Layout,
     Span,
     arrange,
+    attentions,
     condition_of,
     default_scope,
     find_denoisers,
@@ -29,13 +30,14 @@ from ..models import (
 from ..policies import Guarded
 from ..registry import unknown_name
 from . import patches
-from .cache_run import SIGNALS, CacheRun
+from .cache_run import CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .compiled import CompiledSpans
 from .intercept import intercept, is_compiled, is_intercepted, release
 from .observer import Observer
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
+from .signals import attention_call
 from .structure import Template
 
 SESSION = "_diffusion_cache"
@@ -54,6 +56,7 @@ class Method:
     scope: str | None = None
     depth: int | None = None
     granularity: str = "sample"
+    sync: str = "immediate"
 
     def __str__(self) -> str:
         def text(part: Any) -> str:
@@ -80,7 +83,7 @@ class Method:
         policy, scope = self.guarded.policy, self.scope or default_scope(denoiser)
         if not getattr(policy, "scopes", None):
             raise ConfigError(f"policy {policy.name!r} declares no scopes: name the kinds of span it may govern")
-        unknown = set(policy.needs.signals) - SIGNALS
+        unknown = set(policy.needs.signals) - SIGNALS.keys()
         if unknown:
             raise unknown_name("signal", unknown.pop(), SIGNALS)
         if scope not in policy.scopes:
@@ -96,7 +99,10 @@ class Method:
             )
         if self.depth is not None and scope != "cut":
             raise ConfigError(f"depth is for scope 'cut' of UNets; {type(unwrap(denoiser)).__name__} runs at {scope!r}")
-        return find_layout(denoiser, scope, self.depth or 1, needs.probe, needs.tail, needs.blocks)
+        if scope == "cut" and "probe_input" in needs.signals:
+            raise ConfigError(f"policy {policy.name!r} looks at what enters its probe: not known on a UNet cut")
+        depth, adaptive = self.depth or 1, bool(needs.signals)
+        return find_layout(denoiser, scope, depth, needs.probe, needs.tail, needs.blocks, adaptive)
 
 
 class Session:
@@ -198,6 +204,8 @@ class Session:
                 continue
             for member, module in enumerate(span.members):
                 handlers.append((module, _member_handler(span, member)))
+            if "modulated_input" in self.method.guarded.needs.signals:
+                handlers += [(module, attention_call) for module in attentions(span.members[0])]
         if layout.probe is not None:
             handlers.append((layout.probe, CacheRun.probe_call))
         self._handlers[name] = handlers
@@ -308,9 +316,9 @@ class Session:
             self.observer.run_began(run)
         return run
 
-    def begin_model(self, num_steps: int | None) -> CacheRun:
+    def begin_model(self, num_steps: int | None, noise_levels: Sequence[float] = ()) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: [])
+        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: list(noise_levels))
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run

@@ -12,7 +12,8 @@ from ..context import Correction, Query
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
-from .frame import Frame, PassKey, SpanState, Visit, written_since
+from .frame import Frame, PassKey, SpanState, Visit
+from .signals import take
 from .structure import (
     Inputs,
     PassThrough,
@@ -20,7 +21,8 @@ from .structure import (
     copied,
     flatten,
     forked_rng,
-    image_stream,
+    row_stream,
+    sample_of,
     select_rows,
     signature,
     tensor_inputs,
@@ -45,7 +47,7 @@ class SpanCalls:
 
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
-        visit = self._enter(frame, span, args, kwargs) if member == 0 else frame.visits.get(span)
+        visit = self._enter(frame, span, inner, args, kwargs) if member == 0 else frame.visits.get(span)
         if frame.trace is not None:
             return self._traced(frame, visit, Called(span, member), inner, args, kwargs)
         if visit is None:
@@ -105,7 +107,7 @@ class SpanCalls:
             observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
         return output
 
-    def _enter(self, frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
+    def _enter(self, frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
         """Decide what happens to a span now. None: it is computed and not stored."""
         count = frame.counts.get(span, 0)
         frame.counts[span] = count + 1
@@ -128,7 +130,7 @@ class SpanCalls:
         if span in session.written:
             inputs = copied(inputs)
         if frame.actions is None:
-            self._measure(frame, inputs)
+            frame.signals = take(self._run, frame, span, inner, args, kwargs, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
         reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
@@ -170,19 +172,16 @@ class SpanCalls:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
 
-    def _measure(self, frame: Frame, inputs: Inputs) -> None:
-        """What enters the span; the probe's residual, or its output where the shape changes within (UNet cuts)."""
-        out = image_stream(inputs).detach()
-        needed = self._run.decisions.guarded.needs.signals
-        if "input" in needed:
-            frame.signals["input"] = out.clone()
-        if "probe_residual" not in needed:
+    def _note_output(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
+        """What the last span gave is a signal too, for a policy that looks at it: its stream of the sample."""
+        if frame.signals is None or "output" not in self._run.decisions.guarded.needs.signals:
             return
-        before = frame.probe_input
-        if before is not None and before.shape == out.shape and not written_since(before, frame.probe_version):
-            frame.signals["probe_residual"] = out - before.detach()
+        shape = row_stream(visit.inputs).shape
+        if isinstance(sample_of(*frame.called), (list, tuple)) and len({tensor.shape for tensor in tensors}) == 1:
+            given = torch.stack(tensors) if visit.span.kind == "denoiser" else tensors[0]
         else:
-            frame.signals["probe_residual"] = out.clone()
+            given = next((tensor for tensor in tensors if tensor.shape == shape), tensors[0])
+        frame.signals["output"] = given.detach().clone()
 
     # reusing
 
@@ -351,6 +350,7 @@ class SpanCalls:
             whole = [f.index_copy(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
         else:
             whole = [f.index_copy_(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
+        self._note_output(frame, visit, whole)
         try:
             state.history.observe(frame.step.index, tensors, bases, rows, frame.batch)
             state.unchecked = True
@@ -387,6 +387,7 @@ class SpanCalls:
         if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
             return None
+        self._note_output(frame, visit, tensors)
         if visit.stores:
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
             state.history.observe(frame.step.index, tensors, bases)

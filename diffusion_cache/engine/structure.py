@@ -68,6 +68,25 @@ def image_stream(inputs: Inputs) -> Tensor:
     return next(iter(inputs.values()))
 
 
+def row_stream(inputs: Inputs) -> Tensor:
+    """The same as [rows, ...] where a denoiser takes a list of single samples."""
+    for name in (*IMAGE_STREAM, 0):
+        if name in inputs:
+            return inputs[name]
+        single = [tensor for key, tensor in inputs.items() if str(key).startswith(f"{name}.")]
+        if single and len({tensor.shape for tensor in single}) == 1:
+            return torch.stack(single)
+    return image_stream(inputs)
+
+
+def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The argument that carries the sample: by its usual names, else the first."""
+    for name in IMAGE_STREAM:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def signature(inputs: Inputs) -> tuple:
     """What must be equal for a stored feature to fit a call: shapes, dtypes and devices of all tensor inputs."""
     return tuple([(key, tensor.shape, tensor.dtype, tensor.device) for key, tensor in inputs.items()])

@@ -1,5 +1,6 @@
 """What the arguments of a denoiser call tell: what it is conditioned on, and if it is made for more than its output."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,25 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     if isinstance(flag, Mapping) and flag.get("is_cache_step"):
         return True
     return caches is not None and getattr(caches[0], "mode", None) == "write"
+
+
+def grid_of_call(kwargs: Mapping[str, Any], tokens: int) -> tuple[int, int, int] | None:
+    """(frames, height, width) of a packed sample's tokens, if an argument tells that is of so many; else None.
+
+    By the arguments in use: img_ids (the FLUX family: a row of coordinates for each token, read back), img_shapes
+    (QwenImage), num_frames with height and width (LTX).
+    """
+    ids, shapes = kwargs.get("img_ids"), kwargs.get("img_shapes")
+    grid: tuple[int, ...] = ()
+    if isinstance(ids, Tensor) and ids.ndim in (2, 3):
+        one = ids if ids.ndim == 2 else ids[0]
+        grid = tuple(len(column.unique()) for column in one.T[:3])
+    elif isinstance(shapes, (list, tuple)) and shapes:
+        first = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
+        grid = tuple(first)
+    elif all(isinstance(kwargs.get(name), int) for name in ("num_frames", "height", "width")):
+        grid = kwargs["num_frames"], kwargs["height"], kwargs["width"]
+    return (grid[0], grid[1], grid[2]) if len(grid) == 3 and math.prod(grid) == tokens else None
 
 
 def condition_of(kwargs: Mapping[str, Any]) -> Condition | None:

@@ -24,6 +24,7 @@ BRANCH_CLASS = re.compile(
     r"Attention|Attn|FeedForward|FFN?$|MLP|Mlp|SwiGLU|MoE|GLUMB|LiteLA$|Transition$|TriangleMult|Dense$"
 )
 BRANCH_ATTRIBUTE = re.compile(r"^(ff|ffn|mlp|feed_forward|attn\d?|attention|self_attn|cross_attn)$")
+ATTENTION = re.compile(r"attn|attention|LiteLA$", re.IGNORECASE)
 COMPOSITE_CLASS = re.compile(r"Block|Transformer|Norm|Embed|(?<!MoE)Layer|Pool|Processor")
 NO_BRANCH = re.compile(r"adaln|modulation|embed|processor|norm")
 # stacks beside the main one, of text or conditions; they run before it or between its blocks
@@ -112,9 +113,23 @@ def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def branches(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Attention and feed-forward modules inside the denoiser's blocks, by dotted name; outermost only."""
     lists = ["down_blocks", "mid_block", "up_blocks"] if is_unet(denoiser) else [*stacks(denoiser)]
+    return _branches(denoiser, tuple(f"{blocks}." for blocks in lists))
+
+
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """Attention modules inside a block; outermost only."""
+    return [
+        module
+        for name, module in _branches(block).items()
+        if ATTENTION.search(name.rpartition(".")[2]) or ATTENTION.search(type(module).__name__)
+    ]
+
+
+def _branches(root: nn.Module, inside: tuple[str, ...] = ("",)) -> dict[str, nn.Module]:
+    """inside: what names begin with."""
     found: dict[str, nn.Module] = {}
-    for name, module in denoiser.named_modules():
-        if not name.startswith(tuple(f"{blocks}." for blocks in lists)):
+    for name, module in root.named_modules():
+        if not name.startswith(inside):
             continue
         nested = any(name.startswith(f"{outer}.") for outer in found)
         if not nested and not NO_BRANCH.search(name) and _is_branch(name.rsplit(".", 1)[-1], module):
@@ -144,13 +159,20 @@ def default_scope(denoiser: nn.Module) -> str:
 
 
 def find_layout(
-    denoiser: nn.Module, scope: str, depth: int = 1, probe: int = 0, tail: int = 0, blocks: Sequence[str] = ()
+    denoiser: nn.Module,
+    scope: str,
+    depth: int = 1,
+    probe: int = 0,
+    tail: int = 0,
+    blocks: Sequence[str] = (),
+    adaptive: bool = False,
 ) -> Layout:
     """The denoiser's spans at a scope.
 
     depth: for cuts, how many down and up blocks stay outside (1 skips most). probe, tail: for stacks, how many
     blocks at the front of the first and the end of the last stack stay outside. blocks: at scope block of
     transformers, the names of those to cache, of which neighbours are one span; () for all, each a span of its own.
+    adaptive: whether decisions wait for what enters the first stack; those beside the main ones are left out then.
 
     Raises:
         NoSpansError: if there is nothing to cache at this scope.
@@ -181,7 +203,7 @@ def find_layout(
     if scope == "block":
         named = (item for stack in found.values() for item in stack.items())
         return Layout(scope, tuple(Span(name, scope, (block,)) for name, block in named))
-    return _stack_layout(inner, found, probe, tail)
+    return _stack_layout(inner, found, probe, tail, adaptive)
 
 
 def _runs_layout(denoiser: nn.Module, scope: str, chosen: Sequence[str]) -> Layout:
@@ -205,9 +227,11 @@ def _runs_layout(denoiser: nn.Module, scope: str, chosen: Sequence[str]) -> Layo
     return Layout(scope, tuple(spans))
 
 
-def _stack_layout(denoiser: nn.Module, found: Mapping[str, Mapping[str, nn.Module]], probe: int, tail: int) -> Layout:
-    if probe or tail:
-        # side stacks may run before the probe has told what to do
+def _stack_layout(
+    denoiser: nn.Module, found: Mapping[str, Mapping[str, nn.Module]], probe: int, tail: int, adaptive: bool
+) -> Layout:
+    if probe or tail or adaptive:
+        # side stacks may run before it is known what to do
         found = {name: stack for name, stack in found.items() if not SIDE_STACK.search(name)} or found
     names = list(found)
     blocks = {name: list(stack.values()) for name, stack in found.items()}

@@ -1,11 +1,32 @@
 """Policies: when to compute and when to reuse. One method, one file, one frozen dataclass."""
 
+from .accumulate import Accumulate
 from .centered import Centered
 from .drift import Drift
+from .easycache import EasyCache
 from .first_block import FirstBlock
+from .growing_window import GrowingWindow
 from .guards import Guarded, Guards
 from .interval import Interval
+from .magcache import MagCache
 from .mask import Mask
 from .planned import Planned
+from .seacache import SeaCache
+from .teacache import TeaCache
 
-__all__ = ["Centered", "Drift", "FirstBlock", "Guarded", "Guards", "Interval", "Mask", "Planned"]
+__all__ = [
+    "Accumulate",
+    "Centered",
+    "Drift",
+    "EasyCache",
+    "FirstBlock",
+    "GrowingWindow",
+    "Guarded",
+    "Guards",
+    "Interval",
+    "MagCache",
+    "Mask",
+    "Planned",
+    "SeaCache",
+    "TeaCache",
+]

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..context import Needs, Past
 from ..errors import ConfigError
 from ..plan import Band, Plan
 from ..signals import relative_l1
 
-SIGNAL = "input"  # what the engine gives: the image stream that enters the first span
+SIGNAL = "input"
 FACTOR = 10.0
 
 
@@ -39,22 +40,19 @@ class Drift:
         return None if plan.guard is None else cls(plan.guard, factor, strict)
 
     @property
+    def needs(self) -> Needs:
+        return Needs(signals=(SIGNAL,), previous=1 if self.band.signal == "input_l1" else 2)
+
+    @property
     def total(self) -> int:
         return len(self.band.mean)
 
-    def kept(self, signals: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the next step is compared with. before: what this step was."""
-        now = signals[SIGNAL]
-        if SIGNAL not in before or before[SIGNAL].shape != now.shape:
-            return {SIGNAL: now}
-        return {SIGNAL: now, "change": now - before[SIGNAL]}
-
-    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor | None:
+    def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
         """The signal of each batch row, [rows]; None at the first steps, which have nothing to be compared with."""
-        now, before = signals[SIGNAL], kept[SIGNAL]
+        now, before = signals[SIGNAL], past.previous[SIGNAL]
         if self.band.signal == "input_l1":
             return relative_l1(now, before)
-        return relative_l1(now - before, kept["change"]) if "change" in kept else None
+        return relative_l1(now - before, before - past.earlier[0][SIGNAL]) if past.earlier else None
 
     def is_outside(self, step: int, value: float) -> bool:
         """Whether a signal is above the band of its step. NaN is, wherever there is a band."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..context import Needs, PassState, Policy, Step, Verdict
+from ..context import Needs, PassState, Past, Policy, Step, Verdict
 from ..errors import ConfigError
 from ..registry import policies
 from ..signals import relative_l1
@@ -41,8 +41,8 @@ class FirstBlock(Policy):
     def needs(self) -> Needs:
         return Needs(signals=("probe_residual",), probe=self.front, tail=self.back)
 
-    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
-        return relative_l1(signals["probe_residual"], kept["probe_residual"])
+    def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor:
+        return relative_l1(signals["probe_residual"], past.computed["probe_residual"])
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if value is None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..context import Needs, PassState, Policy, Step, Verdict
+from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest
 from ..errors import ConfigError
 from ..schedule import Schedule
-from .drift import SIGNAL, Drift
+from .drift import Drift
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Guards:
 
     warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of
     the run, as fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in
-    one run, per pass.
+    one run, per pass. sigma_max, sigma_min: reuse only at noise levels between them, σ / (α + σ) from 0 (no noise) to 1
+    (pure noise); of flow samplers, that is their own σ.
     """
 
     warmup: int = 1
@@ -27,6 +28,8 @@ class Guards:
     end: float = 1.0
     max_consecutive: int | None = None
     max_reused: int | None = None
+    sigma_max: float = 1.0
+    sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup < 1:
@@ -35,6 +38,11 @@ class Guards:
             raise ConfigError(f"last must be ≥ 0, not {self.last}")
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ConfigError(f"start and end must satisfy 0 ≤ start ≤ end ≤ 1, not {self.start} and {self.end}")
+        if not 0.0 <= self.sigma_min <= self.sigma_max <= 1.0:
+            raise ConfigError(
+                f"sigma_min and sigma_max must satisfy 0 ≤ sigma_min ≤ sigma_max ≤ 1, not {self.sigma_min} and "
+                f"{self.sigma_max}: they are shares of noise, σ / (α + σ)"
+            )
         for name in ("max_consecutive", "max_reused"):
             limit = getattr(self, name)
             if limit is not None and limit < 0:
@@ -45,6 +53,16 @@ class Guards:
         """The first step at or past a fraction of the run; 0.28 × 50 is 14, though a little more in floating point."""
         return math.ceil(fraction * total - 1e-9)
 
+    def _holds(self, step: Step) -> bool:
+        """Whether a step lies in the window of noise: σ / (α + σ), from its log-SNR 2·log(α/σ)."""
+        if step.noise_level is None:
+            raise ConfigError(
+                "sigma_max and sigma_min need the sampler's noise levels, which it does not tell: use start and end, "
+                "or in a loop of your own pass noise_levels to diffusion_cache.run"
+            )
+        share = 0.5 - 0.5 * math.tanh(step.noise_level / 4)
+        return self.sigma_min - 1e-6 <= share <= self.sigma_max + 1e-6
+
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""
         if step.index < self.warmup:
@@ -53,6 +71,8 @@ class Guards:
             return "max_consecutive"
         if self.max_reused is not None and state.reused >= self.max_reused:
             return "max_reused"
+        if (self.sigma_min > 0 or self.sigma_max < 1) and not self._holds(step):
+            return "outside the window"
         if step.total is None:
             if self.last or self.start > 0 or self.end < 1:
                 raise ConfigError("last, start and end need the number of steps: pass num_steps to diffusion_cache.run")
@@ -68,16 +88,21 @@ class Guards:
 class Guarded:
     """A policy under guards: what the engine asks. drift: for planned policies, whose runs are then decided stepwise.
 
-    `guards` hold whatever the drift guard does; steps they compute are neither extra nor dropped.
+    `guards` hold whatever the drift guard does; steps they compute are neither extra nor dropped. noise_levels: of the
+    run that it is for, log-SNR, one a step; empty if not known.
     """
 
     policy: Policy
     guards: Guards = Guards()
     drift: Drift | None = None
+    noise_levels: tuple[float, ...] = ()
 
     @property
     def needs(self) -> Needs:
-        return self.policy.needs if self.drift is None else replace(self.policy.needs, signals=(SIGNAL,))
+        if self.drift is None:
+            return self.policy.needs
+        watched = self.drift.needs
+        return replace(self.policy.needs, signals=watched.signals, previous=watched.previous)
 
     @property
     def planned(self) -> bool:
@@ -91,8 +116,10 @@ class Guarded:
 
     def for_run(self, noise_levels: Sequence[float]) -> "Guarded":
         """The same under the same guards, for a run through these noise levels; a band is for one run's alone."""
-        policy = self.policy.for_run(noise_levels)
-        return self if policy is self.policy else replace(self, policy=policy, drift=None)
+        policy, levels = self.policy.for_run(noise_levels), tuple(noise_levels)
+        if policy is self.policy:
+            return self if levels == self.noise_levels else replace(self, noise_levels=levels)
+        return replace(self, policy=policy, drift=None, noise_levels=levels)
 
     def schedule(self, total: int) -> Schedule | None:
         """The schedule of a run of `total` steps, or None where it is decided from signals."""
@@ -103,23 +130,35 @@ class Guarded:
         states = [PassState() for _ in range(passes)]
         rows = []
         for index in range(total):
-            step = Step(index, total, index, None, "", (slice(None),))
+            step = self._step(index, total)
             row = []
             for position, state in enumerate(states):
+                accumulated = 0.0
                 if self.guards.forced(step, state) is not None:
                     spans: tuple[bool, ...] = (True,)
                 elif own is not None:
                     spans = own.row(index, position)
                 else:
-                    spans = (self.policy.decide(step, None, state).compute,)
-                state.update(index, computed=any(spans))
+                    verdict = self.policy.decide(step, None, state)
+                    spans, accumulated = (verdict.compute,), verdict.accumulated
+                state.update(index, any(spans), accumulated)
                 row.append(spans)
             rows.append(tuple(row))
         return Schedule(tuple(rows))
 
-    def measure(self, signals: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor | None:
-        """As `Policy.measure`; None where there is nothing to compare with."""
-        return self.policy.measure(signals, kept) if self.drift is None else self.drift.measure(signals, kept)
+    def _step(self, index: int, total: int | None) -> Step:
+        """A step as far as it is known before the run."""
+        level = self.noise_levels[index] if index < len(self.noise_levels) else None
+        return Step(index, total, index, level, "", (slice(None),))
+
+    def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
+        return (self.drift or self.policy).measure(signals, past)
+
+    def combine(self, values: Sequence[float]) -> float:
+        return self.policy.combine(values) if self.drift is None else largest(values)
+
+    def remember(self, signals: Mapping[str, Tensor], past: Past) -> dict[str, Tensor]:
+        return self.policy.remember(signals, past) if self.drift is None else {}
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         reason = self.guards.forced(step, state)
@@ -130,7 +169,7 @@ class Guarded:
             return self.policy.decide(step, value, state)
         assert self.drift is not None
         planned = [index for index in range(own.total) if all(own.row(index, 0))]
-        fixed = [index for index in planned if self.guards.forced(replace(step, index=index), PassState())]
+        fixed = [index for index in planned if self.guards.forced(self._step(index, step.total), PassState())]
         remaining = self.drift.remaining(planned, state.extra, fixed)
         if step.index in remaining:
             return Verdict(True, "schedule")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .recorder import Grid
+from ..signals import Grid
 
 
 def latent_motion(latents: Tensor, grid: Grid) -> Tensor:

@@ -33,10 +33,11 @@ from ..models import find_denoisers
 from ..plain import plain_json
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
+from ..signals import Grid
 from .attention import AttentionReceived
 from .foreground import latent_motion
 from .generation import Batch, last_state, teach
-from .recorder import EXACT_BYTES, Grid, Recorder, State, Survey, attention_names, held_on, surveyed
+from .recorder import EXACT_BYTES, Recorder, State, Survey, attention_names, held_on, surveyed
 from .sensitivity import PAIRS, sampled_steps, sensitivities, span_groups
 from .sketch import DEFAULT_WIDTH
 

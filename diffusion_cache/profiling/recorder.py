@@ -1,6 +1,5 @@
 """Watching uncached generations: which spans a pipeline has, and what every step of them tells."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..measure import flop_counter
 from ..models import Span, unwrap
 from ..policies import Guarded, Interval
 from ..profile import SpanFacts
+from ..signals import Grid, grid_of
 from .attention import AttentionReceived
 from .generation import Batch, attached, state_of
 from .moments import SpanMoments
@@ -31,7 +31,6 @@ from .sketch import DEFAULT_WIDTH
 
 EXACT_BYTES = 2**23
 HELD_ON_DEVICE = 2**31  # bytes of last steps that stay on the model's device
-Grid = tuple[int, int, int]
 State = dict[str, Tensor]
 
 
@@ -407,25 +406,6 @@ class _Looking(Observer):
         assert self.state is not None
         grid = grid_of(tokens, tuple(self.state.shape[1:]), tuple(images.shape[1:]))
         return Watched(span, facts, grid, elements > 0)
-
-
-def grid_of(tokens: int, latent: tuple[int, ...], image: tuple[int, ...]) -> Grid | None:
-    """(frames, height, width) of the tokens of a sample, if that many patches tile it; else None.
-
-    latent: shape of its latents, (C, H, W), (C, F, H, W), or any where latents are packed; image: (…, F, C, H, W) or
-    (C, H, W) of its image, whose proportions the tokens then have.
-    """
-    frames = latent[1] if len(latent) == 4 else 1
-    if len(latent) not in (3, 4) and len(image) >= 4 and image[-4] > 1:
-        return None  # of packed videos, nothing tells how many frames are one
-    plane = latent[-2:] if len(latent) in (3, 4) else image[-2:]
-    if tokens % frames or len(plane) < 2 or not all(plane):
-        return None
-    patches, (height, width) = tokens // frames, plane
-    high = math.isqrt(patches * height // width)
-    if not high or patches % high or high * width != height * (patches // high):
-        return None
-    return frames, high, patches // high
 
 
 def attention_names(survey: Survey) -> list[str]:

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..signals import filtered_l1
 from .moments import Leaves, Sums, as_leaves, channels
 
 CURVES = ("residual_l1", "input_l1", "filtered_l1", "norm_ratio")
-CHUNK = 2**22  # elements of a batch that are filtered at once
 
 
 class Last(NamedTuple):
@@ -30,7 +29,7 @@ class SignalCurves(Sums):
     residual_l1   L1r of the residuals, or of the outputs where there is none (methods' notation: mean|a−b| / mean|b|)
     input_l1      L1r of the span's inputs
     norm_ratio    mean over tokens of ‖R_t‖ / ‖R_{t−1}‖, of the largest leaf (MagCache)
-    filtered_l1   L1r of the inputs filtered by noise level (SeaCache; see `axis_filter`), of the leaf with a layout
+    filtered_l1   L1r of the inputs filtered by noise level (see `signals.filtered_l1`), of the leaf with a layout
 
     A sample whose step t − 1 was not seen, or is all zeros, counts for nothing; a step with no sample is NaN.
 
@@ -169,58 +168,6 @@ def norm_ratio(now: Tensor, before: Tensor) -> Tensor:
     """Mean over tokens of now / before, their norms [B, N], of each sample: [B]. Tokens that were 0 are left out."""
     ratio = torch.where(before > 0, now / before, torch.nan)
     return ratio.nanmean(1)
-
-
-def filtered_l1(now: Tensor, before: Tensor, level: float, level_before: float) -> Tensor:
-    """L1r of two maps [B, C, (F,) H, W], each filtered for its own noise level (log-SNR): [B] float32.
-
-    SeaCache: along each axis by `axis_filter`, with exponent 2 for images and 3 for videos.
-    """
-    batch, count = now.shape[:2]
-    step = max(1, CHUNK // max(1, now[:, 0].numel()))
-    difference = scale = torch.zeros(batch, device=now.device)
-    for low in range(0, count, step):  # transforms are several times the size of what they transform
-        new, old = (
-            _filtered(x[:, low : low + step].float(), noise_level)
-            for x, noise_level in ((now, level), (before, level_before))
-        )
-        difference = difference + _sum_abs(new - old)
-        scale = scale + _sum_abs(old)
-    return difference / scale
-
-
-@lru_cache(maxsize=1024)
-def axis_filter(size: int, noise_level: float, exponent: float) -> Tensor:
-    """The gain of each frequency (in `fft.fftfreq` order) along one axis, with mean 1: [size] float64.
-
-    SeaCache's G = aS/(a²S + b²) for signals of power S = |f|^−exponent, f in cycles per position: what of a
-    frequency a noisy x = a·signal + b·noise still shows. Only a²/b², the SNR, is left when G is scaled to mean 1,
-    so the formula is the same for flow matching and variance-preserving models. The zero frequency, whose power
-    would be infinite, gets that of the lowest other one (our choice).
-    """
-    if size == 1:
-        return torch.ones(1, dtype=torch.float64)
-    frequency = torch.fft.fftfreq(size, dtype=torch.float64).abs()
-    frequency[0] = frequency[1]
-    inverse_power = frequency**exponent
-    # two forms of one formula, so that neither end (pure noise, no noise) divides infinities
-    if noise_level > 0:
-        gain = 1 / (1 + math.exp(-noise_level) * inverse_power)
-    else:
-        gain = 1 / (math.exp(noise_level) + inverse_power)
-    return gain / gain.mean()
-
-
-def _filtered(x: Tensor, noise_level: float) -> Tensor:
-    """[B, C, (F,) H, W] filtered along all axes but the first two."""
-    sizes = x.shape[2:]
-    axes = tuple(range(2, x.ndim))
-    spectrum = torch.fft.rfftn(x, dim=axes)
-    for axis, size in zip(axes, sizes, strict=True):
-        gain = axis_filter(size, noise_level, exponent=len(sizes)).to(x)
-        shape = [-1 if dim == axis else 1 for dim in range(x.ndim)]
-        spectrum *= gain[: spectrum.shape[axis]].view(shape)  # of the last axis only half is there
-    return torch.fft.irfftn(spectrum, s=sizes, dim=axes)
 
 
 def _sum_abs(x: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-__all__ = ["relative_l1"]
+from .filtered import axis_filter, filtered_l1
+from .grids import Grid, grid_of
+
+__all__ = ["Grid", "axis_filter", "filtered_l1", "grid_of", "relative_l1"]
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ALL_CASES, CASES, COMPUTING, REUSING, STEPS, Subject, covered
+from cases import ALL_CASES, CASES, COMPUTING, NOISE_LEVELS, REUSING, STEPS, Subject, covered
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
@@ -13,6 +13,10 @@ from diffusion_cache.history import History
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+def run_of(subject, case):
+    return dc.run(subject.denoiser, num_steps=STEPS, noise_levels=NOISE_LEVELS, **case.options())
 
 
 def test_every_policy_has_options_to_be_tested_with():
@@ -57,14 +61,14 @@ def test_disable_leaves_nothing_behind(subject, case):
 
 def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
     expected = subject.call()
-    with dc.run(subject.denoiser, num_steps=STEPS, **case.options()) as run:
+    with run_of(subject, case) as run:
         for _ in range(STEPS):
             run.next_step()
             assert relative_error(subject.call(), expected) <= 1e-5
         assert run.summary().reused >= 2
 
     # the same with its features perturbed must differ, or the above proves nothing
-    with dc.run(subject.denoiser, num_steps=STEPS, **case.options()) as run:
+    with run_of(subject, case) as run:
         errors = []
         for _ in range(STEPS):
             run.next_step()
@@ -113,7 +117,7 @@ def test_passes_do_not_mix(subject, case):
     """Two different inputs alternate within a step, as guidance branches do."""
     first, second = subject.call(0), subject.call(-1)
     assert relative_error(first, second) > 1e-2
-    with dc.run(subject.denoiser, num_steps=STEPS, **case.options()) as run:
+    with run_of(subject, case) as run:
         for _ in range(STEPS):
             run.next_step()
             assert relative_error(subject.call(0), first) <= 1e-5

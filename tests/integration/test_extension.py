@@ -97,8 +97,8 @@ class Norm(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",), probe=2)
 
-    def measure(self, signals, kept):
-        now, then = signals["probe_residual"], kept["probe_residual"]
+    def measure(self, signals, past):
+        now, then = signals["probe_residual"], past.computed["probe_residual"]
         return now.flatten(1).norm(dim=1) / then.flatten(1).norm(dim=1)
 
     def decide(self, step, value, state):
@@ -463,7 +463,7 @@ def test_a_policy_that_needs_an_unknown_signal(registered):
         def needs(self):
             return Needs(signals=("no_such_signal",))
 
-        def measure(self, signals, kept):
+        def measure(self, signals, past):
             return signals["no_such_signal"]
 
         def decide(self, step, value, state):
@@ -510,7 +510,7 @@ def failing(error):
         def needs(self):
             return Needs(signals=("probe_residual",), probe=1)
 
-        def measure(self, signals, kept):
+        def measure(self, signals, past):
             return signals["probe_residual"].flatten(1).mean(1)
 
         def decide(self, step, value, state):

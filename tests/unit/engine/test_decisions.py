@@ -38,9 +38,9 @@ class Above(Policy):
     def needs(self):
         return Needs(signals=("probe_residual",))
 
-    def measure(self, signals, kept):
+    def measure(self, signals, past):
         signal = signals["probe_residual"].flatten(1).mean(1)
-        return signal - kept["probe_residual"].flatten(1).mean(1) if self.change else signal
+        return signal - past.computed["probe_residual"].flatten(1).mean(1) if self.change else signal
 
     def decide(self, step, value, state):
         return Verdict(value is None or not value <= self.limit, f"value {value}")
@@ -333,9 +333,9 @@ def test_forced_samples_are_not_measured():
 
     @dataclass(frozen=True)
     class Counting(Above):
-        def measure(self, signals, kept):
+        def measure(self, signals, past):
             measured.append(len(signals["probe_residual"]))
-            return super().measure(signals, kept)
+            return super().measure(signals, past)
 
     run = Run(Counting(0.5), warmup=2, max_consecutive=1)
     for index in range(2):
@@ -366,7 +366,7 @@ def test_kept_values_are_those_of_every_rows_last_computed_step():
     assert decided(run.measured(2, [1.6, 3.3, 3.4])) == [0]
     assert decided(run.measured(3, [2.0, 3.3, 3.6])) == [2]
     assert decided(run.measured(4, [2.2, 3.3, 4.2])) == [0, 2]
-    kept = run.decisions._kept[KEY]["probe_residual"]
+    kept = run.decisions._kept[KEY].computed["probe_residual"]
     assert torch.equal(kept, torch.tensor([[2.2, 2.2], [2.9, 2.9], [4.2, 4.2]]))
 
 
@@ -376,7 +376,7 @@ def test_kept_values_of_guidance_rows():
     assert decided(run.measured(1, [1.1, 2.0, 3.6, 4.4], groups=2)) == [0, 2]
     # sample 1 is compared with step 0, sample 0 with step 1, in both branches
     assert decided(run.measured(2, [1.5, 2.0, 4.0, 4.6], groups=2)) == [1, 3]
-    kept = run.decisions._kept[KEY]["probe_residual"]
+    kept = run.decisions._kept[KEY].computed["probe_residual"]
     assert torch.equal(kept[:, 0], torch.tensor([1.1, 2.0, 3.6, 4.6]))
 
 

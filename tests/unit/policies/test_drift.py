@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion_cache.context import PassState, Step
+from diffusion_cache.context import PassState, Past, Step
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.plan import Band, Plan
 from diffusion_cache.policies import Drift, Guarded, Guards, Planned
@@ -113,20 +113,17 @@ def test_the_schedule_of_another_run_is_the_plans_own():
 
 def test_input_l1():
     drift = Drift(band(4, "input_l1"))
-    kept = drift.kept({"input": torch.tensor([[2.0, -2.0], [1.0, 1.0]])}, {})
-    found = drift.measure({"input": torch.tensor([[3.0, -2.0], [1.0, 1.0]])}, kept)
-    assert found.tolist() == [0.25, 0.0]
+    assert drift.needs.previous == 1
+    past = Past(previous={"input": torch.tensor([[2.0, -2.0], [1.0, 1.0]])})
+    assert drift.measure({"input": torch.tensor([[3.0, -2.0], [1.0, 1.0]])}, past).tolist() == [0.25, 0.0]
 
 
 def test_input_turn_compares_two_changes():
     drift = Drift(band(4))
-    states = torch.tensor([0.0, 2.0, 3.0])[:, None, None].expand(3, 1, 4)
-    kept = drift.kept({"input": states[0]}, {})
-    assert drift.measure({"input": states[1]}, kept) is None
-    kept = drift.kept({"input": states[1]}, kept)
-    assert drift.measure({"input": states[2]}, kept).tolist() == [0.5]
-    # where the size changes, all begins anew
-    assert set(drift.kept({"input": torch.zeros(2, 4)}, kept)) == {"input"}
+    assert drift.needs.previous == 2
+    first, second, third = ({"input": torch.full((1, 1, 4), value)} for value in (0.0, 2.0, 3.0))
+    assert drift.measure(second, Past(previous=first)) is None
+    assert drift.measure(third, Past(previous=second, earlier=(first,))).tolist() == [0.5]
 
 
 def test_bad_options():

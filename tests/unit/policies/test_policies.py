@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_cache.context import SCOPES, Needs, PassState, Policy, Step, Verdict
+from diffusion_cache.context import SCOPES, Needs, PassState, Past, Policy, Step, Verdict
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
 from diffusion_cache.schedule import Schedule
@@ -306,7 +306,7 @@ def test_limits_hold_for_each_pass_of_a_policys_own_schedule(guards, expected):
 
 def measure(current, kept):
     signals = {"probe_residual": torch.tensor(current)}
-    return FirstBlock().measure(signals, {"probe_residual": torch.tensor(kept)})
+    return FirstBlock().measure(signals, Past({"probe_residual": torch.tensor(kept)}))
 
 
 def test_first_block_measures_the_change_of_each_batch_row():
@@ -378,7 +378,7 @@ class Unmeasured(Policy):
 
 def test_a_policy_that_names_signals_must_measure():
     with pytest.raises(NotImplementedError, match="'Unmeasured' names signals and so must define measure"):
-        Unmeasured().measure({}, {})
+        Unmeasured().measure({}, Past())
 
 
 def test_first_block_needs_its_probe_and_has_no_schedule():

@@ -17,7 +17,7 @@ from diffusion_cache.models import Span
 from diffusion_cache.profiling import recorder as module
 from diffusion_cache.profiling.attention import AttentionReceived
 from diffusion_cache.profiling.generation import Batch
-from diffusion_cache.profiling.recorder import Recorder, Watched, attention_names, grid_of, per_sample, surveyed
+from diffusion_cache.profiling.recorder import Recorder, Watched, attention_names, per_sample, surveyed
 
 STEPS, COUNT = 4, 2
 GRAM_TOLERANCE = dict(rtol=1e-5, atol=1e-6)
@@ -425,25 +425,6 @@ def test_stored_sums_of_something_else():
 
 
 # parts
-
-
-@pytest.mark.parametrize(
-    ("tokens", "latent", "image", "grid"),
-    [
-        (64, (1, 16, 16), (1, 1, 16, 16), (1, 8, 8)),
-        (32, (4, 8, 16), (1, 3, 64, 128), (1, 4, 8)),
-        (64, (64, 4), (1, 1, 16, 16), (1, 8, 8)),
-        (512, (512, 64), (1, 3, 256, 512), (1, 16, 32)),
-        (7 * 16, (1, 7, 16, 16), (7, 1, 16, 16), (7, 4, 4)),
-        (68, (64, 4), (1, 1, 16, 16), None),  # text and image
-        (30, (1, 7, 16, 16), (7, 1, 16, 16), None),
-        (64, (64, 4), (9, 1, 16, 16), None),  # a packed video
-        (0, (1, 16, 16), (1, 1, 16, 16), None),
-        (64, (64, 4), (1000,), None),  # sound
-    ],
-)
-def test_grids_of_tokens(tokens, latent, image, grid):
-    assert grid_of(tokens, latent, image) == grid
 
 
 def test_rows_of_samples():

@@ -1,0 +1,132 @@
+"""Taking the signals that a policy asks for, where the first span of a call is about to run."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..context import SIGNALS
+from ..errors import ConfigError
+from ..models import Span, grid_of_call
+from ..signals import grid_of
+from .frame import Frame, written_since
+from .structure import Inputs, copied, forked_rng, image_stream, row_stream, tensor_inputs
+
+if TYPE_CHECKING:
+    from .cache_run import CacheRun
+
+
+class AttentionReached(Exception):
+    """Ends a block that is run only to see what its first attention receives."""
+
+    def __init__(self, received: Tensor):
+        super().__init__()
+        self.received = received
+
+
+class Entry(NamedTuple):
+    """The first span of a call: its first member, not yet run, and the stream of the sample that enters it."""
+
+    run: "CacheRun"
+    frame: Frame
+    span: Span
+    inner: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    stream: Tensor
+
+
+def take(
+    run: "CacheRun", frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any], inputs: Inputs
+) -> dict[str, Tensor]:
+    """The signals of this call that are known before it.
+
+    Raises:
+        ConfigError: for one that this model or sampler does not give.
+    """
+    entry = Entry(run, frame, span, inner, args, kwargs, row_stream(inputs).detach())
+    return {name: TAKEN[name](entry) for name in run.decisions.guarded.needs.signals if name in TAKEN}
+
+
+def _input(entry: Entry) -> Tensor:
+    return entry.stream.clone()
+
+
+def _input_map(entry: Entry) -> Tensor:
+    stream = entry.stream
+    if stream.ndim in (4, 5):
+        return stream.clone()
+    sample = row_stream(tensor_inputs(*entry.frame.called))
+    latent = tuple(sample.shape[1:])
+    grid = grid_of_call(entry.frame.called[1], stream.shape[1]) or grid_of(stream.shape[1], latent, ())
+    if stream.ndim != 3 or grid is None:
+        raise ConfigError(
+            f"where the {stream.shape[1]} tokens of {entry.span.name} lie in the image cannot be told, which policy "
+            f"{entry.run.decisions.guarded.policy.name!r} needs: use scope 'denoiser' if that takes latents, or a "
+            "policy that looks at tokens alone (first_block)"
+        )
+    sizes = grid if grid[0] > 1 else grid[1:]
+    return stream.transpose(1, 2).reshape(len(stream), -1, *sizes).clone()
+
+
+def _probe_input(entry: Entry) -> Tensor:
+    before = entry.frame.probe_input
+    return entry.stream.clone() if before is None else before
+
+
+def _probe_residual(entry: Entry) -> Tensor:
+    before = entry.frame.probe_input
+    if (
+        before is not None
+        and before.shape == entry.stream.shape
+        and not written_since(before, entry.frame.probe_version)
+    ):
+        return entry.stream - before.detach()
+    return entry.stream.clone()
+
+
+def _modulated_input(entry: Entry) -> Tensor:
+    frame = entry.frame
+    args, kwargs = copied(entry.args), copied(entry.kwargs)
+    frame.peeking = True
+    try:
+        with forked_rng():
+            entry.inner(*args, **kwargs)
+    except AttentionReached as reached:
+        return reached.received
+    finally:
+        frame.peeking = False
+    raise ConfigError(
+        f"policy {entry.run.decisions.guarded.policy.name!r} looks at what the first attention of a block receives, "
+        f"and none is reached in the first block of {entry.span.name} (it is compiled, or has none): use policy "
+        "'first_block', which looks at what a block gives"
+    )
+
+
+def _noise_level(entry: Entry) -> Tensor:
+    level = entry.frame.step.noise_level
+    if level is None:
+        raise ConfigError(
+            f"policy {entry.run.decisions.guarded.policy.name!r} needs the sampler's noise levels, which it does not "
+            "tell: use another sampler, or in a loop of your own pass noise_levels to diffusion_cache.run"
+        )
+    return torch.full((len(entry.stream),), level, device=entry.stream.device)
+
+
+TAKEN: dict[str, Callable[[Entry], Tensor]] = {
+    "input": _input,
+    "input_map": _input_map,
+    "probe_input": _probe_input,
+    "probe_residual": _probe_residual,
+    "modulated_input": _modulated_input,
+    "noise_level": _noise_level,
+}
+assert TAKEN.keys() | {"output"} == SIGNALS.keys()
+
+
+def attention_call(run: "CacheRun", inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An attention of a first block: where the block is run only to get here, that was it."""
+    if run.frame is not None and run.frame.peeking:
+        raise AttentionReached(image_stream(tensor_inputs(args, kwargs)).detach().clone())
+    return inner(*args, **kwargs)

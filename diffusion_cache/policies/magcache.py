@@ -1,0 +1,96 @@
+"""A schedule from the ratios of residual norms between neighbouring steps: MagCache (arXiv 2506.09045)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from ..context import SCOPES, PassState, Policy, Step, Verdict
+from ..errors import ConfigError
+from ..plan import positions
+from ..profile import Profile
+from ..registry import policies
+from ..schedule import Schedule, accumulated_ratios
+
+
+@policies.register("magcache")
+@dataclass(frozen=True)
+class MagCache(Policy):
+    """Reuse while the errors that the ratios foretell stay below `threshold`, at most `max_skip` steps in a row.
+
+    With ρ the product of the ratios since the last computed step, its error is E = Σ|1 − ρ|. Nothing is measured at
+    run time, so the whole schedule is known beforehand.
+
+    ratios: γ_s = mean over tokens of ‖R_s‖ / ‖R_{s−1}‖, one a step from step 0 on, or a sequence of such for each
+    guidance branch that is a call of its own, in their order. A run of other steps takes the ratio of the nearest noise
+    level, or, without `noise_levels` (log-SNR, one a ratio), of the nearest share of the run. retention: share of the
+    run, at its start, that is computed. always: steps of the ratios that are computed as well, and those where a ratio
+    is further from 1 than `max_deviation`.
+    """
+
+    ratios: Sequence[float] | Sequence[Sequence[float]]
+    threshold: float = 0.06
+    max_skip: int = 3
+    retention: float = 0.2
+    noise_levels: Sequence[float] = ()
+    always: Sequence[int] = ()
+    max_deviation: float = math.inf
+
+    scopes = frozenset(SCOPES)
+
+    def __post_init__(self) -> None:
+        given = list(self.ratios)
+        streams = [list(one) for one in given] if given and isinstance(given[0], Sequence) else [given]
+        sound = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for one in streams for ratio in one)
+        if not sound or not streams[0] or len({len(one) for one in streams}) > 1:
+            raise ConfigError(f"magcache: ratios must be numbers above 0, one a step, not {self.ratios!r}")
+        if self.noise_levels and len(self.noise_levels) != len(streams[0]):
+            raise ConfigError(f"magcache: {len(self.noise_levels)} noise_levels for {len(streams[0])} ratios")
+        if not (self.threshold >= 0 and self.max_skip >= 0 and 0 <= self.retention <= 1 and self.max_deviation >= 0):
+            raise ConfigError("magcache: threshold, max_skip and max_deviation must be ≥ 0, and retention from 0 to 1")
+        for name, value in {"ratios": tuple(map(tuple, streams)), "noise_levels": tuple(self.noise_levels)}.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "always", tuple(self.always))
+
+    @classmethod
+    def from_profile(cls, profile: Profile, **options: float) -> "MagCache":
+        """With the ratios that a profile has measured; of several spans, each step's ratio that is furthest from 1.
+
+        Raises:
+            ConfigError: for a profile without them.
+        """
+        if "norm_ratio" not in profile.arrays:
+            raise ConfigError("magcache: the profile holds no norm_ratio: profile again, at scope stack or denoiser")
+        measured = profile.arrays["norm_ratio"].double().nan_to_num(1.0)  # [spans, passes, steps]
+        furthest = measured.log().abs().argmax(0, keepdim=True)
+        ratios = torch.take_along_dim(measured, furthest, 0)[0].tolist()
+        return cls(tuple(map(tuple, ratios[:: profile.row_passes])), noise_levels=profile.noise_levels, **options)
+
+    @property
+    def streams(self) -> tuple[tuple[float, ...], ...]:
+        """The ratios of each guidance branch."""
+        return cast(tuple[tuple[float, ...], ...], self.ratios)
+
+    def for_run(self, noise_levels: Sequence[float]) -> "MagCache":
+        known = bool(noise_levels and self.noise_levels)
+        return self._resampled(self.noise_levels, noise_levels) if known else self
+
+    def _resampled(self, own: Sequence[float], levels: Sequence[float]) -> "MagCache":
+        nearest = [round(place) for place in positions(own, levels, len(self.streams[0]))]
+        ratios = tuple(tuple(one[place] for place in nearest) for one in self.streams)
+        always = tuple(step for step, place in enumerate(nearest) if place in self.always)
+        return replace(self, ratios=ratios, noise_levels=levels, always=always)
+
+    def schedule(self, total: int) -> Schedule:
+        if total != len(self.streams[0]):
+            return self._resampled((), (0.0,) * total).schedule(total)
+        kept = {0, *self.always, *range(int(self.retention * total + 0.5))}
+        masks = [
+            accumulated_ratios(one, kept, self.threshold, self.max_skip, self.max_deviation) for one in self.streams
+        ]
+        return Schedule(tuple(tuple((computed,) for computed in step) for step in zip(*masks, strict=True)))
+
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        raise ConfigError("magcache needs the run's number of steps: pass num_steps to diffusion_cache.run")
