@@ -581,12 +581,13 @@ def test_of_another_batch_nothing_is_kept():
     assert policy.seen[-1] == ([0.25, 0.25], [0.25, 0.25], [], {})
 
 
+@pytest.mark.parametrize("sync", ["immediate", "lagged"])
 @pytest.mark.parametrize("failing", ["remember", "measure"])
-def test_what_fails_while_keeping_computes_and_tells(failing):
+def test_what_fails_computes_and_tells(failing, sync):
     def fail(*args):
         raise ZeroDivisionError("nothing to keep")
 
-    run = Run(type("Failing", (Above,), {failing: fail})(0.5), sync="lagged")
+    run = Run(type("Failing", (Above,), {failing: fail})(0.5), sync=sync)
     run.measured(0, [0.0])
     assert [decided(run.measured(index, [0.0])) for index in (1, 2, 3)] == ["all"] * 3
     assert set(run.failures) == {("the policy", "nothing to keep")}
@@ -606,14 +607,6 @@ def test_lagged_decisions_go_by_the_number_of_the_step_before():
         f"value {torch.tensor(0.9).item()}",
         "value 0.0",
     ]
-
-
-def test_a_computed_step_is_nothing_to_have_moved_from():
-    """By the number of a step that was computed, the next one would be computed as well."""
-    run = Run(Above(0.5, change=True), sync="lagged")
-    frames = [run.measured(index, [float(index) / 4]) for index in range(9)]
-    # more than 0.5 from the last computed step, seen one step later
-    assert "".join(str(int(frame.actions[0])) for frame in frames) == "110001000"
 
 
 def test_lagged_numbers_are_of_each_sample_and_of_forced_steps_too():
