@@ -548,11 +548,8 @@ def _published(
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
     driven = entry.driven()
-    given = {**driven.options, **options}
-    for option, value in given.items():
-        if value is None and option not in options:
-            raise ConfigError(f"{name}: its source recommends no {option}: give one, {option}=…")
-    return _method(driven.policy, driven.forecaster or DEFAULT_FORECASTER, driven.scope, None, how, given)
+    forecaster = driven.forecaster or DEFAULT_FORECASTER
+    return _method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
 
 
 def _shipped(name: str | Path) -> str | Path:

@@ -30,7 +30,7 @@ PARTS = ({ALL}, {"attn", "mlp"})  # masks of these parts together cover a whole 
 
 
 class Driven(NamedTuple):
-    """A policy with its options and those of the guards; None is one that has to be given. What else the entry says."""
+    """A policy with its options and those of the guards; forecaster and scope where the entry is for one alone."""
 
     policy: str
     options: dict[str, Any]
@@ -185,9 +185,10 @@ class Published:
     def _by_ratios(self) -> Driven:
         figures, steps = self.figures, self.steps
         assert steps is not None  # validated
-        retention = figures["default_retention_ratio"]
-        # the policy keeps the start of a run, but knows nothing of a second expert's
-        always = self._kept(range(steps), retention if figures.get("expert_switch_step") else 0.0)
+        retention, listed = figures["default_retention_ratio"], 0.0
+        if figures.get("expert_switch_step"):  # the policy retains the start of a run, and not of each expert's part
+            retention, listed = listed, retention
+        always = self._kept(range(steps), listed)
         options = {
             "ratios": tuple(self.ratios().values()),
             "threshold": figures["default_threshold"],
@@ -205,17 +206,19 @@ class Published:
                 f"{self.name} is fitted to another signal than policy 'teacache' looks at (the modulated input): "
                 f"{kind.replace('_', ' ')}"
             )
+        stated = [self.figures.get("default_threshold"), *(one.get("threshold") for one in self.recommended)]
+        threshold = next((value for value in stated if value is not None), None)
+        if threshold is None:
+            raise ConfigError(
+                f"{self.name} recommends no threshold: use policy 'teacache' with its coefficients and one of yours"
+            )
         options = {
             "coefficients": tuple(self.figures["coefficients"]),
-            "threshold": self._stated("default_threshold", self._recommended("threshold")),
+            "threshold": threshold,
             "warmup": max(self._stated("forced_first_steps", 1), 1),
             "last": self._stated("forced_last_steps", 0),
         }
         return Driven("teacache", options, scope="stack")
-
-    def _recommended(self, key: str) -> Any:
-        """The first setting that the source recommends, None if it does not."""
-        return next((setting[key] for setting in self.recommended if setting.get(key) is not None), None)
 
     @property
     def blocks(self) -> tuple[str, ...]:

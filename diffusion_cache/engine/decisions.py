@@ -123,24 +123,28 @@ class Decisions:
     def _verdicts(self, frame: Frame, states: Sequence[PassState], samples: Sequence[Sequence[int]]) -> list[Verdict]:
         forced = [self.guarded.guards.forced(frame.step, state) for state in states]
         values: list[float | None] = [None] * len(states)
-        if not all(forced) and frame.signals is not None:
-            values = self._values(frame, frame.signals, samples)
+        if frame.signals is not None:
+            number = self._number(frame, frame.signals, needed=not all(forced))
+            if number is not None and not all(forced):
+                values = self._values(number.read(), samples)
         return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
 
-    def _values(
-        self, frame: Frame, signals: Mapping[str, Tensor], samples: Sequence[Sequence[int]]
-    ) -> list[float | None]:
-        """Each sample's number; None where there is none yet."""
+    def _number(self, frame: Frame, signals: Mapping[str, Tensor], needed: bool) -> "Number | None":
+        """What to decide this step by, if there is anything yet. needed: whether it is going to be read."""
         kept = self._kept.get(frame.key)
         if kept is not None and not kept.fits(signals):
             del self._kept[frame.key]
             kept = None
         if kept is None:
-            return [None] * len(samples)
-        number = kept.number if self._sync == "lagged" else self._measured(signals, kept.past)
-        if number is None:
-            return [None] * len(samples)
-        by_row = number.read()
+            return None
+        if self._sync != "lagged":
+            return self._measured(signals, kept.past) if needed else None
+        # copied while this call runs, for the next one
+        before, kept.number = kept.number, self._measured(signals, kept.past)
+        return before
+
+    def _values(self, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
+        """Each sample's number."""
         batch = sum(map(len, samples))
         if len(by_row) % batch:
             return [largest(by_row)] * len(samples)
@@ -177,22 +181,14 @@ class Decisions:
 
     def _keep(self, frame: Frame, signals: Mapping[str, Tensor]) -> None:
         """Keep of this call what the next ones are compared with."""
-        entered = {name: signal for name, signal in signals.items() if name != "output"}
-        known = self._kept.get(frame.key)
-        kept = known or Kept()
-        before = kept.past
+        kept = self._kept.setdefault(frame.key, Kept())
         if not frame.reused or frame.rows is not None:
             rows = frame.rows if frame.reused else None
-            remembered = self.guarded.remember(signals, before)
+            remembered = self.guarded.remember(signals, kept.past)
             kept.computed = _replaced(kept.computed, signals, rows)
             kept.memory = _replaced(kept.memory, remembered, rows)
-        if self._sync == "lagged":
-            # the number of this step, to decide the next one by: a computed step has moved nothing since
-            now = Past(kept.computed, before.previous, kept.memory, before.earlier)
-            kept.number = None if known is None else self._measured(entered, now)
-        steps = int(self.guarded.needs.previous)
-        kept.steps = (entered, *kept.steps)[:steps]
-        self._kept[frame.key] = kept
+        entered = {name: signal for name, signal in signals.items() if name != "output"}
+        kept.steps = (entered, *kept.steps)[: int(self.guarded.needs.previous)]
 
 
 @dataclass

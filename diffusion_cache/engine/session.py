@@ -49,7 +49,11 @@ _tokens = itertools.count()
 
 @dataclass(frozen=True)
 class Method:
-    """What a session does: a guarded policy, a forecaster, and where. scope None: each denoiser's default."""
+    """What a session does: a guarded policy, a forecaster, and where.
+
+    scope None: each denoiser's default, or denoiser for a policy that does not serve that. granularity, sync: see
+    `diffusion_cache.enable`.
+    """
 
     guarded: Guarded
     forecaster: Forecaster
@@ -80,9 +84,12 @@ class Method:
             ConfigError: for a scope that the policy does not serve, or options that leave nothing to skip.
             NoSpansError: if the denoiser has none at this scope.
         """
-        policy, scope = self.guarded.policy, self.scope or default_scope(denoiser)
+        policy = self.guarded.policy
         if not getattr(policy, "scopes", None):
             raise ConfigError(f"policy {policy.name!r} declares no scopes: name the kinds of span it may govern")
+        scope = self.scope or default_scope(denoiser)
+        if self.scope is None and scope not in policy.scopes and "denoiser" in policy.scopes:
+            scope = "denoiser"  # which every model has
         unknown = set(policy.needs.signals) - SIGNALS.keys()
         if unknown:
             raise unknown_name("signal", unknown.pop(), SIGNALS)

@@ -14,7 +14,8 @@ class GrowingWindow(Policy):
     """Compute one step in floor(w), where w is `start` at first and grows by `growth` with each window.
 
     How many windows there have been is told by the steps that were reused, so that warm-up steps, or others that a
-    guard computes, do not make it grow. After warmup=5, growth 0.75 computes 14 of 50 steps and growth 3 computes 10.
+    guard computes, do not make it grow; below 2, every step is computed. After warmup=5, growth 0.75 computes 14 of 50
+    steps and growth 3 computes 10.
     """
 
     start: float = 2.0

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -41,7 +41,7 @@ class MagCache(Policy):
     scopes = frozenset(SCOPES)
 
     def __post_init__(self) -> None:
-        given = list(self.ratios)
+        given: list[Any] = list(self.ratios)
         streams = [list(one) for one in given] if given and isinstance(given[0], Sequence) else [given]
         sound = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for one in streams for ratio in one)
         if not sound or not streams[0] or len({len(one) for one in streams}) > 1:
@@ -55,7 +55,7 @@ class MagCache(Policy):
         object.__setattr__(self, "always", tuple(self.always))
 
     @classmethod
-    def from_profile(cls, profile: Profile, **options: float) -> "MagCache":
+    def from_profile(cls, profile: Profile, **options: Any) -> "MagCache":
         """With the ratios that a profile has measured; of several spans, each step's ratio that is furthest from 1.
 
         Raises:

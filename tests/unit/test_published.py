@@ -290,10 +290,14 @@ def model_of(transformer: str):
     return zoo.build(case), case
 
 
-def computed_steps(entry: published.Published, steps: int) -> list[int]:
-    """Drive a tiny model of the entry's class for a run; the steps that were computed."""
+def computed_steps(entry: published.Published, steps: int, **options) -> list[int]:
+    """Drive a tiny model of the entry's class for a run, with equal inputs; the steps that were computed."""
     model, case = model_of(entry.transformer)
-    with torch.no_grad(), dc.run(model, policy="mask", mask=entry.mask(steps), num_steps=steps) as run:
+    driven = entry.driven()
+    options = {"policy": driven.policy, "scope": driven.scope, **driven.options, **options}
+    if driven.policy == "mask":
+        options |= {"mask": entry.mask(steps), "scope": None, "blocks": ()}  # the tiny model has fewer blocks
+    with torch.no_grad(), dc.run(model, num_steps=steps, **options) as run:
         for _ in range(steps):
             run.next_step()
             model(**case.inputs(zoo.Draw(1)))
@@ -306,7 +310,64 @@ def computed_steps(entry: published.Published, steps: int) -> list[int]:
 @pytest.mark.parametrize("name", DRIVING)
 def test_masks_and_magcache_drive_their_class(name):
     entry = ENTRIES[name]
-    assert computed_steps(entry, entry.steps) == [step for step in range(entry.steps) if entry.mask()[step] == "1"]
+    # the tiny model is called once a step, as the first guidance branch is
+    mask = next(iter(entry.magcache_schedule().values())) if entry.method == "magcache" else entry.mask()
+    assert computed_steps(entry, entry.steps) == [step for step in range(entry.steps) if mask[step] == "1"]
+
+
+TEACACHE = [
+    name
+    for name in NAMES
+    if ENTRIES[name].method == "teacache"
+    and ENTRIES[name].figures["signal_kind"] == "modulated_input"
+    and ENTRIES[name].transformer
+]
+
+
+@pytest.mark.parametrize("name", TEACACHE)
+def test_teacache_drives_its_class(name):
+    """With equal inputs, each step adds the polynomial's value at 0."""
+    entry, steps = ENTRIES[name], 8
+    least = entry.figures["coefficients"][-1]
+    threshold = 2.5 * least if least > 0 else 0.1
+    first, last = entry.figures.get("forced_first_steps") or 1, entry.figures.get("forced_last_steps") or 0
+    total, expected = 0.0, []
+    for step in range(steps):
+        total += least
+        if step < first or step >= steps - last or not total < threshold:
+            expected.append(step)
+            total = 0.0
+    assert computed_steps(entry, steps, threshold=threshold) == expected
+    assert 1 < len(expected) < steps or least <= 0
+
+
+def test_teacache_entries_of_other_signals_say_so():
+    for name, kind in [
+        ("teacache/wan2.1-t2v-1.3b", "timestep embedding"),
+        ("teacache/hidream-i1-dev", "raw input"),
+        ("teacache/z-image", "one that its source does not name"),
+    ]:
+        with pytest.raises(ConfigError, match=f"{name} is fitted to another signal .*: {kind}"):
+            ENTRIES[name].driven()
+
+
+def test_an_entry_drives_a_pipeline():
+    pipe = dc.reference.load("flux-digits")
+    with dc.cached(pipe, profile="published/teacache/flux-dev"):
+        dc.reference.images("flux-digits", pipe(**dc.reference.inputs("flux-digits", (3,), (5,), steps=6)))
+        summary = dc.summary(pipe)
+    coefficients = ENTRIES["teacache/flux-dev"].figures["coefficients"]
+    assert f"TeaCache(threshold=0.6, coefficients={tuple(coefficients)})".lower() in summary.method.lower()
+    assert summary.records[0].computed
+    assert summary.records[-1].reason == "last steps"
+    assert summary.reused > 0
+
+
+def test_an_entry_without_a_threshold_says_so(tmp_path):
+    figures = {"coefficients": [1.0, 0.0], "polynomial_degree": 1, "coefficient_order": "highest_power_first"}
+    entry = written(tmp_path, "teacache/mine", figures={**figures, "signal_kind": "modulated_input"}, steps=None)
+    with pytest.raises(ConfigError, match="recommends no threshold"):
+        entry.driven()
 
 
 def test_what_drives_a_class_today():

@@ -1,7 +1,7 @@
 """Decisions of one run: planned ones, and those on each sample of a batch by what was measured."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from diffusion_cache.engine.frame import Frame
 from diffusion_cache.engine.session import Method
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Reuse, Taylor
-from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
+from diffusion_cache.policies import Accumulate, FirstBlock, Guarded, Guards, Interval, Mask
 from diffusion_cache.schedule import Schedule
 
 KEY = ("transformer", "0")
@@ -49,11 +49,11 @@ class Above(Policy):
 class Run:
     """Decisions, asked call by call as a run does."""
 
-    def __init__(self, policy, agree=None, forecaster=None, granularity="sample", **guards):
+    def __init__(self, policy, agree=None, forecaster=None, granularity="sample", sync="immediate", **guards):
         self.told = []
         self.failures = []
         self.decisions = Decisions(
-            Method(Guarded(policy, Guards(**guards)), forecaster or Reuse(), granularity=granularity),
+            Method(Guarded(policy, Guards(**guards)), forecaster or Reuse(), granularity=granularity, sync=sync),
             self.told.append,
             lambda what, error: self.failures.append((what, str(error))),
             agree,
@@ -451,6 +451,176 @@ def test_clear_forgets():
     run.decisions.clear()
     assert (run.decisions._states, run.decisions._kept) == ({}, {})
     assert decided(run.measured(2, [0.0])) == "all"
+
+
+# sums, memory and earlier steps
+
+
+@dataclass(frozen=True)
+class Sum(Accumulate):
+    """Adds the signal as it is."""
+
+    scopes = frozenset(SCOPES)
+
+    @property
+    def needs(self):
+        return Needs(signals=("probe_residual",))
+
+    def measure(self, signals, past):
+        return signals["probe_residual"].flatten(1).mean(1)
+
+
+def test_increments_add_up_until_the_sum_passes_the_threshold():
+    run = Run(Sum(1.0))
+    run.measured(0, [5.0])  # warm-up
+    frames = [run.measured(index, [0.375]) for index in range(1, 8)]
+    assert [decided(frame) for frame in frames] == ["none", "none", "all", "none", "none", "all", "none"]
+    assert [frame.reason for frame in frames[:4]] == ["sum 0.375", "sum 0.75", "sum 1.12", "sum 0.375"]
+
+
+def test_the_threshold_itself_computes_and_so_does_nan():
+    run = Run(Sum(0.5))
+    run.measured(0, [0.0])
+    assert decided(run.measured(1, [0.5])) == "all"
+    assert decided(run.measured(2, [math.nan])) == "all"
+    assert decided(run.measured(3, [0.25])) == "none"
+    assert decided(run.measured(4, [-0.25])) == "none"
+    assert decided(run.measured(5, [0.25])) == "none"
+
+
+def test_sums_are_each_samples_own():
+    run = Run(Sum(1.0))
+    run.measured(0, [0.0] * 4, groups=2)
+    # the larger of each sample's branches is added
+    assert decided(run.measured(1, [0.5, 0.25, 0.75, 0.0], groups=2)) == "none"
+    assert decided(run.measured(2, [0.5, 0.25, 0.0, 0.5], groups=2)) == [0, 2]
+    assert decided(run.measured(3, [0.5, 0.25, 0.0, 0.0], groups=2)) == [1, 3]
+    assert decided(run.measured(4, [0.25, 0.5, 0.0, 0.0], groups=2)) == "none"
+    assert decided(run.measured(5, [0.0, 0.5, 0.5, 0.0], groups=2)) == "all"
+
+
+def test_whoever_computes_a_step_the_sum_begins_anew():
+    run = Run(Sum(1.0), max_consecutive=2)
+    run.measured(0, [0.0])
+    run.measured(1, [0.375])
+    run.measured(2, [0.375])
+    assert run.measured(3, [0.375]).reason == "max_consecutive"
+    assert run.measured(4, [0.375]).reason == "sum 0.375"
+    together = Run(Sum(1.0))
+    together.measured(0, [0.0, 0.0], apart=False)
+    together.measured(1, [0.5, 0.75], apart=False)
+    assert decided(together.measured(2, [0.125, 0.5], apart=False)) == "all"
+    assert together.measured(3, [0.5, 0.125], apart=False).reason == "sum 0.5"  # computed for its neighbour's sake
+
+
+def test_a_policy_may_combine_a_samples_branches_in_its_own_way():
+    policy = type("Second", (Above,), {"combine": lambda self, values: values[1] - values[0]})(0.5)
+    run = Run(policy)
+    run.measured(0, [0.0] * 4, groups=2)
+    assert decided(run.measured(1, [0.0, 0.5, 0.75, 0.5], groups=2)) == [0, 2]
+    assert decided(run.measured(2, [0.75, 0.5, 0.0, 0.5], groups=2)) == "none"
+
+
+@dataclass(frozen=True)
+class Noting(Above):
+    """Keeps what it was shown of the past."""
+
+    seen: list = field(default_factory=list)
+    previous: int = 2
+
+    @property
+    def needs(self):
+        return Needs(signals=("probe_residual",), previous=self.previous)
+
+    def measure(self, signals, past):
+        def first(kept):
+            return {name: tensor.flatten(1)[:, 0].tolist() for name, tensor in kept.items()}.get("probe_residual")
+
+        memory = {name: tensor.tolist() for name, tensor in past.memory.items()}
+        self.seen.append((first(past.computed), first(past.previous), [*map(first, past.earlier)], memory))
+        return super().measure(signals, past)
+
+    def remember(self, signals, past):
+        value = signals["probe_residual"].flatten(1)[:, 0]
+        return {"twice": 2 * value} if past.computed else {}
+
+
+def test_a_policy_sees_the_steps_before_computed_or_not():
+    policy = Noting(0.5)
+    run = Run(policy)
+    for index, value in enumerate([0.0, 0.25, 0.75, 0.125, 0.375]):
+        run.measured(index, [value])
+    assert policy.seen == [
+        ([0.0], [0.0], [], {}),
+        ([0.0], [0.25], [[0.0]], {}),
+        ([0.75], [0.75], [[0.25]], {"twice": [1.5]}),
+        ([0.75], [0.125], [[0.75]], {"twice": [1.5]}),
+    ]
+
+
+def test_what_is_remembered_is_of_each_rows_last_computed_step():
+    policy = Noting(0.5, previous=0)
+    run = Run(policy)
+    run.measured(0, [0.0, 0.0, 0.0])
+    run.measured(1, [0.25, 0.75, 0.25])
+    run.measured(2, [0.75, 0.25, 0.25])
+    run.measured(3, [0.0, 0.0, 0.0])
+    computed, previous, earlier, memory = policy.seen[-1]
+    assert (computed, previous, earlier) == ([0.75, 0.75, 0.0], None, [])
+    assert memory["twice"][:2] == [1.5, 1.5]
+    assert math.isnan(memory["twice"][2])  # never computed but at the first step, when there was nothing to remember
+
+
+def test_of_another_batch_nothing_is_kept():
+    policy = Noting(0.5)
+    run = Run(policy)
+    run.measured(0, [0.0])
+    run.measured(1, [0.25])
+    run.measured(2, [0.25, 0.25])
+    run.measured(3, [0.0, 0.0])
+    assert policy.seen[-1] == ([0.25, 0.25], [0.25, 0.25], [], {})
+
+
+@pytest.mark.parametrize("sync", ["immediate", "lagged"])
+@pytest.mark.parametrize("failing", ["remember", "measure"])
+def test_what_fails_computes_and_tells(failing, sync):
+    def fail(*args):
+        raise ZeroDivisionError("nothing to keep")
+
+    run = Run(type("Failing", (Above,), {failing: fail})(0.5), sync=sync)
+    run.measured(0, [0.0])
+    assert [decided(run.measured(index, [0.0])) for index in (1, 2, 3)] == ["all"] * 3
+    assert set(run.failures) == {("the policy", "nothing to keep")}
+
+
+# lagging
+
+
+def test_lagged_decisions_go_by_the_number_of_the_step_before():
+    run = Run(Above(0.5), sync="lagged")
+    values = [0.9, 0.9, 0.0, 0.75, 0.0, 0.0]
+    frames = [run.measured(index, [value]) for index, value in enumerate(values)]
+    assert [decided(frame) for frame in frames] == ["all", "all", "all", "none", "all", "none"]
+    assert [frame.reason for frame in frames[:4]] == [
+        "warm-up",
+        "value None",
+        f"value {torch.tensor(0.9).item()}",
+        "value 0.0",
+    ]
+
+
+def test_lagged_numbers_are_of_each_sample_and_of_forced_steps_too():
+    run = Run(Above(0.5), sync="lagged", warmup=3)
+    for index in range(3):
+        run.measured(index, [0.0, 0.9])
+    assert decided(run.measured(3, [0.9, 0.0])) == [1]
+    assert decided(run.measured(4, [0.9, 0.0])) == [0]
+
+
+def test_ranks_agree_on_lagged_numbers_as_well():
+    run = Run(Above(0.5), agree=lambda measured: measured + 1, sync="lagged")
+    frames = [run.measured(index, [0.0]) for index in range(3)]
+    assert frames[2].reason == "value 1.0"
 
 
 # together with others, and failures

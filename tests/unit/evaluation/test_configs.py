@@ -44,7 +44,8 @@ def test_every_option_composes(group):
     "name", [*registry.policies.names(), *options("method"), *(f"system/{name}" for name in options("method/system"))]
 )
 def test_every_method_expands_into_contenders(name, tmp_path):
-    more = ["method.policy.mask='10'"] if name == "mask" else []
+    required = {"mask": "method.policy.mask='10'", "magcache": "method.policy.ratios=[1.0, 0.9]"}
+    more = [required[name]] if name in required else []
     if name == "planned":
         write_profile(tmp_path)
         more = [f"method.profile='{tmp_path}'"]

@@ -3,7 +3,7 @@
 import math
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -81,6 +81,40 @@ def test_window_starts_and_ends_at_its_fraction(fraction, expected):
     assert before == "1" + "0" * (expected - 1) + "1" * (50 - expected)
 
 
+SIGMAS = (1.0, 0.875, 0.75, 0.5, 0.25, 0.125)
+LEVELS = [2 * math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf for sigma in SIGMAS]
+
+
+@pytest.mark.parametrize(
+    ("guards", "expected"),
+    [
+        (dict(sigma_max=0.8), "110000"),
+        (dict(sigma_max=0.75, sigma_min=0.25), "110001"),  # the ends are inside
+        (dict(sigma_min=0.9), "111111"),
+        (dict(sigma_min=0.4, warmup=3), "111011"),
+        (dict(sigma_min=0.4, max_consecutive=2), "100111"),
+        (dict(sigma_max=1.0, sigma_min=0.0), "100000"),
+    ],
+)
+def test_window_in_noise(guards, expected):
+    guarded = Guarded(Interval(50), Guards(**guards)).for_run(LEVELS)
+    assert text(guarded.schedule(6)) == expected
+    state, done = PassState(), ""
+    for index, level in enumerate(LEVELS):
+        verdict = guarded.decide(replace(step(index), noise_level=level), None, state)
+        state.update(index, verdict.compute)
+        done += str(int(verdict.compute))
+    assert done == expected
+
+
+def test_a_window_in_noise_needs_noise_levels():
+    guarded = Guarded(Interval(50), Guards(sigma_max=0.8))
+    for unknown in (guarded, guarded.for_run(LEVELS).for_run([])):
+        with pytest.raises(ConfigError, match="need the sampler's noise levels"):
+            unknown.schedule(6)
+    assert Guarded(Interval(50)).for_run([]).schedule(6) is not None
+
+
 @pytest.mark.parametrize(
     ("total", "guards", "expected"),
     [(1, {}, "1"), (1, dict(last=1), "1"), (2, {}, "10"), (3, dict(warmup=1, last=1), "101")],
@@ -153,6 +187,10 @@ def test_reasons():
         dict(start=float("nan")),
         dict(max_consecutive=-1),
         dict(max_reused=-2),
+        dict(sigma_max=1.5),
+        dict(sigma_min=-0.1),
+        dict(sigma_min=0.6, sigma_max=0.5),
+        dict(sigma_min=float("nan")),
     ],
 )
 def test_invalid_guards(options):
