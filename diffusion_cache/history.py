@@ -12,9 +12,13 @@ Lane = list[tuple[float, int]]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a span's output: its residual against the input called `base`, or the output itself (base None)."""
+    """One tensor of a span's output: its residual against the input called `base`, or the output itself (base None).
+
+    kept: the input that is stored beside it, where inputs are.
+    """
 
     base: int | str | None
+    kept: int | str | None = None
 
 
 class History:
