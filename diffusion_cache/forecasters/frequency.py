@@ -22,9 +22,9 @@ from .taylor import polynomial_weights
 class Frequency(NonLinear):
     """F̂ = P·(polynomial of degree `low`) + (1 − P)·(polynomial of degree `high`), P: frequencies up to `cutoff`.
 
-    Frequencies are distances from zero in units of the highest one along an axis. The axes are those of a feature
-    [rows, channels, ...]; the square that tokens [rows, tokens, channels] make, if their number is one; else, as the
-    layout of tokens cannot be told, the token axis. What has no such axis is all of low frequency.
+    Up to it along every axis, in units of the highest frequency there: 0 leaves the mean alone, 1 everything. The axes
+    are those of a feature [rows, channels, ...]; the square that tokens [rows, tokens, channels] make, if their number
+    is one; else, as the layout of tokens cannot be told, the token axis. What has no such axis is all of low frequency.
     """
 
     low: int = 0
@@ -66,9 +66,8 @@ def low_pass(feature: Tensor, cutoff: float) -> Tensor:
     axes = range(1, grid.ndim - 1) if feature.ndim <= 3 else range(2, grid.ndim)
     if not axes:
         return feature
-    square = torch.zeros((), device=grid.device, dtype=grid.dtype)
+    spectrum = torch.fft.fftn(grid, dim=tuple(axes))
     for axis in axes:
-        frequencies = torch.fft.fftfreq(grid.shape[axis], device=grid.device, dtype=grid.dtype)
-        square = square + frequencies.square().reshape(-1, *[1] * (grid.ndim - 1 - axis))
-    spectrum = torch.fft.fftn(grid, dim=tuple(axes)) * (square.sqrt() <= 0.5 * cutoff)
+        frequencies = torch.fft.fftfreq(grid.shape[axis], device=grid.device).abs()
+        spectrum = spectrum * (frequencies <= 0.5 * cutoff).reshape(-1, *[1] * (grid.ndim - 1 - axis))
     return torch.fft.ifftn(spectrum, dim=tuple(axes)).real.reshape(feature.shape)

@@ -17,8 +17,8 @@ class Sampler(Forecaster):
 
     The variable is the one that the sampler integrates in (`NoiseLevels.times`), taken to end at 0. On even steps,
     with the newest feature at the step itself, these are the weights of the Adams–Bashforth method of that order.
-    Needs a pipeline whose sampler tells its noise levels; of a denoiser's output it is the mean over the step, of
-    other spans' features an estimate of it.
+    Needs a pipeline whose sampler tells its noise levels. It aims at the path that a sampler of many small steps would
+    take, and not at the uncached run, whose step goes by the value at its start.
     """
 
     order: int = 2
