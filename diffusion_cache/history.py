@@ -22,7 +22,7 @@ class Leaf:
 
 
 class History:
-    """Up to `capacity` features. A feature is one tensor per leaf of the span's output.
+    """Up to `capacity` features. A feature is one tensor per leaf of the span's output, and the inputs kept with them.
 
     Slots are allocated once and written in place, so memory never exceeds capacity × the feature's bytes. All batch
     rows share one lane until rows are observed apart; then each has its own.

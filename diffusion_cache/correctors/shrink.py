@@ -10,7 +10,10 @@ from ..registry import correctors
 @correctors.register("shrink")
 @dataclass(frozen=True)
 class Shrink(Corrector):
-    """ŷ = a + strength·(ĥ − a), a the last computed feature: 1 keeps the forecast ĥ, 0 reuses a."""
+    """ŷ = a + strength·(ĥ − a), a the last computed feature: 1 keeps the forecast ĥ, 0 reuses a.
+
+    One strength for the whole run, whose usual value is ours.
+    """
 
     strength: float = 0.8
 

@@ -119,7 +119,10 @@ class Method:
                 f"use scope {' or '.join(map(repr, sorted(forecaster.scopes)))}"
             )
         if corrector is not None and not corrector.static:
-            raise ConfigError(f"corrector {corrector.name!r} compares signals of stored steps, which are not kept")
+            raise ConfigError(
+                f"corrector {corrector.name!r} compares signals of stored steps, which are not kept: "
+                "take 'shrink', or none"
+            )
         if self.is_traced(denoiser, scope) and (not forecaster.static or forecaster.keeps_inputs):
             raise ConfigError(
                 f"forecaster {forecaster.name!r} is no weighted sum of features, which is all that a denoiser compiled "

@@ -236,15 +236,15 @@ class SpanCalls:
         try:
             weights, slots = self._weights(frame, span, state)
             correction = self._correction(frame, span, state.history)
+            forecaster, leaves = self._run.forecaster, state.template.leaves
             visit.forecast = []
-            for i, leaf in enumerate(state.template.leaves):
+            for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 stored = state.history.leaf(i)
                 features = [stored[slot] for slot in slots]
-                if leaf.kept is not None:
-                    inputs = state.history.leaf(len(state.template.leaves) + i)
+                if leaf.kept is not None:  # inputs are stored behind the features, one for each of them
+                    inputs = state.history.leaf(len(leaves) + i)
                     features += [inputs[slot] for slot in slots]
-                forecaster = self._run.forecaster
                 if isinstance(forecaster, NonLinear):
                     features.append(self._forecast_rows(forecaster, frame, span, state.history, stored))
                 visit.forecast.append(ops.forecast(base, features, weights, correction))

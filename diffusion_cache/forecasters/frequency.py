@@ -1,6 +1,7 @@
 """FreqCa (arXiv 2510.08669): low frequencies over the tokens are reused, high ones extrapolated.
 
-The paper leaves low frequencies as they are and extrapolates high ones to second order; where the bands part is ours.
+The paper leaves low frequencies as they are, and extrapolates high ones to second order in Hermite polynomials; here
+it is the polynomial through the features. Where the bands part is ours.
 """
 
 import math

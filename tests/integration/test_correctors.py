@@ -159,7 +159,7 @@ def test_correctors_work_in_a_denoiser_compiled_as_a_whole():
         ({"corrector": "shrink", "strenth": 0.5}, "Unknown option 'strenth'.*corrector 'shrink'.*'strength'"),
         ({"corrector": "shrink", "strength": 2.0}, "strength must be from 0 to 1"),
         ({"corrector": "magnitude"}, "ratios"),
-        ({"corrector": "alignment"}, "compares signals of stored steps, which are not kept"),
+        ({"corrector": "alignment"}, "compares signals of stored steps, which are not kept: take 'shrink'"),
         ({"corrector": 3}, "corrector must be a name or an instance"),
         ({"forecaster": "average_velocity"}, "does not serve scope 'stack'.*use scope 'denoiser'"),
         (
@@ -192,13 +192,13 @@ def test_ratios_of_another_length_are_told_and_computed(dit):
 
 
 def test_steps_are_integrated_in_ddims_own_variable(dit):
-    """Which is σ/α: against a direct computation from its own ᾱ."""
+    """Which is the angle arctan(σ/α) where v is predicted: against a direct computation from its own ᾱ."""
     seen = Outputs()
     method = Method(Guarded(Mask("110111")), Sampler(), "denoiser", granularity="batch")
     with attached(dit, method, seen):
         generate("dit-digits", dit)
         alphas = dit.scheduler.alphas_cumprod.double()[dit.scheduler.timesteps]
-    u = ((1 - alphas) / alphas).sqrt()
+    u = ((1 - alphas) / alphas).sqrt().atan()
     middle = (u[2] + u[3]) / 2 - u[1]  # the mean of a line is its value in the middle
     expected = seen.computed[1] + middle * (seen.computed[1] - seen.computed[0]) / (u[1] - u[0])
     torch.testing.assert_close(seen.reused[2], expected, rtol=1e-4, atol=1e-4)
