@@ -460,7 +460,10 @@ def _method(
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
     built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
-    built_corrector = None if corrector is None else _build(corrector_registry, corrector, Corrector, remaining)
+    # by its name, a corrector shares options with the policy: both may go by one model's ratios
+    own = dict(options) if isinstance(corrector, str) else remaining
+    built_corrector = None if corrector is None else _build(corrector_registry, corrector, Corrector, own)
+    remaining = {name: value for name, value in remaining.items() if name in own}
     if remaining:
         parts = {"policy": built_policy, "forecaster": built_forecaster, "corrector": built_corrector}
         parts = {kind: part for kind, part in parts.items() if part is not None}

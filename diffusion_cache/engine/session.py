@@ -51,8 +51,8 @@ _tokens = itertools.count()
 class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
-    scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync: see
-    `diffusion_cache.enable`.
+    scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync:
+    see `diffusion_cache.enable`.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs.

@@ -373,6 +373,9 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     made = cls(**policy)
     Guards(**guards)
     place = {key: node[key] for key in ("scope", "depth") if node.get(key) is not None}
+    for option in policy.keys() & corrector.keys():
+        if policy[option] != corrector[option]:
+            raise ConfigError(f"{name} and {corrector_name} share the option {option!r}: give both the same")
     mending = {"corrector": corrector_name, **corrector} if corrector_name else {}
     common = {"forecaster": predictor_name, **predictor, **mending, **place}
     options = {"policy": name, **policy, **guards, **common}

@@ -5,6 +5,7 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import NoiseLevels
 from diffusion_cache.engine import Method, Observer
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import AverageVelocity, Sampler
@@ -161,7 +162,7 @@ def test_correctors_work_in_a_denoiser_compiled_as_a_whole():
         ({"corrector": "magnitude"}, "ratios"),
         ({"corrector": "alignment"}, "compares signals of stored steps, which are not kept: take 'shrink'"),
         ({"corrector": 3}, "corrector must be a name or an instance"),
-        ({"forecaster": "average_velocity"}, "does not serve scope 'stack'.*use scope 'denoiser'"),
+        ({"forecaster": "average_velocity", "scope": "stack"}, "does not serve scope 'stack'.*use scope 'denoiser'"),
         (
             {"corrector": "shrink", "profile": "dit-digits-ddim", "nfe": 10, "policy": None},
             "corrector comes from the profile",
@@ -173,6 +174,40 @@ def test_bad_input_changes_nothing(dit, options, message):
     with pytest.raises(ConfigError, match=message):
         dc.enable(dit, **{"policy": "interval", **options})
     assert torch.equal(generate("dit-digits", dit), before)
+
+
+def test_policy_and_corrector_share_ratios(flux):
+    ratios = [1.0 + 0.01 * step for step in range(STEPS)]
+    options = dict(policy="magcache", ratios=ratios, forecaster="reuse", threshold=0.5, max_skip=2)
+    with dc.cached(flux, **options):
+        plain = generate("flux-digits", flux)
+        reused = dc.summary(flux).reused
+    with dc.cached(flux, **options, corrector="magnitude"):
+        assert (generate("flux-digits", flux) - plain).abs().max() > 1e-4
+        assert dc.summary(flux).reused == reused > 0
+
+
+def test_a_loop_of_ones_own_says_in_which_variable_it_integrates(flux):
+    """Without that a forecaster that goes by it refuses; noise levels alone are log-SNR, and no more."""
+    calls = []
+    hook = flux.transformer.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
+    generate("flux-digits", flux, steps=2)
+    hook.remove()
+    args, kwargs = calls[0]
+    levels = [-2.0, 0.0, 2.0]
+    with (
+        pytest.raises(ConfigError, match="noise levels"),
+        dc.run(flux.transformer, "interval", "sampler", num_steps=3, noise_levels=levels),
+    ):
+        flux.transformer(*args, **kwargs)
+    with (
+        dc.run(flux.transformer, "interval", "sampler", num_steps=3, noise_levels=NoiseLevels(levels, "flow")) as run,
+        torch.no_grad(),
+    ):
+        for _ in levels:
+            flux.transformer(*args, **kwargs)
+            run.next_step()
+        assert run.summary().reused == 1
 
 
 def test_a_run_that_cannot_be_forecast_ends_and_the_pipeline_stays_usable(dit):
