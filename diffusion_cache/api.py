@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import published
-from .context import SCOPES, Forecaster, Policy
+from .context import SCOPES, Corrector, Forecaster, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
@@ -20,10 +20,11 @@ from .forecasters.fitted import UNFITTED, Fitted
 from .models import find_denoisers, unwrap
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
-from .policies import Drift, Guarded, Guards, Planned
+from .policies import Drift, Guarded, Guards, Interval, Planned
 from .policies.select import Select
 from .profile import Profile, shipped_profiles
 from .registry import Registry, check_options, suggest, unknown_name
+from .registry import correctors as corrector_registry
 from .registry import forecasters as forecaster_registry
 from .registry import policies as policy_registry
 from .registry import systems as system_registry
@@ -49,6 +50,7 @@ def enable(
     policy: str | Policy | None = None,
     forecaster: str | Forecaster | None = None,
     *,
+    corrector: str | Corrector | None = None,
     method: "str | System | None" = None,
     profile: "str | Path | Profile | None" = None,
     speedup: float | None = None,
@@ -72,6 +74,8 @@ def enable(
         pipe: any diffusers pipeline with a transformer or UNet.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
             "select" is the system of that name.
+        corrector: what mends each forecast, by name (see `diffusion-cache list correctors`) or instance; None for
+            nothing.
         method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
             plan from a profile at their own scope. Of the arguments below, it takes those that are its fields.
         profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
@@ -95,7 +99,7 @@ def enable(
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
             none, as every sample is decided on by itself.
-        options: fields of the policy, of the forecaster, of the system, and of `policies.Guards` (warmup, last, start,
+        options: fields of the policy, forecaster, corrector or system, and of `policies.Guards` (warmup, last, start,
             end, max_consecutive, max_reused, sigma_max, sigma_min).
 
     Raises:
@@ -107,7 +111,8 @@ def enable(
     if policy == Select.name:
         method, policy = policy, None
     if method is not None:
-        wishes = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth, "speedup": speedup}
+        wishes: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
+        wishes |= {"depth": depth, "speedup": speedup}
         fields = _fields(method)
         for name, given in {**wishes, "min_psnr": min_psnr, "nfe": nfe, "plan": plan, **watch}.items():
             if given is None:
@@ -125,9 +130,9 @@ def enable(
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-        made = _method(*chosen, scope, depth, how, options)
+        made = _method(*chosen, scope, depth, how, options, corrector)
     else:
-        own = {"policy": policy, "forecaster": forecaster, "scope": scope, "depth": depth}
+        own = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
@@ -180,6 +185,7 @@ def run(
     policy: str | Policy = DEFAULT_POLICY,
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
     *,
+    corrector: str | Corrector | None = None,
     num_steps: int | None = None,
     noise_levels: Sequence[float] | None = None,
     scope: str | None = None,
@@ -193,7 +199,8 @@ def run(
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. num_steps: needed by policies that place their computed steps
-    relative to the end. noise_levels: log-SNR log(α²/σ²) of each step, needed by policies and guards that go by it.
+    relative to the end. noise_levels: log-SNR log(α²/σ²) of each step, needed by policies and guards that go by it;
+    forecasters that integrate like the sampler need `context.NoiseLevels`, which say in which variable.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
@@ -201,7 +208,7 @@ def run(
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
     if noise_levels is not None and num_steps is not None and len(noise_levels) != num_steps:
         raise ConfigError(f"{len(noise_levels)} noise_levels for {num_steps} steps: give one for each")
-    method = _method(policy, forecaster, scope, depth, {"granularity": granularity, "sync": sync}, options)
+    method = _method(policy, forecaster, scope, depth, {"granularity": granularity, "sync": sync}, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, noise_levels or ())
@@ -351,18 +358,21 @@ def inspect(
     inputs: Mapping[str, Any] | None = None,
     *,
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    corrector: str | Corrector | None = None,
     scope: str | None = None,
     depth: int | None = None,
+    **options: Any,
 ) -> Inspection:
     """Which spans were found, their sizes, and the bytes a cache would take.
 
     inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes
     come from the last generation, if the cache is enabled at this scope. What is enabled stays enabled.
+    options: fields of the forecaster and the corrector.
 
     Raises:
         ConfigError, NoSpansError: as `enable`.
     """
-    method = _method("interval", forecaster, scope, depth, {}, {"every": 2})
+    method = _method(Interval(2), forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
     sizes: dict[str, int] = {}
@@ -437,6 +447,7 @@ def _method(
     depth: int | None,
     how: Mapping[str, str],
     options: Mapping[str, Any],
+    corrector: str | Corrector | None = None,
 ) -> Method:
     if scope is not None and scope not in SCOPES:
         raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
@@ -449,14 +460,21 @@ def _method(
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
     built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
+    # by its name, a corrector shares options with the policy: both may go by one model's ratios
+    own = dict(options) if isinstance(corrector, str) else remaining
+    built_corrector = None if corrector is None else _build(corrector_registry, corrector, Corrector, own)
+    remaining = {name: value for name, value in remaining.items() if name in own}
     if remaining:
-        known = [field.name for part in (built_policy, built_forecaster, guards) for field in dataclasses.fields(part)]
+        parts = {"policy": built_policy, "forecaster": built_forecaster, "corrector": built_corrector}
+        parts = {kind: part for kind, part in parts.items() if part is not None}
+        named = ", ".join(f"{kind} {part.name!r}" for kind, part in parts.items())
+        known = [field.name for part in (*parts.values(), guards) for field in dataclasses.fields(part)]
         name = next(iter(remaining))
         raise ConfigError(
-            f"Unknown option {name!r} for policy {built_policy.name!r} with forecaster {built_forecaster.name!r}. "
-            f"{suggest(name, [*known, 'scope', 'depth', *HOW, 'group'])}"
+            f"Unknown option {name!r} for {named}. "
+            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'group'])}"
         )
-    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, **how)
+    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
 
 def _planned(

@@ -1,9 +1,10 @@
-"""The types that policies, forecasters and the engine share."""
+"""The types that policies, forecasters, correctors and the engine share."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from .errors import ConfigError
 from .schedule import Schedule
 
 Feature = Literal["auto", "residual", "output"]
+Form = Literal["flow", "epsilon", "v_prediction", "other"]
 SCOPES = ("denoiser", "stack", "block", "branch", "cut")
 
 # what a policy may look at, each [rows, ...]
@@ -193,16 +195,78 @@ class Policy(ABC):
         """Compute or reuse at this step. value: what was measured; None with no signals needed, or nothing kept."""
 
 
+class NoiseLevels(list[float]):
+    """log-SNR of each of a run's steps, noisiest first; empty where the sampler does not tell.
+
+    form: what the sampler takes the denoiser's output for, and so in which variable it integrates that: "flow" (a
+    velocity, in σ where x = (1 − σ)·x0 + σ·noise), "epsilon" (noise, in σ/α), "v_prediction" (in the angle
+    arctan(σ/α)), or "other".
+    """
+
+    def __init__(self, levels: Iterable[float] = (), form: Form = "other"):
+        super().__init__(levels)
+        self.form = form
+
+    def times(self, method: str) -> tuple[float, ...]:
+        """The variable that the sampler integrates in, at each step and after the last one, where it is 0.
+
+        Raises:
+            ConfigError: naming the method that asks, where the sampler tells no noise levels, integrates in none of
+                these variables, or does not go through falling finite levels.
+        """
+        if not self or self.form == "other":
+            raise ConfigError(
+                f"{method} goes by the noise levels of the sampler's steps, which this run does not tell: use it on a "
+                "pipeline with a flow sampler or one that predicts noise or v, or take forecaster='taylor'"
+            )
+        times = (*(_time(level, self.form) for level in self), 0.0)
+        if not math.isfinite(times[0]) or any(late >= early for early, late in pairwise(times)):
+            raise ConfigError(
+                f"{method} needs noise levels that are finite and fall from step to step, which this sampler's do not "
+                "(samplers of second order visit them twice): use another sampler, or take forecaster='taylor'"
+            )
+        return times
+
+
+def _time(level: float, form: Form) -> float:
+    if form == "flow":
+        return 0.5 * (1.0 - math.tanh(level / 4))  # σ/(1 − σ) = exp(−level/2)
+    noise = 0.5 * (1.0 - math.tanh(level / 2))  # σ² where α² + σ² = 1
+    if form == "v_prediction":
+        return math.atan2(math.sqrt(noise), math.sqrt(1.0 - noise))
+    return math.sqrt(noise / (1.0 - noise)) if noise < 1.0 else math.inf
+
+
+class Signals(NamedTuple):
+    """One of a policy's signals at the step to forecast, [rows, ...], and at each node, oldest first, alike."""
+
+    now: Tensor
+    nodes: tuple[Tensor, ...]
+
+
 class Query(NamedTuple):
     """nodes: steps of the stored features, oldest first; target: the step to forecast.
 
     span: position of the span among its denoiser's; pass_index: position of the guidance branch in its step.
+    total: steps of the run, if known. signals: by name, those that a corrector needs.
     """
 
     nodes: Sequence[float]
     target: float
     span: int = 0
     pass_index: int = 0
+    total: int | None = None
+    signals: Mapping[str, Signals] | None = None
+
+
+class Blend(NamedTuple):
+    """What a forecast ĥ becomes: keep·ĥ + Σ_j anchors[j]·F_j, one anchor for each node's feature.
+
+    Each is one number for all batch rows, or a tensor [rows] of each row's own.
+    """
+
+    keep: float | Tensor
+    anchors: tuple[float | Tensor, ...]
 
 
 class Correction(NamedTuple):
@@ -218,9 +282,15 @@ class Forecaster(ABC):
     history: features kept. exact_degree: polynomials in the step index up to this degree are forecast exactly on
     any grid once enough features are stored; None for none. feature: what is stored, residual (output − input),
     output, or auto (residual for stacks and blocks where shapes match, else output).
+    scopes: kinds of span that it may forecast. static: whether weights are all of it, and depend on steps and noise
+    levels alone. keeps_inputs: whether with each feature the input is stored that the output continues (a history
+    takes as many bytes more), to be weighed by `input_weights`.
     """
 
     name: ClassVar[str]
+    scopes: ClassVar[frozenset[str]] = frozenset(SCOPES)
+    static: ClassVar[bool] = True
+    keeps_inputs: ClassVar[bool] = False
     feature: Feature
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -239,8 +309,12 @@ class Forecaster(ABC):
         """Guidance branches stacked in the rows of one call that are forecast with weights of their own."""
         return 1
 
-    def for_run(self, noise_levels: Sequence[float]) -> "Forecaster":
-        """This forecaster for a run through these noise levels (log-SNR, one a step; empty if not known)."""
+    def for_run(self, noise_levels: NoiseLevels) -> "Forecaster":
+        """This forecaster for a run through these noise levels.
+
+        Raises:
+            ConfigError: where it cannot forecast such a run; the run then ends, and the pipeline stays usable.
+        """
         return self
 
     @property
@@ -267,3 +341,57 @@ class Forecaster(ABC):
     @abstractmethod
     def weights(self, query: Query) -> tuple[float, ...]:
         """One weight per node; there are between 1 and `history` nodes."""
+
+    def input_weights(self, query: Query) -> tuple[float, ...]:
+        """One weight per node for the inputs stored with the features; asked only of what keeps inputs."""
+        raise NotImplementedError(f"forecaster {self.name!r} keeps inputs and so must define input_weights")
+
+
+class NonLinear(Forecaster):
+    """A forecaster that is no weighted sum of features. A frozen dataclass of primitives."""
+
+    static = False
+
+    def weights(self, query: Query) -> tuple[float, ...]:
+        raise TypeError(f"forecaster {self.name!r} is no weighted sum of features: it has no weights")
+
+    @abstractmethod
+    def forecast(self, query: Query, features: Sequence[Tensor]) -> Tensor:
+        """The feature at the target from those of the nodes, all [rows, ...] and at least float32.
+
+        features: between 1 and `history`, oldest first, not to be written into. Rows are samples and guidance
+        branches: none may depend on another.
+        """
+
+
+class Corrector(ABC):
+    """How a forecast is mended, linearly, so that one weighted sum serves. A frozen dataclass of primitives.
+
+    needs_signals: those of the policy's signals that it compares; it is given them as `Query.signals`. static: whether
+    it depends on steps alone.
+    """
+
+    name: ClassVar[str]
+    needs_signals: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__  # until it is registered under another
+
+    @property
+    def static(self) -> bool:
+        return not self.needs_signals
+
+    @property
+    def corrected_channels(self) -> int:
+        """As `Forecaster.corrected_channels`."""
+        return 0
+
+    def correction(self, query: Query) -> Correction | None:
+        """As `Forecaster.correction`."""
+        return None
+
+    def blend(self, query: Query) -> Blend | None:
+        """What of the forecast feature is kept, and what of the stored ones takes its place; None to keep all."""
+        return None

@@ -12,13 +12,17 @@ Lane = list[tuple[float, int]]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a span's output: its residual against the input called `base`, or the output itself (base None)."""
+    """One tensor of a span's output: its residual against the input called `base`, or the output itself (base None).
+
+    kept: the input that is stored beside it, where inputs are.
+    """
 
     base: int | str | None
+    kept: int | str | None = None
 
 
 class History:
-    """Up to `capacity` features. A feature is one tensor per leaf of the span's output.
+    """Up to `capacity` features. A feature is one tensor per leaf of the span's output, and the inputs kept with them.
 
     Slots are allocated once and written in place, so memory never exceeds capacity × the feature's bytes. All batch
     rows share one lane until rows are observed apart; then each has its own.

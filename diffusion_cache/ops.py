@@ -65,6 +65,16 @@ def _corrected(output: Tensor, correction: Tensor | None) -> Tensor:
     return torch.addcmul(bias, scale, wide)
 
 
+def channel_axis(feature: Tensor) -> int:
+    """Of a feature [rows, ..., channels], or of one with more than 3 axes, [rows, channels, ...]."""
+    return -1 if feature.ndim <= 3 else 1
+
+
 def channels(feature: Tensor) -> int:
-    """How many channels a feature [rows, ..., channels] has, or one of more than 3 axes, [rows, channels, ...]."""
-    return feature.shape[-1 if feature.ndim <= 3 else 1]
+    """How many channels a feature has."""
+    return feature.shape[channel_axis(feature)]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.float() if tensor.dtype in LOW_PRECISION else tensor

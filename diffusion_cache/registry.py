@@ -1,7 +1,7 @@
-"""Named methods: policies, forecasters and published systems are frozen dataclasses found by name.
+"""Named methods: policies, forecasters, correctors and published systems are frozen dataclasses found by name.
 
 A method of another package is found through its entry points (`diffusion_cache.policies`,
-`diffusion_cache.forecasters`, `diffusion_cache.systems`) or by decorating its class:
+`diffusion_cache.forecasters`, `diffusion_cache.correctors`, `diffusion_cache.systems`) or by decorating its class:
 `@registry.policies.register("my_policy")`.
 """
 
@@ -122,4 +122,5 @@ class Registry(Generic[T]):
 
 policies: Registry[Any] = Registry("policy", "diffusion_cache.policies")
 forecasters: Registry[Any] = Registry("forecaster", "diffusion_cache.forecasters")
+correctors: Registry[Any] = Registry("corrector", "diffusion_cache.correctors")
 systems: Registry[Any] = Registry("system", "diffusion_cache.systems")

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 
 from diffusion_cache import models, reference, registry
-from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
+from diffusion_cache.context import SCOPES, Needs, NoiseLevels, Policy, Verdict
 
 STEPS = 6
-NOISE_LEVELS = tuple(2.0 * step - STEPS for step in range(STEPS))  # for loops of one's own
+NOISE_LEVELS = NoiseLevels((2.0 * step - STEPS for step in range(STEPS)), "flow")  # for loops of one's own
 
 # options that make a policy reuse something in a run of STEPS steps, and options that make it compute every step;
 # a newly registered policy must be listed here
@@ -42,6 +42,10 @@ COMPUTING: dict[str, dict[str, Any]] = {
 }
 
 
+# forecasters that serve some samplers only, and say so elsewhere
+MODELS_OF = {"average_velocity": {"flux-digits", "wan-moving-digits"}}
+
+
 @dataclass(frozen=True)
 class Case:
     model: str
@@ -55,6 +59,11 @@ class Case:
     def options(self, table: dict[str, dict[str, Any]] = REUSING) -> dict[str, Any]:
         return dict(policy=self.policy, forecaster=self.forecaster, scope=self.scope, **table[self.policy])
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether what stays the same is reproduced."""
+        return registry.forecasters.get(self.forecaster)().exact_degree is not None
+
 
 def scopes_of(model: str) -> set[str]:
     denoiser = reference.spec(model).build()
@@ -67,7 +76,8 @@ ALL_CASES = [
     for available in [scopes_of(model)]
     for policy in registry.policies.names()
     for forecaster in registry.forecasters.names()
-    for scope in sorted(registry.policies.get(policy).scopes & available)
+    if model in MODELS_OF.get(forecaster, {model})
+    for scope in sorted(registry.policies.get(policy).scopes & registry.forecasters.get(forecaster).scopes & available)
 ]
 
 

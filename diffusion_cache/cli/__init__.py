@@ -47,6 +47,7 @@ class Precision(str, Enum):
 class Listed(str, Enum):
     policies = "policies"
     forecasters = "forecasters"
+    correctors = "correctors"
     systems = "systems"
     models = "models"
 
@@ -184,7 +185,7 @@ def _report(
 
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List policies, forecasters, published systems or shipped models."""
+    """List policies, forecasters, correctors, published systems or shipped models."""
     if what is Listed.models:
         from .. import reference
 
@@ -194,6 +195,8 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
             table.add_row(*row)
     elif what is Listed.systems:
         table = _systems()
+    elif what is Listed.forecasters:
+        table = _forecasters()
     else:
         from .. import registry
 
@@ -206,6 +209,24 @@ def _methods(registry: "Registry[Any]") -> Table:
     table = Table(registry.kind, "options", "what it does")
     for name in registry.names():
         table.add_row(name, escape(_options(registry, name)), escape(_about(registry.get(name))))
+    return table
+
+
+def _forecasters() -> Table:
+    """The forecasters with what they keep and promise; with their usual options, where all have one."""
+    from ..context import SCOPES
+    from ..registry import forecasters
+
+    table = Table("forecaster", "features", "exact degree", "weights", "scopes", "options", "what it does")
+    for name in forecasters.names():
+        cls = forecasters.get(name)
+        kept = degree = "by its options"
+        if dataclasses.MISSING not in forecasters.options(name).values():
+            kept, degree = str(cls().history), str(cls().exact_degree)
+        kept += " and inputs" * cls.keeps_inputs
+        scopes = "all" if cls.scopes == frozenset(SCOPES) else ", ".join(sorted(cls.scopes))
+        told = kept, degree, "static" if cls.static else "non-linear", scopes
+        table.add_row(name, *told, escape(_options(forecasters, name)), escape(_about(cls)))
     return table
 
 

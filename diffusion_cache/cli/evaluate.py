@@ -19,7 +19,7 @@ GROUPS = ("peer", "launcher", "experiment")
 
 
 def register_methods() -> None:
-    """Offer all registered policies, systems and forecasters as options of the groups `method` and `forecaster`."""
+    """Offer all that is registered as options of the groups `method`, `forecaster` and `corrector`."""
     store = ConfigStore.instance()
     guards = {field.name: None for field in dataclasses.fields(Guards)}
     for name in registry.policies.names():
@@ -40,8 +40,9 @@ def register_methods() -> None:
         node = {"kind": "ours", "label": None, "system": {"name": name, **options}, "guards": guards}
         node |= {"profile": None, "profile_scope": None, "grid": None, "points": None}
         store.store(group="method", name=name, node=OmegaConf.create(node))
-    for name in registry.forecasters.names():
-        store.store(group="forecaster", name=name, node={"name": name, **_defaults(registry.forecasters.options(name))})
+    for group, known in (("forecaster", registry.forecasters), ("corrector", registry.correctors)):
+        for name in known.names():
+            store.store(group=group, name=name, node={"name": name, **_defaults(known.options(name))})
 
 
 def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..context import Step
+from ..context import NoiseLevels, Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
 from ..policies import Guarded
@@ -50,7 +50,7 @@ class CacheRun:
         self,
         session: "Session",
         clock: StepClock,
-        noise_levels: Callable[[Any], list[float]],
+        noise_levels: Callable[[Any], NoiseLevels],
         pipe: Any = None,
     ):
         self.session = session
@@ -73,8 +73,8 @@ class CacheRun:
         self._adaptive = not session.method.guarded.planned
         self._told_before: Any = None
         self._noise_levels = noise_levels
-        self._levels: list[float] = []
-        self._moved_from: list[float] | None = None  # the sampler's own levels, where the policy has moved them
+        self._levels = NoiseLevels()
+        self._moved_from: NoiseLevels | None = None  # the sampler's own levels, where the policy has moved them
         self._groups, self._grouped_batch = 1, 0
         self._warned: set[str] = set()
         self._reached: dict[str, bool] = {}  # by denoiser: whether any of its spans was ever entered
@@ -294,7 +294,7 @@ class CacheRun:
         if sigmas is not None:
             move_sigmas(scheduler, sigmas)
 
-    def _own_levels(self, guarded: Guarded) -> list[float]:
+    def _own_levels(self, guarded: Guarded) -> NoiseLevels:
         """This loop's noise levels as the sampler has them by itself, which is what plans go by."""
         own = self._moved_from
         if own is None:
@@ -359,7 +359,7 @@ class CacheRun:
         self.decisions.clear()
         # what is kept for summary must not keep the pipeline alive
         self.clock.close()
-        self._noise_levels = lambda timestep: []
+        self._noise_levels = lambda timestep: NoiseLevels()
         for name, reached in self._reached.items():
             if not reached:
                 self.warn(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..context import Form, NoiseLevels
 from ..models.denoisers import TIME_ARGUMENTS
 
 
@@ -181,7 +182,7 @@ def loop_total(scheduler: Any, timestep: Any, progress_total: int | None) -> int
     return min(listed, progress_total)
 
 
-def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
+def noise_levels(scheduler: Any, timestep: Any = None) -> NoiseLevels:
     """log-SNR of each of the run's iterations, noisiest first; empty where the scheduler has neither sigmas nor alphas.
 
     log(α²/σ²): 2·log((1 − σ)/σ) for flow matching, −2·log σ for sigmas of variance-exploding form, and by timestep
@@ -189,7 +190,7 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None:
-        return []
+        return NoiseLevels()
     begin = begin_index(scheduler, timestep)
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
@@ -197,12 +198,22 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> list[float]:
         if is_flow(scheduler):
             if getattr(scheduler, "config", {}).get("invert_sigmas"):  # they say how much data there is
                 values = [1 - sigma for sigma in values]
-            return [2 * (_log(1 - sigma) - _log(sigma)) for sigma in values]
-        return [-2 * _log(sigma) for sigma in values]
+            return NoiseLevels((2 * (_log(1 - sigma) - _log(sigma)) for sigma in values), "flow")
+        return NoiseLevels((-2 * _log(sigma) for sigma in values), _form(scheduler))
     if alphas is not None:
         index = timesteps.cpu().long()[begin:].clamp(0, len(alphas) - 1)
-        return [_log(a) - _log(1 - a) for a in alphas.double().cpu()[index].tolist()]
-    return []
+        levels = (_log(a) - _log(1 - a) for a in alphas.double().cpu()[index].tolist())
+        return NoiseLevels(levels, _form(scheduler))
+    return NoiseLevels()
+
+
+def _form(scheduler: Any) -> Form:
+    """What a scheduler that is of no flow takes the denoiser's output for."""
+    config = getattr(scheduler, "config", {})
+    if "sigma_data" in config:  # scaled by more than its kind says (EDM)
+        return "other"
+    given = config.get("prediction_type")
+    return given if given in ("epsilon", "v_prediction") else "other"
 
 
 def is_flow(scheduler: Any) -> bool:

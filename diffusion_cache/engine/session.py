@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..context import SIGNALS, Forecaster
+from ..context import SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import (
     Called,
@@ -51,8 +51,11 @@ _tokens = itertools.count()
 class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
-    scope None: each denoiser's default, or denoiser for a policy that does not serve that. granularity, sync: see
-    `diffusion_cache.enable`.
+    scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync:
+    see `diffusion_cache.enable`.
+
+    Raises:
+        ConfigError: if both the forecaster and the corrector scale outputs.
     """
 
     guarded: Guarded
@@ -61,6 +64,14 @@ class Method:
     depth: int | None = None
     granularity: str = "sample"
     sync: str = "immediate"
+    corrector: Corrector | None = None
+
+    def __post_init__(self) -> None:
+        if self.corrector is not None and self.corrector.corrected_channels and self.forecaster.corrected_channels:
+            raise ConfigError(
+                f"forecaster {self.forecaster.name!r} scales outputs itself: leave corrector {self.corrector.name!r} "
+                "out"
+            )
 
     def __str__(self) -> str:
         def text(part: Any) -> str:
@@ -68,7 +79,8 @@ class Method:
             return f"{part.name}({fields})"
 
         where = self.scope or "default scope"
-        return f"{text(self.guarded.policy)} + {text(self.forecaster)} on {where}"
+        parts = [self.guarded.policy, self.forecaster, *([self.corrector] if self.corrector is not None else [])]
+        return f"{' + '.join(map(text, parts))} on {where}"
 
     def for_call(self, kwargs: Mapping[str, Any], agree: Agree | None) -> "Method":
         """What a run goes by whose first denoiser call has these arguments."""
@@ -81,14 +93,17 @@ class Method:
         """The denoiser's spans under this method.
 
         Raises:
-            ConfigError: for a scope that the policy does not serve, or options that leave nothing to skip.
+            ConfigError: for a scope that policy or forecaster does not serve, options that leave nothing to skip, a
+                denoiser compiled as a whole with a forecaster that it cannot trace, or a corrector whose signals are
+                not kept.
             NoSpansError: if the denoiser has none at this scope.
         """
         policy = self.guarded.policy
         if not getattr(policy, "scopes", None):
             raise ConfigError(f"policy {policy.name!r} declares no scopes: name the kinds of span it may govern")
-        scope = self.scope or default_scope(denoiser)
-        if self.scope is None and scope not in policy.scopes and "denoiser" in policy.scopes:
+        forecaster, corrector = self.forecaster, self.corrector
+        scope, served = self.scope or default_scope(denoiser), policy.scopes & forecaster.scopes
+        if self.scope is None and scope not in served and "denoiser" in served:
             scope = "denoiser"  # which every model has
         unknown = set(policy.needs.signals) - SIGNALS.keys()
         if unknown:
@@ -97,6 +112,22 @@ class Method:
             raise ConfigError(
                 f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
                 f"it serves {', '.join(sorted(policy.scopes))}"
+            )
+        if scope not in forecaster.scopes:
+            raise ConfigError(
+                f"forecaster {forecaster.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}): "
+                f"use scope {' or '.join(map(repr, sorted(forecaster.scopes)))}"
+            )
+        if corrector is not None and not corrector.static:
+            raise ConfigError(
+                f"corrector {corrector.name!r} compares signals of stored steps, which are not kept: "
+                "take 'shrink', or none"
+            )
+        if self.is_traced(denoiser, scope) and (not forecaster.static or forecaster.keeps_inputs):
+            raise ConfigError(
+                f"forecaster {forecaster.name!r} is no weighted sum of features, which is all that a denoiser compiled "
+                "as a whole takes: compile its blocks instead (compile_repeated_blocks), use scope 'denoiser', or "
+                "another forecaster such as 'taylor'"
             )
         needs = policy.needs
         if scope == "cut" and (needs.probe > 1 or needs.tail):
@@ -110,6 +141,10 @@ class Method:
             raise ConfigError(f"policy {policy.name!r} looks at what enters its probe: not known on a UNet cut")
         depth, adaptive = self.depth or 1, bool(needs.signals)
         return find_layout(denoiser, scope, depth, needs.probe, needs.tail, needs.blocks, adaptive)
+
+    def is_traced(self, denoiser: nn.Module, scope: str) -> bool:
+        """Whether the spans are inside of what is compiled."""
+        return scope == "stack" and self.guarded.planned and is_compiled(denoiser)
 
 
 class Session:
@@ -219,7 +254,7 @@ class Session:
         self.denoisers[name], self.layouts[name] = denoiser, layout
         for module, handler in handlers:
             intercept(module, self, handler)
-        if layout.scope == "stack" and self.method.guarded.planned and is_compiled(denoiser):
+        if self.method.is_traced(denoiser, layout.scope):
             self.compiled[name] = CompiledSpans(unwrap(denoiser), spans)
 
     def arrange_spans(self, name: str, trace: list[Called]) -> None:
@@ -325,7 +360,8 @@ class Session:
 
     def begin_model(self, num_steps: int | None, noise_levels: Sequence[float] = ()) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: list(noise_levels))
+        levels = noise_levels if isinstance(noise_levels, NoiseLevels) else NoiseLevels(noise_levels)
+        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: levels)
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..context import Correction, Query
+from ..context import Blend, Correction, NonLinear, Query
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
@@ -34,6 +34,34 @@ if TYPE_CHECKING:
 # rows computed alone may differ from the same rows in a batch by as much, relative, by the order of summation
 ROW_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 LOW_PRECISION_ROW_TOLERANCE = 2e-2
+
+
+class Row(NamedTuple):
+    """What one batch row, or all of them, is forecast with: weights of the features, of the inputs stored with them,
+    and of what a non-linear forecaster makes. Numbers, or tensors [rows] of all rows' own.
+    """
+
+    features: tuple[float | Tensor, ...]
+    inputs: tuple[float | Tensor, ...] = ()
+    forecast: tuple[float | Tensor, ...] = ()
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        return (*self.features, *self.inputs, *self.forecast)
+
+    def mended(self, blend: Blend) -> "Row":
+        features = tuple(blend.keep * w + anchor for w, anchor in zip(self.features, blend.anchors, strict=True))
+        inputs, forecast = (tuple(blend.keep * w for w in part) for part in (self.inputs, self.forecast))
+        return Row(features, inputs, forecast)
+
+    def placed(self, slots: Sequence[int], count: int) -> "Row":
+        """With a weight for each of `count` slots: of those named, in the weights' order, theirs, else 0."""
+
+        def whole(weights: tuple[float | Tensor, ...]) -> tuple[float | Tensor, ...]:
+            by_slot = dict(zip(slots, weights, strict=True))
+            return tuple(by_slot.get(slot, 0.0) for slot in range(count))
+
+        return Row(whole(self.features), whole(self.inputs) if self.inputs else (), self.forecast)
 
 
 class SpanCalls:
@@ -208,11 +236,18 @@ class SpanCalls:
         try:
             weights, slots = self._weights(frame, span, state)
             correction = self._correction(frame, span, state.history)
+            forecaster, leaves = self._run.forecaster, state.template.leaves
             visit.forecast = []
-            for i, leaf in enumerate(state.template.leaves):
+            for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
-                features = state.history.leaf(i)
-                visit.forecast.append(ops.forecast(base, [features[slot] for slot in slots], weights, correction))
+                stored = state.history.leaf(i)
+                features = [stored[slot] for slot in slots]
+                if leaf.kept is not None:  # inputs are stored behind the features, one for each of them
+                    inputs = state.history.leaf(len(leaves) + i)
+                    features += [inputs[slot] for slot in slots]
+                if isinstance(forecaster, NonLinear):
+                    features.append(self._forecast_rows(forecaster, frame, span, state.history, stored))
+                visit.forecast.append(ops.forecast(base, features, weights, correction))
             visit.rows = frame.rows
             return True
         except Exception as error:
@@ -241,50 +276,72 @@ class SpanCalls:
         try:
             table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
             correction = self._correction(frame, span, state.history, always=True)
-            by_slot = [dict(zip((slot for _, slot in lane), weights, strict=True)) for weights in table]
+            slots = [slot for _, slot in lane]
+            whole = [row.placed(slots, state.history.capacity).flat for row in table]
         except Exception as error:
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
             return None, None
         feature = state.history.slots[0][0]
-        whole = [[weights.get(slot, 0.0) for slot in range(state.history.capacity)] for weights in by_slot]
         if self._run.forecaster.row_passes == 1:
             return _tensor(whole[0], feature), correction
         # the same shape whether branches differ or not: another one would be compiled anew
         return _tensor(_spread(whole, len(feature)), feature), correction
 
     def _weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Sequence[float] | Tensor, list[int]]:
-        """One weight for each of the slots named; [rows, slots] where rows differ in theirs."""
+        """A weight for the feature of each of the slots named, for their inputs where those are kept, and for what is
+        forecast otherwise; [rows, weights] where rows differ in theirs.
+        """
         history = state.history
+        feature = history.slots[0][0]
         if len(history.lanes) == 1:
             (lane,) = history.lanes
-            table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
+            table = [row.flat for row in self._branch_weights(frame, span, tuple(node for node, _ in lane))]
             slots = [slot for _, slot in lane]
-            if len(table) == 1:
+            if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
                 return table[0], slots
-            feature = history.slots[0][0]
-            return _tensor(_spread(table, len(feature)), feature), slots
+            return _table(_spread(table, len(feature)), feature), slots
         # rows that were computed at the same steps share what the forecaster says
-        known: dict[tuple[float, ...], list[tuple[float, ...]]] = {}
+        known: dict[tuple[float, ...], list[Row]] = {}
         slots = list(range(len(history.slots)))
-        by_row = [[0.0] * len(slots) for _ in history.lanes]
-        for place, (row, lane) in enumerate(zip(by_row, history.lanes, strict=True)):
+        by_row = []
+        for place, lane in enumerate(history.lanes):
             nodes = tuple(node for node, _ in lane)
             if nodes not in known:
                 known[nodes] = self._branch_weights(frame, span, nodes)
-            weights = known[nodes][place * len(known[nodes]) // len(by_row)]
-            for (_, slot), weight in zip(lane, weights, strict=True):
-                row[slot] = weight
-        return _tensor(by_row, history.slots[0][0]), slots
+            row = known[nodes][place * len(known[nodes]) // len(history.lanes)]
+            by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
+        return _table(by_row, feature), slots
+
+    def _forecast_rows(
+        self, forecaster: NonLinear, frame: Frame, span: Span, history: History, stored: Sequence[Tensor]
+    ) -> Tensor:
+        """What a forecaster makes of one leaf's slots, each batch row from its own lane."""
+        rows_of: dict[tuple[tuple[float, int], ...], list[int]] = {}
+        for row, own in enumerate(history.lanes):
+            rows_of.setdefault(tuple(own), []).append(row)
+        whole = torch.empty_like(stored[0])
+        for lane, rows in rows_of.items():
+            (query,) = self._queries(frame, span, tuple(node for node, _ in lane))
+            index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
+            features = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
+            made = features[-1]
+            if made.is_floating_point():
+                made = forecaster.forecast(query, [ops.wide(feature) for feature in features]).to(whole.dtype)
+            if index is None:
+                return made
+            whole.index_copy_(0, index, made)
+        return whole
 
     def _correction(self, frame: Frame, span: Span, history: History, always: bool = False) -> Tensor | None:
         """Scale and bias of the forecast output, [1 or rows, 2, channels]; None where nothing is corrected.
 
-        always: neutral ones then, unless the forecaster never corrects.
+        always: neutral ones then, unless neither forecaster nor corrector ever corrects.
         """
-        forecaster = self._run.forecaster
-        channels = forecaster.corrected_channels
+        forecaster, corrector = self._run.forecaster, self._method.corrector
+        corrects = forecaster if corrector is None or not corrector.corrected_channels else corrector
+        channels = corrects.corrected_channels
         if not channels:
             return None
         corrected = [leaf for leaf in history.slots[0] if leaf.is_floating_point()]
@@ -295,7 +352,7 @@ class SpanCalls:
             asked = self._queries(frame, span, tuple(node for node, _ in lane))
             if len(history.lanes) > 1:
                 asked = [asked[place * len(asked) // len(history.lanes)]]
-            found += [forecaster.correction(query) for query in asked]
+            found += [corrects.correction(query) for query in asked]
         if not always and not any(found):
             return None
         neutral = Correction((1.0,) * channels, (0.0,) * channels)
@@ -304,13 +361,24 @@ class SpanCalls:
         rows = len(feature) if len(history.lanes) > 1 or forecaster.row_passes > 1 else 1
         return _tensor(_spread([one or neutral for one in found], rows), feature)
 
-    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[tuple[float, ...]]:
-        """A weight per node, once for all rows or once for each guidance branch that is stacked in the rows."""
-        forecaster = self._run.forecaster
+    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> "list[Row]":
+        """Mended weights, once for all rows or once for each guidance branch that is stacked in the rows."""
+        forecaster, corrector = self._run.forecaster, self._method.corrector
         queries = self._queries(frame, span, nodes)
         frame.note = forecaster.note(queries[0])
-        table = [forecaster.weights(query) for query in queries]
-        return table[:1] if all(weights == table[0] for weights in table[1:]) else table
+        table = []
+        for query in queries:
+            if isinstance(forecaster, NonLinear):
+                row = Row((0.0,) * len(nodes), forecast=(1.0,))
+            elif forecaster.keeps_inputs:
+                row = Row(forecaster.weights(query), forecaster.input_weights(query))
+            else:
+                row = Row(forecaster.weights(query))
+            blend = None if corrector is None else corrector.blend(query)
+            table.append(row if blend is None else row.mended(blend))
+        if corrector is not None and not corrector.static:
+            return table  # rows differ
+        return table[:1] if all(row == table[0] for row in table[1:]) else table
 
     def _queries(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[Query]:
         """One for all rows, or one for each guidance branch that is stacked in the rows."""
@@ -324,7 +392,7 @@ class SpanCalls:
             count = 1
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
-        return [Query(nodes, frame.step.index, index, first + i) for i in range(count)]
+        return [Query(nodes, frame.step.index, index, first + i, frame.step.total) for i in range(count)]
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -352,7 +420,8 @@ class SpanCalls:
             whole = [f.index_copy_(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
         self._note_output(frame, visit, whole)
         try:
-            state.history.observe(frame.step.index, tensors, bases, rows, frame.batch)
+            kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
+            state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)], rows, frame.batch)
             state.unchecked = True
         except Exception as error:
             self.forget(state)
@@ -370,6 +439,7 @@ class SpanCalls:
             self._run.session.independent[span, visit.entered] = self._agreed(visit)
         feature = self._run.forecaster.feature
         residual = span.stores_residual if feature == "auto" else feature == "residual"
+        keeps = self._run.forecaster.keeps_inputs
         if state.template is None or state.signature != visit.entered:
             self.forget(state, structure=False)
             # kept over runs: to tell which input an output continues may take reading them back
@@ -378,10 +448,10 @@ class SpanCalls:
         tensors = state.template.split(output) if state.template else None
         if tensors is None:
             self.forget(state, structure=False)
-            if residual and len(visit.unchanged_inputs()) < len(visit.inputs):
+            if (residual or keeps) and len(visit.unchanged_inputs()) < len(visit.inputs):
                 self._run.session.written.add(span)  # where it began is not known any more; copied from now on
                 return None
-            state.template = Template.of(output, visit.inputs, residual)
+            state.template = Template.of(output, visit.inputs, residual, keeps)
             self._run.session.templates[span, frame.counts[span], visit.entered] = state.template
             tensors = state.template.split(output)
         if not tensors or state.template is None:
@@ -390,7 +460,8 @@ class SpanCalls:
         self._note_output(frame, visit, tensors)
         if visit.stores:
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
-            state.history.observe(frame.step.index, tensors, bases)
+            kept = _kept(state.template, visit.inputs)
+            state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
             state.unchecked = True
         return tensors
 
@@ -509,6 +580,21 @@ class SpanCalls:
 def _spread(table: Sequence[Any], rows: int) -> list[Any]:
     """Each entry for its share of the rows."""
     return [table[row * len(table) // rows] for row in range(rows)]
+
+
+def _kept(template: Template, inputs: Inputs) -> list[Tensor]:
+    """The inputs that are stored with a feature."""
+    return [inputs[leaf.kept] for leaf in template.leaves if leaf.kept is not None]
+
+
+def _table(rows: Sequence[Sequence[float | Tensor]], feature: Tensor) -> Tensor:
+    """[rows, weights] of weights that are numbers or tensors [rows], of which each row takes its own."""
+    table = _tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
+    for place, row in enumerate(rows):
+        for column, weight in enumerate(row):
+            if isinstance(weight, Tensor):
+                table[place, column] = weight[place]
+    return table
 
 
 def _tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:

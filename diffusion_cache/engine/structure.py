@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import ConfigError
 from ..history import Leaf
 
 Inputs = dict[int | str, Tensor]
@@ -115,13 +116,20 @@ class Template:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def of(cls, output: Any, inputs: Inputs, residual: bool) -> "Template":
+    def of(cls, output: Any, inputs: Inputs, residual: bool, keeps_inputs: bool = False) -> "Template":
+        """Raises ConfigError where inputs are to be kept, and an output continues none of them."""
         flat, shape = flatten(output)
         tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-        leaves = tuple(
-            Leaf(matching_input(flat[i], inputs) if residual and flat[i].is_floating_point() else None) for i in tensors
-        )
-        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tensors, leaves)
+        leaves = []
+        for leaf in (flat[i] for i in tensors):
+            matched = matching_input(leaf, inputs) if leaf.is_floating_point() and (residual or keeps_inputs) else None
+            if keeps_inputs and matched is None:
+                raise ConfigError(
+                    f"the forecaster goes by what a span is given, and none of its inputs has the shape of its output "
+                    f"{tuple(leaf.shape)}: take another, forecaster='taylor'"
+                )
+            leaves.append(Leaf(matched if residual else None, matched if keeps_inputs else None))
+        return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tensors, tuple(leaves))
 
     def split(self, output: Any) -> list[Tensor] | None:
         """The output's tensors, or None if its structure is another."""

@@ -351,8 +351,9 @@ def _part(steps: int, name: str, share: Any) -> int:
 def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:
     policy = dict(node["policy"])
     predictor = dict(node.get("forecaster") or forecaster)
+    corrector = dict(node.get("corrector") or {})
     guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
-    name, predictor_name = policy.pop("name"), predictor.pop("name")
+    name, predictor_name, corrector_name = policy.pop("name"), predictor.pop("name"), corrector.pop("name", None)
     told = dict(policy)  # what tells this choice from others
     if "spaced" in policy:
         told = {**told.pop("spaced"), **told}
@@ -361,6 +362,7 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     for what, found, given in (
         (name, cls, policy),
         (predictor_name, registry.forecasters.get(predictor_name), predictor),
+        *([(corrector_name, registry.correctors.get(corrector_name), corrector)] if corrector_name else []),
     ):
         unknown = set(given) - {option.name for option in dataclasses.fields(found)}
         if unknown:
@@ -371,13 +373,17 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     made = cls(**policy)
     Guards(**guards)
     place = {key: node[key] for key in ("scope", "depth") if node.get(key) is not None}
-    common = {"forecaster": predictor_name, **predictor, **place}
+    for option in policy.keys() & corrector.keys():
+        if policy[option] != corrector[option]:
+            raise ConfigError(f"{name} and {corrector_name} share the option {option!r}: give both the same")
+    mending = {"corrector": corrector_name, **corrector} if corrector_name else {}
+    common = {"forecaster": predictor_name, **predictor, **mending, **place}
     options = {"policy": name, **policy, **guards, **common}
     control = {**options, "max_reused": 0}
     told |= guards | {key: node[key] for key in ("depth",) if node.get(key) is not None}
-    told |= {"forecaster": predictor_name, **predictor}
+    told |= {"forecaster": predictor_name, **predictor, **mending}
     told = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
-    label = node.get("label") or f"{name}, {predictor_name}"
+    label = node.get("label") or ", ".join(filter(None, (name, predictor_name, corrector_name)))
     form = Adaptive if made.needs.signals else Ours
     return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control)
 

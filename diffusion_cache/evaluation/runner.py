@@ -53,7 +53,11 @@ class Job:
     @cached_property
     def nodes(self) -> list[dict[str, Any]]:
         """The `method` configuration once for each choice of settings."""
-        return expand(self.config["method"], self.config["model"]["name"])
+        nodes = expand(self.config["method"], self.config["model"]["name"])
+        corrector = self.config.get("corrector") or {}
+        if not corrector.get("name"):
+            return nodes  # as they were before there were correctors: their runs are kept by what nodes hold
+        return [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
 
     @property
     def is_rival(self) -> bool:

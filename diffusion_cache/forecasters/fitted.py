@@ -10,7 +10,7 @@ from typing import cast
 from ..context import Correction, Feature, Forecaster, Query
 from ..fingerprint import same_levels
 from ..plan import Plan
-from .taylor import Taylor
+from .taylor import polynomial_weights
 
 UNFITTED = "Taylor"
 ANY_PASS = -1
@@ -111,5 +111,4 @@ class Fitted(Forecaster):
 
 def taylor_weights(nodes: Sequence[float], target: float) -> tuple[float, ...]:
     """Taylor-1: weights of the line through the last two nodes, read at the target; one per node."""
-    used = nodes[-2:]
-    return (0.0,) * (len(nodes) - len(used)) + Taylor(1).weights(Query(used, target))
+    return polynomial_weights(nodes, target, 1)

@@ -1,5 +1,6 @@
 """TaylorSeer's recursion as published (arXiv 2503.06923, equations 2 and 4; kept for comparison with `taylor`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import factorial
 
@@ -33,17 +34,22 @@ class TaylorPaper(Forecaster):
         return min(self.order, 1)
 
     def weights(self, query: Query) -> tuple[float, ...]:
-        nodes, count = query.nodes, len(query.nodes)
-        # derivatives[i][j]: weight of feature j in D_i, kept for the newest node handled so far
-        derivatives: list[list[float]] = []
-        for newest in range(count):
-            previous = derivatives
-            derivatives = [[float(j == newest) for j in range(count)]]
-            for older in previous:
-                gap = nodes[newest] - nodes[newest - 1]
-                derivatives.append([(a - b) / gap for a, b in zip(derivatives[-1], older, strict=True)])
-        ahead = query.target - nodes[-1]
-        return tuple(
-            sum(derivative[j] * ahead**i / factorial(i) for i, derivative in enumerate(derivatives))
-            for j in range(count)
-        )
+        ahead = query.target - query.nodes[-1]
+        terms = [ahead**i / factorial(i) for i in range(len(query.nodes))]
+        return expansion_weights(query.nodes, terms)
+
+
+def expansion_weights(nodes: Sequence[float], terms: Sequence[float]) -> tuple[float, ...]:
+    """One per node: of each node's feature in Σ_i terms[i]·D_i, for as many terms as there are nodes."""
+    count = len(nodes)
+    # derivatives[i][j]: weight of feature j in D_i, kept for the newest node handled so far
+    derivatives: list[list[float]] = []
+    for newest in range(count):
+        previous = derivatives
+        derivatives = [[float(j == newest) for j in range(count)]]
+        for older in previous:
+            gap = nodes[newest] - nodes[newest - 1]
+            derivatives.append([(a - b) / gap for a, b in zip(derivatives[-1], older, strict=True)])
+    return tuple(
+        sum(term * derivative[j] for term, derivative in zip(terms, derivatives, strict=True)) for j in range(count)
+    )

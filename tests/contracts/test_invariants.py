@@ -60,6 +60,8 @@ def test_disable_leaves_nothing_behind(subject, case):
 
 
 def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
+    if not case.is_exact:
+        pytest.skip("the forecaster does not promise it")
     expected = subject.call()
     with run_of(subject, case) as run:
         for _ in range(STEPS):
@@ -115,6 +117,8 @@ def test_runs_repeat_and_do_not_depend_on_what_ran_before(subject, case):
 
 def test_passes_do_not_mix(subject, case):
     """Two different inputs alternate within a step, as guidance branches do."""
+    if not case.is_exact:
+        pytest.skip("the forecaster does not promise to reproduce anything")
     first, second = subject.call(0), subject.call(-1)
     assert relative_error(first, second) > 1e-2
     with run_of(subject, case) as run:

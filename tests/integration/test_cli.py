@@ -38,7 +38,8 @@ def test_help_needs_no_heavy_import():
     ("what", "expected"),
     [
         ("policies", ["interval", "every=2", "first_block", "mask"]),
-        ("forecasters", ["reuse", "taylor", "order=1"]),
+        ("forecasters", ["reuse", "taylor", "order=1", "rfc", "non-linear", "denoiser"]),
+        ("correctors", ["affine", "alignment", "magnitude", "ratios", "shrink", "strength=0.8"]),
         ("models", list(reference.MODELS)),
     ],
 )

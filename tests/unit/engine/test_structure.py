@@ -15,6 +15,7 @@ from diffusion_cache.engine.structure import (
     signature,
     tensor_inputs,
 )
+from diffusion_cache.errors import ConfigError
 
 
 def full(value, *shape, dtype=torch.float32):
@@ -272,3 +273,16 @@ def test_arguments_of_a_call_keep_their_kinds():
     assert equal(select_rows(args, 2, rows), (torch.tensor([1]), 1))
     assert equal(select_rows(kwargs, 2, rows), {"t": torch.tensor([1])})
     assert select_rows((), 2, rows) == ()
+
+
+def test_inputs_are_kept_beside_outputs_that_continue_them():
+    """Whether the output or its residual is stored."""
+    inputs = {"hidden": full(1), "text": full(2, 4)}
+    output = (full(5, 4), full(6))
+    for residual in (False, True):
+        leaves = Template.of(output, inputs, residual, keeps_inputs=True).leaves
+        assert [leaf.kept for leaf in leaves] == ["text", "hidden"]
+        assert [leaf.base for leaf in leaves] == (["text", "hidden"] if residual else [None, None])
+    assert [leaf.kept for leaf in Template.of(output, inputs, residual=True).leaves] == [None, None]
+    with pytest.raises(ConfigError, match="none of its inputs has the shape of its output"):
+        Template.of(full(1, 7), inputs, residual=False, keeps_inputs=True)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from diffusion_cache.evaluation.contenders import (
     spaced_mask,
 )
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
+from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.subjects import Shipped
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.policies import Interval
@@ -57,6 +59,33 @@ def test_a_model_may_have_a_grid_of_its_own():
     node = {**NODE, "grid": {"policy.every": [2]}, "models": {"m": {"grid": {"policy.every": [7, 8]}}}}
     assert [one["policy"]["every"] for one in expand(node, "m")] == [7, 8]
     assert [one["policy"]["every"] for one in expand(node, "other")] == [2]
+
+
+def test_ours_with_a_corrector():
+    what = contender({**NODE, "corrector": {"name": "shrink", "strength": 0.5}}, TAYLOR, 20)
+    common = {"forecaster": "taylor", "order": 1, "corrector": "shrink", "strength": 0.5}
+    assert what.options == {"policy": "interval", "every": 2, "last": 2, **common}
+    assert what.method == "interval, taylor, shrink"
+    assert what.settings == {"every": 2, "last": 2, **common}
+    for corrector, message in (
+        ({"name": "shrnk"}, "Unknown corrector 'shrnk'"),
+        ({"name": "shrink", "strngth": 1.0}, "shrink has no option 'strngth'"),
+        ({"name": "shrink", "strength": "a"}, "strength must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            contender({**NODE, "corrector": corrector}, TAYLOR, 20)
+
+
+def test_a_job_gives_its_corrector_to_methods_that_have_none():
+    config = {"method": {**NODE, "grid": {"policy.every": [2, 3]}}, "model": {"name": "m"}}
+    without = Job(config, Path("nowhere")).nodes
+    assert without == expand(config["method"], "m")
+    assert Job({**config, "corrector": {"name": None}}, Path("nowhere")).nodes == without
+    shrink, affine = {"name": "shrink", "strength": 0.5}, {"name": "affine"}
+    found = Job({**config, "corrector": shrink}, Path("nowhere")).nodes
+    assert found == [{"corrector": shrink, **node} for node in without]
+    own = {**config, "method": {**NODE, "corrector": affine}, "corrector": shrink}
+    assert [node["corrector"] for node in Job(own, Path("nowhere")).nodes] == [affine]
 
 
 @pytest.mark.parametrize("key", ["policy.evry.x", "polcy.every", "scop"])
