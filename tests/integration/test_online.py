@@ -180,7 +180,7 @@ class Watching(Policy):
         return Needs(signals=self.named, previous=1, probe=self.probe)
 
     def measure(self, signals, past):
-        self.shown.append((signals, past))
+        self.shown.append((dict(signals), past))
         return torch.zeros(len(next(iter(signals.values()))))
 
     def remember(self, signals, past):
