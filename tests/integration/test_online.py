@@ -299,6 +299,18 @@ def test_looking_at_the_first_attention_leaves_no_trace(latents):
     assert all(map(torch.equal, plain, cached))
 
 
+def added_one(module, args):
+    args[0].add_(1.0)
+
+
+def test_a_block_that_writes_into_what_it_is_given_does_so_once(latents):
+    model = model_of()
+    model.transformer_blocks[0].norm1.register_forward_pre_hook(added_one)
+    plain = [call(model, x, step) for step, x in enumerate(latents)]
+    _, cached = reasons(model, latents, policy="teacache", granularity="batch", warmup=STEPS)
+    assert all(map(torch.equal, plain, cached))
+
+
 def test_noise_levels_are_asked_for_where_they_are_not_known(model, latents):
     needed = pytest.raises(dc.ConfigError, match="'seacache' needs the sampler's noise levels")
     with dc.run(model, "seacache", num_steps=STEPS, scope="denoiser"), needed:
