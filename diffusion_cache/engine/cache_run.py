@@ -13,6 +13,7 @@ from ..context import NoiseLevels, Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
 from ..policies import Guarded
+from ..signals import Grid
 from .clock import StepClock, noise_levels
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
@@ -63,6 +64,7 @@ class CacheRun:
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
+        self.grids: dict[torch.Size, Grid | None] = {}  # of the tokens of spans' inputs, by shape
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
         self._part_bytes = 0

@@ -57,9 +57,12 @@ def _input_map(entry: Entry) -> Tensor:
     stream = entry.stream
     if stream.ndim in (4, 5):
         return stream.clone()
-    sample = row_stream(tensor_inputs(*entry.frame.called))
-    latent = tuple(sample.shape[1:])
-    grid = grid_of_call(entry.frame.called[1], stream.shape[1]) or grid_of(stream.shape[1], latent, ())
+    known = entry.run.grids
+    if stream.shape not in known:  # once in a run, for it may be read back
+        args, kwargs = entry.frame.called
+        latent = tuple(row_stream(tensor_inputs(args, kwargs)).shape[1:])
+        known[stream.shape] = grid_of_call(kwargs, stream.shape[1]) or grid_of(stream.shape[1], latent, ())
+    grid = known[stream.shape]
     if stream.ndim != 3 or grid is None:
         raise ConfigError(
             f"where the {stream.shape[1]} tokens of {entry.span.name} lie in the image cannot be told, which policy "

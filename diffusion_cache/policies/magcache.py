@@ -25,7 +25,7 @@ class MagCache(Policy):
 
     ratios: γ_s = mean over tokens of ‖R_s‖ / ‖R_{s−1}‖, one a step from step 0 on, or a sequence of such for each
     guidance branch that is a call of its own, in their order. A run of other steps takes the ratio of the nearest noise
-    level, or, without `noise_levels` (log-SNR, one a ratio), of the nearest share of the run. retention: share of the
+    level, or, without `levels` (log-SNR, one a ratio), of the nearest share of the run. retention: share of the
     run, at its start, that is computed. always: steps of the ratios that are computed as well, and those where a ratio
     is further from 1 than `max_deviation`.
     """
@@ -34,7 +34,7 @@ class MagCache(Policy):
     threshold: float = 0.06
     max_skip: int = 3
     retention: float = 0.2
-    noise_levels: Sequence[float] = ()
+    levels: Sequence[float] = ()
     always: Sequence[int] = ()
     max_deviation: float = math.inf
 
@@ -46,11 +46,11 @@ class MagCache(Policy):
         sound = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for one in streams for ratio in one)
         if not sound or not streams[0] or len({len(one) for one in streams}) > 1:
             raise ConfigError(f"magcache: ratios must be numbers above 0, one a step, not {self.ratios!r}")
-        if self.noise_levels and len(self.noise_levels) != len(streams[0]):
-            raise ConfigError(f"magcache: {len(self.noise_levels)} noise_levels for {len(streams[0])} ratios")
+        if self.levels and len(self.levels) != len(streams[0]):
+            raise ConfigError(f"magcache: {len(self.levels)} levels for {len(streams[0])} ratios")
         if not (self.threshold >= 0 and self.max_skip >= 0 and 0 <= self.retention <= 1 and self.max_deviation >= 0):
             raise ConfigError("magcache: threshold, max_skip and max_deviation must be ≥ 0, and retention from 0 to 1")
-        for name, value in {"ratios": tuple(map(tuple, streams)), "noise_levels": tuple(self.noise_levels)}.items():
+        for name, value in {"ratios": tuple(map(tuple, streams)), "levels": tuple(self.levels)}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "always", tuple(self.always))
 
@@ -66,7 +66,7 @@ class MagCache(Policy):
         measured = profile.arrays["norm_ratio"].double().nan_to_num(1.0)  # [spans, passes, steps]
         furthest = measured.log().abs().argmax(0, keepdim=True)
         ratios = torch.take_along_dim(measured, furthest, 0)[0].tolist()
-        return cls(tuple(map(tuple, ratios[:: profile.row_passes])), noise_levels=profile.noise_levels, **options)
+        return cls(tuple(map(tuple, ratios[:: profile.row_passes])), levels=profile.noise_levels, **options)
 
     @property
     def streams(self) -> tuple[tuple[float, ...], ...]:
@@ -74,14 +74,14 @@ class MagCache(Policy):
         return cast(tuple[tuple[float, ...], ...], self.ratios)
 
     def for_run(self, noise_levels: Sequence[float]) -> "MagCache":
-        known = bool(noise_levels and self.noise_levels)
-        return self._resampled(self.noise_levels, noise_levels) if known else self
+        known = bool(noise_levels and self.levels)
+        return self._resampled(self.levels, noise_levels) if known else self
 
     def _resampled(self, own: Sequence[float], levels: Sequence[float]) -> "MagCache":
         nearest = [round(place) for place in positions(own, levels, len(self.streams[0]))]
         ratios = tuple(tuple(one[place] for place in nearest) for one in self.streams)
         always = tuple(step for step, place in enumerate(nearest) if place in self.always)
-        return replace(self, ratios=ratios, noise_levels=levels, always=always)
+        return replace(self, ratios=ratios, levels=levels, always=always)
 
     def schedule(self, total: int) -> Schedule:
         if total != len(self.streams[0]):

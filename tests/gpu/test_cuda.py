@@ -68,3 +68,12 @@ def test_planned_steps_after_the_first_do_not_wait_for_the_device(name):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert run.summary().reused == STEPS // 2
+
+
+@pytest.mark.parametrize("sync", ["immediate", "lagged"])
+def test_adaptive_runs_repeat(sync):
+    pipe = reference.load("flux-digits").to("cuda")
+    with dc.cached(pipe, "teacache", threshold=1.0, sync=sync):
+        first = generate(pipe, "flux-digits")
+        assert dc.summary(pipe).reused > 0
+        assert torch.equal(generate(pipe, "flux-digits"), first)

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import DiTTransformer2DModel
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import SCOPES, Needs, Policy, Verdict
 from diffusion_cache.policies import MagCache
 from diffusion_cache.profile import Profile, shipped_profiles
 from diffusion_cache.signals import filtered_l1
@@ -162,6 +164,80 @@ def test_nan_is_computed(model, latents, options):
     assert all(output.isfinite().all() for step, output in enumerate(outputs) if step != 4)
 
 
+@dataclass(frozen=True)
+class Watching(Policy):
+    """Reuses two of three steps, and keeps all that it is shown."""
+
+    named: tuple = ()
+    probe: int = 0
+    shown: list = field(default_factory=list)
+    given: list = field(default_factory=list)
+
+    scopes = frozenset(SCOPES)
+
+    @property
+    def needs(self):
+        return Needs(signals=self.named, previous=1, probe=self.probe)
+
+    def measure(self, signals, past):
+        self.shown.append((dict(signals), past))
+        return torch.zeros(len(next(iter(signals.values()))))
+
+    def remember(self, signals, past):
+        self.given.append(signals)
+        return {}
+
+    def decide(self, step, value, state):
+        return Verdict(step.index % 3 == 0, "every third")
+
+
+@contextmanager
+def noted(module, output=False):
+    """What a module is called with, or what it gives."""
+    seen = []
+    if output:
+        hook = module.register_forward_hook(lambda module, args, given: seen.append(given))
+    else:
+        hook = module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+def test_signals_of_a_transformer_are_what_its_modules_take_and_give():
+    pipe = reference.load(FLUX)
+    named = ("input", "input_map", "probe_input", "probe_residual", "modulated_input", "noise_level", "output")
+    policy = Watching(named, probe=1)
+    blocks, last = pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks[-1]
+    dc.enable(pipe, policy, granularity="batch")
+    with noted(pipe.transformer) as calls, noted(blocks[0]) as probes, noted(last, output=True) as out:
+        generate(FLUX, pipe, steps=7)
+    assert [record.computed for record in dc.summary(pipe).records] == [True, False, False] * 2 + [True]
+    levels = 2 * ((1 - pipe.scheduler.sigmas[:-1]) / pipe.scheduler.sigmas[:-1]).log()
+    assert [len(policy.shown), len(policy.given), len(probes), len(out)] == [6, 3, 7, 3]
+    for step, (signals, past) in enumerate(policy.shown, start=1):
+        assert torch.equal(signals["probe_input"], probes[step]["hidden_states"])
+        torch.testing.assert_close(signals["input"] - signals["probe_input"], signals["probe_residual"])
+        assert signals["noise_level"].tolist() == pytest.approx([levels[step].item()] * 2, rel=1e-5)
+        for token, (_, y, x) in enumerate(calls[step]["img_ids"].long().tolist()):
+            assert torch.equal(signals["input_map"][:, :, y, x], signals["input"][:, token])
+        assert "output" not in signals
+        assert "output" not in past.previous
+        before = policy.shown[step - 2][0] if step > 1 else policy.given[0]
+        assert all(past.previous[name] is before[name] for name in named[:-1])
+        assert all(past.computed[name] is policy.given[(step - 1) // 3][name] for name in named)
+    for signals, given in zip(policy.given, out, strict=True):
+        assert torch.equal(signals["output"], given[1])  # text first
+
+
+def test_what_enters_an_attention_is_what_it_is_given_when_the_block_runs(model, latents):
+    policy = Watching(("modulated_input",))
+    with attended(model) as seen:
+        reasons(model, latents, policy=policy, granularity="batch", warmup=STEPS)
+    assert len(seen) == len(policy.given) == STEPS  # hooks do not run where it is only looked at
+    for signals, given in zip(policy.given, seen, strict=True):
+        assert torch.equal(signals["modulated_input"], given)
+
+
 def generate(name, pipe, steps=12):
     return reference.images(name, pipe(**reference.inputs(name, (3, 8), (5, 6), steps=steps)))
 
@@ -219,6 +295,18 @@ def test_looking_at_the_first_attention_leaves_no_trace(latents):
     torch.manual_seed(1)
     plain = [call(model, x, step) for step, x in enumerate(latents)]
     torch.manual_seed(1)
+    _, cached = reasons(model, latents, policy="teacache", granularity="batch", warmup=STEPS)
+    assert all(map(torch.equal, plain, cached))
+
+
+def added_one(module, args):
+    args[0].add_(1.0)
+
+
+def test_a_block_that_writes_into_what_it_is_given_does_so_once(latents):
+    model = model_of()
+    model.transformer_blocks[0].norm1.register_forward_pre_hook(added_one)
+    plain = [call(model, x, step) for step, x in enumerate(latents)]
     _, cached = reasons(model, latents, policy="teacache", granularity="batch", warmup=STEPS)
     assert all(map(torch.equal, plain, cached))
 

@@ -1,6 +1,7 @@
 """Names to classes: registration from inside, outside and entry points."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import diffusion_cache as dc
 from diffusion_cache import policies, registry
 from diffusion_cache.context import SCOPES, Policy, Step, Verdict
 from diffusion_cache.errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
@@ -191,6 +193,16 @@ def test_built_in_methods():
     assert {"reuse", "taylor", "taylor_paper"} <= set(registry.forecasters.names())
     for found in (registry.policies, registry.forecasters):
         assert all(found.get(name).name == name for name in found.names())
+
+
+def test_no_option_has_the_name_of_another_argument():
+    """They are all keywords of one call, and a guard or an argument of `enable` and `run` would take it."""
+    taken = {field.name for field in dataclasses.fields(policies.Guards)}
+    for door in (dc.enable, dc.run):
+        taken |= set(inspect.signature(door).parameters)
+    for found in (registry.policies, registry.forecasters):
+        for name in found.names():
+            assert not taken & set(found.options(name)), name
 
 
 def test_registry_alone_knows_the_built_in_methods():

@@ -167,6 +167,15 @@ def test_probe_and_tail_stay_outside(models, name, probe, tail, sizes, first):
     assert layout.probe is (every[0] if probe else None)
 
 
+def test_stacks_beside_the_main_ones_are_left_out_of_what_waits_for_a_signal():
+    model = nn.Module()
+    for name in ("context_refiner", "layers"):
+        stack = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+        model.add_module(name, stack)
+    assert [span.name for span in find_layout(model, "stack").spans] == ["context_refiner", "layers"]
+    assert [span.name for span in find_layout(model, "stack", adaptive=True).spans] == ["layers"]
+
+
 @pytest.mark.parametrize(
     ("name", "probe", "tail"),
     [("dit", 4, 0), ("dit", 0, 4), ("dit", 2, 2), ("dit", 9, 9), ("flux", 3, 0), ("flux", 0, 4), ("flux", 2, 3)],

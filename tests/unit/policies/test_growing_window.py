@@ -14,7 +14,7 @@ def computed(policy, total, **guards):
 
 
 @pytest.mark.parametrize(
-    ("start", "growth", "expected"),
+    ("window", "growth", "expected"),
     [
         (2, 0.0, "1010101010"),
         (2, 1.0, "1010010001000010"),
@@ -24,8 +24,8 @@ def computed(policy, total, **guards):
         (5, 3.0, "10000100000001"),
     ],
 )
-def test_schedules(start, growth, expected):
-    assert computed(GrowingWindow(start, growth), len(expected)) == expected
+def test_schedules(window, growth, expected):
+    assert computed(GrowingWindow(window, growth), len(expected)) == expected
 
 
 @pytest.mark.parametrize(("growth", "count"), [(0.75, 14), (3.0, 10)])
@@ -45,7 +45,7 @@ def test_steps_that_guards_compute_do_not_make_it_grow():
     assert computed(GrowingWindow(4, 1.0), 12, max_consecutive=1) == "101010101010"
 
 
-@pytest.mark.parametrize("options", [dict(start=0.5), dict(growth=-1.0), dict(start=math.inf), dict(growth=math.nan)])
+@pytest.mark.parametrize("options", [dict(window=0.5), dict(growth=-1.0), dict(window=math.inf), dict(growth=math.nan)])
 def test_bad_options(options):
-    with pytest.raises(ConfigError, match="start must be at least 1"):
+    with pytest.raises(ConfigError, match="window must be at least 1"):
         GrowingWindow(**options)

@@ -61,7 +61,7 @@ def test_other_steps_take_the_ratio_of_the_nearest_share_of_the_run():
 
 def test_other_noise_levels_take_the_ratio_of_the_nearest():
     options = dict(threshold=0.5, max_skip=9, retention=0.0)
-    policy = MagCache((1.0, 1.0, 1.0, 2.0), noise_levels=LEVELS, **options)
+    policy = MagCache((1.0, 1.0, 1.0, 2.0), levels=LEVELS, **options)
     assert text(policy.for_run(LEVELS).schedule(4)) == "1001"
     assert text(policy.for_run([-4.0, 1.5, 1.75, 0.0]).schedule(4)) == "1111"
     assert text(policy.for_run([-math.inf, -3.5, -1.0, 0.5, 1.5, math.inf]).schedule(6)) == "100011"
@@ -82,7 +82,7 @@ def test_published_entries_give_the_published_schedules(name):
 def test_ratios_of_a_profile():
     profile = Profile.from_pretrained(shipped_profiles()["flux-digits-flow-euler"])
     policy = MagCache.from_profile(profile, threshold=0.3)
-    assert (policy.threshold, policy.noise_levels) == (0.3, profile.noise_levels)
+    assert (policy.threshold, policy.levels) == (0.3, profile.noise_levels)
     measured = profile.arrays["norm_ratio"][:, 0].tolist()
     for step, ratio in enumerate(policy.streams[0]):
         spans = [one[step] if step else 1.0 for one in measured]
@@ -99,7 +99,7 @@ def test_ratios_of_a_profile():
         ({"ratios": (1.0, 0.0)}, "ratios must be numbers above 0"),
         ({"ratios": ((1.0, 1.0), (1.0,))}, "ratios must be numbers above 0"),
         ({"ratios": (1.0, math.nan)}, "ratios must be numbers above 0"),
-        ({"ratios": (1.0, 1.0), "noise_levels": (1.0,)}, "1 noise_levels for 2 ratios"),
+        ({"ratios": (1.0, 1.0), "levels": (1.0,)}, "1 levels for 2 ratios"),
         ({"ratios": (1.0,), "threshold": -1.0}, "threshold, max_skip"),
         ({"ratios": (1.0,), "max_skip": -1}, "threshold, max_skip"),
         ({"ratios": (1.0,), "retention": 1.5}, "retention from 0 to 1"),
