@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..context import SIGNALS
 from ..errors import ConfigError
-from ..models import Span, grid_of_call
+from ..models import Span, grid_of_call, unwrap
 from ..signals import grid_of
 from .frame import Frame, written_since
 from .structure import Inputs, copied, forked_rng, image_stream, row_stream, tensor_inputs
@@ -54,23 +54,32 @@ def _input(entry: Entry) -> Tensor:
 
 
 def _input_map(entry: Entry) -> Tensor:
-    stream = entry.stream
+    stream = _latents(entry, entry.stream)
     if stream.ndim in (4, 5):
         return stream.clone()
-    known = entry.run.grids
-    if stream.shape not in known:  # once in a run, for it may be read back
-        args, kwargs = entry.frame.called
-        latent = tuple(row_stream(tensor_inputs(args, kwargs)).shape[1:])
-        known[stream.shape] = grid_of_call(kwargs, stream.shape[1]) or grid_of(stream.shape[1], latent, ())
-    grid = known[stream.shape]
-    if stream.ndim != 3 or grid is None:
+    grids, grid = entry.run.grids, None
+    if stream.ndim == 3:
+        if stream.shape not in grids:  # once in a run, for it may be read back
+            args, kwargs = entry.frame.called
+            latent = tuple(_latents(entry, row_stream(tensor_inputs(args, kwargs))).shape[1:])
+            grids[stream.shape] = grid_of_call(kwargs, stream.shape[1]) or grid_of(stream.shape[1], latent, ())
+        grid = grids[stream.shape]
+    if grid is None:
         raise ConfigError(
-            f"where the {stream.shape[1]} tokens of {entry.span.name} lie in the image cannot be told, which policy "
-            f"{entry.run.decisions.guarded.policy.name!r} needs: use scope 'denoiser' if that takes latents, or a "
-            "policy that looks at tokens alone (first_block)"
+            f"where what enters {entry.span.name} lies in the image cannot be told of a tensor of shape "
+            f"{tuple(stream.shape)}, which policy {entry.run.decisions.guarded.policy.name!r} needs: use scope "
+            "'denoiser' if that takes latents, or another policy (first_block)"
         )
     sizes = grid if grid[0] > 1 else grid[1:]
     return stream.transpose(1, 2).reshape(len(stream), -1, *sizes).clone()
+
+
+def _latents(entry: Entry, tensor: Tensor) -> Tensor:
+    """Videos as [rows, C, frames, H, W], which some denoisers take frames first."""
+    denoiser = unwrap(entry.run.session.denoisers[entry.frame.key[0]])
+    count = getattr(getattr(denoiser, "config", None), "in_channels", None)
+    frames_first = tensor.ndim == 5 and tensor.shape[2] == count != tensor.shape[1]
+    return tensor.transpose(1, 2) if frames_first else tensor
 
 
 def _probe_input(entry: Entry) -> Tensor:

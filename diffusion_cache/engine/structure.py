@@ -13,6 +13,11 @@ from ..history import Leaf
 
 Inputs = dict[int | str, Tensor]
 IMAGE_STREAM = ("hidden_states", "sample", "x")
+SAMPLES = (
+    *IMAGE_STREAM,
+    "vision_tokens",
+    "decoder_input_tokens",
+)  # of Cosmos3Omni and T5FilmDecoder, among others' text
 
 
 class Shape(NamedTuple):
@@ -70,12 +75,21 @@ def image_stream(inputs: Inputs) -> Tensor:
 
 
 def row_stream(inputs: Inputs) -> Tensor:
-    """The same as [rows, ...] where a denoiser takes a list of single samples."""
-    for name in (*IMAGE_STREAM, 0):
+    """The same as [rows, ...] where a denoiser takes a list of single samples.
+
+    Raises:
+        ConfigError: where those are of different sizes.
+    """
+    for name in (*SAMPLES, 0):
         if name in inputs:
             return inputs[name]
         single = [tensor for key, tensor in inputs.items() if str(key).startswith(f"{name}.")]
-        if single and len({tensor.shape for tensor in single}) == 1:
+        if len({tensor.shape for tensor in single}) > 1:
+            raise ConfigError(
+                "the samples of this call are of different sizes, which adaptive policies cannot compare as one: use a "
+                "planned policy (interval), or equal sizes"
+            )
+        if single:
             return torch.stack(single)
     return image_stream(inputs)
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import zoo
 from diffusers import DiTTransformer2DModel
 
 import diffusion_cache as dc
@@ -317,6 +318,22 @@ def test_noise_levels_are_asked_for_where_they_are_not_known(model, latents):
         call(model, latents[0], 0)
     with pytest.raises(dc.ConfigError, match="2 noise_levels for 9 steps"):
         dc.run(model, num_steps=STEPS, noise_levels=[1.0, 2.0]).__enter__()
+
+
+def test_videos_that_come_frames_first_are_turned():
+    """CogVideoX takes [rows, frames, C, H, W]."""
+    case = next(case for case in zoo.cases() if case.id == "CogVideoXTransformer3DModel")
+    model, latents = zoo.build(case), case.inputs(zoo.Draw(1))["hidden_states"]
+    for scope, size in (("denoiser", 1), ("stack", model.config.patch_size)):
+        policy = Watching(("input_map",))
+        with torch.no_grad(), dc.run(model, policy, num_steps=2, scope=scope) as run:
+            model(**case.inputs(zoo.Draw(1)))
+            run.next_step()
+        (signals,) = policy.given
+        rows, frames, _, height, width = latents.shape
+        assert signals["input_map"].shape[0] == rows
+        assert signals["input_map"].shape[2:] == (frames, height // size, width // size)
+        assert scope == "stack" or torch.equal(signals["input_map"], latents.transpose(1, 2))
 
 
 def test_tokens_that_cannot_be_placed_ask_for_another_scope():

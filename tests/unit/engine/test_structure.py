@@ -11,6 +11,7 @@ from diffusion_cache.engine.structure import (
     Template,
     image_stream,
     matching_input,
+    row_stream,
     select_rows,
     signature,
     tensor_inputs,
@@ -286,3 +287,15 @@ def test_inputs_are_kept_beside_outputs_that_continue_them():
     assert [leaf.kept for leaf in Template.of(output, inputs, residual=True).leaves] == [None, None]
     with pytest.raises(ConfigError, match="none of its inputs has the shape of its output"):
         Template.of(full(1, 7), inputs, residual=False, keeps_inputs=True)
+
+
+def test_rows_of_the_sample():
+    x, other = torch.ones(2, 3), torch.zeros(2, 3)
+    assert row_stream({"timestep": other, "hidden_states": x}) is x
+    assert row_stream({0: x, 1: other}) is x
+    assert row_stream({"bb_ca": x, "local_latents": other}) is x
+    assert row_stream({"input_ids": other, "vision_tokens.0": x}).tolist() == [x.tolist()]
+    assert torch.equal(row_stream({"x.0": x, "x.1": other}), torch.stack([x, other]))
+    assert torch.equal(row_stream({"0.0": x, "0.1": other, 1: x}), torch.stack([x, other]))
+    with pytest.raises(ConfigError, match="samples of this call are of different sizes"):
+        row_stream({"x.0": x, "x.1": torch.ones(2, 4)})
