@@ -103,13 +103,14 @@ APART = dict(policy="first_block", threshold=0.2, warmup=2)
         {"forecaster": "frequency"},
         {"forecaster": "hermite", "corrector": "shrink", "strength": 0.7},
         {"forecaster": "rfc", "corrector": "affine", "scale": 1.01, "bias": 0.01},
+        {"policy": "easycache", "forecaster": "average_velocity", "corrector": "shrink"},
         {"forecaster": "sampler", "corrector": "magnitude", "ratios": [1.0 + 0.01 * step for step in range(12)]},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_samples_computed_at_steps_of_their_own_are_as_if_alone(flux, options):
     steps, seeds, labels = 12, (5, 6, 11), (3, 8, 1)
-    with dc.cached(flux, **APART, **options):
+    with dc.cached(flux, **{**APART, **options}):
         together = generate("flux-digits", flux, labels, seeds, steps)
         reasons = [record.reason for record in dc.summary(flux).records]
         assert any(" of 3 samples" in reason for reason in reasons)

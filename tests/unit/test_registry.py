@@ -130,12 +130,12 @@ def test_entry_points_are_loaded_once_and_only_when_needed(methods, entry_points
     assert asked == ["methods_home"]
 
 
-def test_groups_of_the_two_registries(entry_points, monkeypatch):
+def test_groups_of_the_registries(entry_points, monkeypatch):
     _, asked = entry_points
-    for found in (registry.policies, registry.forecasters):
+    for found in (registry.policies, registry.forecasters, registry.correctors):
         monkeypatch.setattr(found, "_loaded", False)
         found.names()
-    assert asked == ["diffusion_cache.policies", "diffusion_cache.forecasters"]
+    assert asked == ["diffusion_cache.policies", "diffusion_cache.forecasters", "diffusion_cache.correctors"]
 
 
 def test_entry_point_cannot_replace_another_method(methods, entry_points):
@@ -191,7 +191,7 @@ def test_built_in_methods():
 
     assert {"first_block", "interval", "mask"} <= set(registry.policies.names())
     assert {"reuse", "taylor", "taylor_paper"} <= set(registry.forecasters.names())
-    for found in (registry.policies, registry.forecasters):
+    for found in (registry.policies, registry.forecasters, registry.correctors):
         assert all(found.get(name).name == name for name in found.names())
 
 
@@ -200,9 +200,17 @@ def test_no_option_has_the_name_of_another_argument():
     taken = {field.name for field in dataclasses.fields(policies.Guards)}
     for door in (dc.enable, dc.run):
         taken |= set(inspect.signature(door).parameters)
-    for found in (registry.policies, registry.forecasters):
+    for found in (registry.policies, registry.forecasters, registry.correctors):
         for name in found.names():
             assert not taken & set(found.options(name)), name
+
+
+def test_forecasters_share_no_option_with_policies_or_correctors():
+    """The policy would take it. (A corrector may share options with the policy, and is given them as well.)"""
+    own = {option for name in registry.forecasters.names() for option in registry.forecasters.options(name)}
+    for found in (registry.policies, registry.correctors):
+        for name in found.names():
+            assert not own & set(found.options(name)), name
 
 
 def test_registry_alone_knows_the_built_in_methods():
