@@ -1,0 +1,77 @@
+"""Modules whose output depends, slice by slice, on the same slices of some of their arguments: exact to slice."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from .runner import Runner
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The named arguments and the output are sliced alike along dim; all other arguments must hold no tensor.
+
+    names: of the arguments, the first one the sample's. dim: 0 for batch·frames, −2 for the tokens of [..., n, c].
+    """
+
+    names: tuple[str, ...]
+    dim: int = 0
+
+    def __call__(self, runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        frame = runner.frame
+        sample = arguments[self.names[0]]
+        if frame.done is not None and frame.done[0] is runner.module:
+            output, frame.done = frame.done[1], None
+            if sample is output:  # the group has run
+                return (output,)
+        rows = sample.shape[self.dim]
+        if not self._fits(arguments, rows):
+            return None
+        unpacks = "return_dict" in arguments
+
+        def run(part: slice) -> Tensor:
+            output = inner(**self._cut(arguments, part, rows))
+            return output[0] if unpacks else output
+
+        follower = runner.follower
+        more = self._arguments(follower, frame.block, rows)
+        if follower is None or more is None:
+            output = runner.sweep("alone", sample, rows, run, self.dim % sample.ndim)
+            return (output,) if unpacks else output
+        then, rule = follower, follower.forward
+        assert isinstance(rule, Rows)
+
+        def both(part: slice) -> Tensor:
+            return then.module(run(part), **rule._cut(more, part, rows), return_dict=False)[0]
+
+        output = runner.sweep("with its follower", sample, rows, both)
+        frame.done = follower.module, output
+        return output
+
+    def _arguments(self, follower: Runner | None, block: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
+        """What the block gives the follower beside the sample, by the same names; None if it cannot run in slices."""
+        if follower is None or not block or not follower.free():
+            return None
+        rule = follower.forward
+        assert isinstance(rule, Rows)
+        given = {name: block[name] for name in follower.parameters if name != rule.names[0] and name in block}
+        return given if rule._fits(given, rows) else None
+
+    def _fits(self, arguments: Mapping[str, Any], rows: int) -> bool:
+        named = [arguments.get(name) for name in self.names]
+        others = [value for name, value in arguments.items() if name not in self.names]
+        return all(t.ndim and t.shape[self.dim] in (rows, 1) for t in _tensors(named)) and not any(_tensors(others))
+
+    def _cut(self, arguments: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+        def cut(tensor: Tensor) -> Tensor:
+            whole = tensor.shape[self.dim] != rows  # one row for all
+            return tensor if whole else tensor.narrow(self.dim, part.start, part.stop - part.start)
+
+        return {k: tree_map_only(Tensor, cut, v) if k in self.names else v for k, v in arguments.items()}
+
+
+def _tensors(values: Any) -> Iterable[Tensor]:
+    return [value for value in tree_iter(values) if isinstance(value, Tensor)]
