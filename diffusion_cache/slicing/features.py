@@ -16,12 +16,14 @@ from .table import CHAINS, FORWARDS
 class SlicedFeatures:
     """A denoiser whose operators run in slices, until `remove` or the end of the `with` block.
 
-    denoiser: the module. max_bytes: see `slice_features`. modules: names of those that run in slices.
+    denoiser: the module. max_bytes: see `slice_features`. modules: names of those that can run in slices. least_bytes:
+    the least max_bytes that the calls so far could have done with, 0 before the first.
     """
 
     def __init__(self, denoiser: nn.Module, max_bytes: int):
         self.denoiser = denoiser
         self.max_bytes = max_bytes
+        self.least_bytes = 0
         named = [(name, module) for name, module in denoiser.named_modules() if module is not denoiser]
         runners = {
             module: Runner(name, module, FORWARDS[_class(module)])
@@ -69,6 +71,7 @@ class SlicedFeatures:
             output = inner(*args, **kwargs)
         finally:
             FRAME.reset(token)
+        self.least_bytes = max(self.least_bytes, frame.least)
         if frame.least > self.max_bytes:
             raise ConfigError(
                 f"a slice of {type(self.denoiser).__name__} cannot be made to fit in max_bytes={self.max_bytes}: at this "

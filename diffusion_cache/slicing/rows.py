@@ -1,4 +1,4 @@
-"""Modules whose output depends, slice by slice, on the same slices of some of their arguments: exact to slice."""
+"""Modules whose output's rows depend on the same rows of some of their arguments alone: exact in slices of rows."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,13 +12,12 @@ from .runner import Runner
 
 @dataclass(frozen=True)
 class Rows:
-    """The named arguments and the output are sliced alike along dim; all other arguments must hold no tensor.
+    """The named arguments and the output are sliced alike, by batch·frames; all other arguments must hold no tensor.
 
-    names: of the arguments, the first one the sample's. dim: 0 for batch·frames, −2 for the tokens of [..., n, c].
+    names: of the arguments, the first one the sample's.
     """
 
     names: tuple[str, ...]
-    dim: int = 0
 
     def __call__(self, runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         frame = runner.frame
@@ -27,8 +26,8 @@ class Rows:
             output, frame.done = frame.done[1], None
             if sample is output:  # the group has run
                 return (output,)
-        rows = sample.shape[self.dim]
-        if not self._fits(arguments, rows):
+        rows = len(sample)
+        if not rows or not self._fits(arguments, rows):
             return None
         unpacks = "return_dict" in arguments
 
@@ -39,7 +38,7 @@ class Rows:
         follower = runner.follower
         more = self._arguments(follower, frame.block, rows)
         if follower is None or more is None:
-            output = runner.sweep("alone", sample, rows, run, self.dim % sample.ndim)
+            output = runner.sweep("alone", sample, rows, run)
             return (output,) if unpacks else output
         then, rule = follower, follower.forward
         assert isinstance(rule, Rows)
@@ -63,14 +62,22 @@ class Rows:
     def _fits(self, arguments: Mapping[str, Any], rows: int) -> bool:
         named = [arguments.get(name) for name in self.names]
         others = [value for name, value in arguments.items() if name not in self.names]
-        return all(t.ndim and t.shape[self.dim] in (rows, 1) for t in _tensors(named)) and not any(_tensors(others))
+        return all(t.ndim and len(t) in (rows, 1) for t in _tensors(named)) and not any(_tensors(others))
 
     def _cut(self, arguments: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
         def cut(tensor: Tensor) -> Tensor:
-            whole = tensor.shape[self.dim] != rows  # one row for all
-            return tensor if whole else tensor.narrow(self.dim, part.start, part.stop - part.start)
+            return tensor[part] if len(tensor) == rows else tensor  # or one row for all
 
         return {k: tree_map_only(Tensor, cut, v) if k in self.names else v for k, v in arguments.items()}
+
+
+def tokens(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """A module of one argument that treats every token of [..., c] by itself."""
+    sample = arguments["hidden_states"]
+    rows = sample.flatten(0, -2)
+    if not len(rows):
+        return None
+    return runner.sweep("tokens", rows, len(rows), lambda part: inner(rows[part])).unflatten(0, sample.shape[:-1])
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:

@@ -1,7 +1,7 @@
 """What runs in slices, by class; any other module is run whole, and its parts by their own classes."""
 
 from . import temporal, wan
-from .rows import Rows
+from .rows import Rows, tokens
 from .runner import Forward
 
 SAMPLE = ("hidden_states",)
@@ -15,11 +15,12 @@ FORWARDS: dict[str, Forward] = {
     "diffusers.models.upsampling.Upsample2D": Rows(SAMPLE),
     # positions stay apart: slices of height × width
     "diffusers.models.unets.unet_motion_model.AnimateDiffTransformer3D": temporal.motion,
+    "diffusers.models.transformers.transformer_temporal.TransformerTemporalModel": temporal.motion,
     "diffusers.models.resnet.SpatioTemporalResBlock": temporal.resnet,
     "diffusers.models.transformers.transformer_temporal.TransformerSpatioTemporalModel": temporal.transformer,
     # tokens stay apart, but for keys and values
     "diffusers.models.transformers.transformer_wan.WanTransformerBlock": wan.block,
-    "diffusers.models.attention.FeedForward": Rows(SAMPLE, dim=-2),
+    "diffusers.models.attention.FeedForward": tokens,
 }
 
 # Blocks in which every member of the first list hands its output to the member of the second list in the same place,

@@ -57,9 +57,10 @@ def frames(x: Tensor, count: int) -> Tensor:
 
 
 def motion(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """AnimateDiffTransformer3D: norm over positions, then attention over frames at each."""
+    """AnimateDiffTransformer3D, TransformerTemporalModel: norm over positions, then attention over frames at each."""
     module: Any = runner.module
     sample, count = arguments.pop("hidden_states"), arguments.pop("num_frames")
+    unpacks = arguments.pop("return_dict", None) is not None
     if any(value is not None for value in arguments.values()):
         return None
     x = frames(sample, count)
@@ -74,7 +75,8 @@ def motion(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any])
             hidden = block(hidden)
         return given + module.proj_out(hidden).view(shape).permute(0, 2, 3, 1)
 
-    return runner.sweep(("motion", count), x, x.shape[3], run, dim=3).reshape(sample.shape)
+    output = runner.sweep(("motion", count), x, x.shape[3], run, dim=3).reshape(sample.shape)
+    return (output,) if unpacks else output
 
 
 def resnet(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
