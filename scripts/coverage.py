@@ -125,10 +125,10 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## Slices",
         "",
-        "`dc.slice_features` with the least `max_bytes` that works: modules that can run in slices, bytes that the most "
-        "demanding group takes for a slice of one (at the tiny size of these models), and the largest relative error of "
-        "the output. The model was restored in every case listed; in the others nothing is known that can be sliced, and "
-        "an error says so.",
+        "`dc.slice_features` with the least `max_bytes` that works: modules that can run in slices, bytes that the "
+        "most demanding group takes for a slice of one (at the tiny size of these models), and the largest relative "
+        "error of the output. The model was restored in every case listed; in the others nothing is known that can be "
+        "sliced, and an error says so.",
         "",
         "| class | modules | least bytes | error |",
         "|---|---:|---:|---:|",

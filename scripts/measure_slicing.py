@@ -1,10 +1,10 @@
 """What slicing saves and costs: peak bytes, time and error of one denoiser call, whole and in slices.
 
 The denoisers are UNetSpatioTemporalConditionModel (Stable Video Diffusion), UNetMotionModel (AnimateDiff) and
-WanTransformer3DModel with random weights, narrow enough that activations outweigh weights and a call takes seconds on one
-core. Peaks are of activations beside inputs and weights (`weight_bytes`), live tensor storages on the CPU and the
-allocator's bytes on a GPU. Slices may take a share of the whole peak (`max_bytes`). Whole and sliced calls take turns; the
-time ratio is the median of sliced over whole within a pair, in process CPU time on a CPU and wall time on a GPU.
+WanTransformer3DModel with random weights, narrow enough that activations outweigh weights and a call takes seconds on
+one core. Peaks are of activations beside inputs and weights (`weight_bytes`), live tensor storages on the CPU and the
+allocator's bytes on a GPU. Slices may take a share of the whole peak (`max_bytes`). Whole and sliced calls take turns;
+the time ratio is the median of sliced over whole within a pair, in process CPU time on a CPU and wall time on a GPU.
 error: largest difference over largest value.
 
 Usage: python scripts/measure_slicing.py [--pairs 5] [--device cpu] [--dtype float32] [--out results/slicing.json]
@@ -118,8 +118,8 @@ def measure(
             }
         )
         print(
-            f"{name:34} max {peak // share / 2**20:6.1f} MiB  peak {peak / 2**20:7.1f} -> {sliced_peak / 2**20:6.1f} MiB "
-            f"({rows[-1]['saved']:.0%} less)  time x{rows[-1]['time_ratio']:.3f}  error {worst:.1e}",
+            f"{name:34} max {peak // share / 2**20:6.1f} MiB  peak {peak / 2**20:7.1f} -> {sliced_peak / 2**20:6.1f} "
+            f"MiB ({rows[-1]['saved']:.0%} less)  time x{rows[-1]['time_ratio']:.3f}  error {worst:.1e}",
             flush=True,
         )
     return rows

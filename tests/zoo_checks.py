@@ -79,7 +79,7 @@ def checks(case: Case) -> list[Check]:
 
 @dataclass(frozen=True)
 class Sliced:
-    """One denoiser in the smallest slices. modules: that can run so; least: bytes that a slice takes; error: relative."""
+    """One denoiser in the smallest slices. modules: that can run so. least: bytes a slice takes. error: relative."""
 
     modules: int
     least: int

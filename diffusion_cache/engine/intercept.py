@@ -24,8 +24,8 @@ Runner = Callable[..., Any]
 class Interceptor:
     """Stands in for one module's call; routes it to the handler of the active run's session, if it has one.
 
-    runner: what carries the module out where it is not simply called, as runner(inner, *args, **kwargs); inside of every
-    handler, whichever came first.
+    runner: what carries the module out where it is not simply called, as runner(inner, *args, **kwargs); inside of
+    every handler, whichever came first.
     """
 
     __slots__ = ("handlers", "inner", "module", "previous", "runner")

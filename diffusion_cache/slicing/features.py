@@ -33,7 +33,7 @@ class SlicedFeatures:
         if not runners:
             known = ", ".join(sorted(name.rsplit(".", 1)[1] for name in FORWARDS))
             raise ConfigError(
-                f"{type(denoiser).__name__} has nothing that can run in slices; its modules would have to be among {known}"
+                f"{type(denoiser).__name__} has nothing that can run in slices; modules that can are {known}"
             )
         self.modules = tuple(runner.name for runner in runners.values())
         self._taken: list[nn.Module] = []
@@ -74,8 +74,8 @@ class SlicedFeatures:
         self.least_bytes = max(self.least_bytes, frame.least)
         if frame.least > self.max_bytes:
             raise ConfigError(
-                f"a slice of {type(self.denoiser).__name__} cannot be made to fit in max_bytes={self.max_bytes}: at this "
-                f"size, the least that works is max_bytes={frame.least}"
+                f"a slice of {type(self.denoiser).__name__} cannot be made to fit in max_bytes={self.max_bytes}: at "
+                f"this size, the least that works is max_bytes={frame.least}"
             )
         return output
 
@@ -84,16 +84,17 @@ def slice_features(denoiser: nn.Module, max_bytes: int) -> SlicedFeatures:
     """Make a denoiser take less memory: run its operators on slices of their inputs, one after the other.
 
     Spatial layers run on slices of batch·frames, temporal layers on slices of positions with the statistics of their
-    norms taken over all of them, Wan's blocks on slices of tokens; consecutive operators that are sliced alike run as one
-    group on each slice (feature slicer and operator grouping of Streamlined Inference, NeurIPS 2024). The output is the
-    same up to rounding. It works beside every cache: where a cache stores something of inside a group, the group's parts
-    are sliced instead. Compiled regions, and modules with hooks, run whole.
+    norms taken over all of them, Wan's blocks and feed-forwards on slices of tokens; consecutive operators that are
+    sliced alike run as one group on each slice (feature slicer and operator grouping of Streamlined Inference, NeurIPS
+    2024). The output is the same up to rounding. It works beside every cache: where a cache stores something from
+    inside a group, the group's parts are sliced instead. Compiled regions, and modules with hooks, run whole.
 
         with dc.slice_features(pipe.unet, max_bytes=256 * 2**20):
             frames = pipe(image).frames
 
     Args:
-        denoiser: the transformer or UNet. It stays sliced until the returned object's `remove()` or the `with` block's end.
+        denoiser: the transformer or UNet. It stays sliced until `remove()` of what is returned, or the `with` block's
+            end.
         max_bytes: the most bytes that a group may take for one slice, beside its own input and output, which are
             there whole. Slices are as large as that allows; what one takes is measured in the first call of each size.
 

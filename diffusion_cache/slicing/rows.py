@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
@@ -20,8 +20,7 @@ class Rows:
     names: tuple[str, ...]
 
     def __call__(self, runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        frame = runner.frame
-        sample = arguments[self.names[0]]
+        frame, sample = runner.frame, arguments[self.names[0]]
         if frame.done is not None and frame.done[0] is runner.module:
             output, frame.done = frame.done[1], None
             if sample is output:  # the group has run
@@ -36,28 +35,20 @@ class Rows:
             return output[0] if unpacks else output
 
         follower = runner.follower
-        more = self._arguments(follower, frame.block, rows)
-        if follower is None or more is None:
-            output = runner.sweep("alone", sample, rows, run)
-            return (output,) if unpacks else output
-        then, rule = follower, follower.forward
-        assert isinstance(rule, Rows)
+        if follower is not None and frame.block and follower.free():
+            rule = cast(Rows, follower.forward)
+            more = {name: frame.block[name] for name in follower.parameters if name in frame.block}
+            more.pop(rule.names[0], None)
+            if rule._fits(more, rows):
 
-        def both(part: slice) -> Tensor:
-            return then.module(run(part), **rule._cut(more, part, rows), return_dict=False)[0]
+                def both(part: slice) -> Tensor:
+                    return follower.module(run(part), **rule._cut(more, part, rows), return_dict=False)[0]
 
-        output = runner.sweep("with its follower", sample, rows, both)
-        frame.done = follower.module, output
-        return output
-
-    def _arguments(self, follower: Runner | None, block: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
-        """What the block gives the follower beside the sample, by the same names; None if it cannot run in slices."""
-        if follower is None or not block or not follower.free():
-            return None
-        rule = follower.forward
-        assert isinstance(rule, Rows)
-        given = {name: block[name] for name in follower.parameters if name != rule.names[0] and name in block}
-        return given if rule._fits(given, rows) else None
+                output = runner.sweep("with its follower", sample, rows, both)
+                frame.done = follower.module, output
+                return output
+        output = runner.sweep("alone", sample, rows, run)
+        return (output,) if unpacks else output
 
     def _fits(self, arguments: Mapping[str, Any], rows: int) -> bool:
         named = [arguments.get(name) for name in self.names]

@@ -16,7 +16,7 @@ from ..engine.patches import ACTIVE
 from ..errors import DiffusionCacheWarning
 from ..measure.memory import LiveBytes
 
-# runs a module in slices, given its runner, how it is called whole, and its arguments by name; None: it cannot be sliced
+# runs a module in slices: (its runner, how it is called whole, its arguments by name); gives None if it cannot
 Forward = Callable[["Runner", Callable[..., Any], dict[str, Any]], Any]
 
 
@@ -156,7 +156,7 @@ class Chain:
 
 
 def _parts(total: int, size: int, one_first: bool) -> list[slice]:
-    """range(total) in as few slices of at most size as there can be, alike in size; one_first: after one of size one."""
+    """range(total) in the fewest slices of at most size, as equal as can be; one_first: after one of size 1."""
     begin = int(one_first)
     count = math.ceil((total - begin) / size)
     bounds = [*range(begin), *(begin + (total - begin) * i // count for i in range(count)), total]

@@ -19,8 +19,8 @@ class Moments:
     def __init__(self, norm: nn.GroupNorm):
         self.norm = norm
         self.count = 0
-        self.mean: Tensor | float = 0.0  # [b, groups]
-        self.squares: Tensor | float = 0.0  # [b, groups], summed, of the distance to the mean
+        self.mean = torch.zeros(())  # [b, groups] once there are any
+        self.squares = torch.zeros(())  # likewise: of the distance to the mean, summed
 
     def add(self, x: Tensor) -> None:
         """Take in x, [b, f, c, p]."""
@@ -35,7 +35,6 @@ class Moments:
 
     def normalise(self) -> Callable[[Tensor], Tensor]:
         """The norm with these moments, as a function of any slice [b, f, c, p]."""
-        assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
         weight, bias = (t.float().unflatten(0, (self.norm.num_groups, -1)) for t in (self.norm.weight, self.norm.bias))
         scale = (self.squares / self.count + self.norm.eps).rsqrt()[..., None] * weight  # [b, groups, c / groups]
         shift = bias - self.mean[..., None] * scale

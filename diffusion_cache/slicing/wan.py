@@ -38,13 +38,13 @@ def block(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) 
         given = modulated(module.norm1, sample[:, part], shift, scale)
         return torch.stack(_key_value(module.attn1, given, _at(rotation, part)))
 
-    kept = runner.sweep("keys and values", sample, tokens, keys_and_values, dim=2).unbind(0)
+    key, value = runner.sweep("keys and values", sample, tokens, keys_and_values, dim=2)
 
     def run(part: slice) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation(part)
         x = sample[:, part]
         given = modulated(module.norm1, x, shift, scale)
-        x = (x.float() + _attended(module.attn1, given, [kept], _at(rotation, part)) * gate).type_as(x)
+        x = (x.float() + _attended(module.attn1, given, [(key, value)], _at(rotation, part)) * gate).type_as(x)
         given = module.norm2(x.float()).type_as(x)
         x = x + _attended(module.attn2, given, context)
         given = modulated(module.norm3, x, ff_shift, ff_scale)
