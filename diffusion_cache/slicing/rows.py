@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -21,10 +22,9 @@ class Rows:
 
     def __call__(self, runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         frame, sample = runner.frame, arguments[self.names[0]]
-        if frame.done is not None and frame.done[0] is runner.module:
-            output, frame.done = frame.done[1], None
-            if sample is output:  # the group has run
-                return (output,)
+        if frame.done is not None and frame.done[0] is runner.module and frame.done[1] is sample:
+            frame.done = None  # the group has run
+            return (sample,)
         rows = len(sample)
         if not rows or not self._fits(arguments, rows):
             return None
@@ -35,11 +35,13 @@ class Rows:
             return output[0] if unpacks else output
 
         follower = runner.follower
-        if follower is not None and frame.block and follower.free():
+        # with gradients on, blocks may call their members through checkpoints
+        if follower is not None and frame.block and follower.free() and not torch.is_grad_enabled():
             rule = cast(Rows, follower.forward)
             more = {name: frame.block[name] for name in follower.parameters if name in frame.block}
             more.pop(rule.names[0], None)
             if rule._fits(more, rows):
+                frame.check_handed_over()
 
                 def both(part: slice) -> Tensor:
                     return follower.module(run(part), **rule._cut(more, part, rows), return_dict=False)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.intercept import is_intercepted
 from ..engine.patches import ACTIVE
-from ..errors import DiffusionCacheWarning
+from ..errors import DiffusionCacheError, DiffusionCacheWarning
 from ..measure.memory import LiveBytes
 
 # runs a module in slices: (its runner, how it is called whole, its arguments by name); gives None if it cannot
@@ -34,6 +34,14 @@ class Frame:
     least: int = 0
     block: Mapping[str, Any] = field(default_factory=dict)
     done: tuple[nn.Module, Tensor] | None = None
+
+    def check_handed_over(self) -> None:
+        """Raise if a group has run whose last module was never handed its output, and so may yet run twice."""
+        if self.done is not None:
+            raise DiffusionCacheError(
+                f"a {type(self.done[0]).__name__} was sliced together with what stands before it in its block, but the "
+                "block did not hand that on to it: call remove() on what slice_features returned, and run it whole"
+            )
 
 
 # None outside of calls of a sliced denoiser
@@ -150,7 +158,9 @@ class Chain:
             return inner(*args, **kwargs)
         before, frame.block = frame.block, self._signature.bind(*args, **kwargs).arguments
         try:
-            return inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
+            frame.check_handed_over()
+            return output
         finally:
             frame.block, frame.done = before, None
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion_cache.errors import DiffusionCacheError
 from diffusion_cache.measure import LiveBytes
-from diffusion_cache.slicing.runner import FRAME, Frame, Runner, _parts
+from diffusion_cache.slicing.runner import FRAME, Chain, Frame, Runner, _parts
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 63, 100])
@@ -71,6 +72,25 @@ def test_a_sweep_takes_no_more_than_its_output_and_a_slice(max_bytes):
         assert swept(runner, frame, into=kept) is kept
     assert torch.equal(kept, output)
     assert made.peak <= max_bytes
+
+
+class Dropping(nn.Module):
+    """A block that does not hand the output of a group on to the group's last module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        FRAME.get().done = self, x
+        return x
+
+
+def test_a_group_whose_output_is_not_handed_on_is_no_silent_error():
+    block = Dropping()
+    assert Chain(block)(lambda x: x, X) is X  # outside of a sliced denoiser
+    token = FRAME.set(Frame(ROW))
+    with pytest.raises(DiffusionCacheError, match="Dropping was sliced together"):
+        Chain(block)(block.forward, X)
+    assert FRAME.get().done is None
+    assert Chain(block)(lambda x: x, X) is X
+    FRAME.reset(token)
 
 
 def test_an_error_in_a_slice_leaves_no_trace():
