@@ -7,14 +7,14 @@ allocator's bytes on a GPU. Slices may take a share of the whole peak (`max_byte
 the time ratio is the median of sliced over whole within a pair, in process CPU time on a CPU and wall time on a GPU.
 error: largest difference over largest value.
 
-Usage: python scripts/measure_slicing.py [--pairs 5] [--device cpu] [--dtype float32] [--out results/slicing.json]
+Usage: python scripts/measure_slicing.py [--pairs 3] [--shares 8 …] [--device cpu] [--dtype float32] [--out FILE]
 """
 
 import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,20 @@ import diffusion_cache as dc
 from diffusion_cache.evaluation.environment import cpu_name, versions
 from diffusion_cache.measure import paired, peak_bytes
 
-SHARES = (4, 8, 16)  # of the whole call's peak, the part that a slice may take
 TEXT = 64
 Draw = Callable[..., Tensor]
 
 
 def unet_spatio_temporal(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
     config = {
-        "block_out_channels": (32, 64, 128, 128),
-        "num_attention_heads": (2, 4, 8, 8),
+        "block_out_channels": (32, 64, 64, 64),
+        "num_attention_heads": (2, 4, 4, 4),
         "cross_attention_dim": TEXT,
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 24,
     }
     inputs = {
-        "sample": draw(1, 14, 8, 40, 40),
+        "sample": draw(1, 14, 8, 32, 32),
         "encoder_hidden_states": draw(1, 1, TEXT),
         "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]),
     }
@@ -49,12 +48,12 @@ def unet_spatio_temporal(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any
 
 def unet_motion(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
     config = {
-        "block_out_channels": (32, 64, 128, 128),
+        "block_out_channels": (32, 64, 64, 64),
         "num_attention_heads": 4,
         "motion_num_attention_heads": 4,
         "cross_attention_dim": TEXT,
     }
-    return "UNetMotionModel", config, {"sample": draw(1, 4, 16, 40, 40), "encoder_hidden_states": draw(16, 77, TEXT)}
+    return "UNetMotionModel", config, {"sample": draw(1, 4, 16, 32, 32), "encoder_hidden_states": draw(16, 77, TEXT)}
 
 
 def wan(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -80,7 +79,11 @@ def error(output: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def measure(
-    subject: Callable[[Draw], tuple[str, dict[str, Any], dict[str, Any]]], device: str, dtype: torch.dtype, pairs: int
+    subject: Callable[[Draw], tuple[str, dict[str, Any], dict[str, Any]]],
+    device: str,
+    dtype: torch.dtype,
+    pairs: int,
+    shares: Sequence[int],
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -98,7 +101,7 @@ def measure(
 
     expected, peak = whole(), peak_bytes(whole, device)
     rows = []
-    for share in SHARES:
+    for share in shares:
         with dc.slice_features(twin, max_bytes=peak // share):
             first = sliced()  # measures what slices take
             sliced_peak = peak_bytes(sliced, device)
@@ -127,7 +130,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--shares", type=int, nargs="+", default=[8], help="max_bytes is the peak divided by each")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=Path("results/slicing.json"))
@@ -137,7 +141,7 @@ def main() -> None:
     rows = [
         row
         for subject in SUBJECTS
-        for row in measure(subject, options.device, getattr(torch, options.dtype), options.pairs)
+        for row in measure(subject, options.device, getattr(torch, options.dtype), options.pairs, options.shares)
     ]
     report = {
         "device": cpu_name() if options.device == "cpu" else torch.cuda.get_device_name(),

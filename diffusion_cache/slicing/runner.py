@@ -133,7 +133,9 @@ class Runner:
             self._bytes_of_one[key] = made.peak
         one = self._bytes_of_one[key]
         frame.least = max(frame.least, one)
-        for part in _parts(total, max(1, frame.max_bytes // max(one, 1)), measured is not None):
+        # where one does not fit, the call ends in an error that names the least that would, and takes no more than it
+        size = max(frame.max_bytes, frame.least) // max(one, 1)
+        for part in _parts(total, size, measured is not None):
             piece = _inside(frame, run, part) if measured is None else measured
             if part == slice(0, total):
                 return piece
