@@ -7,7 +7,7 @@ allocator's bytes on a GPU. Slices may take a share of the whole peak (`max_byte
 the time ratio is the median of sliced over whole within a pair, in process CPU time on a CPU and wall time on a GPU.
 error: largest difference over largest value.
 
-Usage: python scripts/measure_slicing.py [--pairs 3] [--shares 8 …] [--device cpu] [--dtype float32] [--out FILE]
+Usage: python scripts/measure_slicing.py [--pairs 3] [--shares 4 8] [--device cpu] [--dtype float32] [--out FILE]
 """
 
 import argparse
@@ -131,7 +131,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--shares", type=int, nargs="+", default=[8], help="max_bytes is the peak divided by each")
+    parser.add_argument("--shares", type=int, nargs="+", default=[4, 8], help="max_bytes is the peak divided by each")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=Path("results/slicing.json"))
