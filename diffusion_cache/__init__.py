@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from . import forecasters, policies, reference, registry
     from .advice import recommend
     from .api import cached, disable, enable, inspect, run, summary
+    from .slicing import slice_features
 
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
     **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary"), ".api"),
     "recommend": ".advice",
+    "slice_features": ".slicing",
 }
 _MODULES = ("forecasters", "policies", "reference", "registry")
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "reference",
     "registry",
     "run",
+    "slice_features",
     "summary",
 ]
 

@@ -1,5 +1,6 @@
-"""What is measured of every denoiser in the zoo, for tests/integration/test_zoo.py and scripts/coverage.py."""
+"""What is measured of every denoiser in the zoo, for tests and scripts/coverage.py."""
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,33 @@ def check(case: Case, model: nn.Module, scope: str, depth: int | None) -> Check:
 def checks(case: Case) -> list[Check]:
     model = build(case)
     return [check(case, model, scope, depth) for scope, depth in scopes(case, model)]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """One denoiser in the smallest slices. modules: that can run so. least: bytes a slice takes. error: relative."""
+
+    modules: int
+    least: int
+    error: float
+    restored: bool
+
+
+def sliced(case: Case, model: nn.Module) -> Sliced | None:
+    """None where nothing is known that can be sliced."""
+    expected = _call(case, model)
+    before = _attributes(model)
+    try:
+        features = dc.slice_features(model, max_bytes=1)
+    except dc.ConfigError:
+        return None
+    with features, contextlib.suppress(dc.ConfigError):
+        _call(case, model)  # finds out how small slices can be
+    least = max(1, features.least_bytes)
+    with dc.slice_features(model, max_bytes=least):
+        error = max(_error(_call(case, model), expected) for _ in range(2))
+    restored = _attributes(model) == before and _equal(_call(case, model), expected)
+    return Sliced(len(features.modules), features.least_bytes, error, restored)
 
 
 @torch.no_grad()

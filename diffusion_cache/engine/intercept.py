@@ -6,6 +6,7 @@ only when the module really does. The attribute is no part of a module's state: 
 copied.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,22 @@ from .patches import ACTIVE
 
 ATTRIBUTE = "_compiled_call_impl"
 Handler = Callable[[Any, Callable[..., Any], tuple, dict[str, Any]], Any]
+Runner = Callable[..., Any]
 
 
 class Interceptor:
-    """Stands in for one module's call; routes it to the handler of the active run's session, if it has one."""
+    """Stands in for one module's call; routes it to the handler of the active run's session, if it has one.
 
-    __slots__ = ("handlers", "inner", "module", "previous")
+    runner: what carries the module out where it is not simply called, as runner(inner, *args, **kwargs); inside of
+    every handler, whichever came first.
+    """
+
+    __slots__ = ("handlers", "inner", "module", "previous", "runner")
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.handlers: dict[Any, Handler] = {}
+        self.runner: Runner | None = None
         self.install()
 
     def install(self) -> None:
@@ -50,19 +57,37 @@ class Interceptor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.inner(*args, **kwargs)  # part of something larger that is compiled: see compiled.py
+        inner = self.inner if self.runner is None else functools.partial(self.runner, self.inner)
         run = ACTIVE.get()
         if run is not None:
             handler = self.handlers.get(run.session)
             if handler is not None:
-                return handler(run, self.inner, args, kwargs)
-        return self.inner(*args, **kwargs)
+                return handler(run, inner, args, kwargs)
+        return inner(*args, **kwargs)
 
 
 def intercept(module: nn.Module, session: Any, handler: Handler) -> None:
     """Route the module's calls inside this session's runs to the handler."""
+    _interceptor(module).handlers[session] = handler
+
+
+def set_runner(module: nn.Module, runner: Runner) -> None:
+    """Carry the module out by runner(inner, *args, **kwargs), in runs of sessions and outside of them."""
+    _interceptor(module).runner = runner
+
+
+def runner_of(module: nn.Module) -> Runner | None:
+    """What carries the module out, None where it is simply called."""
     current = vars(module).get(ATTRIBUTE)
-    interceptor = current if isinstance(current, Interceptor) else Interceptor(module)
-    interceptor.handlers[session] = handler
+    return current.runner if isinstance(current, Interceptor) else None
+
+
+def clear_runner(module: nn.Module) -> None:
+    """Simply call the module again; it is as it was if no session intercepts it."""
+    current = vars(module).get(ATTRIBUTE)
+    if isinstance(current, Interceptor):
+        current.runner = None
+        _remove_unused(current)
 
 
 def is_intercepted(module: nn.Module, session: Any) -> bool:
@@ -82,5 +107,14 @@ def release(module: nn.Module, session: Any) -> None:
     current = vars(module).get(ATTRIBUTE)
     if isinstance(current, Interceptor):
         current.handlers.pop(session, None)
-        if not current.handlers:
-            current.remove()
+        _remove_unused(current)
+
+
+def _interceptor(module: nn.Module) -> Interceptor:
+    current = vars(module).get(ATTRIBUTE)
+    return current if isinstance(current, Interceptor) else Interceptor(module)
+
+
+def _remove_unused(interceptor: Interceptor) -> None:
+    if not interceptor.handlers and interceptor.runner is None:
+        interceptor.remove()

@@ -1,11 +1,13 @@
-"""What caching costs and saves: output quality, executed arithmetic and paired wall time."""
+"""What caching costs and saves: output quality, executed arithmetic, paired time and memory."""
 
 from .flops import BlockCount, count_blocks, executed_flops, flop_counter
+from .memory import LiveBytes, peak_bytes
 from .metrics import Quality, latent_error, psnr, quality, ssim
 from .timing import PairedTiming, elapsed, paired
 
 __all__ = [
     "BlockCount",
+    "LiveBytes",
     "PairedTiming",
     "Quality",
     "count_blocks",
@@ -14,6 +16,7 @@ __all__ = [
     "flop_counter",
     "latent_error",
     "paired",
+    "peak_bytes",
     "psnr",
     "quality",
     "ssim",

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from diffusion_cache.engine.intercept import ATTRIBUTE, intercept, is_intercepted, release
+from diffusion_cache.engine.intercept import (
+    ATTRIBUTE,
+    clear_runner,
+    intercept,
+    is_intercepted,
+    release,
+    runner_of,
+    set_runner,
+)
 from diffusion_cache.engine.patches import ACTIVE
 
 
@@ -145,6 +153,36 @@ def test_removal_is_exact():
     release(module, session)
     assert vars(module) == before
     assert ATTRIBUTE not in vars(module)
+
+
+def running(log, amount=0):
+    def runner(inner, *args, **kwargs):
+        log.append("runner")
+        return inner(*args, **kwargs) + amount
+
+    return runner
+
+
+@pytest.mark.parametrize("runner_first", [True, False])
+def test_a_runner_is_inside_of_every_handler(enter, runner_first):
+    module, session, log = linear(), object(), []
+    plain, before = module(X), dict(vars(module))
+    steps = [lambda: set_runner(module, running(log, 1)), lambda: intercept(module, session, adding(5, log))]
+    for step in steps if runner_first else reversed(steps):
+        step()
+    assert torch.equal(module(X), plain + 1)  # outside of runs as well
+    enter(session)
+    log.clear()
+    assert torch.equal(module(X), plain + 6)
+    assert log == ["handler", "runner"]
+    assert runner_of(module) is not None
+    ways = [lambda: clear_runner(module), lambda: release(module, session)]
+    first, second = ways if runner_first else reversed(ways)
+    first()
+    assert torch.equal(module(X), plain + (5 if runner_first else 1))
+    second()
+    assert runner_of(module) is None
+    assert vars(module) == before
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda module: pickle.loads(pickle.dumps(module))])
