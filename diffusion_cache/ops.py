@@ -204,7 +204,7 @@ def _gated(
     if not scales:
         features = [feature.to(wide) for feature in features]
     branch = _forecast(None, features, scales, weights, correction, wide)
-    return torch.addcmul(base.to(wide), gate.to(wide), branch).to(base.dtype)
+    return torch.addcmul(base.to(wide), gate.to(wide), branch).to(base.dtype).contiguous()
 
 
 def _store(codes: Tensor, scales: Tensor, out: Tensor, base: Tensor | None) -> None:
@@ -297,8 +297,20 @@ def _operator(plain: Callable, name: str, schema: str, mutated: Sequence[str] = 
     return operator
 
 
+def _layout(feature: Tensor) -> torch.memory_format:
+    """Of what the operators return."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(feature.ndim, torch.contiguous_format)
+    return (
+        form if not feature.is_contiguous() and feature.is_contiguous(memory_format=form) else torch.contiguous_format
+    )
+
+
+def _forecast_laid_out(base: Tensor | None, features: Sequence[Tensor], *arguments: Any) -> Tensor:
+    return _forecast(base, features, *arguments).contiguous(memory_format=_layout(features[0]))
+
+
 _forecast_residual = _operator(
-    _forecast,
+    _forecast_laid_out,
     "forecast_residual",
     "(Tensor? base, Tensor[] features, Tensor[] scales, Tensor weights, Tensor? correction, ScalarType dtype)"
     " -> Tensor",
@@ -326,7 +338,7 @@ def _(
     correction: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty_like(features[0], dtype=dtype)
+    return torch.empty_like(features[0], dtype=dtype, memory_format=_layout(features[0]))
 
 
 @_gated_residual.register_fake
@@ -338,7 +350,7 @@ def _(
     weights: Tensor,
     correction: Tensor | None,
 ) -> Tensor:
-    return torch.empty_like(features[0], dtype=base.dtype)
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
 @_store_residual.register_fake

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codes import decode_reference
 from .sums import corrected, operands, weighted_sum
-from .tiles import CONFIGS, channels_last, place, start, tiling
+from .tiles import CONFIGS, channels_last, layout, place, start, tiling
 
 # of the largest magnitude among the terms of a sum: float32 rounding of it, and one rounding to the result's dtype
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -97,7 +97,7 @@ def launch(
     out: Tensor | None = None,
     config: tuple[int, int] = CONFIGS[0],
 ) -> Tensor:
-    """y of `dtype` in float32 sums. out: where to, contiguous; `base` for in place.
+    """y of `dtype` in float32 sums. out: where to, laid out as the features are; `base` for in place.
 
     base and features are [batch, ...] of one shape; features all of float32, float16 or bfloat16, or all codes with
     their scales. A base may be broadcast over its batch or be a slice of a longer sequence; anything else that is not
@@ -107,8 +107,10 @@ def launch(
     like = features[0]
     moved = not given.code and channels_last(like)
     if out is None:
-        out = torch.empty_like(like, dtype=dtype)
+        out = torch.empty_like(like, dtype=dtype, memory_format=layout(like))
     target = out.movedim(1, -1) if moved else out
+    if not target.is_contiguous():
+        raise ValueError("out must be contiguous, or channels-last like the features")
     if base is not None:
         base = base.movedim(1, -1) if moved else base
         base = base if base[0].is_contiguous() else base.contiguous()

@@ -110,7 +110,9 @@ def launch(
     base = base if base[0].is_contiguous() else base.contiguous()
     gate = gate if gate.shape[-1] == 1 or gate.stride(-1) == 1 else gate.contiguous()
     if out is None:
-        out = torch.empty_like(features[0], dtype=base.dtype)
+        out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
     tiles = tiling(given.batch, given.rows, given.columns, config)
     start(
         kernel,

@@ -110,6 +110,8 @@ def launch(
     columns = current.shape[-1]
     if columns > WIDEST_ROW:
         raise ValueError(f"rows are up to {WIDEST_ROW} wide, not {columns}")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (feature, scales, previous, previous_scales)):
+        raise ValueError("features and scales must be contiguous")
     code = code_of(feature.dtype)
     current = current if current[0].is_contiguous() else current.contiguous()
     if base is not None:

@@ -46,9 +46,15 @@ def tiling(batch: int, rows: int, columns: int, config: tuple[int, int] = CONFIG
 
 def channels_last(tensor: Tensor) -> bool:
     """Whether an image or video [rows, channels, ...] is stored with its channels innermost."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    form = formats.get(tensor.ndim)
-    return form is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form)
+    return layout(tensor) is not torch.contiguous_format
+
+
+def layout(tensor: Tensor) -> torch.memory_format:
+    """The memory format of what a launch makes like this tensor."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if form is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=form):
+        return torch.contiguous_format
+    return form
 
 
 def start(kernel: Any, programs: int, warps: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
