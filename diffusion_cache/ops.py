@@ -9,7 +9,7 @@ Triton's interpreter (slow: to check them without a GPU).
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -27,11 +27,25 @@ _KERNEL_DTYPES = (torch.float32, *LOW_PRECISION)
 _KERNEL_SLOTS = 8
 _KERNEL_ROW = 16384  # columns of a row that is encoded
 _MODES = ("auto", "interpret", "off")
-_MODE = os.environ.get("DIFFUSION_CACHE_KERNELS", "auto")
-if _MODE not in _MODES:
-    raise ConfigError(f"DIFFUSION_CACHE_KERNELS must be one of {', '.join(_MODES)}, not {_MODE!r}")
-if _MODE == "interpret":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+
+def _mode(environment: Mapping[str, str]) -> str:
+    """What DIFFUSION_CACHE_KERNELS says.
+
+    Raises:
+        ConfigError: if it is not known, or cannot be.
+    """
+    mode = environment.get("DIFFUSION_CACHE_KERNELS", "auto")
+    if mode not in _MODES:
+        raise ConfigError(f"DIFFUSION_CACHE_KERNELS must be one of {', '.join(_MODES)}, not {mode!r}")
+    if mode == "interpret" and environment.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "DIFFUSION_CACHE_KERNELS=interpret needs TRITON_INTERPRET=1 beside it, which Triton reads at its import"
+        )
+    return mode
+
+
+_MODE = _mode(os.environ)
 
 
 class Coded(NamedTuple):

@@ -112,15 +112,17 @@ def weighted_sum(
 def corrected(value, correction, entry, row, column, stride, channels, group, rows, columns, KIND: tl.constexpr):
     """scale · value + bias with the numbers of each value's channel; correction: [batch or 1, 2, channels]."""
     if KIND == "":
-        return value
-    start = correction + entry * stride
-    if KIND == "all":
-        scale = tl.load(start)
-        bias = tl.load(start + 1)
-    elif KIND == "column":
-        scale = tl.load(start + column, mask=column < columns)
-        bias = tl.load(start + channels + column, mask=column < columns)
+        result = value
     else:
-        scale = tl.load(start + row // group, mask=row < rows)
-        bias = tl.load(start + channels + row // group, mask=row < rows)
-    return scale * value + bias
+        start = correction + entry * stride
+        if KIND == "all":
+            scale = tl.load(start)
+            bias = tl.load(start + 1)
+        elif KIND == "column":
+            scale = tl.load(start + column, mask=column < columns)
+            bias = tl.load(start + channels + column, mask=column < columns)
+        else:
+            scale = tl.load(start + row // group, mask=row < rows)
+            bias = tl.load(start + channels + row // group, mask=row < rows)
+        result = scale * value + bias
+    return result
