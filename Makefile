@@ -44,6 +44,9 @@ bench-overhead: venv ## measure what the cache layer costs per step
 bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up to 9 minutes)
 	$(PYTHON) scripts/bench_gpu.py --budget-seconds 520 --out results/gpu
 
+bench-kernels: venv ## time every kernel on a GPU against a copy of the same bytes (up to 10 minutes)
+	$(PYTHON) scripts/bench_kernels.py
+
 evaluate: venv ## compare all methods and rivals on the shipped models and publish the report
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all

@@ -19,6 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 SHAPES = forecast_residual.SHAPES
 WIDEST_ROW = 16384  # columns: a program holds a row at once, to find its largest number before it is encoded
 SUMS = 5
+TILE = 2048  # numbers that a program takes at least, in rows
 
 
 def reference(current: Tensor, base: Tensor | None, code: str) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +120,7 @@ def launch(
     batch, rows = len(current), current[0].numel() // columns
     sums = torch.zeros(batch, rows, SUMS, device=current.device) if with_sums else None
     width = triton.next_power_of_2(columns)
-    tile_rows = max(1, min(2048 // width, triton.next_power_of_2(rows)))
+    tile_rows = max(1, min(TILE // width, triton.next_power_of_2(rows)))
     start(
         kernel,
         batch * triton.cdiv(rows, tile_rows),
