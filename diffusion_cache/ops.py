@@ -49,60 +49,73 @@ _MODE = _mode(os.environ)
 
 
 class Coded(NamedTuple):
-    """A tensor in one-byte codes: values are codes · scales. codes: [..., D] of a dtype of CODES; scales: [...]."""
+    """A tensor in one-byte codes: its values are codes · scales, and were of `dtype`.
+
+    codes: [..., D] of a dtype of CODES; scales: [...], float32.
+    """
 
     codes: Tensor
     scales: Tensor
+    dtype: torch.dtype
 
 
 def forecast(
     base: Tensor | None,
-    features: Sequence[Tensor],
+    features: Sequence[Tensor] | Sequence[Coded],
     weights: Sequence[float] | Tensor,
     correction: Tensor | None = None,
-    *,
-    scales: Sequence[Tensor] = (),
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """scale · (base + Σ_j weights[j] · features[j]) + bias, accumulated in at least float32; always a new tensor.
 
     base and every feature have one shape and dtype, which the result keeps. base None stands for zero. weights: one
     number per feature, or a tensor [K] or [rows, K] for K features [rows, ...], each row with its own; features with
     zero weight must be finite then. correction: scale and bias, [rows or 1, 2, channels or 1]. None for 1 and 0.
-    scales: of features that are codes (`Coded`), with the dtype of the result.
     """
-    dtype = dtype or features[0].dtype
+    values, scales, dtype = _split(features)
     if not isinstance(weights, Tensor):
-        if len(weights) != len(features):
-            raise ValueError(f"{len(weights)} weights for {len(features)} features")
+        if len(weights) != len(values):
+            raise ValueError(f"{len(weights)} weights for {len(values)} features")
         used = [j for j, weight in enumerate(weights) if weight != 0.0]
-        if used and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, features[0], base, *scales, correction):
-            known = _on_device(tuple(weights[j] for j in used), features[0].device, _stream(features[0]))
-            scales = [scales[j] for j in used] if scales else []
-            return _forecast_residual(base, [features[j] for j in used], scales, known, correction, dtype)
-    elif len(features) <= _KERNEL_SLOTS and _has_kernel(dtype, features[0], base, weights, *scales, correction):
-        return _forecast_residual(base, list(features), list(scales), weights, correction, dtype)
-    return _forecast(base, features, scales, weights, correction, dtype)
+        if used and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
+            known = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
+            used_scales = [scales[j] for j in used] if scales else []
+            return _forecast_residual(base, [values[j] for j in used], used_scales, known, correction, dtype)
+    elif len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, weights, correction):
+        return _forecast_residual(base, values, scales, weights, correction, dtype)
+    return _forecast(base, values, scales, weights, correction, dtype)
 
 
 def gated_forecast(
     base: Tensor,
     gate: Tensor,
-    features: Sequence[Tensor],
+    features: Sequence[Tensor] | Sequence[Coded],
     weights: Tensor,
     correction: Tensor | None = None,
-    *,
-    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """base + gate · forecast(None, features, weights, correction), a branch that joins its block's stream; like base.
 
     base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: [K] or [rows, K].
     """
-    if len(features) <= _KERNEL_SLOTS and _has_kernel(
-        base.dtype, features[0], base, gate, weights, *scales, correction
-    ):
-        return _gated_residual(base, gate, list(features), list(scales), weights, correction)
-    return _gated(base, gate, features, scales, weights, correction)
+    values, scales, _ = _split(features)
+    if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, weights, correction):
+        return _gated_residual(base, gate, values, scales, weights, correction)
+    return _gated(base, gate, values, scales, weights, correction)
+
+
+def _split(features: Sequence[Tensor] | Sequence[Coded]) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+    """Numbers or codes, the scales of codes, and the dtype of the features."""
+    coded = [feature for feature in features if isinstance(feature, Coded)]
+    if len(coded) == len(features):
+        return [feature.codes for feature in coded], [feature.scales for feature in coded], coded[0].dtype
+    plain = [decoded(feature) for feature in features]
+    return plain, [], plain[0].dtype
+
+
+def decoded(feature: Tensor | Coded) -> Tensor:
+    """The feature in its own dtype."""
+    if isinstance(feature, Tensor):
+        return feature
+    return _decoded(feature.codes, feature.scales).to(feature.dtype)
 
 
 def encode_residual(out: Tensor, base: Tensor | None, code: str, into: Coded | None = None) -> Coded:
@@ -113,7 +126,7 @@ def encode_residual(out: Tensor, base: Tensor | None, code: str, into: Coded | N
     """
     if into is None:
         scales = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
-        into = Coded(torch.empty(out.shape, dtype=CODES[code], device=out.device), scales)
+        into = Coded(torch.empty(out.shape, dtype=CODES[code], device=out.device), scales, out.dtype)
     if out.shape[-1] <= _KERNEL_ROW and _has_kernel(out.dtype, out, base):
         _store_residual(into.codes, into.scales, out, base)
     else:
@@ -227,7 +240,7 @@ def _store(codes: Tensor, scales: Tensor, out: Tensor, base: Tensor | None) -> N
     largest = residual.abs().amax(-1, keepdim=True)
     largest = torch.where(largest < _FLOOR, _FLOOR, largest)
     top = torch.full_like(largest, _TOP[codes.dtype])  # a number would be divided by as a product with its reciprocal
-    steps = residual.mul_(top / largest).clamp_(-_TOP[codes.dtype], _TOP[codes.dtype])
+    steps = (residual * (top / largest)).clamp_(-_TOP[codes.dtype], _TOP[codes.dtype])
     if codes.dtype == torch.int8:
         steps = steps.round_().nan_to_num_()
     codes.copy_(steps)

@@ -219,12 +219,13 @@ def test_codes_hold_a_residual_to_their_precision(code, error, dtype):
     residual = out.float() - base.float()
     encoded = ops.encode_residual(out, base, code)
     assert (encoded.codes.dtype, encoded.scales.shape) == (ops.CODES[code], (3, 5))
-    read = ops.forecast(None, [encoded.codes], (1.0,), scales=[encoded.scales], dtype=torch.float32)
+    assert encoded.dtype == dtype
+    read = ops.forecast(None, [encoded._replace(dtype=torch.float32)], (1.0,))
     largest = residual.abs().amax(-1, keepdim=True)
     # e4m3 rounds in proportion to a number, down to its smallest steps; int8 to steps of the row's largest
     bound = error * residual.abs() + largest / 448 / 2**10 if code == "fp8" else error * largest
     assert ((read - residual).abs() <= 1.001 * bound).all()
-    into = ops.Coded(torch.empty_like(encoded.codes), torch.empty_like(encoded.scales))
+    into = ops.Coded(torch.empty_like(encoded.codes), torch.empty_like(encoded.scales), dtype)
     assert ops.encode_residual(out, base, code, into) is into
     assert torch.equal(into.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
 
@@ -232,16 +233,9 @@ def test_codes_hold_a_residual_to_their_precision(code, error, dtype):
 @pytest.mark.parametrize("weights", [(0.5, -2.0), (0.0, 1.0), torch.tensor([0.5, -2.0]), torch.randn(2, 2)], ids=str)
 @pytest.mark.parametrize("code", list(ops.CODES))
 def test_forecasts_from_codes(code, weights):
-    pairs = [coded((2, 5, 8), code, seed) for seed in range(2)]
+    pairs = [coded((2, 5, 8), code, seed)._replace(dtype=torch.bfloat16) for seed in range(2)]
     base, correction = random((2, 5, 8), torch.bfloat16, 5), torch.randn(1, 2, 8)
-    result = ops.forecast(
-        base,
-        [pair.codes for pair in pairs],
-        weights,
-        correction,
-        scales=[pair.scales for pair in pairs],
-        dtype=torch.bfloat16,
-    )
+    result = ops.forecast(base, pairs, weights, correction)
     values = [pair.codes.float() * pair.scales[..., None] for pair in pairs]
     expected = ops.forecast(base.float(), values, weights, correction)
     assert result.dtype == torch.bfloat16
@@ -254,9 +248,18 @@ def test_codes_of_what_is_not_finite_show_in_the_scales():
     for code in ops.CODES:
         encoded = ops.encode_residual(out, None, code)
         assert encoded.scales.isfinite().tolist() == [True, False, False, True]
-        read = ops.forecast(None, [encoded.codes], (1.0,), scales=[encoded.scales], dtype=torch.float32)
+        read = ops.forecast(None, [encoded], (1.0,))
         assert torch.equal(read[3], out[3])
         assert read[1].isnan().all()
+
+
+@pytest.mark.parametrize("code", list(ops.CODES))
+@pytest.mark.parametrize("with_base", [True, False])
+def test_what_is_encoded_stays(code, with_base):
+    out, base = random((2, 5, 8), torch.float32, 1), random((2, 5, 8), torch.float32, 2) if with_base else None
+    before = [tensor.clone() for tensor in (out, base) if tensor is not None]
+    ops.encode_residual(out, base, code)
+    assert all(torch.equal(now, was) for now, was in zip((out, base), before, strict=False))
 
 
 def test_gated_forecast():
