@@ -6,6 +6,8 @@ from diffusion_cache.kernels import codes, forecast_residual
 from diffusion_cache.kernels import store_residual as op
 from kernel_cases import CODES, DTYPES, FULL, cases, poisoned, random, same_bits
 
+from diffusion_cache import ops
+
 
 def check(current, base, code):
     expected, expected_scales = op.reference(current, base, code)
@@ -16,6 +18,9 @@ def check(current, base, code):
     if code:
         assert same_bits(feature, expected)
         assert same_bits(scales, expected_scales)
+        in_pytorch = ops.encode_residual(current, base, {"e4m3": "fp8"}.get(code, code))
+        assert same_bits(in_pytorch.codes, expected)
+        assert same_bits(in_pytorch.scales, expected_scales)
     else:
         ulp = torch.finfo(current.dtype).eps
         assert torch.allclose(feature.float(), expected.float(), rtol=ulp, atol=0)
