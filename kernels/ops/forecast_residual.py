@@ -105,6 +105,8 @@ def launch(
     """
     given = operands(features, scales, weights, correction)
     like = features[0]
+    if base is not None and base.shape != like.shape:
+        raise ValueError(f"base and features have one shape, not {list(base.shape)} and {list(like.shape)}")
     moved = not given.code and channels_last(like)
     if out is None:
         out = torch.empty_like(like, dtype=dtype, memory_format=layout(like))

@@ -105,8 +105,13 @@ def launch(
     Dtypes and `out` are those of `forecast_residual.launch`; the gate may be of any of them.
     """
     given = operands(features, scales, weights, correction, whole_rows=True)
-    if base.ndim != 3 or gate.ndim != 3:
-        raise ValueError(f"base and gate have 3 axes, not {base.ndim} and {gate.ndim}")
+    shape = features[0].shape
+    if base.shape != shape or len(shape) != 3 or gate.ndim != 3:
+        raise ValueError(
+            f"base, features and gate have 3 axes, not {list(base.shape)}, {list(shape)}, {list(gate.shape)}"
+        )
+    if any(size not in (1, whole) for size, whole in zip(gate.shape, shape, strict=True)):
+        raise ValueError(f"a gate is as long as the features {list(shape)} on each axis or 1, not {list(gate.shape)}")
     base = base if base[0].is_contiguous() else base.contiguous()
     gate = gate if gate.shape[-1] == 1 or gate.stride(-1) == 1 else gate.contiguous()
     if out is None:

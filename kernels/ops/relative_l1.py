@@ -103,6 +103,8 @@ def launch(current: Tensor, previous: Tensor, measure: str = "l1", config: tuple
     """float32 [batch] from two [batch, ...] of one shape, each float32, float16 or bfloat16."""
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, not {measure!r}")
+    if current.shape != previous.shape:
+        raise ValueError(f"both have one shape, not {list(current.shape)} and {list(previous.shape)}")
     if channels_last(current) and channels_last(previous):
         current, previous = current.movedim(1, -1), previous.movedim(1, -1)
     a = current if current[0].is_contiguous() else current.contiguous()

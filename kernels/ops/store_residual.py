@@ -111,6 +111,12 @@ def launch(
     columns = current.shape[-1]
     if columns > WIDEST_ROW:
         raise ValueError(f"rows are up to {WIDEST_ROW} wide, not {columns}")
+    alike = [tensor for tensor in (feature, base, previous) if tensor is not None]
+    rows_alike = [tensor for tensor in (scales, previous_scales) if tensor is not None]
+    if any(tensor.shape != current.shape for tensor in alike) or any(
+        tensor.shape != current.shape[:-1] for tensor in rows_alike
+    ):
+        raise ValueError("features and inputs have one shape, and scales the same without the last axis")
     if not all(tensor is None or tensor.is_contiguous() for tensor in (feature, scales, previous, previous_scales)):
         raise ValueError("features and scales must be contiguous")
     code = code_of(feature.dtype)

@@ -33,6 +33,28 @@ class Operands(NamedTuple):
     kind: str  # of the correction: "" for none, "all" for a number, by "column" or by "row" for channels
 
 
+def check(features: Sequence[Tensor], scales: Sequence[Tensor], weights: Tensor, correction: Tensor | None) -> None:
+    """Nothing may be read that is not there.
+
+    Raises:
+        ValueError: for numbers or shapes that do not belong together.
+    """
+    if not 1 <= len(features) <= SLOTS:
+        raise ValueError(f"a launch takes 1 to {SLOTS} features, not {len(features)}")
+    if weights.shape[-1] != len(features):
+        raise ValueError(f"{weights.shape[-1]} weights for {len(features)} features")
+    shape = features[0].shape
+    batch, channels = shape[0], shape[-1 if len(shape) <= 3 else 1]
+    if any(feature.shape != shape for feature in features) or any(scale.shape != shape[:-1] for scale in scales):
+        raise ValueError("features have one shape, and their scales the same without the last axis")
+    if weights.ndim == 2 and len(weights) != batch:
+        raise ValueError(f"weights for {len(weights)} rows, of which there are {batch}")
+    if correction is not None and (
+        len(correction) not in (1, batch) or correction.shape[1:] not in ((2, 1), (2, channels))
+    ):
+        raise ValueError(f"a correction is [1 or {batch}, 2, 1 or {channels}], not {list(correction.shape)}")
+
+
 def operands(
     features: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -44,10 +66,7 @@ def operands(
 
     whole_rows: keep the last axis apart even where nothing differs along it.
     """
-    if not 1 <= len(features) <= SLOTS:
-        raise ValueError(f"a launch takes 1 to {SLOTS} features, not {len(features)}")
-    if weights.shape[-1] != len(features):
-        raise ValueError(f"{weights.shape[-1]} weights for {len(features)} features")
+    check(features, scales, weights, correction)
     code = code_of(features[0].dtype)
     inner = features[0].ndim <= 3
     if not code and channels_last(features[0]):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (elements of a tile, warps), by what was seen to be fast; a launch takes the first, `make bench-kernels` times all
+# (elements of a tile, warps): a launch takes the first, which `make bench-kernels` compares with the others
 CONFIGS = ((2048, 4), (1024, 4), (4096, 8), (8192, 8))
 WIDEST = 1024  # columns of a tile that need not hold a whole row
 

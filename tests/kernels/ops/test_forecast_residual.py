@@ -68,6 +68,23 @@ def test_too_many_slots_or_weights_are_refused():
         op.launch(None, [one], [], random(2), None, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("base", "features", "weights", "correction"),
+    [
+        ((1, 4, 6), [(3, 4, 6)], (1,), None),
+        (None, [(3, 4, 6), (3, 4, 5)], (2,), None),
+        (None, [(3, 4, 6)], (2, 1), None),
+        (None, [(3, 4, 6)], (1,), (2, 2, 6)),
+        (None, [(3, 4, 6)], (1,), (1, 2, 5)),
+    ],
+)
+def test_what_would_read_beyond_a_tensor_is_refused(base, features, weights, correction):
+    given = [random(*shape) for shape in features]
+    base, correction = (None if shape is None else random(*shape) for shape in (base, correction))
+    with pytest.raises(ValueError):
+        op.launch(base, given, [], random(*weights), correction, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(dtype):
     base, (features, scales) = random(2, 5, 63, dtype=dtype), features_of((2, 5, 63), dtype, "", 2)

@@ -44,3 +44,5 @@ def test_a_gate_that_is_part_of_a_modulation():
 def test_other_axes_are_refused():
     with pytest.raises(ValueError, match="3 axes"):
         op.launch(random(2, 3), random(1, 1, 1), [random(2, 3)], [], random(1), None)
+    with pytest.raises(ValueError, match="on each axis or 1"):
+        op.launch(random(2, 3, 4), random(1, 1, 3), [random(2, 3, 4)], [], random(1), None)

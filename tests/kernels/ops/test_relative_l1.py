@@ -46,3 +46,8 @@ def test_strided_and_broadcast_rows():
 def test_an_unknown_measure_is_refused():
     with pytest.raises(ValueError, match="l1, l2, cosine"):
         op.launch(random(1, 2), random(1, 2), "l3")
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        op.launch(random(2, 3), random(2, 4))

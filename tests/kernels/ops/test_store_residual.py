@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusion_cache.kernels import codes, forecast_residual
+from diffusion_cache.kernels import codes, forecast_residual, sums
 from diffusion_cache.kernels import store_residual as op
 from kernel_cases import CODES, DTYPES, FULL, cases, poisoned, random, same_bits
 
@@ -117,3 +117,18 @@ def test_offsets_beyond_32_bits(dtype):
     current = storage.as_strided((2, 1000), (stride, 1))
     current.copy_(random(2, 1000))
     check(current, None, "int8")
+
+
+def test_other_shapes_are_refused():
+    feature, scales = random(2, 3), random(2)
+    with pytest.raises(ValueError, match="one shape"):
+        op.launch(feature, None, random(2, 4), None)
+    with pytest.raises(ValueError, match="one shape"):
+        op.launch(feature, scales, random(2, 3), random(1, 3))
+
+
+def test_limits_are_those_that_are_gone_by():
+    """`ops` knows them without importing Triton."""
+    assert (ops._KERNEL_ROW, ops._KERNEL_SLOTS) == (op.WIDEST_ROW, sums.SLOTS)
+    assert {code: ops._TOP[dtype] for code, dtype in codes.DTYPES.items()} == codes.TOP
+    assert ops._FLOOR == codes.FLOOR
