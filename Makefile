@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test contracts demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,12 @@ test: venv ## run the tests
 
 contracts: venv ## run the contract tests for every combination of methods, scopes and models
 	OMP_NUM_THREADS=1 DIFFUSION_CACHE_ALL_CASES=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope tests/contracts
+
+aot: venv ## compile every kernel for GPUs that need not be here, and read the machine code
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_aot.py --full
+
+kernels-full: venv aot ## the same, and every kernel against its reference by Triton's interpreter (or on the GPU)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_interpreted.py tests/gpu --full
 
 demo: venv ## generate with and without the cache and report speed and quality
 	.venv/bin/diffusion-cache demo --out demo_output
@@ -37,6 +43,9 @@ bench-overhead: venv ## measure what the cache layer costs per step
 
 bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up to 9 minutes)
 	$(PYTHON) scripts/bench_gpu.py --budget-seconds 520 --out results/gpu
+
+bench-kernels: venv ## time every kernel on a GPU against a copy of the same bytes (up to 10 minutes)
+	$(PYTHON) scripts/bench_kernels.py
 
 evaluate: venv ## compare all methods and rivals on the shipped models and publish the report
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m

@@ -41,8 +41,8 @@ __all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "ena
 
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
 PUBLISHED = "published/"
-# how samples are decided on: options of the engine, whatever the policy
-HOW = {"granularity": ("sample", "batch"), "sync": ("immediate", "lagged")}
+# how samples are decided on, and what features are stored in: options of the engine, whatever the policy
+HOW = {"granularity": ("sample", "batch"), "sync": ("immediate", "lagged"), "cache_dtype": ("model", "fp8", "int8")}
 
 
 def enable(
@@ -65,6 +65,8 @@ def enable(
     depth: int | None = None,
     granularity: str = "sample",
     sync: str = "immediate",
+    cache_dtype: str = "model",
+    max_cache_bytes: int | None = None,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Session:
@@ -95,6 +97,10 @@ def enable(
             where samples cannot be told apart); "batch" computes all if any asks.
         sync: with an adaptive policy or a guard, "immediate" has the host wait for each step's signal; "lagged" decides
             by that of the step before, which is on the host by then. The first steps, which have none, are computed.
+        cache_dtype: what features are stored in: "model" for the model's own dtype; "fp8" (e4m3) or "int8" for one byte
+            a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
+            quality. float64 and whole numbers are stored as they are.
+        max_cache_bytes: the most that features may take; spans whose features would not fit are computed, told once.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
@@ -106,7 +112,7 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    how = {"granularity": granularity, "sync": sync}
+    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if policy == Select.name:
         method, policy = policy, None
@@ -192,6 +198,8 @@ def run(
     depth: int | None = None,
     granularity: str = "sample",
     sync: str = "immediate",
+    cache_dtype: str = "model",
+    max_cache_bytes: int | None = None,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
@@ -208,7 +216,8 @@ def run(
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
     if noise_levels is not None and num_steps is not None and len(noise_levels) != num_steps:
         raise ConfigError(f"{len(noise_levels)} noise_levels for {num_steps} steps: give one for each")
-    method = _method(policy, forecaster, scope, depth, {"granularity": granularity, "sync": sync}, options, corrector)
+    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
+    method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, noise_levels or ())
@@ -445,7 +454,7 @@ def _method(
     forecaster: str | Forecaster,
     scope: str | None,
     depth: int | None,
-    how: Mapping[str, str],
+    how: Mapping[str, Any],
     options: Mapping[str, Any],
     corrector: str | Corrector | None = None,
 ) -> Method:
@@ -454,8 +463,11 @@ def _method(
     if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
         raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
     for name, chosen in how.items():
-        if chosen not in HOW[name]:
+        if name in HOW and chosen not in HOW[name]:
             raise ConfigError(f"Unknown {name} {chosen!r}. {suggest(str(chosen), HOW[name])}")
+    limit = how.get("max_cache_bytes")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ConfigError(f"max_cache_bytes must be a whole number of at least 1, not {limit!r}")
     remaining = dict(options)
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
@@ -472,7 +484,7 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for {named}. "
-            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'group'])}"
+            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'max_cache_bytes', 'group'])}"
         )
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
@@ -483,7 +495,7 @@ def _planned(
     wish: Mapping[str, Any],
     watch: Mapping[str, Any],
     ignore: Collection[str],
-    how: Mapping[str, str],
+    how: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Method:
     """The method that a profile's plan, or a plan itself, stands for."""
@@ -529,7 +541,7 @@ def _system(
     system: "str | System",
     profile: "str | Path | Profile | None",
     ignore: Collection[str],
-    how: Mapping[str, str],
+    how: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Method:
     """The method that a published system stands for, on this pipeline."""
@@ -541,7 +553,14 @@ def _system(
     guards = [field.name for field in dataclasses.fields(Guards)]
     for name in remaining:
         if name not in guards:
-            known = [*(field.name for field in dataclasses.fields(built)), *guards, "profile", "ignore", *HOW]
+            known = [
+                *(field.name for field in dataclasses.fields(built)),
+                *guards,
+                "profile",
+                "ignore",
+                *HOW,
+                "max_cache_bytes",
+            ]
             raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
     found = None
     if profile is not None:
@@ -555,7 +574,7 @@ def _published(
     name: str,
     denoisers: Mapping[str, nn.Module],
     wish: Mapping[str, Any],
-    how: Mapping[str, str],
+    how: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Method:
     for key, value in wish.items():

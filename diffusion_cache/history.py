@@ -6,8 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
+
 # the filled slots of a batch row, oldest first: (step of the feature, slot)
 Lane = list[tuple[float, int]]
+
+
+CODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCALE_BYTES = 4  # of each row of codes
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,13 @@ class History:
     rows share one lane until rows are observed apart; then each has its own.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, dtype: str = "model"):
+        """dtype: of what is stored, "model" for that of the tensors, or one of `ops.CODES` for one byte a number."""
         self.capacity = capacity
+        self.dtype = dtype
         self.lanes: list[Lane] = [[]]
-        self.slots: list[list[Tensor]] = []
+        self.slots: list[list[Tensor]] = []  # codes as bytes, and their scales behind them
+        self._coded: list[torch.dtype | None] = []  # of each leaf that is stored in codes, the dtype of its values
 
     def __bool__(self) -> bool:
         return any(self.lanes)
@@ -63,14 +72,39 @@ class History:
                 self.lanes = [list(self.lanes[0]) for _ in range(batch)]
             if rows is None and len(self.lanes) == 1:
                 slot = self._claim(self.lanes[0], node)
-                old = self.slots[slot] if slot < len(self.slots) else [None] * len(outputs)
-                feature = [_store(out, base, into) for out, base, into in zip(outputs, bases, old, strict=True)]
-                self.slots[slot : slot + 1] = [feature]
+                old = self.slots[slot] if slot < len(self.slots) else []
+                self.slots[slot : slot + 1] = [self._stored(outputs, bases, old)]
             else:
                 self._observe_rows(node, outputs, bases, range(len(self.lanes)) if rows is None else rows)
         except BaseException:
             self.clear()
             raise
+
+    def _stored(self, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], old: Sequence[Tensor]) -> list[Tensor]:
+        """What a slot holds of a feature, written into what it held before where that serves."""
+        parts: list[Tensor] = []
+        self._coded = [out.dtype if self._encodes(out) else None for out in outputs]
+        for out, base, coded in zip(outputs, bases, self._coded, strict=True):
+            here = old[len(parts) :]
+            if coded is None:
+                parts.append(_store(out, base, here[0] if here else None))
+            else:
+                parts += _store_codes(out, base, self.dtype, here[:2])
+        return parts
+
+    def _encodes(self, out: Tensor) -> bool:
+        """Whether a tensor is stored in codes: where there is one number in a row, its scale would cost more."""
+        if self.dtype == "model" or out.dtype not in CODED_DTYPES or out.ndim < 2:
+            return False
+        return out.shape[-1] * (out.itemsize - 1) > SCALE_BYTES
+
+    def bytes_of(self, outputs: Sequence[Tensor]) -> int:
+        """How many bytes this history takes of features like these once it is full."""
+        sizes = [
+            out.numel() + SCALE_BYTES * (out.numel() // out.shape[-1]) if self._encodes(out) else out.nbytes
+            for out in outputs
+        ]
+        return self.capacity * sum(sizes)
 
     def reserve(self, like: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> None:
         """Allocate all slots now, filled with zeros, for code that takes every one of them with its weight."""
@@ -108,7 +142,7 @@ class History:
         by_slot: dict[int, list[int]] = {}
         for position, row in enumerate(rows):
             by_slot.setdefault(self._claim(self.lanes[row], node), []).append(position)
-        features = [_store(out, base, None) for out, base in zip(outputs, bases, strict=True)]
+        features = self._stored(outputs, bases, [])
         while len(self.slots) <= max(by_slot):
             # zeros: a row that has not filled a slot weighs it with zero, which must not meet a NaN
             self.slots.append([feature.new_zeros(len(self.lanes), *feature.shape[1:]) for feature in features])
@@ -119,9 +153,21 @@ class History:
                 target = torch.tensor([rows[position] for position in positions], device=feature.device)
                 into.index_copy_(0, target, feature.index_select(0, source))
 
-    def leaf(self, index: int) -> list[Tensor]:
-        """The slots' tensors of one leaf."""
-        return [feature[index] for feature in self.slots]
+    def leaf(self, index: int) -> list[Tensor] | list[ops.Coded]:
+        """What the slots hold of one leaf."""
+        coded = self._coded[index]
+        place = sum(1 if before is None else 2 for before in self._coded[:index])
+        if coded is None:
+            return [feature[place] for feature in self.slots]
+        code = ops.CODES[self.dtype]
+        return [ops.Coded(feature[place].view(code), feature[place + 1], coded) for feature in self.slots]
+
+    def numbers(self) -> list[Tensor]:
+        """Of each leaf that holds real numbers, a tensor of its shape."""
+        firsts = [self.leaf(index)[0] for index in range(len(self._coded))]
+        tensors = [first.codes if isinstance(first, ops.Coded) else first for first in firsts]
+        pairs = zip(tensors, self._coded, strict=True)
+        return [tensor for tensor, coded in pairs if coded is not None or tensor.is_floating_point()]
 
     def tensors(self) -> list[Tensor]:
         """Everything that is stored."""
@@ -170,3 +216,13 @@ def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:
     if base is not None:
         return torch.sub(out, base, out=slot)
     return out.clone() if slot is None else slot.copy_(out)
+
+
+def _store_codes(out: Tensor, base: Tensor | None, code: str, old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        out, base = out.detach(), None if base is None else base.detach()
+    into = None
+    if old and old[0].shape == out.shape and old[0].device == out.device and all(map(_is_writable, old)):
+        into = ops.Coded(old[0].view(ops.CODES[code]), old[1], out.dtype)
+    codes, scales, _ = ops.encode_residual(out, base, code, into)
+    return codes.view(torch.uint8), scales

@@ -51,8 +51,8 @@ _tokens = itertools.count()
 class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
-    scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync:
-    see `diffusion_cache.enable`.
+    scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
+    cache_dtype, max_cache_bytes: see `diffusion_cache.enable`.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs.
@@ -65,6 +65,8 @@ class Method:
     granularity: str = "sample"
     sync: str = "immediate"
     corrector: Corrector | None = None
+    cache_dtype: str = "model"
+    max_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.corrector is not None and self.corrector.corrected_channels and self.forecaster.corrected_channels:
@@ -128,6 +130,12 @@ class Method:
                 f"forecaster {forecaster.name!r} is no weighted sum of features, which is all that a denoiser compiled "
                 "as a whole takes: compile its blocks instead (compile_repeated_blocks), use scope 'denoiser', or "
                 "another forecaster such as 'taylor'"
+            )
+        if self.is_traced(denoiser, scope) and (self.cache_dtype != "model" or self.max_cache_bytes is not None):
+            raise ConfigError(
+                "cache_dtype and max_cache_bytes are not for a denoiser compiled as a whole, which takes its features "
+                "as they are, and all of them: compile its blocks instead (compile_repeated_blocks), or use scope "
+                "'denoiser'"
             )
         needs = policy.needs
         if scope == "cut" and (needs.probe > 1 or needs.tail):

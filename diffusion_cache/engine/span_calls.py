@@ -195,7 +195,9 @@ class SpanCalls:
     def state(self, key: PassKey, span: Span, count: int) -> SpanState:
         state = self._states.get((key, span, count))
         if state is None:
-            state = self._states[key, span, count] = SpanState(History(self._run.forecaster.history))
+            state = self._states[key, span, count] = SpanState(
+                History(self._run.forecaster.history, self._method.cache_dtype)
+            )
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
@@ -240,7 +242,9 @@ class SpanCalls:
             visit.forecast = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
-                stored = state.history.leaf(i)
+                stored: list[Any] = list(state.history.leaf(i))
+                if isinstance(forecaster, NonLinear):
+                    stored = [ops.decoded(feature) for feature in stored]
                 features = [stored[slot] for slot in slots]
                 if leaf.kept is not None:  # inputs are stored behind the features, one for each of them
                     inputs = state.history.leaf(len(leaves) + i)
@@ -344,8 +348,7 @@ class SpanCalls:
         channels = corrects.corrected_channels
         if not channels:
             return None
-        corrected = [leaf for leaf in history.slots[0] if leaf.is_floating_point()]
-        if channels > 1 and any(ops.channels(leaf) != channels for leaf in corrected):
+        if channels > 1 and any(ops.channels(leaf) != channels for leaf in history.numbers()):
             raise ConfigError(f"corrections are of {channels} channels, and {span.name} gives others")
         found: list[Correction | None] = []
         for place, lane in enumerate(history.lanes):
@@ -458,12 +461,27 @@ class SpanCalls:
             self.give_up(state, span, "returns no tensors")
             return None
         self._note_output(frame, visit, tensors)
-        if visit.stores:
+        kept = _kept(state.template, visit.inputs)
+        if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
-            kept = _kept(state.template, visit.inputs)
             state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
             state.unchecked = True
         return tensors
+
+    def _fits(self, state: SpanState, outputs: Sequence[Tensor]) -> bool:
+        """Whether a full history of such features is within `max_cache_bytes` with the others; told once if not."""
+        limit = self._method.max_cache_bytes
+        if limit is None or state.history:
+            return True
+        histories = [other.history for other in self._states.values() if other.history]
+        taken = sum(history.capacity * history.feature_bytes for history in histories)
+        if taken + state.history.bytes_of(outputs) <= limit:
+            return True
+        state.unusable = "does not fit into max_cache_bytes"
+        self._run.warn(
+            f"max_cache_bytes={limit} does not hold the features of all spans: those that do not fit are computed"
+        )
+        return False
 
     # samples apart
 

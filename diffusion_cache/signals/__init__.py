@@ -1,8 +1,8 @@
 """Signals: cheap measurements from which adaptive policies decide."""
 
-import torch
 from torch import Tensor
 
+from .. import ops
 from .filtered import axis_filter, filtered_l1
 from .grids import Grid, grid_of
 
@@ -14,7 +14,4 @@ def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
 
     A zero reference gives infinity unless nothing changed.
     """
-    previous = previous.float()
-    difference = (current.float() - previous).abs().flatten(1).mean(1)
-    scale = previous.abs().flatten(1).mean(1)
-    return torch.where(difference == 0, torch.zeros_like(difference), difference / scale)
+    return ops.relative_change(current, previous)

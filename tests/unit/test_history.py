@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusion_cache import ops
 from diffusion_cache.history import History, is_finite
 
 
@@ -367,3 +368,43 @@ def test_opposite_infinities_do_not_cancel():
 
 def test_half_precision_sums_do_not_overflow():
     assert is_finite([torch.full((1000,), 60000.0, dtype=torch.float16)])
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_features_in_codes(dtype):
+    """Rows observed apart and together, in codes: values to their precision, and the bytes that are stated."""
+    history = History(2, dtype)
+    numbers, whole = torch.randn(3, 4, 32, dtype=torch.bfloat16), torch.arange(3)[:, None]
+    given = [numbers, numbers[..., :2], whole]  # rows of two numbers are not worth a scale
+    history.observe(0.0, given, [None, None, None])
+    assert history.bytes_of(given) == 2 * history.nbytes == 2 * (3 * 4 * (32 + 4) + 3 * 4 * 2 * 2 + 3 * 8)
+    assert [tensor.shape for tensor in history.numbers()] == [numbers.shape, given[1].shape]
+    history.observe(1.0, [numbers[1:2] * 2, numbers[1:2, :, :2], whole[1:2]], [None, None, None], rows=[1], batch=3)
+    assert history.nbytes == history.bytes_of(given)
+    (coded,), (plain,), (integers,) = (history.leaf(i)[:1] for i in range(3))
+    assert coded.dtype == torch.bfloat16
+    assert (ops.decoded(coded) - numbers).abs().max() <= numbers.abs().max() / 16
+    assert torch.equal(plain, given[1])
+    assert torch.equal(integers, whole)
+    newer = ops.decoded(history.leaf(0)[1])
+    assert (newer[1] - 2 * numbers[1]).abs().max() <= 2 * numbers.abs().max() / 16
+    assert torch.equal(newer[[0, 2]], torch.zeros_like(newer[[0, 2]]))
+
+
+def test_codes_are_written_where_they_were():
+    history = History(1, "int8")
+    history.observe(0.0, [torch.randn(2, 3, 16)], [torch.randn(2, 3, 16)])
+    places = [tensor.data_ptr() for tensor in history.tensors()]
+    out, base = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    history.observe(1.0, [out], [base])
+    assert [tensor.data_ptr() for tensor in history.tensors()] == places
+    expected = ops.encode_residual(out, base, "int8")
+    assert torch.equal(history.leaf(0)[0].codes, expected.codes)
+    assert torch.equal(history.leaf(0)[0].scales, expected.scales)
+
+
+def test_codes_of_what_is_not_finite_are_noticed():
+    for value in (float("nan"), float("inf")):
+        history = History(1, "fp8")
+        history.observe(0.0, [torch.full((2, 16), value)], [None])
+        assert not is_finite(history.tensors())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_cache import ops
+from diffusion_cache.errors import ConfigError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(3, 63), (1000,), (2, 5, 7), ()]
@@ -175,3 +176,109 @@ def test_integers_of_rows_are_reused_as_they_are():
 def test_another_number_of_weights_is_an_error():
     with pytest.raises(ValueError):
         ops.forecast(None, [torch.ones(1)], (1.0, 2.0))
+
+
+def test_modes_of_the_kernels():
+    assert ops._mode({}) == "auto"
+    assert ops._mode({"DIFFUSION_CACHE_KERNELS": "off"}) == "off"
+    assert ops._mode({"DIFFUSION_CACHE_KERNELS": "interpret", "TRITON_INTERPRET": "1"}) == "interpret"
+    with pytest.raises(ConfigError, match="auto, interpret, off, not 'fast'"):
+        ops._mode({"DIFFUSION_CACHE_KERNELS": "fast"})
+    with pytest.raises(ConfigError, match="needs TRITON_INTERPRET=1"):
+        ops._mode({"DIFFUSION_CACHE_KERNELS": "interpret"})
+
+
+def coded(shape, code, seed):
+    return ops.encode_residual(random(shape, torch.float32, seed), None, code)
+
+
+def operator_calls():
+    """Every operator with arguments of each kind."""
+    shape, features = (2, 5, 8), [random((2, 5, 8), torch.float32, seed) for seed in range(2)]
+    pairs = [coded(shape, "int8", seed) for seed in range(2)]
+    codes, scales = [pair.codes for pair in pairs], [pair.scales for pair in pairs]
+    image = random((2, 3, 4, 5), torch.float32, 3).to(memory_format=torch.channels_last)
+    table, correction = torch.randn(2, 2), torch.randn(1, 2, 8)
+    yield ops._forecast_residual, (features[0], features, [], table[0], None, torch.float32)
+    yield ops._forecast_residual, (None, codes, scales, table, correction, torch.bfloat16)
+    yield ops._forecast_residual, (image, [image + 1], [], torch.ones(1), None, torch.float32)
+    yield ops._gated_residual, (features[0], features[1][:, :1], features, [], table[0], None)
+    yield ops._store_residual, (codes[0].clone(), scales[0].clone(), features[0], features[1])
+    yield ops._relative_l1, (features[0], features[1], "l2")
+
+
+@pytest.mark.parametrize(("operator", "arguments"), list(operator_calls()))
+def test_operators_are_registered_as_they_behave(operator, arguments):
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize(("code", "error"), [("fp8", 1 / 16), ("int8", 0.5 / 127)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_codes_hold_a_residual_to_their_precision(code, error, dtype):
+    out, base = random((3, 5, 64), dtype, 1) * 100, random((3, 5, 64), dtype, 2)
+    residual = out.float() - base.float()
+    encoded = ops.encode_residual(out, base, code)
+    assert (encoded.codes.dtype, encoded.scales.shape) == (ops.CODES[code], (3, 5))
+    assert encoded.dtype == dtype
+    read = ops.forecast(None, [encoded._replace(dtype=torch.float32)], (1.0,))
+    largest = residual.abs().amax(-1, keepdim=True)
+    # e4m3 rounds in proportion to a number, down to its smallest steps; int8 to steps of the row's largest
+    bound = error * residual.abs() + largest / 448 / 2**10 if code == "fp8" else error * largest
+    assert ((read - residual).abs() <= 1.001 * bound).all()
+    into = ops.Coded(torch.empty_like(encoded.codes), torch.empty_like(encoded.scales), dtype)
+    assert ops.encode_residual(out, base, code, into) is into
+    assert torch.equal(into.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("weights", [(0.5, -2.0), (0.0, 1.0), torch.tensor([0.5, -2.0]), torch.randn(2, 2)], ids=str)
+@pytest.mark.parametrize("code", list(ops.CODES))
+def test_forecasts_from_codes(code, weights):
+    pairs = [coded((2, 5, 8), code, seed)._replace(dtype=torch.bfloat16) for seed in range(2)]
+    base, correction = random((2, 5, 8), torch.bfloat16, 5), torch.randn(1, 2, 8)
+    result = ops.forecast(base, pairs, weights, correction)
+    values = [pair.codes.float() * pair.scales[..., None] for pair in pairs]
+    expected = ops.forecast(base.float(), values, weights, correction)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected.bfloat16())
+
+
+def test_codes_of_what_is_not_finite_show_in_the_scales():
+    out = torch.ones(4, 8)
+    out[1, 2], out[2, 2], out[3] = float("nan"), float("inf"), 0.0
+    for code in ops.CODES:
+        encoded = ops.encode_residual(out, None, code)
+        assert encoded.scales.isfinite().tolist() == [True, False, False, True]
+        read = ops.forecast(None, [encoded], (1.0,))
+        assert torch.equal(read[3], out[3])
+        assert read[1].isnan().all()
+
+
+@pytest.mark.parametrize("code", list(ops.CODES))
+@pytest.mark.parametrize("with_base", [True, False])
+def test_what_is_encoded_stays(code, with_base):
+    out, base = random((2, 5, 8), torch.float32, 1), random((2, 5, 8), torch.float32, 2) if with_base else None
+    before = [tensor.clone() for tensor in (out, base) if tensor is not None]
+    ops.encode_residual(out, base, code)
+    assert all(torch.equal(now, was) for now, was in zip((out, base), before, strict=False))
+
+
+def test_gated_forecast():
+    base, features = random((2, 5, 8), torch.float16, 1), [random((2, 5, 8), torch.float16, seed) for seed in (2, 3)]
+    gate, weights, correction = random((2, 1, 8), torch.float16, 4), torch.tensor([0.5, -1.0]), torch.randn(2, 2, 8)
+    result = ops.gated_forecast(base, gate, features, weights, correction)
+    branch = ops.forecast(None, [feature.float() for feature in features], weights, correction)
+    assert result.dtype == torch.float16
+    assert torch.equal(result, (base.float() + gate.float() * branch).half())
+
+
+@pytest.mark.parametrize("measure", ["l1", "l2", "cosine"])
+def test_relative_change_in_float64(measure):
+    a, b = (random((3, 4, 50), torch.float64, seed) for seed in range(2))
+    wide = [x.flatten(1) for x in (a, b)]
+    expected = {
+        "l1": (wide[0] - wide[1]).abs().mean(1) / wide[1].abs().mean(1),
+        "l2": (wide[0] - wide[1]).norm(dim=1) / wide[1].norm(dim=1),
+        "cosine": torch.cosine_similarity(*wide),
+    }
+    found = ops.relative_change(a.float(), b.float(), measure)
+    assert torch.allclose(found.double(), expected[measure], rtol=1e-5, atol=1e-6)

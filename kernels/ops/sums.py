@@ -1,0 +1,147 @@
+"""What the ops that forecast share: Σ_j w_j·R_j over up to eight slots, scale·y + bias, and how their operands lie."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codes import code_of, decode, raw
+from .tiles import channels_last
+
+SLOTS = 8
+
+
+class Operands(NamedTuple):
+    """Features and what they are combined with, as kernels take them: a tensor is [batch, rows, columns]."""
+
+    slots: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    weights: Tensor
+    weight_stride: int
+    correction: Tensor | None
+    correction_stride: int
+    channels: int
+    group: int  # rows that share a channel, where channels run along the rows
+    batch: int
+    rows: int
+    columns: int
+    code: str
+    kind: str  # of the correction: "" for none, "all" for a number, by "column" or by "row" for channels
+
+
+def check(features: Sequence[Tensor], scales: Sequence[Tensor], weights: Tensor, correction: Tensor | None) -> None:
+    """Nothing may be read that is not there.
+
+    Raises:
+        ValueError: for numbers or shapes that do not belong together.
+    """
+    if not 1 <= len(features) <= SLOTS:
+        raise ValueError(f"a launch takes 1 to {SLOTS} features, not {len(features)}")
+    if weights.shape[-1] != len(features):
+        raise ValueError(f"{weights.shape[-1]} weights for {len(features)} features")
+    shape = features[0].shape
+    batch, channels = shape[0], shape[-1 if len(shape) <= 3 else 1]
+    if any(feature.shape != shape for feature in features) or any(scale.shape != shape[:-1] for scale in scales):
+        raise ValueError("features have one shape, and their scales the same without the last axis")
+    if weights.ndim == 2 and len(weights) != batch:
+        raise ValueError(f"weights for {len(weights)} rows, of which there are {batch}")
+    if correction is not None and (
+        len(correction) not in (1, batch) or correction.shape[1:] not in ((2, 1), (2, channels))
+    ):
+        raise ValueError(f"a correction is [1 or {batch}, 2, 1 or {channels}], not {list(correction.shape)}")
+
+
+def operands(
+    features: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weights: Tensor,
+    correction: Tensor | None,
+    whole_rows: bool = False,
+) -> Operands:
+    """The operands of one launch. features, weights, correction: as `ops.forecast` takes them.
+
+    whole_rows: keep the last axis apart even where nothing differs along it.
+    """
+    check(features, scales, weights, correction)
+    code = code_of(features[0].dtype)
+    inner = features[0].ndim <= 3
+    if not code and channels_last(features[0]):
+        features, inner = [feature.movedim(1, -1) for feature in features], True
+    shape = features[0].shape
+    channels = 1 if correction is None else correction.shape[-1]
+    if code or whole_rows or (channels > 1 and inner):
+        rows, columns = math.prod(shape[1:-1]), shape[-1]
+    elif channels > 1:
+        rows, columns = shape[1], math.prod(shape[2:])
+    else:
+        rows, columns = 1, math.prod(shape[1:])
+    kind = "" if correction is None else "all" if channels == 1 else "column" if inner else "row"
+    return Operands(
+        tuple(raw(feature).contiguous() for feature in features),
+        tuple(scale.contiguous() for scale in scales),
+        weights.to(torch.float32).contiguous(),
+        len(features) if weights.ndim == 2 else 0,
+        None if correction is None else correction.to(torch.float32).contiguous(),
+        2 * channels if correction is not None and len(correction) > 1 else 0,
+        channels,
+        rows // channels if kind == "row" else 1,
+        shape[0],
+        rows,
+        columns,
+        code,
+        kind,
+    )
+
+
+@triton.jit
+def weighted_sum(
+    total,
+    slots,
+    scales,
+    weights,
+    entry,
+    row,
+    column,
+    rows,
+    columns,
+    weight_stride,
+    CODE: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """total + Σ_j weights[entry, j] · slots[j][entry, row, column], in float32: [TILE_ROWS, TILE_COLUMNS]."""
+    inside = (row < rows) & (column < columns)
+    line = entry * rows + row
+    offset = line * columns + column
+    if CODE != "":
+        # a thread takes as many codes as numbers of 16 bits fill its vector, so that nothing moves between threads
+        offset = tl.max_contiguous(offset, [1, min(8, TILE_COLUMNS)])
+    for j in tl.static_range(len(slots)):
+        weight = tl.load(weights + entry * weight_stride + j)
+        if CODE != "":
+            weight = weight * tl.load(scales[j] + line, mask=row < rows, other=0.0)
+        total += weight * decode(tl.load(slots[j] + offset, mask=inside), CODE)
+    return total
+
+
+@triton.jit
+def corrected(value, correction, entry, row, column, stride, channels, group, rows, columns, KIND: tl.constexpr):
+    """scale · value + bias with the numbers of each value's channel; correction: [batch or 1, 2, channels]."""
+    if KIND == "":
+        result = value
+    else:
+        start = correction + entry * stride
+        if KIND == "all":
+            scale = tl.load(start)
+            bias = tl.load(start + 1)
+        elif KIND == "column":
+            scale = tl.load(start + column, mask=column < columns)
+            bias = tl.load(start + channels + column, mask=column < columns)
+        else:
+            scale = tl.load(start + row // group, mask=row < rows)
+            bias = tl.load(start + channels + row // group, mask=row < rows)
+        result = scale * value + bias
+    return result

@@ -1,0 +1,68 @@
+"""scripts/bench_kernels.py at tiny size, where nothing is fast and nothing is said of speed."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import INTERPRETED
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_kernels.py"
+OPS = ("forecast_residual", "store_residual", "relative_l1", "gated_residual")
+
+
+@pytest.fixture
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_kernels"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_kernels"]
+
+
+def table(folder):
+    (path,) = folder.glob("*-tiny.csv")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="gives speeds on a GPU")
+def test_every_op_is_checked_and_none_is_timed(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "MAKERS", {op: (make, kinds[-2:]) for op, (make, kinds) in bench.MAKERS.items()})
+    assert bench.main(["--tiny", "--out", str(tmp_path)]) == 0
+    rows = table(tmp_path)
+    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["correct"] for row in rows} == {"True"}
+    assert {row[column] for row in rows for column in ("ms", "copy_ms", "of_copy", "best_ms")} == {""}
+    by_hand = next(
+        row for row in rows if (row["op"], row["shape"], row["dtype"]) == ("relative_l1", "SDXL 64²", "bf16")
+    )
+    assert int(by_hand["bytes"]) == 2 * 2 * 2 * 24**3
+
+
+def test_what_is_wrong_has_no_speed(bench, tmp_path, monkeypatch, capsys):
+    op = bench._kernel("relative_l1")
+    monkeypatch.setattr(op, "reference", lambda current, previous, measure: torch.zeros(len(current)))
+    monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("was timed"))
+    assert bench.main(["--tiny", "--only", "relative_l1", "--out", str(tmp_path)]) == 1
+    assert {row["correct"] for row in table(tmp_path)} == {"False"}
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_out_of_time(bench, tmp_path, capsys):
+    assert bench.main(["--tiny", "--only", "relative_l1", "--budget-seconds", "-1", "--out", str(tmp_path)]) == 1
+    assert "out of time" in capsys.readouterr().err
+
+
+def test_a_case_is_timed_beside_a_copy_of_its_bytes(bench, monkeypatch):
+    """The plumbing of the measurement, with a clock that stands still."""
+    monkeypatch.setattr(bench, "timed", lambda run, flush: (run(), 10.0)[1])
+    monkeypatch.setattr(bench.torch, "compile", lambda function, **_: function)
+    (case, *_) = bench.cases(torch.device("cpu"), True, ["forecast_residual"])
+    found = bench.measured(case, torch.empty(1))
+    assert found["of_copy"] == 1.0
+    assert found["ms"] == found["copy_ms"] == found["eager_ms"] == found["compiled_ms"] == 10.0
+    assert found["best_config"] == "2048×4"
