@@ -14,6 +14,7 @@ from .masks import additive, sees
 from .store import Store
 
 SEED = 0
+TRIED = 128  # tokens at least that a model is tried out on, so that blocks longer than the pipeline's are noticed
 
 
 class Decoder:
@@ -113,7 +114,7 @@ class Decoder:
             self._weights = weights.float().mean(dim=1)
 
     def _measure(self, model: nn.Module, block: int) -> int | None:
-        device, length = self.embed.weight.device, 3 * block
+        device, length = self.embed.weight.device, block * max(3, -(-TRIED // block))
         generator = torch.Generator().manual_seed(SEED)
         tokens = torch.randint(self.embed.weight.shape[0], (1, length), generator=generator).to(device)
         positions = torch.arange(length, device=device)[None]

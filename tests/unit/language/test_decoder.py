@@ -11,7 +11,7 @@ from diffusion_cache.language.decoder import Decoder
 from diffusion_cache.language.store import Store
 
 
-@pytest.mark.parametrize("reach", [BLOCK, 2, 1, None])
+@pytest.mark.parametrize("reach", [BLOCK, 2, 1, 8 * BLOCK, None])
 def test_how_far_attention_looks_is_measured(reach):
     made = model(reach)
     assert Decoder(made, BLOCK).reach == reach
