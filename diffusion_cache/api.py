@@ -17,6 +17,7 @@ from .engine.patches import ACTIVE
 from .engine.session import session_of
 from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
+from .language import LanguageCache, LanguageSession, LanguageSummary, serves
 from .models import find_denoisers, unwrap
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
@@ -26,6 +27,7 @@ from .profile import Profile, shipped_profiles
 from .registry import Registry, check_options, suggest, unknown_name
 from .registry import correctors as corrector_registry
 from .registry import forecasters as forecaster_registry
+from .registry import languages as language_registry
 from .registry import policies as policy_registry
 from .registry import systems as system_registry
 
@@ -51,7 +53,7 @@ def enable(
     forecaster: str | Forecaster | None = None,
     *,
     corrector: str | Corrector | None = None,
-    method: "str | System | None" = None,
+    method: "str | System | LanguageCache | None" = None,
     profile: "str | Path | Profile | None" = None,
     speedup: float | None = None,
     min_psnr: float | None = None,
@@ -69,11 +71,12 @@ def enable(
     max_cache_bytes: int | None = None,
     group: "ProcessGroup | None" = None,
     **options: Any,
-) -> Session:
+) -> Session | LanguageSession:
     """Make a pipeline's next generations reuse features between steps. Enabling again replaces what was enabled.
 
     Args:
-        pipe: any diffusers pipeline with a transformer or UNet.
+        pipe: any diffusers pipeline with a transformer or UNet; or one that decodes masked tokens of text, which takes
+            a method for that (see `diffusion-cache list languages`; default "prefix", which is exact) and its options.
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
             "select" is the system of that name.
         corrector: what mends each forecast, by name (see `diffusion-cache list correctors`) or instance; None for
@@ -114,6 +117,15 @@ def enable(
     """
     how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
+    if serves(pipe):
+        others: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
+        others |= {"profile": profile, "speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
+        others |= {"ignore": ignore or None, "depth": depth, "group": group, **watch}
+        others |= {name: value for name, value in how.items() if value not in ("sample", "immediate")}
+        for name, value in others.items():
+            if value is not None:
+                raise ConfigError(f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give method alone")
+        return _language(pipe, "prefix" if method is None else method, options)
     if policy == Select.name:
         method, policy = policy, None
     if method is not None:
@@ -144,6 +156,16 @@ def enable(
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
         made = _planned(pipe, profile, wish, watch, ignore, how, options)
     return _attached(pipe, made, group)
+
+
+def _language(pipe: Any, method: Any, options: dict[str, Any]) -> LanguageSession:
+    built = _build(language_registry, method, LanguageCache, options)
+    if options:
+        name, known = next(iter(options)), [field.name for field in dataclasses.fields(built)]
+        raise ConfigError(f"Unknown option {name!r} for language cache {built.name!r}. {suggest(name, known)}")
+    session = LanguageSession(built)
+    session.attach_pipeline(pipe)
+    return session
 
 
 def _attached(pipe: Any, method: Method, group: "ProcessGroup | None") -> Session:
@@ -298,7 +320,7 @@ class Summary:
         return _rendered(self)
 
 
-def summary(pipe: Any) -> Summary:
+def summary(pipe: Any) -> Summary | LanguageSummary:
     """What the pipeline's last generation did.
 
     Raises:
@@ -309,6 +331,8 @@ def summary(pipe: Any) -> Summary:
         raise ConfigError("the cache is not enabled on this pipeline: call diffusion_cache.enable first")
     if session.last_run is None:
         raise ConfigError("nothing was generated since the cache was enabled: call the pipeline first")
+    if isinstance(session, LanguageSession):
+        return session.last_run.summary()
     return _summarise(session, session.last_run)
 
 
@@ -530,7 +554,7 @@ def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bo
     return Drift(plan.guard, Drift.factor if guard_factor is None else guard_factor, bool(strict))
 
 
-def _fields(system: "str | System") -> set[str]:
+def _fields(system: Any) -> set[str]:
     """The options of a published system."""
     cls = system_registry.get(system) if isinstance(system, str) else type(system)
     return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
@@ -538,7 +562,7 @@ def _fields(system: "str | System") -> set[str]:
 
 def _system(
     pipe: Any,
-    system: "str | System",
+    system: Any,
     profile: "str | Path | Profile | None",
     ignore: Collection[str],
     how: Mapping[str, Any],

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import torch
@@ -163,23 +164,52 @@ def plot_losses(losses: list[float], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def make_reacher(cfg: DictConfig, run_dir: Path) -> None:
-    """Train, store and judge the one shipped model that is no pipeline's."""
+class Bare(NamedTuple):
+    """A shipped model that is no image pipeline's: how to build it, its loss, what it learns, and how it is judged."""
+
+    build: Callable[[], torch.nn.Module]
+    loss: Callable[[torch.nn.Module, int, int, str], Tensor]  # of a model, a batch size, a seed and a device
+    data: str
+    score: str
+    judge: Callable[[int], float]  # the trained model's score over so many samples
+    gate: float
+
+
+def reacher() -> Bare:
+    from diffusion_cache.reference import reacher as module
+    from diffusion_cache.reference import reaching
+
+    def judge(samples: int) -> float:
+        seeds = range(module.FIRST_SEED, module.FIRST_SEED + samples)
+        return module.successes(module.load(), seeds).float().mean().item()
+
+    return Bare(module.Reacher, module.loss, reaching.__doc__, "success_rate", judge, module.GATE)
+
+
+def fill_forward() -> Bare:
+    from diffusion_cache.reference import fill_forward as module
+
+    return Bare(module.FillForward, module.loss, module.__doc__, "exact_match", module.exact_match, module.GATE)
+
+
+BARE = {"reacher": reacher, "fill-forward": fill_forward}
+
+
+def make_bare(bare: Bare, cfg: DictConfig, run_dir: Path) -> None:
+    """Train, store and judge a shipped model that is no image pipeline's."""
     from diffusion_cache import reference
-    from diffusion_cache.reference import reacher, reaching
 
     def loss(model: torch.nn.Module, seed: int) -> Tensor:
-        return reacher.loss(model, cfg.reference.batch, seed, cfg.device)
+        return bare.loss(model, cfg.reference.batch, seed, cfg.device)
 
-    model, facts = train(reacher.Reacher, loss, cfg, run_dir)
-    card = {"data": reaching.__doc__.split("\n")[0], "training": facts}
-    folder = reference.save(reacher.NAME, model, card)
-    seeds = range(reacher.FIRST_SEED, reacher.FIRST_SEED + cfg.gate_samples)
-    rate = reacher.successes(reacher.load(), seeds).float().mean().item()
-    reference.update_card(reacher.NAME, {"success_rate": round(rate, 4), "gate_samples": cfg.gate_samples})
+    name = cfg.reference.name
+    model, facts = train(bare.build, loss, cfg, run_dir)
+    folder = reference.save(name, model, {"data": bare.data.split("\n")[0], "training": facts})
+    score = bare.judge(cfg.gate_samples)
+    reference.update_card(name, {bare.score: round(score, 4), "gate_samples": cfg.gate_samples})
     print(json.dumps(json.loads((folder / "card.json").read_text()), indent=2))
-    if rate < reacher.GATE:
-        raise SystemExit(f"{reacher.NAME} does not pass its gate of {reacher.GATE:.0%}: {rate}")
+    if score < bare.gate:
+        raise SystemExit(f"{name} does not pass its gate of {bare.gate:.0%}: {score}")
 
 
 @hydra.main(config_path="../configs", config_name="train_reference", version_base="1.3")
@@ -187,7 +217,7 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     run_dir = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
     if cfg.reference.name in models.BARE:
-        make_reacher(cfg, run_dir)
+        make_bare(BARE[cfg.reference.name](), cfg, run_dir)
         return
     spec = models.MODELS[cfg.reference.name]
     model, facts = train(spec.build, regression(spec, cfg), cfg, run_dir)

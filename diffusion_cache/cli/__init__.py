@@ -49,6 +49,7 @@ class Listed(str, Enum):
     forecasters = "forecasters"
     correctors = "correctors"
     systems = "systems"
+    languages = "languages"
     models = "models"
 
 
@@ -185,7 +186,7 @@ def _report(
 
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List policies, forecasters, correctors, published systems or shipped models."""
+    """List policies, forecasters, correctors, published systems, caches for language models, or shipped models."""
     if what is Listed.models:
         from .. import reference
 

@@ -1,7 +1,6 @@
 """A session: one method attached to one pipeline (or bare denoiser), from enable to disable."""
 
 import functools
-import itertools
 import sys
 import warnings
 import weakref
@@ -29,7 +28,7 @@ from ..models import (
 )
 from ..policies import Guarded
 from ..registry import unknown_name
-from . import patches
+from .attached import SESSION, Attached, bracket, session_of
 from .cache_run import CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .compiled import CompiledSpans
@@ -40,11 +39,10 @@ from .ranks import Agree, agreement, checked_group
 from .signals import attention_call
 from .structure import Template
 
-SESSION = "_diffusion_cache"
+__all__ = ["GUIDER_INPUTS", "MARK", "SESSION", "Method", "Session", "session_of"]
+
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
 GUIDER_INPUTS = ("prepare_inputs", "prepare_inputs_from_block_state")
-
-_tokens = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -155,14 +153,14 @@ class Method:
         return scope == "stack" and self.guarded.planned and is_compiled(denoiser)
 
 
-class Session:
+class Session(Attached):
     """Interceptors on the denoisers' modules and brackets on classes, installed together and removed exactly."""
 
     def __init__(self, method: Method, group: Any = None, observer: Observer | None = None):
+        super().__init__()
         self.method = method
         self.observer = observer
         self.group = checked_group(group)  # ranks that must decide alike, where the user names them
-        self.token = next(_tokens)
         self.layouts: dict[str, Layout] = {}
         self.denoisers: dict[str, nn.Module] = {}
         self.span_index: dict[Span, int] = {}
@@ -177,16 +175,9 @@ class Session:
         self.templates: dict[tuple[Span, int, tuple], Template] = {}  # what spans return, by visit and inputs
         self.written: set[Span] = set()  # spans that write into what they are given
         self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
-        self._owner: weakref.ref[Any] | None = None
-        self._finalizer: weakref.finalize | None = None
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
-        self._patched: list[tuple[type, str]] = []
-
-    def __reduce__(self) -> tuple:
-        # a copied or pickled pipeline comes out uncached: its modules carry no interceptors either
-        return (type(None), ())
 
     # attaching
 
@@ -198,7 +189,7 @@ class Session:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
             for cls in {type(pipe), *_imported_pipelines()}:
-                self._patch(cls, "__call__", _bracket)
+                self._patch(cls, "__call__", bracket)
             self._patch_progress_bar(pipe)
             for denoiser in denoisers.values():
                 self._patch_cache_context(denoiser)
@@ -208,22 +199,7 @@ class Session:
         except BaseException:
             self._detach()
             raise
-        previous = session_of(pipe)
-        object.__setattr__(pipe, SESSION, self)
-        self._owner = weakref.ref(pipe)
-        # modules may be shared and outlive a pipeline that is dropped without disable
-        self._finalizer = weakref.finalize(pipe, self._detach)
-        self._finalizer.atexit = False
-        if previous is not None:
-            previous.detach_pipeline(pipe)
-
-    def detach_pipeline(self, pipe: Any) -> None:
-        """Undo attach_pipeline: modules, classes and the pipeline itself are as before."""
-        self._detach()
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        if vars(pipe).get(SESSION) is self:
-            del vars(pipe)[SESSION]
+        self._settle(pipe)
 
     def attach_model(self, model: nn.Module) -> None:
         """Attach to a bare denoiser; any of diffusers' schedulers then counts its steps."""
@@ -295,11 +271,6 @@ class Session:
         for span in layout.spans if layout else ():
             self.span_index.pop(span, None)
 
-    def _patch(self, cls: type, attribute: str, make: Callable[[Callable], Callable]) -> None:
-        if (cls, attribute) not in self._patched:
-            patches.acquire(cls, attribute, make)
-            self._patched.append((cls, attribute))
-
     def _patch_scheduler(self, cls: type) -> None:
         self._patch(cls, "step", _counted_step)
         if hasattr(cls, "set_timesteps"):
@@ -323,8 +294,7 @@ class Session:
     def _detach(self) -> None:
         for name in list(self._handlers):
             self._unbind(name)
-        while self._patched:
-            patches.release(*self._patched.pop())
+        super()._detach()
         for marked in self._marked:
             scheduler = marked()
             if scheduler is not None:
@@ -333,7 +303,7 @@ class Session:
 
     # running
 
-    def begin(self, pipe: Any) -> CacheRun:
+    def begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         self._refresh(pipe)
         return self._begin(pipe)
@@ -420,12 +390,6 @@ def _member_handler(span: Span, member: int) -> Callable:
     return middle if 0 < member < len(span.members) - 1 else end
 
 
-def session_of(pipe: Any) -> Session | None:
-    """The session that is enabled on this very pipeline; a shallow copy has none of its own."""
-    session: Session | None = getattr(pipe, "__dict__", {}).get(SESSION)
-    return session if session is not None and session._owner is not None and session._owner() is pipe else None
-
-
 def _marks(scheduler: Any) -> frozenset[int]:
     return vars(scheduler).get(MARK, frozenset())
 
@@ -471,33 +435,6 @@ def _subclasses(root: type) -> list[type]:
             found.append(cls)
             queue += cls.__subclasses__()
     return found
-
-
-def _bracket(original: Callable) -> Callable:
-    """A pipeline's `__call__` as a run, where this very pipeline has a session."""
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session = session_of(self)
-        active: CacheRun | None = ACTIVE.get()
-        run: CacheRun | None
-        if session is not None and active is not None and active.session is session:
-            return original(self, *args, **kwargs)
-        if session is not None:
-            run = session.begin(self)
-        elif active is not None and active.has_part(self):
-            run = active.session.begin_part(active, self)
-        else:
-            # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
-            run = active if active is not None and active.any_scheduler else None
-        token = ACTIVE.set(run)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            ACTIVE.reset(token)
-            if run is not None and run is not active:
-                run.session.finish(run)
-
-    return __call__
 
 
 def _counted_step(original: Callable) -> Callable:

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import WEIGHTS, reaching
-from .models import BARE
 
-(NAME,) = BARE
+NAME = "reacher"
 HORIZON, EXECUTED = 16, 8
 STEPS = 100
 OBSERVED = 5  # tokens of an observation

@@ -40,6 +40,7 @@ def test_help_needs_no_heavy_import():
         ("policies", ["interval", "every=2", "first_block", "mask"]),
         ("forecasters", ["reuse", "taylor", "order=1", "rfc", "non-linear", "denoiser"]),
         ("correctors", ["affine", "alignment", "magnitude", "ratios", "shrink", "strength=0.8"]),
+        ("languages", ["prefix", "dkv", "refresh=8", "elastic", "sub_block"]),
         ("models", list(reference.MODELS)),
     ],
 )

@@ -31,7 +31,7 @@ def test_weights_are_small_16_bit_and_finite():
 
 def test_card_says_how_it_was_made_and_that_it_passed():
     card = reference.card(reacher.NAME)
-    assert BARE == (reacher.NAME,)
+    assert reacher.NAME in BARE
     assert {"steps", "batch", "seconds", "hardware", "loss"} <= set(card["training"])
     assert card["gate_samples"] == 200
     assert card["success_rate"] >= reacher.GATE

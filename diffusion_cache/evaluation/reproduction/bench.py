@@ -87,7 +87,7 @@ class Bench:
         images, latents, flops = self.uncached
         with torch.no_grad(), api.cached(self.subject.pipe, **arguments):
             output = self.subject.generate(self.reporting)
-            records = api.summary(self.subject.pipe).records
+            records: tuple[Any, ...] = api.summary(self.subject.pipe).records
             work = self._flops()
         passes = len({(record.denoiser, record.pass_name) for record in records})
         difference = (output.latents - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)

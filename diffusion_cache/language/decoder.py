@@ -1,0 +1,158 @@
+"""A causal language model of transformers, run layer by layer on some of its tokens."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..models import unwrap
+from .masks import additive, sees
+from .store import Store
+
+SEED = 0
+TRIED = 128  # tokens at least that a model is tried out on, so that blocks longer than the pipeline's are noticed
+
+
+class Decoder:
+    """The parts of a model: embedding, layers, positions, logits; and how far its attention looks.
+
+    reach: the number of tokens in the blocks that attention never looks beyond, 1 for plain causal attention, None
+    where every token sees every other. It is measured, by changing the last of some random tokens; and it is made sure
+    that the parts give the model's logits. watching: whether attention weights are to be read.
+
+    Raises:
+        ConfigError: for a model that is not built from such parts, or whose logits they do not give.
+    """
+
+    def __init__(self, model: nn.Module, block: int, watching: bool = False):
+        plain: Any = unwrap(model)
+        self.name = type(plain).__name__
+        try:
+            body = plain.get_decoder()
+            self.embed: Any = plain.get_input_embeddings()
+            self.head: Any = plain.get_output_embeddings()
+            self.layers: Any = body.layers
+            self.norm: Any = body.norm
+            self.rotary: Any = body.rotary_emb
+        except AttributeError as error:
+            raise ConfigError(
+                f"{self.name} cannot be run in parts ({error}): a language cache needs a causal model of transformers "
+                "with an embedding, layers, norm, rotary_emb and an output embedding"
+            ) from None
+        self.config = plain.config
+        for limit in ("sliding_window", "attention_chunk_size"):
+            if getattr(self.config, limit, None):
+                raise ConfigError(
+                    f"{self.name} has {limit}={getattr(self.config, limit)}: a language cache knows no attention that "
+                    "forgets the beginning"
+                )
+        parameters = inspect.signature(self.layers[0].forward).parameters
+        self._cache_argument = "past_key_values" if "past_key_values" in parameters else "past_key_value"
+        self._weights: Tensor | None = None
+        self.watching = watching
+        with torch.no_grad():
+            self.reach = self._measure(model, block)
+
+    def rows(self, places: Tensor, positions: Tensor, padding: Tensor) -> dict[str, Any]:
+        """What the layers are given beside hidden states, for the tokens at these places [n, queries].
+
+        positions, padding: of the whole window, [n, tokens] each.
+        """
+        window = torch.arange(padding.shape[1], device=places.device)
+        seen = sees(places, window, self.reach) & padding[:, None].bool()
+        dtype = self.embed.weight.dtype
+        chosen = positions.gather(1, places)
+        return {
+            "attention_mask": additive(seen, dtype if dtype.is_floating_point else torch.float32),
+            "position_ids": chosen,
+            "position_embeddings": self.rotary(self.embed.weight, chosen),
+        }
+
+    def layer(self, index: int, hidden: Tensor, rows: dict[str, Any], store: Store) -> Tensor:
+        output = self.layers[index](hidden, **rows, **{self._cache_argument: store})
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.norm(hidden))
+
+    @property
+    def weights(self) -> Tensor:
+        """Attention weights of the layer that ran last, averaged over heads [n, queries, tokens]; inside `watched`."""
+        if self._weights is None:
+            raise ConfigError(f"the attention of {self.name} does not give its weights, which this method looks at")
+        return self._weights
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Attention weights can be read inside, if they are to be: attention runs in its plain form."""
+        if not self.watching:
+            yield
+            return
+        before = self.config._attn_implementation
+        hooks = [
+            child.register_forward_hook(self._noted)
+            for layer in self.layers
+            for name, child in layer.named_children()
+            if "attn" in name or "attention" in name
+        ]
+        self.config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+            self._weights = None
+            for hook in hooks:
+                hook.remove()
+
+    def _noted(self, module: nn.Module, args: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, Tensor) and weights.ndim == 4:
+            self._weights = weights.float().mean(dim=1)
+
+    def _measure(self, model: nn.Module, block: int) -> int | None:
+        device, length = self.embed.weight.device, block * max(3, -(-TRIED // block))
+        generator = torch.Generator().manual_seed(SEED)
+        tokens = torch.randint(self.embed.weight.shape[0], (1, length), generator=generator).to(device)
+        positions = torch.arange(length, device=device)[None]
+        padding = torch.ones_like(tokens)
+        changed = tokens.clone()
+        changed[:, -1] = (tokens[:, -1] + 1) % self.embed.weight.shape[0]
+        expected, other = (
+            model(given, attention_mask=padding, position_ids=positions).logits for given in (tokens, changed)
+        )
+        scale, precision = expected.abs().max(), torch.finfo(expected.dtype).eps
+        touched = ((expected - other).abs().amax(dim=(0, 2)) > 8 * precision * scale).nonzero()
+        if not len(touched):
+            raise ConfigError(f"the logits of {self.name} do not depend on the last token: is it a language model?")
+        self.reach = None if touched[0] == 0 else length - int(touched[0])
+        # in two parts where the first cannot depend on the second
+        middle = length - self.reach if self.reach else 0
+        store = Store(1, device, self.reach)
+        store.grow(length)
+        found = []
+        with self.watched():
+            for part in (positions[:, :middle], positions[:, middle:]):
+                if part.numel():
+                    found.append(self._forward(tokens, part, positions, padding, store))
+        difference = (torch.cat(found, dim=1) - expected).abs().max()
+        if not difference <= precision**0.5 * scale:
+            raise ConfigError(
+                f"{self.name}, run layer by layer, gives other logits than as a whole (by {difference:.3g} of "
+                f"{scale:.3g}): its attention is none that a language cache knows (each token sees its own block and "
+                "all before, or every token)"
+            )
+        return self.reach
+
+    def _forward(self, tokens: Tensor, places: Tensor, positions: Tensor, padding: Tensor, store: Store) -> Tensor:
+        rows = self.rows(places, positions, padding)
+        store.given(places)
+        hidden = self.embed(tokens.gather(1, places))
+        for index in range(len(self.layers)):
+            hidden = self.layer(index, hidden, rows, store)
+            if self.watching:
+                _ = self.weights
+        return self.logits(hidden)

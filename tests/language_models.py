@@ -1,0 +1,65 @@
+"""Small language models with random weights, of each kind of attention, for the tests of language caches."""
+
+import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from diffusion_cache.language.masks import additive, sees
+
+VOCABULARY, MASK, BLOCK = 13, 12, 4
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    use_cache=False,
+)
+
+
+class Llama(LlamaForCausalLM):
+    """Llama whose tokens see their block of `reach` tokens and those before, or every token where it is None."""
+
+    reach: int | None = BLOCK
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        if attention_mask.ndim == 2:
+            places = torch.arange(input_ids.shape[1])
+            attention_mask = additive(sees(places, places, self.reach) & attention_mask[:, None].bool(), self.dtype)
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+
+def model(reach=BLOCK, cls=Llama, **sizes):
+    """Weights are large enough for every token to depend on all that it sees, and the mask token is never predicted."""
+    torch.manual_seed(0)
+    made = cls(LlamaConfig(**{**SIZES, **sizes})).eval()
+    made.reach = reach
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+        made.lm_head.weight[MASK] = made.lm_head.weight[:MASK].mean(dim=0)
+    return made
+
+
+def pipeline(made):
+    pipe = LLaDA2Pipeline(made, BlockRefinementScheduler(block_length=BLOCK))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(samples=3, prompt=6, seed=0, **others):
+    """Arguments of a call that decodes ten tokens after a prompt that ends within a block."""
+    tokens = torch.randint(MASK, (samples, prompt), generator=torch.Generator().manual_seed(seed))
+    return {
+        "input_ids": tokens,
+        "gen_length": 10,
+        "num_inference_steps": BLOCK,
+        "mask_token_id": MASK,
+        "threshold": 0.9,
+        "editing_threshold": None,
+        "sampling_method": "greedy",
+        "output_type": "seq",
+        **others,
+    }
