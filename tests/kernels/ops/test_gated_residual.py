@@ -39,6 +39,7 @@ def test_a_gate_that_is_part_of_a_modulation():
     check(random(2, 5, 63), modulation[:, 2:3], [feature], [], random(1), None)
     check(random(2, 5, 63), modulation.chunk(6, 1)[5].expand(2, 5, 63), [feature], [], random(1), None)
     check(random(2, 5, 63), random(2, 63, 5).mT, [feature], [], random(1), None)
+    check(random(2, 5, 63), random(2, 5, 4)[..., 1:2], [feature], [], random(1), None)
 
 
 def test_other_axes_are_refused():
