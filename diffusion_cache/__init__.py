@@ -14,12 +14,12 @@ from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoS
 if TYPE_CHECKING:
     from . import forecasters, policies, reference, registry
     from .advice import recommend
-    from .api import cached, disable, enable, inspect, run, summary
+    from .api import cached, disable, enable, inspect, run, summary, tune
 
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
-    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary"), ".api"),
+    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
     "recommend": ".advice",
 }
 _MODULES = ("forecasters", "policies", "reference", "registry")
@@ -39,6 +39,7 @@ __all__ = [
     "registry",
     "run",
     "summary",
+    "tune",
 ]
 
 

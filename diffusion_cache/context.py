@@ -135,6 +135,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
+    tuned: ClassVar[str | None] = None  # the field, a number ≥ 0, that more is reused by the larger it is
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
