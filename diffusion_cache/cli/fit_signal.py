@@ -59,9 +59,8 @@ def run_configured(cfg: DictConfig) -> None:
         f"change there, {found.held_out_unfitted:.1%} with a multiple of the signal alone",
         soft_wrap=True,
     )
-    console.print(
-        f'enable(pipe, policy="teacache", **json.load(open("{path}"))["options"])', soft_wrap=True, markup=False
-    )
+    usage = f'enable(pipe, policy="teacache", **json.load(open("{path}"))["options"])'
+    console.print(usage, soft_wrap=True, markup=False)
 
 
 def _changes(make: "MakeBatch", given: Sequence["Given"], size: int) -> "list[Change]":

@@ -1,4 +1,4 @@
-"""Fitting TeaCache's polynomial: how much the output changes with a change of the modulated input (arXiv 2411.19108)."""
+"""Fitting TeaCache's polynomial: the change of the output that goes with one of the signal (arXiv 2411.19108)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Change:
 class Fit:
     """A polynomial and how well it foretells changes of the output.
 
-    coefficients: highest power first. r2: of the fitting changes, the share of variance that is explained; held_out_r2:
-    of changes that were not fitted, which can be negative. held_out_error: mean |foretold − true| over mean true change;
-    held_out_unfitted: the same of the best multiple of the signal alone.
+    coefficients: highest power first. r2: of the fitting changes, the share of variance that is explained;
+    held_out_r2: of changes that were not fitted, which can be negative. held_out_error: mean |foretold − true| over the
+    mean true change; held_out_unfitted: the same of the best multiple of the signal alone.
     """
 
     coefficients: tuple[float, ...]

@@ -1,6 +1,7 @@
 """Fitting TeaCache's polynomial, from given changes and from a pipeline's."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_the_changes_are_those_of_the_uncached_run():
     found = changes(Batch(pipe, call, lambda output: output, 2))
     assert torch.equal(images[0], uncached)
     assert session_of(pipe) is None
-    expected = [value for a, b in zip(outputs, outputs[1:], strict=False) for value in relative_l1(b, a).tolist()]
+    expected = [value for a, b in pairwise(outputs) for value in relative_l1(b, a).tolist()]
     assert [change.output for change in found] == pytest.approx(expected, rel=1e-5)
     assert all(change.signal > 0 for change in found)
 
