@@ -156,8 +156,8 @@ def enable(
         if target_reuse is not None or target is not None:
             tuner = _tuner(made, Target(target_reuse, target), group, options)
     else:
-        own = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
-        own["target_reuse"] = target_reuse
+        own: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
+        own |= {"depth": depth, "target_reuse": target_reuse}
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
