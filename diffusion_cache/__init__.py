@@ -14,13 +14,13 @@ from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoS
 if TYPE_CHECKING:
     from . import forecasters, policies, reference, registry
     from .advice import recommend
-    from .api import cached, disable, enable, inspect, run, summary
+    from .api import cached, disable, enable, inspect, run, summary, tune
     from .slicing import slice_features
 
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
-    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary"), ".api"),
+    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
     "recommend": ".advice",
     "slice_features": ".slicing",
 }
@@ -42,6 +42,7 @@ __all__ = [
     "run",
     "slice_features",
     "summary",
+    "tune",
 ]
 
 

@@ -21,9 +21,12 @@ from .language import LanguageCache, LanguageSession, LanguageSummary, serves
 from .models import find_denoisers, unwrap
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
+from .planning.kept import Tuned
+from .planning.target import Target, Tuner
 from .policies import Drift, Guarded, Guards, Interval, Planned
 from .policies.select import Select
 from .profile import Profile, shipped_profiles
+from .profiling.generation import attached
 from .registry import Registry, check_options, suggest, unknown_name
 from .registry import correctors as corrector_registry
 from .registry import forecasters as forecaster_registry
@@ -39,7 +42,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["Inspection", "Run", "SpanInfo", "Summary", "cached", "disable", "enable", "inspect", "run", "summary"]
+__all__ = [
+    "Inspection",
+    "Run",
+    "SpanInfo",
+    "Summary",
+    "cached",
+    "disable",
+    "enable",
+    "inspect",
+    "run",
+    "summary",
+    "tune",
+]
 
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
 PUBLISHED = "published/"
@@ -59,6 +74,7 @@ def enable(
     min_psnr: float | None = None,
     nfe: float | None = None,
     plan: "str | Plan | None" = None,
+    target_reuse: float | None = None,
     ignore: Collection[str] = (),
     guard: str | None = None,
     guard_factor: float | None = None,
@@ -88,6 +104,9 @@ def enable(
         speedup, min_psnr, nfe, plan: which of the profile's plans: the best one with that measured speed; the cheapest
             one whose PSNR (dB, against the uncached image) is at least that for 95% of prompts; the best one of at
             most so many denoiser evaluations; the one called so, or a Plan.
+        target_reuse, speedup: of a policy that decides by a threshold (teacache, first_block, …), with no profile: have
+            it found, see `tune`. It is searched when the pipeline is first called, and once more for calls of other
+            steps, sizes or guidance.
         ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
         guard: the signal ("input_turn" or "input_l1") that a plan carries a band of, to watch each sample by: where it
             is more than guard_factor (default 10) times its spread above its mean, a step is computed that was to be
@@ -132,7 +151,8 @@ def enable(
         wishes: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
         wishes |= {"depth": depth, "speedup": speedup}
         fields = _fields(method)
-        for name, given in {**wishes, "min_psnr": min_psnr, "nfe": nfe, "plan": plan, **watch}.items():
+        wishes |= {"min_psnr": min_psnr, "nfe": nfe, "plan": plan, "target_reuse": target_reuse, **watch}
+        for name, given in wishes.items():
             if given is None:
                 continue
             if name not in fields:
@@ -140,22 +160,27 @@ def enable(
             options[name] = given  # some systems have a field of that name
         made = _system(pipe, method, profile, ignore, how, options)
         return _attached(pipe, made, group)
+    tuner = None
     wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
         raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
     if profile is None and (ignore or not isinstance(plan, Plan)):
+        target = None if policy is None else wish.pop("speedup")
         for name, value in {**wish, "ignore": ignore or None, **(watch if plan is None else {})}.items():
             if value is not None and not isinstance(value, Plan):
                 raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
         made = _method(*chosen, scope, depth, how, options, corrector)
+        if target_reuse is not None or target is not None:
+            tuner = _tuner(made, Target(target_reuse, target), group, options)
     else:
-        own = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
+        own: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
+        own |= {"depth": depth, "target_reuse": target_reuse}
         for name, given in own.items():
             if given is not None:
                 raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
         made = _planned(pipe, profile, wish, watch, ignore, how, options)
-    return _attached(pipe, made, group)
+    return _attached(pipe, made, group, tuner)
 
 
 def _language(pipe: Any, method: Any, options: dict[str, Any]) -> LanguageSession:
@@ -168,8 +193,8 @@ def _language(pipe: Any, method: Any, options: dict[str, Any]) -> LanguageSessio
     return session
 
 
-def _attached(pipe: Any, method: Method, group: "ProcessGroup | None") -> Session:
-    session = Session(method, group)
+def _attached(pipe: Any, method: Method, group: "ProcessGroup | None", tuner: Tuner | None = None) -> Session:
+    session = Session(method, group, tuner=tuner)
     session.attach_pipeline(pipe)
     return session
 
@@ -179,6 +204,59 @@ def disable(pipe: Any) -> None:
     session = _session(pipe)
     if session is not None:
         session.detach_pipeline(pipe)
+
+
+def _tuner(method: Method, target: Target, group: "ProcessGroup | None", options: Mapping[str, Any]) -> Tuner:
+    tuner = Tuner(method, target)
+    if tuner.field in options:
+        raise ConfigError(f"{tuner.field} is what a target is met with: give {tuner.field}, target_reuse or speedup")
+    if group is not None:
+        raise ConfigError(
+            "a target cannot be searched by a group of ranks: find the threshold on one (tune), and give it"
+        )
+    return tuner
+
+
+def tune(
+    pipe: Any,
+    inputs: Mapping[str, Any],
+    policy: str | Policy = DEFAULT_POLICY,
+    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    *,
+    target_reuse: float | None = None,
+    speedup: float | None = None,
+    corrector: str | Corrector | None = None,
+    scope: str | None = None,
+    depth: int | None = None,
+    granularity: str = "sample",
+    sync: str = "immediate",
+    **options: Any,
+) -> Tuned:
+    """The threshold (a policy's `tuned` field) at which a call reuses a share of its steps, or is so much faster.
+
+    The call is made a few times for each value that is tried, with generators and latents of its own, so that the
+    user's are left as they are; nothing is enabled by it. The nearest value is told on stderr, and kept for later in
+    the platform's folder for caches by the fingerprint of the model, the sampler, the call's numbers and sizes, and the
+    method; environment variable DIFFUSION_CACHE_FOLDER names another folder, or none.
+
+    Args:
+        inputs: arguments of a pipeline call.
+        target_reuse: share of the steps to reuse, between 0 and 1; the guards keep some from being reused.
+        speedup: of a whole call on this machine, uncached time over cached. Both are timed in turn, the latter with as
+            much reused as can be; the share in between that is needed follows, as time falls in proportion to it.
+        others: as for `enable`.
+
+    Raises:
+        ConfigError: as for `enable`; for a policy without a tuned field, a call of which nothing can be reused, and
+            denoisers that ranks share.
+
+    Warns where the target cannot be met; the nearest that can be is found then.
+    """
+    how = {"granularity": granularity, "sync": sync}
+    method = _method(policy, forecaster, scope, depth, how, options, corrector)
+    tuner = _tuner(method, Target(target_reuse, speedup), None, options)
+    with attached(pipe, method) as session:
+        return tuner.tuned(session, pipe, (), dict(inputs))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The types that policies, forecasters, correctors and the engine share."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .schedule import Schedule
 Feature = Literal["auto", "residual", "output"]
 Form = Literal["flow", "epsilon", "v_prediction", "other"]
 SCOPES = ("denoiser", "stack", "block", "branch", "cut")
+CROSS = re.compile(r"attn2|cross|_ca\b")
+ATTENTION = re.compile(r"att", re.IGNORECASE)
 
 # what a policy may look at, each [rows, ...]
 SIGNALS = {
@@ -85,6 +88,14 @@ class Past(NamedTuple):
     earlier: tuple[Mapping[str, Tensor], ...] = ()
 
 
+def branch_kind(name: str) -> str:
+    """attention, cross-attention or feed-forward, as the last part of a branch's name says."""
+    last = name.rpartition(".")[2]
+    if CROSS.search(last):
+        return "cross-attention"
+    return "attention" if ATTENTION.search(last) else "feed-forward"
+
+
 def largest(values: Sequence[float]) -> float:
     """The largest number, NaN above all."""
     return max(values, key=lambda value: (math.isnan(value), value))
@@ -135,6 +146,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
+    tuned: ClassVar[str | None] = None  # the field, a number ≥ 0, that more is reused by the larger it is
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,6 +165,10 @@ class Policy(ABC):
     def schedule(self, total: int) -> Schedule | None:
         """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
         return None
+
+    def schedule_of(self, total: int, spans: Sequence[str]) -> Schedule | None:
+        """The same where the spans' names are known, which make the schedule's last axis in this order."""
+        return self.schedule(total)
 
     def for_run(self, noise_levels: Sequence[float]) -> "Policy":
         """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""

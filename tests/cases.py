@@ -26,7 +26,9 @@ REUSING: dict[str, dict[str, Any]] = {
     "easycache": {"threshold": 10.0, "max_consecutive": 2},
     "growing_window": {"window": 2.0, "growth": 1.0},
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 1},
+    "pab": {"spatial": 2, "temporal": 2, "cross": 2, "feed_forward": 2},
     "seacache": {"threshold": 10.0, "max_consecutive": 2},
+    "sencache": {"threshold": 10.0, "max_consecutive": 2},
     "teacache": {"threshold": 10.0, "max_consecutive": 2},
 }
 COMPUTING: dict[str, dict[str, Any]] = {
@@ -37,7 +39,9 @@ COMPUTING: dict[str, dict[str, Any]] = {
     "easycache": {"warmup": STEPS},
     "growing_window": {"window": 1.0, "growth": 0.0},
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 0},
+    "pab": {"spatial": 1, "temporal": 1, "cross": 1, "feed_forward": 1},
     "seacache": {"warmup": STEPS},
+    "sencache": {"warmup": STEPS},
     "teacache": {"warmup": STEPS},
 }
 

@@ -1,5 +1,7 @@
 """Shared fixtures: GPU tests skip without one, and every test runs on one thread unless it says otherwise."""
 
+import os
+
 import pytest
 import torch
 
@@ -21,4 +23,5 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+os.environ["DIFFUSION_CACHE_FOLDER"] = ""  # nothing is kept in, or read from, the cache folder of whoever runs this
 torch.set_num_threads(1)  # workers of pytest-xdist share two cores

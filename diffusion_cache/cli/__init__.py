@@ -99,6 +99,16 @@ def _profile(context: typer.Context) -> None:
     profile(context.args)
 
 
+@app.command(
+    "fit-signal", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def _fit_signal(context: typer.Context) -> None:
+    """Fit the polynomial that TeaCache decides by to a model and sampler: a Hydra command line (--cfg job, --help)."""
+    from .fit_signal import fit_signal
+
+    fit_signal(context.args)
+
+
 @app.command("plan")
 def _plan(
     profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],

@@ -45,14 +45,14 @@ def run_configured(cfg: DictConfig) -> None:
     config = resolved(cfg)
     options = options_of(config)
     for name in ("num_samples", "threads"):
-        _check_number(name, config[name])
+        check_number(name, config[name])
     if config["steps"] is not None:
-        _check_number("steps", config["steps"])
+        check_number("steps", config["steps"])
     torch.set_num_threads(config["threads"])
     team = Team()
     what = subject(config["model"], config["sampler"])
     steps = config["steps"] or what.steps
-    folder = Path(config["out"]) if config["out"] else FOLDER / _file_name(f"{what.name}-{what.sampler}")
+    folder = Path(config["out"]) if config["out"] else FOLDER / file_name(f"{what.name}-{what.sampler}")
     console = Console(stderr=True, quiet=not team.leads)
     title = f"{what.name}, {what.sampler}, {steps} steps"
     with announcing(console, title, remaining=True) as progress:
@@ -143,12 +143,12 @@ def foreground_of(given: Any) -> "Tensor | Literal['motion'] | None":
         raise ConfigError(f"foreground: {given} cannot be read: {error}") from error
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
 
 

@@ -123,12 +123,13 @@ class CacheRun:
     def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Again:
         """A function that makes a call again, its spans reused as they were, with nothing stored or recorded."""
 
-        def again(compute: bool = False) -> Any:
+        def again(compute: bool = False, given: tuple[tuple, dict[str, Any]] | None = None) -> Any:
+            taken, named = given or (args, kwargs)
             outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
             self.frame.actions, self.frame.variant = (True,) if compute else called.actions, called.variant
             try:
                 with forked_rng():
-                    return self._forward(self.layouts[called.key[0]].spans, inner, copied(args), copied(kwargs))
+                    return self._forward(self.layouts[called.key[0]].spans, inner, copied(taken), copied(named))
             finally:
                 self.frame = outer
 
@@ -192,7 +193,8 @@ class CacheRun:
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
-            self.decisions.begin_loop(method.guarded.for_run(levels), self.forecaster.history)
+            guarded = method.guarded.for_run(levels, [span.name for span in spans])
+            self.decisions.begin_loop(guarded, self.forecaster.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch

@@ -12,9 +12,9 @@ from .structure import Inputs
 
 
 class Again(Protocol):
-    """Makes a denoiser call once more."""
+    """Makes a denoiser call once more, with other arguments where they are given."""
 
-    def __call__(self, compute: bool = False) -> Any: ...
+    def __call__(self, compute: bool = False, given: tuple[tuple, dict[str, Any]] | None = None) -> Any: ...
 
 
 class Observer:
@@ -34,6 +34,6 @@ class Observer:
     def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
         """A denoiser call is over. again() makes the same call once more: the same spans reused from the same history.
 
-        With compute=True all spans are computed. It may be used until the scheduler's step; what a computed span gives
-        then is not stored.
+        With compute=True all spans are computed; given: positional and named arguments in place of the call's own. It
+        may be used until the scheduler's step; what a computed span gives then is not stored.
         """

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -153,13 +153,22 @@ class Method:
         return scope == "stack" and self.guarded.planned and is_compiled(denoiser)
 
 
+class Tuner(Protocol):
+    """Finds the method for a call of a pipeline, which it may call itself with this session's method replaced."""
+
+    def __call__(self, session: "Session", pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Method: ...
+
+
 class Session(Attached):
     """Interceptors on the denoisers' modules and brackets on classes, installed together and removed exactly."""
 
-    def __init__(self, method: Method, group: Any = None, observer: Observer | None = None):
+    def __init__(
+        self, method: Method, group: Any = None, observer: Observer | None = None, tuner: "Tuner | None" = None
+    ):
         super().__init__()
         self.method = method
         self.observer = observer
+        self.tuner = tuner  # finds the method for each call, where it is not known beforehand
         self.group = checked_group(group)  # ranks that must decide alike, where the user names them
         self.layouts: dict[str, Layout] = {}
         self.denoisers: dict[str, nn.Module] = {}
@@ -303,8 +312,22 @@ class Session(Attached):
 
     # running
 
+    def _tune(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Go by the method that the tuner finds for the call that is about to begin."""
+        if self.tuner is None:
+            return
+        tuner, self.tuner = self.tuner, None  # its own calls go by what it tries
+        before = self.method, self.observer, self.last_run
+        try:
+            found = tuner(self, pipe, args, kwargs)
+        finally:
+            self.tuner = tuner
+            self.method, self.observer, self.last_run = before
+        self.method = found
+
     def begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
+        self._tune(pipe, args, kwargs)
         self._refresh(pipe)
         return self._begin(pipe)
 

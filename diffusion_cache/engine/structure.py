@@ -102,6 +102,17 @@ def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
+def with_sample(args: tuple, kwargs: dict[str, Any], sample: Any) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with another value for the one that `sample_of` gives."""
+    for name in IMAGE_STREAM:
+        if kwargs.get(name) is not None:
+            return args, {**kwargs, name: sample}
+    if args:
+        return (sample, *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: sample}
+
+
 def signature(inputs: Inputs) -> tuple:
     """What must be equal for a stored feature to fit a call: shapes, dtypes and devices of all tensor inputs."""
     return tuple([(key, tensor.shape, tensor.dtype, tensor.device) for key, tensor in inputs.items()])

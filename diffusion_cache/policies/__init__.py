@@ -10,11 +10,14 @@ from .guards import Guarded, Guards
 from .interval import Interval
 from .magcache import MagCache
 from .mask import Mask
+from .pab import PAB
 from .planned import Planned
 from .seacache import SeaCache
+from .sencache import SenCache
 from .teacache import TeaCache
 
 __all__ = [
+    "PAB",
     "Accumulate",
     "Centered",
     "Drift",
@@ -28,5 +31,6 @@ __all__ = [
     "Mask",
     "Planned",
     "SeaCache",
+    "SenCache",
     "TeaCache",
 ]

@@ -16,6 +16,8 @@ class Accumulate(Policy):
 
     threshold: float = 0.1
 
+    tuned = "threshold"
+
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ConfigError(f"{self.name}: threshold must be a number ≥ 0, not {self.threshold}")

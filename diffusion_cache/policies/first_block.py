@@ -30,6 +30,7 @@ class FirstBlock(Policy):
     back: int = 0
 
     scopes = frozenset({"stack", "cut"})
+    tuned = "threshold"
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

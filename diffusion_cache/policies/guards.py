@@ -89,13 +89,14 @@ class Guarded:
     """A policy under guards: what the engine asks. drift: for planned policies, whose runs are then decided stepwise.
 
     `guards` hold whatever the drift guard does; steps they compute are neither extra nor dropped. noise_levels: of the
-    run that it is for, log-SNR, one a step; empty if not known.
+    run that it is for, log-SNR, one a step; empty if not known. spans: their names in the denoiser that it is for.
     """
 
     policy: Policy
     guards: Guards = Guards()
     drift: Drift | None = None
     noise_levels: tuple[float, ...] = ()
+    spans: tuple[str, ...] = ()
 
     @property
     def needs(self) -> Needs:
@@ -114,18 +115,19 @@ class Guarded:
         """Noise levels that the policy moves the sampler's to."""
         return self.policy.sigmas
 
-    def for_run(self, noise_levels: Sequence[float]) -> "Guarded":
+    def for_run(self, noise_levels: Sequence[float], spans: Sequence[str] = ()) -> "Guarded":
         """The same under the same guards, for a run through these noise levels; a band is for one run's alone."""
-        policy, levels = self.policy.for_run(noise_levels), tuple(noise_levels)
+        policy, levels, names = self.policy.for_run(noise_levels), tuple(noise_levels), tuple(spans)
         if policy is self.policy:
-            return self if levels == self.noise_levels else replace(self, noise_levels=levels)
-        return replace(self, policy=policy, drift=None, noise_levels=levels)
+            known = (levels, names) == (self.noise_levels, self.spans)
+            return self if known else replace(self, noise_levels=levels, spans=names)
+        return replace(self, policy=policy, drift=None, noise_levels=levels, spans=names)
 
     def schedule(self, total: int) -> Schedule | None:
         """The schedule of a run of `total` steps, or None where it is decided from signals."""
         if self.policy.needs.signals or (self.drift is not None and self.drift.total == total):
             return None
-        own = self.policy.schedule(total)
+        own = self.policy.schedule_of(total, self.spans)
         passes = max(map(len, own.compute)) if own else 1
         states = [PassState() for _ in range(passes)]
         rows = []

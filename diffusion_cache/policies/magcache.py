@@ -39,6 +39,7 @@ class MagCache(Policy):
     max_deviation: float = math.inf
 
     scopes = frozenset(SCOPES)
+    tuned = "threshold"
 
     def __post_init__(self) -> None:
         given: list[Any] = list(self.ratios)

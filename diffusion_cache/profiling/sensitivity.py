@@ -7,7 +7,6 @@ the final latents, over the relative error ‖F_t − F_{t−1}‖ / ‖F_t‖ t
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..context import SCOPES, Feature, PassState, Policy, Step, Verdict
+from ..context import SCOPES, Feature, PassState, Policy, Step, Verdict, branch_kind
 from ..engine import Method, Session
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
@@ -32,8 +31,6 @@ from .generation import Batch, Teacher, attached, state_of
 
 PAIRS = 4  # of cells that are also reused together
 LEAST = 1e-12  # of a sensitivity, whose logarithm is interpolated
-CROSS = re.compile(r"attn2|cross|_ca\b")
-ATTENTION = re.compile(r"att", re.IGNORECASE)
 
 Cells = tuple[tuple[int, int], ...]  # (group, step) of each reuse
 
@@ -93,14 +90,6 @@ def span_groups(spans: Sequence[SpanFacts]) -> tuple[Group, ...]:
     for place, kind in enumerate(kinds):
         found.setdefault(kind, []).append(place)
     return tuple(Group(kind, tuple(places)) for kind, places in found.items()) if len(found) > 1 else every
-
-
-def branch_kind(name: str) -> str:
-    """attention, cross-attention or feed-forward, as the last part of a branch's name says."""
-    last = name.rpartition(".")[2]
-    if CROSS.search(last):
-        return "cross-attention"
-    return "attention" if ATTENTION.search(last) else "feed-forward"
 
 
 def reuse_errors(grams: Tensor, groups: Sequence[Group], spans: Sequence[SpanFacts]) -> Tensor:

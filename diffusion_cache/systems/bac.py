@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..context import branch_kind
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.dynamic import best_schedule
 from ..planning.static import marks, static_plan
 from ..profile import Profile
-from ..profiling.sensitivity import branch_kind
 from ..registry import systems
 from .base import System
 

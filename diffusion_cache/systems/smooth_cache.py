@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..context import branch_kind
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.static import static_plan
 from ..planning.surrogate import TINY, Array, own_grams
 from ..profile import Profile
-from ..profiling.sensitivity import branch_kind
 from ..registry import systems
 from .base import System
 

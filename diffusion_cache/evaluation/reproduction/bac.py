@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import api
+from ...context import branch_kind
 from ...forecasters.fitted import Fitted
 from ...measure import executed_flops
 from ...plan import Plan
@@ -19,7 +20,6 @@ from ...policies import Planned
 from ...profile import Profile
 from ...profiling.generation import Batch, Loop
 from ...profiling.measure import Options, measure
-from ...profiling.sensitivity import branch_kind
 from ...reference import reacher, reaching
 from ...schedule import spaced
 from ...systems import BAC

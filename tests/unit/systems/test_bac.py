@@ -10,10 +10,10 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import branch_kind
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.measure import count_blocks, executed_flops
 from diffusion_cache.models import find_layout
-from diffusion_cache.profiling.sensitivity import branch_kind
 from diffusion_cache.systems import BAC
 from diffusion_cache.systems.bac import bubbling_union, similarity, spread, update_steps
 

@@ -1,0 +1,299 @@
+"""How much an online policy reuses, set beforehand: the value of its `tuned` field is searched in closed loop.
+
+Thresholds mean something else for every model, sampler, size and policy. What is searched here is the one at which a
+pipeline's own call, from other noise, reuses a given share of its steps or is so many times as fast.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Method, Observer, Session
+from ..engine.frame import Frame
+from ..engine.structure import forked_rng
+from ..errors import ConfigError, DiffusionCacheWarning
+from ..fingerprint import Fingerprint
+from ..measure.timing import paired
+from ..models import find_denoisers
+from ..plain import plain_json
+from ..policies import Guarded, Interval
+from .kept import Tuned, keep, kept
+
+FIRST_SEED = 190_000  # far inside the range that is left to fitting (`evaluation.prompts.FITTING_SEEDS`)
+CALLS = 3  # generations that a value is judged by
+MOST_TRIED = 14
+STEPS_OFF = 0.5  # from the target, in steps: good enough
+NO_FINER = 1.005  # values that differ by less than this factor are one
+PAIRS = 3  # of timed generations, uncached and cached
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be met. reuse: share of the steps that are reused; speedup: of a whole generation. One of them."""
+
+    reuse: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.reuse is None) == (self.speedup is None):
+            raise ConfigError("give target_reuse or speedup: one of them says what is to be met")
+        if self.reuse is not None and not 0 < self.reuse < 1:
+            raise ConfigError(f"target_reuse is the share of steps to reuse, between 0 and 1, not {self.reuse!r}")
+        if self.speedup is not None and not 1 < self.speedup < math.inf:
+            raise ConfigError(f"speedup must be a number above 1, not {self.speedup!r}")
+
+
+class Tuner:
+    """Finds the method of a session for each kind of call that is made of its pipeline; see `Session.tune`.
+
+    A kind of call is what its arguments say of steps, size and guidance, with the sampler as it is set up. What was
+    found is remembered, and stored in the user's cache (`kept`) by the model's fingerprint beside that.
+
+    Raises:
+        ConfigError: for a policy that has no `tuned` field.
+    """
+
+    def __init__(self, method: Method, target: Target):
+        policy = method.guarded.policy
+        if policy.tuned is None:
+            raise ConfigError(
+                f"policy {policy.name!r} has no threshold that could be searched for a target: its options say how "
+                "much it reuses. Give those, or take a policy that decides by a threshold (teacache, first_block)"
+            )
+        self.method, self.target, self.field = method, target, policy.tuned
+        self._found: dict[str, Tuned] = {}
+
+    def __call__(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Method:
+        return self.with_value(self.tuned(session, pipe, args, kwargs).value)
+
+    def with_value(self, value: float) -> Method:
+        """The method with this value of the tuned field."""
+        guarded = self.method.guarded
+        policy = replace(guarded.policy, **{self.field: value})  # type: ignore[type-var]
+        return replace(self.method, guarded=replace(guarded, policy=policy))
+
+    def tuned(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Tuned:
+        """What was found for such a call, before or now."""
+        call = arguments_of(pipe, args, kwargs)
+        kind = _digest([_kind_of(call), _sampler_of(pipe)])
+        if kind not in self._found:
+            key = self._key(pipe, call)
+            found = kept(key) if key is not None else None
+            if found is None:
+                found = self._search(session, pipe, call)
+                place = keep(key, found) if key is not None else None
+                print(self._told(found, place), file=sys.stderr)
+            self._found[kind] = found
+        return self._found[kind]
+
+    def _told(self, found: Tuned, place: Any) -> str:
+        wished = f"target {self.target.reuse * found.steps:.1f}" if self.target.reuse else f"{self.target.speedup}×"
+        return (
+            f"{self.method.guarded.policy.name}: {self.field}={found.value:.4g} reuses {found.reuse * found.steps:.1f} "
+            f"of {found.steps} steps ({wished}; {found.tried} values tried)" + (f"; kept in {place}" if place else "")
+        )
+
+    def _key(self, pipe: Any, call: Mapping[str, Any]) -> str | None:
+        """What a threshold depends on, as a digest; None where the weights cannot be read."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DiffusionCacheWarning)
+            fingerprint = Fingerprint.of(pipe, find_denoisers(pipe))
+        if any(facts.weights is None for facts in fingerprint.denoisers.values()):
+            return None
+        made = self.with_value(0.0)
+        device = _device_name(pipe) if self.target.speedup else ""
+        facts = replace(fingerprint, versions={}).to_json()
+        return _digest([facts, _kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device])
+
+    def _search(self, session: Session, pipe: Any, call: Mapping[str, Any]) -> Tuned:
+        count = Counted()
+
+        def run(method: Method, seed: int) -> None:
+            session.method = method
+            with forked_rng(), quiet(pipe):
+                torch.manual_seed(seed)
+                pipe(**from_other_noise(call, seed))
+            if session.agree is not None:
+                raise ConfigError(
+                    "a target cannot be searched where ranks share the work of a denoiser: find the threshold on one "
+                    "device (diffusion_cache.tune), and give it"
+                )
+
+        def share(value: float) -> float:
+            session.observer = count.again()
+            for index in range(CALLS):
+                run(self.with_value(value), FIRST_SEED + 1000 * index)
+            return count.share
+
+        most = share(math.inf)
+        if not count.steps or not most:
+            raise ConfigError(
+                f"policy {self.method.guarded.policy.name!r} reuses nothing of this call, whatever its {self.field}: "
+                "there are too few steps, or the guards leave none"
+            )
+        wished = self.target.reuse
+        if wished is None:
+            uncached = replace(self.method, guarded=Guarded(Interval(1)))
+            session.observer = None
+            timing = paired(
+                lambda: run(uncached, FIRST_SEED), lambda: run(self.with_value(math.inf), FIRST_SEED), PAIRS
+            )
+            assert self.target.speedup is not None
+            wished = reuse_for(self.target.speedup, timing.wall_ratio, most)
+            self._warn_unless(wished <= most, f"speedup {self.target.speedup:g}", f"{timing.wall_ratio:.2f}")
+        tolerance = STEPS_OFF / count.steps
+        if wished > most - tolerance:
+            found, tried = (math.inf, most), 1
+        else:
+            start = getattr(self.method.guarded.policy, self.field)
+            values = nearest(share, wished, start if 0 < start < math.inf else 0.1, tolerance)
+            found, tried = min(values.items(), key=lambda item: abs(item[1] - wished)), len(values) + 1
+        if self.target.reuse is not None:
+            off = abs(found[1] - wished) * count.steps
+            self._warn_unless(off <= 1, f"target_reuse={self.target.reuse:g}", f"{found[1]:.3g}")
+        return Tuned(found[0], found[1], count.steps, tried)
+
+    def _warn_unless(self, met: bool, target: str, closest: str) -> None:
+        if not met:
+            warnings.warn(
+                f"policy {self.method.guarded.policy.name!r} cannot meet {target} in this call: the nearest that its "
+                f"{self.field} and its guards allow is {closest}, which is taken",
+                DiffusionCacheWarning,
+                stacklevel=2,
+            )
+
+
+class Counted(Observer):
+    """The share of what could be reused that was, over calls, spans and samples; and the steps of a run."""
+
+    def __init__(self) -> None:
+        self.again()
+
+    def again(self) -> "Counted":
+        self.reused = self.visited = 0.0
+        self.steps = 0
+        return self
+
+    @property
+    def share(self) -> float:
+        return self.reused / self.visited if self.visited else 0.0
+
+    def denoiser_called(self, frame: Frame, output: Any, again: Any) -> None:
+        self.steps = max(self.steps, frame.step.index + 1)
+        whole = sum(visit.rows is None for visit in frame.reused)
+        # of spans that were computed for some samples, the share of the others
+        part = (len(frame.reused) - whole) * (1 - sum(frame.asking) / max(len(frame.asking), 1))
+        self.reused += whole + part
+        self.visited += whole + frame.computed
+
+
+def nearest(share: Callable[[float], float], target: float, start: float, tolerance: float) -> dict[float, float]:
+    """Values tried and the share of each, until one is within `tolerance` of the target or nothing finer is left.
+
+    share: rises with the value, in steps, but for noise; at infinity it is above the target.
+    """
+    tried: dict[float, float] = {}
+    low, high, value = 0.0, math.inf, start
+    while len(tried) < MOST_TRIED and high > NO_FINER * low:
+        tried[value] = share(value)
+        if abs(tried[value] - target) <= tolerance:
+            break
+        if tried[value] < target:
+            low = value
+        else:
+            high = value
+        value = 4 * low if math.isinf(high) else high / 4 if not low else math.sqrt(low * high)
+    return tried
+
+
+def reuse_for(speedup: float, fastest: float, most: float) -> float:
+    """The share of steps to reuse for a speedup, if reusing a share `most` makes a generation `fastest` times as fast.
+
+    The time that is saved grows in proportion to the share, from none at 0.
+    """
+    gained = 1 - 1 / fastest
+    return (1 - 1 / speedup) * most / gained if gained > 0 else math.inf
+
+
+def arguments_of(pipe: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults too, but for callbacks: nobody is to be told of a trial.
+
+    Raises:
+        ConfigError: for arguments that the pipeline does not take.
+    """
+    signature = inspect.signature(type(pipe).__call__)
+    try:
+        bound = signature.bind(pipe, *args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{type(pipe).__name__} cannot be called like that: {error}") from error
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return {name: value for name, value in found.items() if not name.startswith("callback")}
+
+
+def from_other_noise(call: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The call with generators and latents of its own in place of those that were given."""
+    changed: dict[str, Any] = {}
+    for name, value in call.items():
+        listed = value if isinstance(value, (list, tuple)) else [value]
+        if listed and all(isinstance(item, torch.Generator) for item in listed):
+            made = [torch.Generator(item.device).manual_seed(seed + i) for i, item in enumerate(listed)]
+            changed[name] = made if isinstance(value, (list, tuple)) else made[0]
+        elif name == "latents" and isinstance(value, Tensor):
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+            changed[name] = (noise.to(value.device) * value.float().std() + value.float().mean()).to(value.dtype)
+    return {**call, **changed}
+
+
+@contextmanager
+def quiet(pipe: Any) -> Any:
+    """No progress bar of the pipeline inside the block."""
+    own = vars(pipe).get("_progress_bar_config")
+    vars(pipe)["_progress_bar_config"] = {**(own or {}), "disable": True}
+    try:
+        yield
+    finally:
+        del vars(pipe)["_progress_bar_config"]
+        if own is not None:
+            vars(pipe)["_progress_bar_config"] = own
+
+
+def _kind_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a call tells its steps, size and guidance: numbers and switches, and the shapes of what it is given."""
+    kind: dict[str, Any] = {}
+    for name, value in call.items():
+        if value is None or isinstance(value, (bool, int, float)):
+            kind[name] = value
+        elif isinstance(value, Tensor):
+            kind[name] = list(value.shape[1:])
+        elif name in ("timesteps", "sigmas"):
+            kind[name] = list(value)
+        elif isinstance(getattr(value, "size", None), tuple):  # an image
+            kind[name] = list(value.size)
+    return kind
+
+
+def _sampler_of(pipe: Any) -> list[Any]:
+    scheduler = getattr(pipe, "scheduler", None)
+    return [type(scheduler).__name__, plain_json(dict(getattr(scheduler, "config", {})))]
+
+
+def _device_name(pipe: Any) -> str:
+    device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {torch.get_num_threads()}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(plain_json(value), sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,73 @@
+"""Decide by how much the output can have changed, to first order: SenCache (formula in its abstract form).
+
+With z the denoiser's input, t its noise as a share σ / (α + σ), c the last computed step, and ‖J_z‖, |J_t| by how
+much the output changes with either, reuse while ‖J_z‖·‖z_s − z_c‖ + |J_t|·|t_s − t_c| < threshold.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..context import Needs, PassState, Past, Policy, Step, Verdict
+from ..errors import ConfigError
+from ..registry import policies
+
+
+@policies.register("sencache")
+@dataclass(frozen=True)
+class SenCache(Policy):
+    """Reuse while the output's foretold change, a root mean square over its elements, stays below `threshold`.
+
+    input_norm, time_norm: ‖J_z‖ and |J_t|, one number or one for each of `noise_levels` (log-SNR), of which a step
+    takes the nearest. `profiling.jacobian.norms` measures them; without, threshold means nothing but can be searched.
+    """
+
+    threshold: float = 0.1
+    input_norm: float | Sequence[float] = 1.0
+    time_norm: float | Sequence[float] = 1.0
+    noise_levels: Sequence[float] = ()
+
+    scopes = frozenset({"denoiser"})
+    tuned = "threshold"
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ConfigError(f"sencache: threshold must be a number ≥ 0, not {self.threshold}")
+        for name in ("input_norm", "time_norm"):
+            given = getattr(self, name)
+            listed = tuple(given) if isinstance(given, Sequence) else (given,)
+            if not all(isinstance(norm, (int, float)) and 0 <= norm < math.inf for norm in listed):
+                raise ConfigError(f"sencache: {name} must be a number ≥ 0, or one a noise level, not {given!r}")
+            if len(listed) not in (1, len(self.noise_levels)):
+                raise ConfigError(f"sencache: {len(listed)} of {name} for {len(self.noise_levels)} noise_levels")
+            object.__setattr__(self, name, listed)
+        object.__setattr__(self, "noise_levels", tuple(self.noise_levels))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(signals=("input", "noise_level"))
+
+    def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor:
+        moved = (signals["input"].float() - past.computed["input"].float()).flatten(1)
+        time = noise_share(signals["noise_level"])
+        passed = (time - noise_share(past.computed["noise_level"])).abs()
+        known = noise_share(torch.tensor(self.noise_levels or (0.0,), device=time.device))
+        nearest = (known - time[:, None]).abs().argmin(1)  # [rows]
+        by_input, by_time = (
+            torch.tensor(given, device=time.device).expand(len(known))[nearest]
+            for given in (self.input_norm, self.time_norm)
+        )
+        return by_input * moved.square().mean(1).sqrt() + by_time * passed
+
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        if value is None:
+            return Verdict(True, "nothing to compare with")
+        return Verdict(not value < self.threshold, f"change {value:.3g}")
+
+
+def noise_share(level: Tensor) -> Tensor:
+    """σ / (α + σ) of noise levels (log-SNR, 2·log(α/σ)); of flow samplers their own σ."""
+    return 0.5 - 0.5 * torch.tanh(level / 4)

@@ -1,0 +1,161 @@
+"""enable(policy=…, target_reuse=…) and speedup=…: found at the first call, kept, and met from other noise."""
+
+import pytest
+import torch
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.engine.session import session_of
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.planning import kept
+from diffusion_cache.planning.target import Counted
+
+NAME, STEPS = "flux-digits", 12
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return reference.load(NAME)
+
+
+@pytest.fixture(autouse=True)
+def uncached_afterwards(pipe):
+    yield
+    dc.disable(pipe)
+
+
+def call(seeds=(1, 2), steps=STEPS):
+    return reference.inputs(NAME, [seed % 10 for seed in seeds], seeds, steps)
+
+
+def generate(pipe, **given):
+    return reference.images(NAME, pipe(**call(**given)))
+
+
+def steps_reused(pipe, seeds):
+    """Mean over samples of the steps that are reused."""
+    session = session_of(pipe)
+    session.observer = count = Counted()
+    generate(pipe, seeds=seeds)
+    session.observer = None
+    return count.share * count.steps
+
+
+@pytest.mark.parametrize("policy", ["teacache", "first_block"])
+def test_the_target_is_met_from_noise_that_was_not_used(pipe, policy, capsys):
+    dc.enable(pipe, policy, target_reuse=0.5)
+    generate(pipe)
+    assert abs(steps_reused(pipe, range(40, 48)) - 0.5 * STEPS) <= 1
+    value = session_of(pipe).method.guarded.policy.threshold
+    assert f"{policy}: threshold={value:.4g} reuses" in capsys.readouterr().err
+
+
+def test_nothing_of_the_search_is_left(pipe, monkeypatch):
+    """The same image as with the threshold given, generators where they would be, callbacks told of one call."""
+    inputs, told = call(), []
+    inputs["callback_on_step_end"] = lambda pipe, step, timestep, tensors: told.append(step) or tensors
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    config = dict(vars(pipe)["_progress_bar_config"])
+    dc.enable(pipe, "teacache", target_reuse=0.4)
+    session = session_of(pipe)
+    searched = reference.images(NAME, pipe(**inputs))
+    assert told == list(range(STEPS))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert vars(pipe)["_progress_bar_config"] == config
+    assert session.observer is None
+    again = generate(pipe)
+    assert torch.equal(again, searched)
+    threshold = session.method.guarded.policy.threshold
+    dc.enable(pipe, "teacache", threshold=threshold)
+    plain = call()
+    assert torch.equal(reference.images(NAME, pipe(**plain)), searched)
+    states = [generator.get_state() for generator in plain["generator"]]
+    assert all(torch.equal(g.get_state(), s) for g, s in zip(inputs["generator"], states, strict=True))
+
+
+def test_what_was_found_is_kept_by_model_sampler_steps_and_policy(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(kept.VARIABLE, str(tmp_path))
+    wish = dict(policy="first_block", target_reuse=0.5)
+    found = dc.tune(pipe, call(steps=4), **wish)
+    (path,) = tmp_path.iterdir()
+    assert session_of(pipe) is None
+    assert str(path) in capsys.readouterr().err
+    assert dc.tune(reference.load(NAME), call((8, 9), 4), **wish) == found  # other noise, not another kind of call
+    assert capsys.readouterr().err == ""
+    other = reference.load(NAME)
+    with torch.no_grad():
+        next(other.transformer.parameters()).mul_(1.1)
+    for changed, inputs, options in [
+        (pipe, call(steps=5), {}),
+        (pipe, call(steps=4), {"warmup": 2}),
+        (pipe, call(steps=4), {"target_reuse": 0.6}),
+        (other, call(steps=4), {}),
+    ]:
+        files = len(list(tmp_path.iterdir()))
+        dc.tune(changed, inputs, **{**wish, **options})
+        assert len(list(tmp_path.iterdir())) == files + 1
+
+
+def test_one_search_for_each_kind_of_call(pipe, capsys):
+    dc.enable(pipe, "first_block", target_reuse=0.5)
+    generate(pipe, steps=4)
+    generate(pipe, seeds=(5,), steps=4)
+    assert capsys.readouterr().err.count("reuses") == 1
+    generate(pipe, steps=5)
+    assert capsys.readouterr().err.count("of 5 steps") == 1
+
+
+def test_a_speedup_is_turned_into_a_share(pipe):
+    found = dc.tune(pipe, call((1,), steps=5), "first_block", speedup=1.3)
+    assert 0 < found.reuse < 0.8
+    with pytest.warns(DiffusionCacheWarning, match="cannot meet speedup 50 .* the nearest .* is"):
+        assert dc.tune(pipe, call((1,), steps=5), "first_block", speedup=50).reuse == pytest.approx(0.8)
+
+
+def test_a_target_beyond_the_guards_is_told_with_the_nearest(pipe):
+    with pytest.warns(DiffusionCacheWarning, match=r"cannot meet target_reuse=0.9 .* is 0.5"):
+        found = dc.tune(pipe, call(steps=8), "first_block", target_reuse=0.9, warmup=4)
+    assert (found.reuse, found.tried) == (0.5, 1)
+    with pytest.raises(ConfigError, match="reuses nothing of this call"):
+        dc.tune(pipe, call(steps=4), "first_block", target_reuse=0.5, warmup=4)
+
+
+def test_an_interrupted_search_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
+    uncached = generate(pipe)
+    dc.enable(pipe, "first_block", target_reuse=0.5)
+    session = session_of(pipe)
+    method, calls = session.method, []
+    step = type(pipe.scheduler).step
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > STEPS + 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe.scheduler), "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe)
+    assert (session.method, session.observer, session.last_run) == (method, None, None)
+    assert session.tuner is not None
+    assert vars(pipe)["_progress_bar_config"] == {"disable": True}
+    dc.disable(pipe)
+    assert torch.equal(generate(pipe), uncached)
+
+
+@pytest.mark.parametrize(
+    ("wish", "match"),
+    [
+        ({"policy": "interval", "target_reuse": 0.5}, "has no threshold"),
+        ({"policy": "teacache", "target_reuse": 0.5, "threshold": 0.1}, "threshold is what a target is met with"),
+        ({"policy": "teacache", "target_reuse": 0.5, "speedup": 2}, "one of them"),
+        ({"method": "fora", "target_reuse": 0.5}, "target_reuse comes from the method"),
+        ({"profile": "flux-digits-flow_euler", "target_reuse": 0.5}, "target_reuse comes from the profile"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused_at_once(pipe, wish, match):
+    with pytest.raises(ConfigError, match=match):
+        dc.enable(pipe, **wish)
+    assert session_of(pipe) is None
