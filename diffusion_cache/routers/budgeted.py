@@ -1,0 +1,24 @@
+"""Ours: from the profile's best schedule, trained on the hard schedule of a given compute."""
+
+from dataclasses import dataclass
+
+from ..registry import routers
+from .base import STRAIGHT_THROUGH, Recipe
+from .proxy import REMOVED
+
+
+@routers.register("budgeted")
+@dataclass(frozen=True)
+class Budgeted(Recipe):
+    """HarmoniCa's loss, with what is known beforehand put in: the profile, the compute, and how a run will forecast.
+
+    The logits start from the optimal schedule for the profile's surrogate; each trajectory runs the hard schedule of
+    the compute asked for, with the sigmoid's gradient; reused spans are forecast by Taylor-1.
+    """
+
+    lr: float = 0.05
+    start: str = "profile"
+    gates: str = STRAIGHT_THROUGH
+    proxy: str = REMOVED
+    order: int = 1
+    threshold: float = 0.5

@@ -1,0 +1,486 @@
+"""Training a router on a pipeline's own generations.
+
+Each trajectory is one call of the pipeline, on samples that no other trajectory has. At every step the denoiser runs
+twice on the state that the gates have led to: without a cache (the teacher, without gradients) and with mixed spans
+(the student), whose guided outputs are compared; the step's logits are updated, and the sampler goes on from the
+student's. No gradient outlives its step, so memory does not grow with the number of steps.
+"""
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..context import Feature
+from ..engine import Method
+from ..errors import ConfigError
+from ..forecasters.fitted import Fitted
+from ..models import Span, find_denoisers
+from ..plain import plain_json
+from ..plan import Plan
+from ..planning.static import evaluations, static_plan
+from ..policies import Guarded, Planned
+from ..profile import Profile
+from ..profiling.generation import Batch, StepCall, Teacher, attached, last_state, teach
+from ..profiling.measure import Given, MakeBatch
+from ..profiling.recorder import surveyed
+from ..profiling.trajectory import aligned, combined, guidance_weights
+from .base import STRAIGHT_THROUGH, Recipe
+from .mixing import Gates, Mixture, Run, detached, tensor_of
+from .proxy import image_errors
+from .router import Router, above, budget_of, ranked
+
+CHECKPOINT, LOG = "checkpoint.pt", "training.json"
+PRICE_RATE = 2.0  # how the price answers to compute above the target: by exp(rate × what is too much)
+MOST_HELD_OUT = 1000  # samples from this number on are trained on
+Samples = Callable[[Sequence[int]], Sequence[Given]]  # prompt and seed of samples by number
+Clean = Callable[[Sequence[int]], Tensor]  # noise-free latents of the same, [n, ...]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long, and on what, a router is trained.
+
+    compute: share of the uncached run's arithmetic that its schedule takes, or None for whatever its gates and the
+    recipe's beta lead to. trajectories: pipeline calls at most, of `batch` samples over all processes. accumulation:
+    trajectories that an update takes the mean gradient of. refreshes: how often the image-error proxy is measured.
+    evaluate_every: trajectories between looks at the hard schedule's error on `held_out` samples; training ends after
+    `patience` looks without a better one, and the best one's router is kept. seed: of the samples and random logits.
+    """
+
+    compute: float | None = 0.5
+    trajectories: int = 120
+    batch: int = 4
+    accumulation: int = 1
+    refreshes: int = 3
+    evaluate_every: int = 10
+    held_out: int = 16
+    patience: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("compute", "seed") and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.held_out > MOST_HELD_OUT:
+            raise ConfigError(f"held_out may be {MOST_HELD_OUT} at most, not {self.held_out}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """plan: of the best router. error: relative L2 distance of its last states to the uncached run's, on held-out samples.
+
+    log: of each trajectory, its number and loss, the compute that the gates keep, the price, CPU seconds and peak bytes
+    so far, and the error where it was measured.
+    """
+
+    plan: Plan
+    error: float
+    log: tuple[Mapping[str, Any], ...]
+
+
+def train(
+    make_batch: MakeBatch,
+    samples: Samples,
+    profile: Profile,
+    recipe: Recipe,
+    settings: Settings | None = None,
+    *,
+    folder: Path,
+    clean: Clean | None = None,
+    accelerator: Any = None,
+    progress: Progress = lambda what, done, of: None,
+) -> Result:
+    """Train a router for what a profile was made of, and give its hard schedule as a plan of that profile.
+
+    make_batch: the batch that generates given samples, always on the profiled pipeline, sampler and steps. clean: for a
+    recipe that trains on images. accelerator: of `accelerate`, whose processes share every batch. Checkpoints in
+    `folder` after every update let an interrupted training go on, to the same router bit for bit on the CPU.
+
+    Raises:
+        ConfigError: for settings that cannot work or a compute out of reach, a pipeline other than the profile's,
+            a folder with another training's checkpoint, and a loss that is not finite: the last checkpoint is kept.
+        NoSpansError: if the pipeline has no spans at the profile's scope.
+    """
+    if accelerator is None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    trainer = Trainer(
+        make_batch, samples, profile, recipe, settings or Settings(), folder, clean, accelerator, progress
+    )
+    return trainer.run()
+
+
+class Trainer:
+    """One process's part of a training."""
+
+    def __init__(
+        self,
+        make_batch: MakeBatch,
+        samples: Samples,
+        profile: Profile,
+        recipe: Recipe,
+        settings: Settings,
+        folder: Path,
+        clean: Clean | None,
+        accelerator: Any,
+        progress: Progress,
+    ):
+        self.make_batch, self.samples, self.profile = make_batch, samples, profile
+        self.recipe, self.settings, self.folder, self.clean = recipe, settings, folder, clean
+        self.accelerator, self.progress = accelerator, progress
+        self.always = recipe.always(profile.total)
+        self._check()
+        shares = torch.tensor([span.share for span in profile.spans])
+        self.costs = shares / shares.mean()
+        self.router = Router(recipe.logits(profile, settings.compute, settings.seed), self.always)
+        self.optimizers = {
+            step: torch.optim.Adam([row], lr=recipe.lr)
+            for step, row in enumerate(self.router.rows)
+            if row.requires_grad
+        }
+        self.price = recipe.beta
+        self.weights = torch.ones(profile.total, dtype=torch.float64)
+        self.done, self.waited = 0, 0
+        self.best, self.best_logits = math.inf, self.router.logits
+        self.log: list[dict[str, Any]] = []
+        self.spent = 0.0  # CPU seconds of earlier processes
+
+    def _check(self) -> None:
+        recipe, settings, profile, world = self.recipe, self.settings, self.profile, self.accelerator.num_processes
+        if recipe.beta is None and settings.compute is None:
+            raise ConfigError(f"{recipe.name} needs a compute to find its beta for, or a beta")
+        if settings.compute is not None:
+            budget_of(profile, settings.compute, len(self.always))
+        if len({span.denoiser for span in profile.spans}) > 1:
+            raise ConfigError("a router decides for one denoiser; this pipeline has several")
+        if profile.total < 2 or not any(span.share > 0 for span in profile.spans):
+            raise ConfigError(
+                "there is no span to train: the profile has one step, or none of its spans does any arithmetic"
+            )
+        if recipe.images and self.clean is None:
+            raise ConfigError(f"{recipe.name} trains on images: give clean, or take another recipe")
+        for name in ("batch", "held_out"):
+            if getattr(settings, name) % world:
+                raise ConfigError(f"{name} must be a multiple of the {world} processes, not {getattr(settings, name)}")
+
+    def run(self) -> Result:
+        first = self._batch(range(1))
+        spans = self._spans(first)
+        parameters = [p for module in find_denoisers(first.pipe).values() for p in module.parameters()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            self.mixture = Mixture(first.pipe, spans, self.recipe.order, self._feature)
+            self.teachers = [teach(self._batch(self._mine(range(self.settings.held_out))))]
+            self._resume()
+            return self._trained()
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @property
+    def _feature(self) -> Feature:
+        return self.profile.facts.get("feature", "auto")
+
+    def _spans(self, batch: Batch) -> list[Span]:
+        """The pipeline's spans, as the profile has them."""
+        profile = self.profile
+        with surveyed(batch, profile.scope, profile.depth, self._feature) as (_, survey):
+            self.rows = survey.rows
+        names = [watched.facts.name for watched in survey.spans]
+        if survey.steps != profile.total:
+            raise ConfigError(
+                f"the profile has {profile.total} steps and the generation {survey.steps}: profile again, or train "
+                "with the profile's number of steps"
+            )
+        if names != [span.name for span in profile.spans]:
+            raise ConfigError("the pipeline has other spans than the profile: profile this model")
+        unusable = [name for name in names if name in survey.unusable]
+        if unusable:
+            raise ConfigError(f"{unusable[0]} {survey.unusable[unusable[0]]}: choose another scope")
+        return [watched.span for watched in survey.spans]
+
+    def _mine(self, numbers: Sequence[int]) -> Sequence[int]:
+        return numbers[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _batch(self, numbers: Sequence[int]) -> Batch:
+        return self.make_batch(self.samples(numbers))
+
+    # training
+
+    def _trained(self) -> Result:
+        settings = self.settings
+        if not self.log:
+            self._look()
+        while self.done < settings.trajectories and self.waited < settings.patience:
+            every = -(-settings.trajectories // settings.refreshes)
+            first = MOST_HELD_OUT + self.done * settings.batch
+            numbers = self._mine(range(first, first + settings.batch))
+            batch = self._batch(numbers)
+            if self.recipe.proxy != "none" and self.done % every == 0:
+                self._weigh(batch)
+            lesson = _Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
+            self.mixture.generate(batch, lesson)
+            self._paid(lesson)
+            self.done += 1
+            self.log.append({"trajectory": self.done, "loss": self._mean(lesson.loss / max(lesson.taught, 1))})
+            if self.done % settings.evaluate_every == 0 or self.done == settings.trajectories:
+                self._look()
+            self.log[-1] |= {
+                "compute": self.compute,
+                "price": self.price,
+                "seconds": self.spent + time.process_time(),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            if self.done % settings.accumulation == 0:
+                self._keep()
+        hard = self.hard(self.best_logits)
+        facts = {
+            "router": self.recipe.name,
+            "recipe": plain_json(asdict(self.recipe)),
+            "settings": plain_json(asdict(settings)),
+            "trajectories": self.done,
+            "error": self.best,
+        }
+        return Result(self.plan(hard, facts), self.best, tuple(self.log))
+
+    def learn(self, step: int, loss: Tensor, gates: Gates, lesson: "_Lesson") -> None:
+        """The update of one step's logits."""
+        row, settings = self.router.rows[step], self.settings
+        if not bool(torch.isfinite(loss)):
+            raise ConfigError(
+                f"the loss of trajectory {self.done}, step {step} is not finite, so training stops. The last checkpoint "
+                f"is kept in {self.folder}: the same call goes on from it, once the model gives finite outputs"
+            )
+        gates.mix.retain_grad()
+        penalty = (self.price or 0.0) * (gates.mix * self.costs).sum()
+        (loss * self.weights[step]).backward(retain_graph=True)
+        assert gates.mix.grad is not None
+        lesson.gradient += float(gates.mix.grad.abs().mean())
+        penalty.backward()
+        if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
+            row.grad = self.accelerator.reduce(row.grad, "mean") / settings.accumulation
+            self.optimizers[step].step()
+            row.grad = None
+            self.router.clamp(step)
+
+    def _paid(self, lesson: "_Lesson") -> None:
+        """The price that compute will have: as much as a mean gradient at first, then by dual ascent."""
+        if self.recipe.beta is not None:
+            return
+        if self.price is None:
+            self.price = self._mean(lesson.gradient / max(lesson.taught, 1))
+            for row in self.router.rows:
+                row.grad = None
+            return
+        assert self.settings.compute is not None
+        self.price *= math.exp(PRICE_RATE * (self.compute - self.settings.compute))
+
+    @property
+    def compute(self) -> float:
+        """The share of an uncached run's arithmetic that the gates keep."""
+        logits = self.router.logits
+        if self.recipe.gates != STRAIGHT_THROUGH:
+            return evaluations(self.profile, above(logits, self.recipe.threshold)) / self.profile.total
+        shares = torch.tensor([span.share for span in self.profile.spans])
+        return 1 - float(((1 - logits.sigmoid()) @ shares).sum()) / self.profile.total
+
+    def _weigh(self, batch: Batch) -> None:
+        """Measure the image-error proxy; the weights of the steps have mean one."""
+        hard = torch.from_numpy(self.hard(self.router.logits))
+        progress = self.done / self.settings.trajectories
+        with torch.no_grad():
+            gates = [self.recipe.gated(row, hard[step], progress) for step, row in enumerate(self.router.rows)]
+        found = self.accelerator.reduce(image_errors(self.mixture, batch, gates, self.recipe.proxy), "mean")
+        mean = float(found[1:].mean())
+        if mean > 0:  # else nothing is reused, and all steps count alike
+            self.weights = found / mean
+
+    def _mean(self, value: float) -> float:
+        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64), "mean"))
+
+    # the hard schedule
+
+    def hard(self, logits: Tensor) -> NDArray[np.bool_]:
+        """What is computed without gates in between, bool [T, S]."""
+        if self.settings.compute is None:
+            return above(logits, self.recipe.threshold)
+        return ranked(logits, self.profile, self.settings.compute, self.always)
+
+    def plan(self, hard: NDArray[np.bool_], facts: Mapping[str, Any] | None = None) -> Plan:
+        share = evaluations(self.profile, hard) / self.profile.total
+        return static_plan(self.profile, f"{self.recipe.name}-{share:.0%}", hard, self.recipe.order, facts)
+
+    def error(self, plan: Plan) -> float:
+        """Relative L2 distance of the last state to the uncached run's, mean over held-out samples."""
+        found = [last_error(teacher, plan) for teacher in self.teachers]
+        return self._mean(float(torch.cat(found).mean()))
+
+    def _look(self) -> None:
+        logits = self.router.logits
+        error = self.error(self.plan(self.hard(logits)))
+        if not self.log:
+            self.log.append({"trajectory": 0})
+        self.log[-1]["error"] = error
+        better = error < self.best
+        self.waited = 0 if better else self.waited + 1
+        if better:
+            self.best, self.best_logits = error, logits
+        loss = self.log[-1].get("loss")
+        shown = "" if loss is None else f"loss {loss:.3g}, "
+        what = f"{shown}compute {self.compute:.3f}, hard error {error:.4f}"
+        self.progress(what, self.done, self.settings.trajectories)
+
+    # keeping
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be gone on from."""
+        value = {
+            "model": _digest(self.profile.fingerprint.to_json()),
+            "steps": self.profile.total,
+            "spans": [span.name for span in self.profile.spans],
+            "profile": self.profile.facts.get("key"),
+            "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
+            "settings": asdict(self.settings),
+        }
+        return json.loads(json.dumps(value))
+
+    def _keep(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "key": self.key,
+            "router": self.router.state_dict(),
+            "optimizers": {step: optimizer.state_dict() for step, optimizer in self.optimizers.items()},
+            "best_logits": self.best_logits,
+            "weights": self.weights,
+            **{name: getattr(self, name) for name in ("price", "done", "waited", "best", "log")},
+        }
+        path = self.folder / CHECKPOINT
+        draft = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, draft)
+            draft.replace(path)
+            (self.folder / LOG).write_text(json.dumps(plain_json(self.log), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _resume(self) -> None:
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            other = [name for name, value in self.key.items() if state["key"].get(name) != value]
+        except Exception as error:
+            raise ConfigError(f"{path} cannot be read: {error}. Delete it to begin anew") from error
+        if other:
+            raise ConfigError(
+                f"{path} is of a training with another {' and '.join(other)}: choose another folder, or delete it"
+            )
+        self.router.load_state_dict(state["router"])
+        for step, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][step])
+        for name in ("best_logits", "weights", "price", "done", "waited", "best", "log"):
+            setattr(self, name, state[name])
+        self.spent = self.log[-1].get("seconds", 0.0) - time.process_time()
+
+
+class _Lesson:
+    """One trajectory that a trainer learns from. clean: noise-free latents, for one along noised images."""
+
+    def __init__(self, trainer: Trainer, clean: Tensor | None):
+        self.trainer, self.clean = trainer, clean
+        self.hard = torch.from_numpy(trainer.hard(trainer.router.logits))
+        if trainer.recipe.gates != STRAIGHT_THROUGH:
+            self.hard = torch.from_numpy(above(trainer.router.logits, trainer.recipe.threshold))
+        self.loss, self.gradient, self.taught = 0.0, 0.0, 0
+        self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
+        self.gates: Gates | None = None  # of this step, while it is learned
+        self.noise: Tensor | None = None
+
+    def call(self, step: int, position: int, run: Run) -> Any:
+        trainer = self.trainer
+        with trainer.accelerator.autocast():
+            if step in trainer.always:
+                with torch.no_grad():
+                    return run(Gates.computing(len(trainer.costs)))
+            if self.gates is None:
+                with torch.enable_grad():
+                    progress = trainer.done / trainer.settings.trajectories
+                    self.gates = trainer.recipe.gated(trainer.router.rows[step], self.hard[step], progress)
+            with torch.no_grad():
+                teacher = tensor_of(run(None))
+            with torch.enable_grad():
+                student = run(self.gates)
+        self.calls.append((teacher, tensor_of(student)))
+        return detached(student)
+
+    def stepped(self, step: int, given: StepCall) -> Any:
+        if self.gates is not None:
+            with torch.enable_grad():
+                loss = self._loss(given)
+                self.trainer.learn(step, loss, self.gates, self)
+            self.loss += float(loss.detach())
+            self.taught += 1
+            self.calls, self.gates = [], None
+        result = given.result(given.model_output)
+        return result if self.clean is None else self._noised(step, given, result)
+
+    def _loss(self, given: StepCall) -> Tensor:
+        """MSE of the guided outputs."""
+        rows = self.trainer.rows
+        count = max(len(student) for _, student in self.calls) // rows
+        guided = given.model_output[:count].double()
+        sides = zip(*self.calls, strict=True)
+        teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
+        guidance = guidance_weights([branch.detach() for branch in student], guided)
+        return (combined(student, guidance) - combined(teacher, guidance)).square().mean()
+
+    def _noised(self, step: int, given: StepCall, result: Any) -> Any:
+        """The next state as a training image with the noise that the trajectory began with."""
+        assert self.clean is not None
+        scheduler = self.trainer.mixture.pipe.scheduler
+        if self.noise is None:
+            self.noise = given.sample
+        if not hasattr(scheduler, "add_noise"):
+            raise ConfigError(f"{type(scheduler).__name__} cannot noise images: train another kind of router")
+        following = scheduler.timesteps[min(step + 1, len(scheduler.timesteps) - 1)]
+        clean = self.clean.repeat(len(self.noise) // len(self.clean), *[1] * (self.clean.ndim - 1)).to(self.noise)
+        state = scheduler.add_noise(clean, self.noise, following.expand(len(clean)))
+        if isinstance(result, tuple):
+            return (state, *result[1:])
+        result.prev_sample = state
+        return result
+
+
+def last_error(teacher: Teacher, plan: Plan) -> Tensor:
+    """Relative L2 distance of each sample's last state to the uncached run's, when the batch runs by a plan, [n]."""
+    batch = teacher.batch
+    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
+    with torch.no_grad(), attached(batch.pipe, method), last_state(batch.pipe.scheduler) as state:
+        batch.call()
+    whole = teacher.states[-1][: batch.count].flatten(1).double()
+    return (state[-1][: batch.count].flatten(1).double() - whole).norm(dim=1) / whole.norm(dim=1)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
