@@ -80,7 +80,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """plan: of the best router. error: relative L2 distance of its last states to the uncached run's, on held-out samples.
+    """plan: of the best router. error: relative L2 distance of its last states to the uncached run's, held-out samples.
 
     log: of each trajectory, its number and loss, the compute that the gates keep, the price, CPU seconds and peak bytes
     so far, and the error where it was measured.
@@ -264,8 +264,8 @@ class Trainer:
         row, settings = self.router.rows[step], self.settings
         if not bool(torch.isfinite(loss)):
             raise ConfigError(
-                f"the loss of trajectory {self.done}, step {step} is not finite, so training stops. The last checkpoint "
-                f"is kept in {self.folder}: the same call goes on from it, once the model gives finite outputs"
+                f"the loss of trajectory {self.done}, step {step} is not finite: training stops. The last checkpoint "
+                f"is kept in {self.folder}, and the same call goes on from it once the model gives finite outputs"
             )
         gates.mix.retain_grad()
         penalty = (self.price or 0.0) * (gates.mix * self.costs).sum()
@@ -483,4 +483,3 @@ def last_error(teacher: Teacher, plan: Plan) -> Tensor:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
