@@ -25,7 +25,8 @@ class Recipe:
     ascent to the compute asked for. start: of the logits, "random" or "profile". gates: in training, "soft" (sigmoid),
     "annealed" (with a temperature that falls from 1 to 0.1) or "straight_through" (the hard schedule, with the
     sigmoid's gradient). proxy: what weighs the steps' losses, "none" or a variant of the image-error proxy. order: of
-    the forecast, 0 for reuse or 1 for Taylor-1. threshold: a span is computed where its gate is above it.
+    the forecast, 0 for reuse or 1 for Taylor-1. threshold: a span is computed where its gate is above it. fitted: give
+    the exported plan weights that are fitted to the trajectory, if they are better on the held-out samples.
     """
 
     lr: float = 0.1
@@ -35,6 +36,7 @@ class Recipe:
     proxy: str = "none"
     order: int = 0
     threshold: float = 0.1
+    fitted: bool = False
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""

@@ -12,7 +12,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from ..forecasters.fitted import Fitted
 from ..models import Span, find_denoisers
 from ..plain import plain_json
 from ..plan import Plan
+from ..planning.build import as_tensors
 from ..planning.static import evaluations, static_plan
 from ..policies import Guarded, Planned
 from ..profile import Profile
+from ..profiling import trajectory
 from ..profiling.generation import Batch, StepCall, Teacher, attached, last_state, teach
 from ..profiling.measure import Given, MakeBatch
 from ..profiling.recorder import surveyed
@@ -57,11 +59,12 @@ class Settings:
     recipe's beta lead to. trajectories: pipeline calls at most, of `batch` samples over all processes. accumulation:
     trajectories that an update takes the mean gradient of. refreshes: how often the image-error proxy is measured.
     evaluate_every: trajectories between looks at the hard schedule's error on `held_out` samples; training ends after
-    `patience` looks without a better one, and the best one's router is kept. seed: of the samples and random logits.
+    `patience` looks without a better one, and the best one's router is kept (without a compute, the last). seed: of the
+    samples and random logits.
     """
 
     compute: float | None = 0.5
-    trajectories: int = 120
+    trajectories: int = 60
     batch: int = 4
     accumulation: int = 1
     refreshes: int = 3
@@ -157,7 +160,7 @@ class Trainer:
         self.done, self.waited = 0, 0
         self.best, self.best_logits = math.inf, self.router.logits
         self.log: list[dict[str, Any]] = []
-        self.spent = 0.0  # CPU seconds of earlier processes
+        self.spent, self.began = 0.0, time.process_time()  # CPU seconds of earlier processes, and when this one began
 
     def _check(self) -> None:
         recipe, settings, profile, world = self.recipe, self.settings, self.profile, self.accelerator.num_processes
@@ -238,13 +241,13 @@ class Trainer:
             self.mixture.generate(batch, lesson)
             self._paid(lesson)
             self.done += 1
-            self.log.append({"trajectory": self.done, "loss": self._mean(lesson.loss / max(lesson.taught, 1))})
+            self.log.append({"trajectory": self.done, "loss": self._mean(sum(lesson.losses) / len(lesson.losses))})
             if self.done % settings.evaluate_every == 0 or self.done == settings.trajectories:
                 self._look()
             self.log[-1] |= {
                 "compute": self.compute,
                 "price": self.price,
-                "seconds": self.spent + time.process_time(),
+                "seconds": self.spent + time.process_time() - self.began,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
             if self.done % settings.accumulation == 0:
@@ -257,39 +260,74 @@ class Trainer:
             "trajectories": self.done,
             "error": self.best,
         }
-        return Result(self.plan(hard, facts), self.best, tuple(self.log))
+        plan, error = self.plan(hard, facts), self.best
+        if self.recipe.fitted:
+            plan, error = min([(plan, error), self._fitted(plan)], key=lambda found: found[1])
+        return Result(plan, error, tuple(self.log))
 
-    def learn(self, step: int, loss: Tensor, gates: Gates, lesson: "_Lesson") -> None:
-        """The update of one step's logits."""
+    def _fitted(self, plan: Plan) -> tuple[Plan, float]:
+        """The plan with weights fitted to the trajectory for each span, on samples of their own; and its error."""
+        first = MOST_HELD_OUT + self.settings.trajectories * self.settings.batch
+        teacher = teach(self._batch(range(first, first + self.settings.held_out)))
+        groups = tuple(range(len(self.profile.spans)))
+        settings = trajectory.Settings(
+            plan.scope, plan.depth, self.recipe.order + 1, groups=groups, feature=self._feature
+        )
+        found = trajectory.fit(teacher, Planned(plan), settings)
+        nodes, weights, _ = as_tensors(found.forecaster, plan.total, teacher.branches)
+        facts = {**plan.facts, "left_to_taylor": {str(step): why for step, why in sorted(found.notes.items())}}
+        plan = replace(plan, nodes=nodes, weights=weights, row_passes=teacher.rows, facts=facts)
+        return plan, self.error(plan)
+
+    def learn(self, step: int, difference: Tensor, gates: Gates) -> tuple[float, Tensor]:
+        """The update of one step's logits. difference: of the guided outputs. Its loss, and that by the gates, [S]."""
         row, settings = self.router.rows[step], self.settings
-        if not bool(torch.isfinite(loss)):
-            raise ConfigError(
-                f"the loss of trajectory {self.done}, step {step} is not finite: training stops. The last checkpoint "
-                f"is kept in {self.folder}, and the same call goes on from it once the model gives finite outputs"
-            )
-        gates.mix.retain_grad()
-        penalty = (self.price or 0.0) * (gates.mix * self.costs).sum()
-        (loss * self.weights[step]).backward(retain_graph=True)
-        assert gates.mix.grad is not None
-        lesson.gradient += float(gates.mix.grad.abs().mean())
-        penalty.backward()
+        loss = difference.detach().square().mean()
+        change = self._change(step, difference, gates) * self.weights[step].to(gates.mix)
+        gates.mix.backward(change + (self.price or 0.0) * self.costs)
         if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
             row.grad = self.accelerator.reduce(row.grad, "mean") / settings.accumulation
             self.optimizers[step].step()
             row.grad = None
             self.router.clamp(step)
+        return float(loss), change
+
+    def _change(self, step: int, difference: Tensor, gates: Gates) -> Tensor:
+        """The loss's derivative by each gate, [S]: where the gates stand, or for hard ones halfway.
+
+        In one gate the loss is a parabola, as far as the denoiser is linear, and its slope at 1/2 is what opening the
+        gate changes. Where the gate stands, at an end, it lacks half the curvature 2‖J_i‖²/n, J_i being the derivative
+        of the outputs; the square of that of their product with a standard normal vector is ‖J_i‖² in the mean.
+        """
+        loss = difference.square().mean()
+        if self.recipe.gates != STRAIGHT_THROUGH:
+            return torch.autograd.grad(loss, gates.mix)[0]
+        (slope,) = torch.autograd.grad(loss, gates.mix, retain_graph=True)
+        seed = (self.settings.seed * self.settings.trajectories + self.done) * self.profile.total + step
+        generator = torch.Generator().manual_seed(
+            seed * self.accelerator.num_processes + self.accelerator.process_index
+        )
+        probe = torch.randn(difference.shape, generator=generator).to(difference)
+        (along,) = torch.autograd.grad((difference * probe).sum(), gates.mix)
+        return slope + (0.5 - gates.mix.detach()) * 2 * along.square() / difference.numel()
 
     def _paid(self, lesson: "_Lesson") -> None:
-        """The price that compute will have: as much as a mean gradient at first, then by dual ascent."""
+        """The price that compute will have: what the last cell of the budget is worth, and then by dual ascent."""
         if self.recipe.beta is not None:
             return
-        if self.price is None:
-            self.price = self._mean(lesson.gradient / max(lesson.taught, 1))
-            for row in self.router.rows:
-                row.grad = None
-            return
         assert self.settings.compute is not None
-        self.price *= math.exp(PRICE_RATE * (self.compute - self.settings.compute))
+        if self.price is not None:
+            self.price *= math.exp(PRICE_RATE * (self.compute - self.settings.compute))
+            return
+        changes = self.accelerator.reduce(torch.stack(lesson.changes), "mean")
+        worth, order = (-changes / self.costs).flatten().sort(descending=True)
+        left = budget_of(self.profile, self.settings.compute, len(self.always))
+        left -= len(self.always) * sum(span.share for span in self.profile.spans)
+        shares = torch.tensor([span.share for span in self.profile.spans]).repeat(len(changes))[order]
+        last = min(int((shares.cumsum(0) <= left).sum()), len(worth) - 1)
+        self.price = max(float(worth[last]), 0.01 * float(changes.abs().mean()))
+        for row in self.router.rows:
+            row.grad = None
 
     @property
     def compute(self) -> float:
@@ -337,7 +375,7 @@ class Trainer:
         if not self.log:
             self.log.append({"trajectory": 0})
         self.log[-1]["error"] = error
-        better = error < self.best
+        better = error < self.best or self.settings.compute is None  # then the last one counts, at its own compute
         self.waited = 0 if better else self.waited + 1
         if better:
             self.best, self.best_logits = error, logits
@@ -400,7 +438,7 @@ class Trainer:
             optimizer.load_state_dict(state["optimizers"][step])
         for name in ("best_logits", "weights", "price", "done", "waited", "best", "log"):
             setattr(self, name, state[name])
-        self.spent = self.log[-1].get("seconds", 0.0) - time.process_time()
+        self.spent, self.began = self.log[-1]["seconds"], time.process_time()
 
 
 class _Lesson:
@@ -411,7 +449,8 @@ class _Lesson:
         self.hard = torch.from_numpy(trainer.hard(trainer.router.logits))
         if trainer.recipe.gates != STRAIGHT_THROUGH:
             self.hard = torch.from_numpy(above(trainer.router.logits, trainer.recipe.threshold))
-        self.loss, self.gradient, self.taught = 0.0, 0.0, 0
+        self.losses: list[float] = []
+        self.changes: list[Tensor] = []
         self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
         self.gates: Gates | None = None  # of this step, while it is learned
         self.noise: Tensor | None = None
@@ -435,24 +474,33 @@ class _Lesson:
 
     def stepped(self, step: int, given: StepCall) -> Any:
         if self.gates is not None:
+            self._check(step)
             with torch.enable_grad():
-                loss = self._loss(given)
-                self.trainer.learn(step, loss, self.gates, self)
-            self.loss += float(loss.detach())
-            self.taught += 1
+                loss, change = self.trainer.learn(step, self._difference(given), self.gates)
+            self.losses.append(loss)
+            self.changes.append(change)
             self.calls, self.gates = [], None
         result = given.result(given.model_output)
         return result if self.clean is None else self._noised(step, given, result)
 
-    def _loss(self, given: StepCall) -> Tensor:
-        """MSE of the guided outputs."""
+    def _check(self, step: int) -> None:
+        if not all(bool(torch.isfinite(output).all()) for outputs in self.calls for output in outputs):
+            raise ConfigError(
+                f"the loss of trajectory {self.trainer.done}, step {step} is not finite: training stops. The last "
+                f"checkpoint is kept in {self.trainer.folder}; the same call goes on from it once the model's outputs "
+                "are finite"
+            )
+
+    def _difference(self, given: StepCall) -> Tensor:
+        """The student's guided output less the teacher's, [n, ...]."""
         rows = self.trainer.rows
         count = max(len(student) for _, student in self.calls) // rows
         guided = given.model_output[:count].double()
         sides = zip(*self.calls, strict=True)
         teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
-        guidance = guidance_weights([branch.detach() for branch in student], guided)
-        return (combined(student, guidance) - combined(teacher, guidance)).square().mean()
+        # rounded, for the last bits of a solution may depend on where in memory its system lies
+        guidance = [round(w, 6) for w in guidance_weights([branch.detach() for branch in student], guided)]
+        return combined(student, guidance) - combined(teacher, guidance)
 
     def _noised(self, step: int, given: StepCall, result: Any) -> Any:
         """The next state as a training image with the noise that the trajectory began with."""
@@ -471,11 +519,15 @@ class _Lesson:
         return result
 
 
+def plan_method(plan: Plan) -> Method:
+    """What a session does to run by a plan."""
+    return Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
+
+
 def last_error(teacher: Teacher, plan: Plan) -> Tensor:
     """Relative L2 distance of each sample's last state to the uncached run's, when the batch runs by a plan, [n]."""
     batch = teacher.batch
-    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
-    with torch.no_grad(), attached(batch.pipe, method), last_state(batch.pipe.scheduler) as state:
+    with torch.no_grad(), attached(batch.pipe, plan_method(plan)), last_state(batch.pipe.scheduler) as state:
         batch.call()
     whole = teacher.states[-1][: batch.count].flatten(1).double()
     return (state[-1][: batch.count].flatten(1).double() - whole).norm(dim=1) / whole.norm(dim=1)
