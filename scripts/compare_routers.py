@@ -1,4 +1,4 @@
-"""Compare routers with other schedules: `python scripts/compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt]`.
+"""Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt]`.
 
 Each row of the table is kept in outputs/routers when it is finished, and a training's checkpoints with it, so that a
 run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there.

@@ -13,8 +13,8 @@ class Budgeted(Recipe):
     """HarmoniCa's loss, with what is known beforehand put in: the profile, the compute, and how a run will forecast.
 
     The logits start from the optimal schedule for the profile's surrogate; each trajectory runs the hard schedule of
-    the compute asked for, with slopes taken halfway between a gate's ends; reused spans are forecast by Taylor-1, and in
-    the plan by weights fitted to the trajectory where these are better.
+    the compute asked for, with slopes taken halfway between a gate's ends; reused spans are forecast by Taylor-1, and
+    in the plan by weights fitted to the trajectory where these are better.
     """
 
     lr: float = 0.05
