@@ -12,8 +12,8 @@ from .mixing import Gates
 from .proxy import VARIANTS
 from .router import profiled_logits, random_logits
 
-SOFT, ANNEALED, STRAIGHT_THROUGH = "soft", "annealed", "straight_through"
-STARTS, GATES, PROXIES = ("random", "profile"), (SOFT, ANNEALED, STRAIGHT_THROUGH), ("none", *VARIANTS)
+SOFT, ANNEALED, HARD = "soft", "annealed", "hard"
+STARTS, GATES, PROXIES = ("random", "profile"), (SOFT, ANNEALED, HARD), ("none", *VARIANTS)
 COLDEST = 0.1  # temperature that annealed gates end with
 
 
@@ -23,10 +23,11 @@ class Recipe:
 
     lr: Adam's learning rate. beta: what a computed span of mean cost adds to the loss, or None to find it by dual
     ascent to the compute asked for. start: of the logits, "random" or "profile". gates: in training, "soft" (sigmoid),
-    "annealed" (with a temperature that falls from 1 to 0.1) or "straight_through" (the hard schedule, with the
-    sigmoid's gradient). proxy: what weighs the steps' losses, "none" or a variant of the image-error proxy. order: of
-    the forecast, 0 for reuse or 1 for Taylor-1. threshold: a span is computed where its gate is above it. fitted: give
-    the exported plan weights that are fitted to the trajectory, if they are better on the held-out samples.
+    "annealed" (with a temperature that falls from 1 to 0.1) or "hard" (the schedule as it would run, with the changes
+    that flipping a gate would make to the losses of its own step and of those that forecast from it). proxy: what
+    weighs the steps' losses, "none" or a variant of the image-error proxy. order: of the forecast, 0 for reuse or 1 for
+    Taylor-1. threshold: a span is computed where its gate is above it. fitted: give the exported plan weights that are
+    fitted to the trajectory, if they are better on the held-out samples.
     """
 
     lr: float = 0.1
@@ -68,7 +69,7 @@ class Recipe:
 
         progress: of the training, 0 to 1.
         """
-        gates = (row / COLDEST**progress if self.gates == ANNEALED else row).sigmoid()
-        if self.gates == STRAIGHT_THROUGH:
-            gates = hard.to(gates) + gates - gates.detach()
-        return Gates(gates, hard.tolist())
+        if self.gates == HARD:
+            mix = hard.to(row).requires_grad_()
+            return Gates(mix, hard.tolist(), mix)
+        return Gates((row / COLDEST**progress if self.gates == ANNEALED else row).sigmoid(), hard.tolist())

@@ -24,19 +24,33 @@ from ..forecasters import Taylor
 from ..models import Span, find_denoisers
 from ..profiling.generation import Batch, StepCall, state_of
 
-Stored = tuple[tuple[int, tuple[Tensor, ...]], ...]  # steps and the leaves of their features, oldest first
-Histories = dict[tuple[int, int, int], Stored]  # by call of the step, span and visit
+Features = tuple[Tensor, ...]  # the leaves of one
+Histories = dict[tuple[int, int, int], tuple["Stored", ...]]  # by call, span and visit
 
 
 class Gates(NamedTuple):
-    """Of one step. mix: [S], the share of what is computed in each span's output; store: [S], whether it is kept."""
+    """Of one step. mix: [S], the share of what is computed in each span's output; store: [S], whether it is kept.
+
+    keep: [S], 1 or 0 as `store`, for which later steps' outputs are to have a derivative: what they would be if the
+    feature had not been kept, or had been; None for no such derivatives.
+    """
 
     mix: Tensor
     store: Sequence[bool]
+    keep: Tensor | None = None
 
     @classmethod
     def computing(cls, spans: int) -> "Gates":
         return cls(torch.ones(spans), (True,) * spans)
+
+
+class Stored(NamedTuple):
+    """A step's feature. keep: as in `Gates`, of this span."""
+
+    step: int
+    features: Features
+    kept: bool
+    keep: Tensor | None
 
 
 Run = Callable[[Gates | None], Any]  # makes a denoiser call with gates; with None all is computed and nothing stored
@@ -168,28 +182,57 @@ class Mixture:
             for tensor, leaf in zip(tensors, template.leaves, strict=True)
         )
         past = self.histories.get(key, ())
-        if past and all(_alike(*pair) for pair in zip(past[-1][1], features, strict=True)):
-            kept = 1 - call.gates.mix[index]
+        if past and all(_alike(*pair) for pair in zip(past[-1].features, features, strict=True)):
+            missing = 1 - call.gates.mix[index]
             tensors = [
                 # exactly the tensor where it is all that counts
-                tensor + kept.to(tensor) * (forecast - feature) if tensor.is_floating_point() else tensor
-                for tensor, feature, forecast in zip(tensors, features, self._forecasts(past, call.step), strict=True)
+                tensor + missing.to(tensor) * (forecast - feature) if tensor.is_floating_point() else tensor
+                for tensor, feature, forecast in zip(tensors, features, self._forecast(past, call.step), strict=True)
             ]
-        if call.gates.store[index]:
-            newest = call.step, tuple(feature.detach() for feature in features)
-            self.histories[key] = (*past, newest)[-self.order - 1 :]
+        kept = call.gates.store[index]
+        if kept or call.gates.keep is not None:
+            keep = None if call.gates.keep is None else call.gates.keep[index]
+            newest = Stored(call.step, tuple(feature.detach() for feature in features), kept, keep)
+            self.histories[key] = self._remembered((*past, newest))
         return template.join(tensors)
 
-    def _forecasts(self, past: Stored, step: int) -> Iterator[Tensor]:
-        weights = self._forecaster.weights(Query([node for node, _ in past], step))
-        for leaves in zip(*(features for _, features in past), strict=True):
-            if not leaves[-1].is_floating_point():
-                yield leaves[-1]
+    def _remembered(self, past: Sequence[Stored]) -> tuple[Stored, ...]:
+        """What forecasts can still depend on: the kept ones, one more to do without one, and what came after them."""
+        kept = [place for place, stored in enumerate(past) if stored.kept]
+        first = kept[max(len(kept) - self.order - 1 - (past[-1].keep is not None), 0)]
+        return tuple(
+            stored for place, stored in enumerate(past) if place >= kept[-1] or (place >= first and stored.kept)
+        )
+
+    def _forecast(self, past: Sequence[Stored], step: int) -> Features:
+        """From what was kept; with the derivatives by what else might have been."""
+        kept = [stored for stored in past if stored.kept]
+        total = self._extrapolated(kept, step)
+        for stored in past:
+            others = [other for other in kept if other is not stored]
+            if stored.keep is None or not others:
                 continue
-            total = leaves[0] * weights[0]
-            for leaf, weight in zip(leaves[1:], weights[1:], strict=True):
-                total = total + leaf * weight
-            yield total
+            other = self._extrapolated(others if stored.kept else [*kept, stored], step)
+            moved = stored.keep - (1.0 if stored.kept else 0.0)  # zero, with a derivative
+            with_it, without = (total, other) if stored.kept else (other, total)
+            total = tuple(
+                a + moved.to(a) * (b - c).detach() if a.is_floating_point() else a
+                for a, b, c in zip(total, with_it, without, strict=True)
+            )
+        return total
+
+    def _extrapolated(self, past: Sequence[Stored], step: int) -> Features:
+        used = past[-self.order - 1 :]
+        weights = self._forecaster.weights(Query([stored.step for stored in used], step))
+        found = []
+        for leaves in zip(*(stored.features for stored in used), strict=True):
+            total = leaves[-1]
+            if total.is_floating_point():
+                total = leaves[0] * weights[0]
+                for leaf, weight in zip(leaves[1:], weights[1:], strict=True):
+                    total = total + leaf * weight
+            found.append(total)
+        return tuple(found)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -38,11 +38,12 @@ from ..profiling.generation import Batch, StepCall, Teacher, attached, last_stat
 from ..profiling.measure import Given, MakeBatch
 from ..profiling.recorder import surveyed
 from ..profiling.trajectory import aligned, combined, guidance_weights
-from .base import STRAIGHT_THROUGH, Recipe
+from .base import HARD, Recipe
 from .mixing import Gates, Mixture, Run, detached, tensor_of
 from .proxy import image_errors
 from .router import Router, above, budget_of, ranked
 
+TINY = 1e-30
 CHECKPOINT, LOG = "checkpoint.pt", "training.json"
 PRICE_RATE = 2.0  # how the price answers to compute above the target: by exp(rate × what is too much)
 MOST_HELD_OUT = 1000  # samples from this number on are trained on
@@ -157,6 +158,7 @@ class Trainer:
         }
         self.price = recipe.beta
         self.weights = torch.ones(profile.total, dtype=torch.float64)
+        self.measured: Tensor | None = None  # the image-error proxy, in the trajectory that it is of
         self.done, self.waited = 0, 0
         self.best, self.best_logits = math.inf, self.router.logits
         self.log: list[dict[str, Any]] = []
@@ -239,7 +241,11 @@ class Trainer:
                 self._weigh(batch)
             lesson = _Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
             self.mixture.generate(batch, lesson)
+            if self.recipe.gates == HARD:
+                for step, change in lesson.changes.items():
+                    self._update(step, change, self.router.rows[step].sigmoid())
             self._paid(lesson)
+            self.measured = None
             self.done += 1
             self.log.append({"trajectory": self.done, "loss": self._mean(sum(lesson.losses) / len(lesson.losses))})
             if self.done % settings.evaluate_every == 0 or self.done == settings.trajectories:
@@ -279,37 +285,57 @@ class Trainer:
         plan = replace(plan, nodes=nodes, weights=weights, row_passes=teacher.rows, facts=facts)
         return plan, self.error(plan)
 
-    def learn(self, step: int, difference: Tensor, gates: Gates) -> tuple[float, Tensor]:
-        """The update of one step's logits. difference: of the guided outputs. Its loss, and that by the gates, [S]."""
-        row, settings = self.router.rows[step], self.settings
-        loss = difference.detach().square().mean()
-        change = self._change(step, difference, gates) * self.weights[step].to(gates.mix)
-        gates.mix.backward(change + (self.price or 0.0) * self.costs)
-        if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
-            row.grad = self.accelerator.reduce(row.grad, "mean") / settings.accumulation
-            self.optimizers[step].step()
-            row.grad = None
-            self.router.clamp(step)
-        return float(loss), change
+    def learn(self, step: int, difference: Tensor, lesson: "_Lesson") -> None:
+        """Note what the loss of a step says of gates, and update what depends on no later step.
 
-    def _change(self, step: int, difference: Tensor, gates: Gates) -> Tensor:
-        """The loss's derivative by each gate, [S]: where the gates stand, or for hard ones halfway.
+        difference: of the guided outputs, [n, ...].
+        """
+        loss = float(difference.detach().square().mean())
+        lesson.losses.append(loss)
+        if self.measured is not None:
+            # what the cache at this step does to the sample; for hard gates per unit of the loss that does it
+            self.weights[step] = self.measured[step] / (max(loss, TINY) if self.recipe.gates == HARD else 1.0)
+        weight = float(self.weights[step])
+        for place, change in zip(*self._changes(step, difference, lesson.gates), strict=True):
+            before = lesson.changes.get(place)
+            lesson.changes[place] = change * weight if before is None else before + change * weight
+        if self.recipe.gates != HARD:
+            self._update(step, lesson.changes[step], lesson.gates[step].mix)
+
+    def _changes(
+        self, step: int, difference: Tensor, gates: Mapping[int, Gates]
+    ) -> tuple[Sequence[int], Sequence[Tensor]]:
+        """Steps, and the loss's derivative by their gates, [S] each: where the gates stand, or for hard ones halfway.
 
         In one gate the loss is a parabola, as far as the denoiser is linear, and its slope at 1/2 is what opening the
         gate changes. Where the gate stands, at an end, it lacks half the curvature 2‖J_i‖²/n, J_i being the derivative
         of the outputs; the square of that of their product with a standard normal vector is ‖J_i‖² in the mean.
         """
         loss = difference.square().mean()
-        if self.recipe.gates != STRAIGHT_THROUGH:
-            return torch.autograd.grad(loss, gates.mix)[0]
-        (slope,) = torch.autograd.grad(loss, gates.mix, retain_graph=True)
+        if self.recipe.gates != HARD:
+            return [step], torch.autograd.grad(loss, gates[step].mix)
+        mixes = [gate.mix for gate in gates.values()]
+        slopes = torch.autograd.grad(loss, mixes, retain_graph=True, materialize_grads=True)
         seed = (self.settings.seed * self.settings.trajectories + self.done) * self.profile.total + step
         generator = torch.Generator().manual_seed(
             seed * self.accelerator.num_processes + self.accelerator.process_index
         )
         probe = torch.randn(difference.shape, generator=generator).to(difference)
-        (along,) = torch.autograd.grad((difference * probe).sum(), gates.mix)
-        return slope + (0.5 - gates.mix.detach()) * 2 * along.square() / difference.numel()
+        along = torch.autograd.grad((difference * probe).sum(), mixes, materialize_grads=True)
+        return list(gates), [
+            slope + (0.5 - mix.detach()) * 2 * other.square() / difference.numel()
+            for slope, mix, other in zip(slopes, mixes, along, strict=True)
+        ]
+
+    def _update(self, step: int, change: Tensor, mix: Tensor) -> None:
+        """One step of the optimiser, once a gradient of all trajectories that it is the mean of is there."""
+        row, settings = self.router.rows[step], self.settings
+        mix.backward(change + (self.price or 0.0) * self.costs)
+        if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
+            row.grad = self.accelerator.reduce(row.grad, "mean") / settings.accumulation
+            self.optimizers[step].step()
+            row.grad = None
+            self.router.clamp(step)
 
     def _paid(self, lesson: "_Lesson") -> None:
         """The price that compute will have: what the last cell of the budget is worth, and then by dual ascent."""
@@ -319,7 +345,7 @@ class Trainer:
         if self.price is not None:
             self.price *= math.exp(PRICE_RATE * (self.compute - self.settings.compute))
             return
-        changes = self.accelerator.reduce(torch.stack(lesson.changes), "mean")
+        changes = self.accelerator.reduce(torch.stack([*lesson.changes.values()]), "mean")
         worth, order = (-changes / self.costs).flatten().sort(descending=True)
         left = budget_of(self.profile, self.settings.compute, len(self.always))
         left -= len(self.always) * sum(span.share for span in self.profile.spans)
@@ -333,7 +359,7 @@ class Trainer:
     def compute(self) -> float:
         """The share of an uncached run's arithmetic that the gates keep."""
         logits = self.router.logits
-        if self.recipe.gates != STRAIGHT_THROUGH:
+        if self.recipe.gates != HARD:
             return evaluations(self.profile, above(logits, self.recipe.threshold)) / self.profile.total
         shares = torch.tensor([span.share for span in self.profile.spans])
         return 1 - float(((1 - logits.sigmoid()) @ shares).sum()) / self.profile.total
@@ -347,7 +373,7 @@ class Trainer:
         found = self.accelerator.reduce(image_errors(self.mixture, batch, gates, self.recipe.proxy), "mean")
         mean = float(found[1:].mean())
         if mean > 0:  # else nothing is reused, and all steps count alike
-            self.weights = found / mean
+            self.measured = found / mean
 
     def _mean(self, value: float) -> float:
         return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64), "mean"))
@@ -447,12 +473,12 @@ class _Lesson:
     def __init__(self, trainer: Trainer, clean: Tensor | None):
         self.trainer, self.clean = trainer, clean
         self.hard = torch.from_numpy(trainer.hard(trainer.router.logits))
-        if trainer.recipe.gates != STRAIGHT_THROUGH:
+        if trainer.recipe.gates != HARD:
             self.hard = torch.from_numpy(above(trainer.router.logits, trainer.recipe.threshold))
         self.losses: list[float] = []
-        self.changes: list[Tensor] = []
+        self.changes: dict[int, Tensor] = {}  # of the losses so far by the gates of each step, [S]
         self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
-        self.gates: Gates | None = None  # of this step, while it is learned
+        self.gates: dict[int, Gates] = {}
         self.noise: Tensor | None = None
 
     def call(self, step: int, position: int, run: Run) -> Any:
@@ -461,25 +487,23 @@ class _Lesson:
             if step in trainer.always:
                 with torch.no_grad():
                     return run(Gates.computing(len(trainer.costs)))
-            if self.gates is None:
+            if step not in self.gates:
                 with torch.enable_grad():
                     progress = trainer.done / trainer.settings.trajectories
-                    self.gates = trainer.recipe.gated(trainer.router.rows[step], self.hard[step], progress)
+                    self.gates[step] = trainer.recipe.gated(trainer.router.rows[step], self.hard[step], progress)
             with torch.no_grad():
                 teacher = tensor_of(run(None))
             with torch.enable_grad():
-                student = run(self.gates)
+                student = run(self.gates[step])
         self.calls.append((teacher, tensor_of(student)))
         return detached(student)
 
     def stepped(self, step: int, given: StepCall) -> Any:
-        if self.gates is not None:
+        if self.calls:
             self._check(step)
             with torch.enable_grad():
-                loss, change = self.trainer.learn(step, self._difference(given), self.gates)
-            self.losses.append(loss)
-            self.changes.append(change)
-            self.calls, self.gates = [], None
+                self.trainer.learn(step, self._difference(given), self)
+            self.calls = []
         result = given.result(given.model_output)
         return result if self.clean is None else self._noised(step, given, result)
 

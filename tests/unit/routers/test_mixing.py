@@ -120,9 +120,45 @@ def test_gradients_of_gates_match_differences(branches):
             moved = mix.detach().clone()
             moved[place] += move
             branches.mixture.generate(branches.batch, Probing(moved))
-            values.append(float(found["value"]))
+            values.append(float(found["value"].detach()))
         assert float(mix.grad[place]) == pytest.approx((values[0] - values[1]) / 0.1, rel=2e-2)
-    assert all(not leaf.requires_grad for past in branches.mixture.histories.values() for _, fs in past for leaf in fs)
+    assert all(
+        not leaf.requires_grad
+        for past in branches.mixture.histories.values()
+        for stored in past
+        for leaf in stored.features
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("kept", [True, False])
+def test_later_outputs_know_what_was_kept(order, kept):
+    """Of a whole denoiser, whose forecast is the output: its derivative is the difference that keeping a step makes."""
+    case = Case("flux-digits", "denoiser", order)
+    last = {}
+
+    class Noting(Following):
+        def call(self, step, position, run):
+            with torch.enable_grad():
+                last["output"] = run(self.gates(step))
+            return detached(last["output"])
+
+    def ran(keeps, keep=None):
+        """Steps 0 and 1 computed, 2 computed and kept or not, 3 and 4 reused."""
+        stored = (True, True, keeps, False, False)
+        mix = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
+        gates = [Gates(mix[step : step + 1], (stored[step],), keep if step == 2 else None) for step in range(STEPS)]
+        case.mixture.generate(case.batch, Noting(lambda step: gates[step]))
+        return tensor_of(last["output"]).double()
+
+    keep = torch.tensor([float(kept)], requires_grad=True)
+    found = ran(kept, keep)
+    assert torch.equal(found.detach(), ran(kept))
+    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).double()
+    (slope,) = torch.autograd.grad((found * direction).sum(), keep)
+    expected = float(((ran(True) - ran(False)) * direction).sum())
+    assert float(slope) == pytest.approx(expected, rel=1e-4)
+    assert abs(expected) > 0.1
 
 
 @pytest.mark.parametrize("variant", [REMOVED, CUMULATIVE])

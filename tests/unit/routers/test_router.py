@@ -131,14 +131,14 @@ def test_options_that_cannot_be(options, said):
         routers.get("harmonica")(**options)
 
 
-def test_hard_gates_have_the_gradient_of_soft_ones():
+def test_gates_by_their_kind():
     row = torch.tensor([-1.0, 0.5, 3.0], requires_grad=True)
     hard = torch.tensor([True, False, True])
     gates = routers.get("budgeted")().gated(row, hard, 0.0)
-    assert gates.mix.tolist() == [1.0, 0.0, 1.0]
-    gates.mix.sum().backward()
-    sigmoid = row.detach().sigmoid()
-    torch.testing.assert_close(row.grad, sigmoid * (1 - sigmoid))
-    cold = routers.get("harmonica")(gates="annealed")
+    assert gates.mix.tolist() == gates.keep.tolist() == [1.0, 0.0, 1.0]
+    assert gates.mix.requires_grad
+    soft, cold = routers.get("harmonica")(), routers.get("harmonica")(gates="annealed")
+    torch.testing.assert_close(soft.gated(row, hard, 1.0).mix, row.sigmoid())
     torch.testing.assert_close(cold.gated(row, hard, 1.0).mix, (row * 10).sigmoid())
     assert cold.gated(row, hard, 0.0).store == [True, False, True]
+    assert cold.gated(row, hard, 0.0).keep is None

@@ -152,7 +152,8 @@ def test_the_change_of_a_hard_gate_is_that_of_flipping_it(stacks, tmp_path):
     found = []
     for trainer.done in range(2000):
         mix = ends.clone().requires_grad_()
-        found.append(trainer._change(1, difference(mix), Gates(mix, (True, False))))
+        _, (change,) = trainer._changes(1, difference(mix), {1: Gates(mix, (True, False), mix)})
+        found.append(change)
     torch.testing.assert_close(torch.stack(found).mean(0), torch.stack(expected), rtol=0, atol=0.15)
     straight = torch.autograd.grad(difference(mix).square().mean(), mix)[0]
     assert (straight - torch.stack(expected)).abs().min() > 0.5  # what leaving the curvature out would give
