@@ -30,7 +30,7 @@ from diffusion_cache.profile import Profile
 from diffusion_cache.profiling.generation import attached, teach
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.registry import routers
-from diffusion_cache.routers.router import budget_of, profiled_logits, random_logits, ranked
+from diffusion_cache.routers.router import budget_of, random_logits, ranked, starts
 from diffusion_cache.routers.training import Settings, last_error, plan_method, train
 from diffusion_cache.schedule import spaced
 
@@ -61,15 +61,26 @@ class Setting(NamedTuple):
 
 def settings() -> dict[Setting, tuple[str, ...]]:
     """The methods of every setting, the most important first."""
-    every = ("interval", "random", "start", "harmonica", "budgeted", "sdt", "planned", "annealed", "reusing")
+    every = (
+        "interval",
+        "interval_taylor",
+        "random",
+        "knapsack",
+        "harmonica",
+        "budgeted",
+        "sdt",
+        "planned",
+        "annealed",
+        "reusing",
+    )
     found: dict[Setting, tuple[str, ...]] = {}
     for seed in range(3):
         found[Setting("dit-digits", 20, 0.5, seed)] = every
     for compute in (0.75, 0.7):  # at 25 % and 30 % cached
         for seed in range(3):
-            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:7])
+            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:8])
     for seed in range(3):
-        found[Setting("dit-digits", 20, 0.25, seed)] = every[:7]
+        found[Setting("dit-digits", 20, 0.25, seed)] = every[:8]
     for model, steps in (("dit-digits", 10), ("dit-digits", 50), ("unet-digits", 20), ("flux-digits", 20)):
         found[Setting(model, steps, 0.5, 0)] = FEWER
     return found
@@ -111,16 +122,17 @@ class Bench:
     def made(self, setting: Setting, method: str, folder: Path) -> tuple[Plan, Mapping[str, Any]]:
         """A method's plan, and what its training cost."""
         profile, compute = self.profile, setting.compute
-        if method == "interval":
+        if method in ("interval", "interval_taylor"):
             shares = sum(span.share for span in profile.spans)
             count = max(1, round(budget_of(profile, compute) / shares))
             steps = spaced(self.steps, count, 1.0)
-            return static_plan(profile, method, [step in steps for step in range(self.steps)]), {}
+            computed = [step in steps for step in range(self.steps)]
+            return static_plan(profile, method, computed, order=int(method == "interval_taylor")), {}
         if method == "random":
             return static_plan(profile, method, ranked(random_logits(profile, setting.seed), profile, compute)), {}
-        if method == "start":
-            chosen = ranked(profiled_logits(profile, compute, 1), profile, compute)
-            return static_plan(profile, method, chosen, order=1), {}
+        if method == "knapsack":
+            knapsack = ranked(starts(profile, compute, 1)[0], profile, compute)
+            return static_plan(profile, method, knapsack, order=1), {}
         if method == "planned":
             return self._planned(setting), {}
         recipes = {

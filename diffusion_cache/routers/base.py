@@ -10,7 +10,7 @@ from ..profile import Profile
 from ..registry import unknown_name
 from .mixing import Gates
 from .proxy import VARIANTS
-from .router import profiled_logits, random_logits
+from .router import random_logits, starts
 
 SOFT, ANNEALED, HARD = "soft", "annealed", "hard"
 STARTS, GATES, PROXIES = ("random", "profile"), (SOFT, ANNEALED, HARD), ("none", *VARIANTS)
@@ -22,7 +22,8 @@ class Recipe:
     """One way to train a router.
 
     lr: Adam's learning rate. beta: what a computed span of mean cost adds to the loss, or None to find it by dual
-    ascent to the compute asked for. start: of the logits, "random" or "profile". gates: in training, "soft" (sigmoid),
+    ascent to the compute asked for. start: of the logits, "random", or
+    "profile" for the best of some schedules (`router.starts`). gates: in training, "soft" (sigmoid),
     "annealed" (with a temperature that falls from 1 to 0.1) or "hard" (the schedule as it would run, with the changes
     that flipping a gate would make to the losses of its own step and of those that forecast from it). proxy: what
     weighs the steps' losses, "none" or a variant of the image-error proxy. order: of the forecast, 0 for reuse or 1 for
@@ -56,13 +57,13 @@ class Recipe:
         """The steps that compute all."""
         return tuple(range(0, total, 2)) if self.images else (0,)
 
-    def logits(self, profile: Profile, compute: float | None, seed: int) -> Tensor:
-        """What training begins with, [T, S]."""
+    def logits(self, profile: Profile, compute: float | None, seed: int) -> list[Tensor]:
+        """What training may begin with, [T, S] each; the one whose hard schedule is best counts."""
         if self.start == "random":
-            return random_logits(profile, seed)
+            return [random_logits(profile, seed)]
         if compute is None:
-            raise ConfigError(f"{self.name} starts from the profile's best schedule at a compute: give compute")
-        return profiled_logits(profile, compute, self.order)
+            raise ConfigError(f"{self.name} starts from schedules at a compute: give compute")
+        return starts(profile, compute, self.order)
 
     def gated(self, row: Tensor, hard: Tensor, progress: float) -> Gates:
         """The gates of a step. row: its logits, [S]; hard: bool [S], where its spans are computed as things stand.

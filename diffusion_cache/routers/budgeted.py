@@ -12,10 +12,10 @@ from .proxy import REMOVED
 class Budgeted(Recipe):
     """Losses as in HarmoniCa, with what is known beforehand put in: the profile, the compute, how a run will forecast.
 
-    The logits start from the optimal schedule for the profile's surrogate. Each trajectory runs the hard schedule of
-    the compute asked for, and a cell's logit moves by what computing it would change there and at the later steps that
-    forecast from it. Reused spans are forecast by Taylor-1, and in the plan by weights fitted to the trajectory where
-    these are better.
+    The logits start from the best of the profile's optimal schedule and evenly spaced ones. Each trajectory runs the
+    hard schedule of the compute asked for, and a cell's logit moves by what computing it would change there and at the
+    later steps that forecast from it. Reused spans are forecast by Taylor-1, and in the plan by weights fitted to the
+    trajectory where these are better.
     """
 
     lr: float = 0.05

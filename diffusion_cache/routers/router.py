@@ -1,5 +1,6 @@
 """A router: which spans to compute at which steps, as logits that learn."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..planning.coupled import couple
+from ..planning.static import marks
 from ..planning.surrogate import cell_errors, edge_powers
 from ..profile import Profile
+from ..schedule import spaced
 
 LIMIT = 5.0  # of a logit's size
 CERTAIN = 2.0  # the logit that a start from a profile computes with
 ROUNDING = 1e-9
+EXPONENTS = (0.7, 1.0, 1.4)  # of schedules spaced by a power law
 
 
 class Router(nn.Module):
@@ -48,20 +52,25 @@ def random_logits(profile: Profile, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def profiled_logits(profile: Profile, compute: float, order: int) -> Tensor:
-    """±CERTAIN where the best schedule for the profile's surrogate, at this compute, computes and reuses, [T, S].
+def starts(profile: Profile, compute: float, order: int) -> list[Tensor]:
+    """Logits of good schedules at this compute, ±CERTAIN where they compute and reuse, [T, S] each.
 
-    The surrogate is that of system "laptop": sensitivity × relative error, from the Gram matrices, is added up within a
-    gap between computed steps, and its squares over gaps and spans.
+    The best one for the profile's surrogate, which is that of system "laptop": sensitivity × relative error, from the
+    Gram matrices, is added up within a gap between computed steps, and its squares over gaps and spans. Then ones with
+    all spans alike, the steps spaced by power laws. Which is best only a run can tell.
 
     Raises:
         ConfigError: for a profile without sensitivities, and a compute out of reach.
     """
+    shares = [span.share for span in profile.spans]
     budget = budget_of(profile, compute)
     damages = (edge_powers(damage, 2.0) for damage in cell_errors(profile, order))
-    found = couple(damages, [span.share for span in profile.spans], budget)
-    chosen = torch.tensor([best.compute for best in found.schedules]).T
-    return torch.where(chosen, CERTAIN, -CERTAIN)
+    chosen = [np.array([best.compute for best in couple(damages, shares, budget).schedules]).T]
+    count = math.ceil(budget / sum(shares) - ROUNDING)
+    for exponent in EXPONENTS:
+        steps = spaced(profile.total, count, exponent)
+        chosen.append(marks(profile.total, [steps] * len(shares)))
+    return [torch.where(torch.from_numpy(compute), CERTAIN, -CERTAIN) for compute in chosen]
 
 
 def budget_of(profile: Profile, compute: float, always: int = 1) -> float:

@@ -150,7 +150,8 @@ class Trainer:
         self._check()
         shares = torch.tensor([span.share for span in profile.spans])
         self.costs = shares / shares.mean()
-        self.router = Router(recipe.logits(profile, settings.compute, settings.seed), self.always)
+        self.starts = recipe.logits(profile, settings.compute, settings.seed)
+        self.router = Router(self.starts[0], self.always)
         self.optimizers = {
             step: torch.optim.Adam([row], lr=recipe.lr)
             for step, row in enumerate(self.router.rows)
@@ -231,7 +232,7 @@ class Trainer:
     def _trained(self) -> Result:
         settings = self.settings
         if not self.log:
-            self._look()
+            self._begin()
         while self.done < settings.trajectories and self.waited < settings.patience:
             every = -(-settings.trajectories // settings.refreshes)
             first = MOST_HELD_OUT + self.done * settings.batch
@@ -284,6 +285,14 @@ class Trainer:
         facts = {**plan.facts, "left_to_taylor": {str(step): why for step, why in sorted(found.notes.items())}}
         plan = replace(plan, nodes=nodes, weights=weights, row_passes=teacher.rows, facts=facts)
         return plan, self.error(plan)
+
+    def _begin(self) -> None:
+        """Start with the logits whose hard schedule is best."""
+        for logits in self.starts:
+            self.router.load_state_dict(Router(logits, self.always).state_dict())
+            self._look()
+        self.waited = 0
+        self.router.load_state_dict(Router(self.best_logits, self.always).state_dict())
 
     def learn(self, step: int, difference: Tensor, lesson: "_Lesson") -> None:
         """Note what the loss of a step says of gates, and update what depends on no later step.
@@ -398,10 +407,11 @@ class Trainer:
     def _look(self) -> None:
         logits = self.router.logits
         error = self.error(self.plan(self.hard(logits)))
-        if not self.log:
-            self.log.append({"trajectory": 0})
-        self.log[-1]["error"] = error
         better = error < self.best or self.settings.compute is None  # then the last one counts, at its own compute
+        if not self.done:
+            self.log = [{"trajectory": 0, "error": min(error, self.best)}]
+        else:
+            self.log[-1]["error"] = error
         self.waited = 0 if better else self.waited + 1
         if better:
             self.best, self.best_logits = error, logits

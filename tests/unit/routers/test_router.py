@@ -15,7 +15,7 @@ from diffusion_cache.planning.static import evaluations
 from diffusion_cache.planning.surrogate import cell_errors, edge_powers
 from diffusion_cache.registry import routers
 from diffusion_cache.routers.base import Recipe
-from diffusion_cache.routers.router import CERTAIN, LIMIT, Router, above, profiled_logits, ranked
+from diffusion_cache.routers.router import CERTAIN, LIMIT, Router, above, ranked, starts
 
 STEPS = 5
 
@@ -89,7 +89,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(measured):
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_start_from_the_profile_is_its_best_schedule(measured, order):
-    logits = profiled_logits(measured, 0.5, order)
+    logits, *others = starts(measured, 0.5, order)
     shares = [span.share for span in measured.spans]
     budget = STEPS * (0.5 - 1 + sum(shares))
     best = couple([edge_powers(damage, 2.0) for damage in cell_errors(measured, order)], shares, budget)
@@ -97,8 +97,12 @@ def test_a_start_from_the_profile_is_its_best_schedule(measured, order):
     assert set(logits.unique().tolist()) == {-CERTAIN, CERTAIN}
     assert (above(logits, 0.5) == expected).all()
     assert (ranked(logits, measured, 0.5) >= expected).all()
+    # the others compute the same steps of all spans: half of the budget is for 2.47 of 5
+    alike = [above(other, 0.5) for other in others]
+    assert all((schedule == schedule[:, :1]).all() and schedule[:, 0].sum() == 3 for schedule in alike)
+    assert alike[1][:, 0].tolist() == [True, True, False, True, False]
     with pytest.raises(ConfigError, match="no sensitivity"):
-        profiled_logits(profile("dit-digits", scope="branch", steps=STEPS), 0.5, order)
+        starts(profile("dit-digits", scope="branch", steps=STEPS), 0.5, order)
 
 
 def test_the_damage_of_reuse_is_that_of_a_forecast_from_one_step(measured):
