@@ -39,7 +39,7 @@ SCOPES = {"unet-digits": "block"}  # branch elsewhere
 GIVEN_PROMPTS = {"kind": "classes", "n": None, "n_video": None, "first_seed": 0}
 PROFILED, FITTED, TUNED = (FITTING_SEEDS + offset for offset in (50_000, 60_000, 70_000))
 REPORTED = 32  # samples, of the seeds from 0 on
-TRAJECTORIES = 60
+TRAJECTORIES = 40
 COLUMNS = (
     *("model", "steps", "compute_asked", "seed", "method", "compute", "error", "psnr"),
     *("cpu_seconds", "peak_bytes"),

@@ -27,16 +27,18 @@ class Recipe:
     "annealed" (with a temperature that falls from 1 to 0.1) or "hard" (the schedule as it would run, with the changes
     that flipping a gate would make to the losses of its own step and of those that forecast from it). proxy: what
     weighs the steps' losses, "none" or a variant of the image-error proxy. order: of the forecast, 0 for reuse or 1 for
-    Taylor-1. threshold: a span is computed where its gate is above it. fitted: give the exported plan weights that are
+    Taylor-1. backtrack: after a look that found no better router, go on from the best one with half the learning rate.
+    threshold: a span is computed where its gate is above it. fitted: give the exported plan weights that are
     fitted to the trajectory, if they are better on the held-out samples.
     """
 
-    lr: float = 0.1
+    lr: float = 0.2
     beta: float | None = None
     start: str = "random"
     gates: str = SOFT
     proxy: str = "none"
     order: int = 0
+    backtrack: bool = False
     threshold: float = 0.1
     fitted: bool = False
 

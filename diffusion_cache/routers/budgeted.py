@@ -18,10 +18,10 @@ class Budgeted(Recipe):
     trajectory where these are better.
     """
 
-    lr: float = 0.05
     start: str = "profile"
     gates: str = HARD
     proxy: str = REMOVED
     order: int = 1
+    backtrack: bool = True
     threshold: float = 0.5
     fitted: bool = True

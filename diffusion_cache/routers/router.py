@@ -16,7 +16,7 @@ from ..profile import Profile
 from ..schedule import spaced
 
 LIMIT = 5.0  # of a logit's size
-CERTAIN = 2.0  # the logit that a start from a profile computes with
+CERTAIN = 1.0  # the logit that a start from a profile computes with
 ROUNDING = 1e-9
 EXPONENTS = (0.7, 1.0, 1.4)  # of schedules spaced by a power law
 

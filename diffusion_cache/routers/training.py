@@ -65,13 +65,13 @@ class Settings:
     """
 
     compute: float | None = 0.5
-    trajectories: int = 60
+    trajectories: int = 40
     batch: int = 4
     accumulation: int = 1
     refreshes: int = 3
-    evaluate_every: int = 10
+    evaluate_every: int = 4
     held_out: int = 16
-    patience: int = 6
+    patience: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -366,12 +366,9 @@ class Trainer:
 
     @property
     def compute(self) -> float:
-        """The share of an uncached run's arithmetic that the gates keep."""
-        logits = self.router.logits
-        if self.recipe.gates != HARD:
-            return evaluations(self.profile, above(logits, self.recipe.threshold)) / self.profile.total
+        """The share of an uncached run's arithmetic that the gates keep, open as far as they are."""
         shares = torch.tensor([span.share for span in self.profile.spans])
-        return 1 - float(((1 - logits.sigmoid()) @ shares).sum()) / self.profile.total
+        return 1 - float(((1 - self.router.logits.sigmoid()) @ shares).sum()) / self.profile.total
 
     def _weigh(self, batch: Batch) -> None:
         """Measure the image-error proxy; the weights of the steps have mean one."""
@@ -419,6 +416,15 @@ class Trainer:
         shown = "" if loss is None else f"loss {loss:.3g}, "
         what = f"{shown}compute {self.compute:.3f}, hard error {error:.4f}"
         self.progress(what, self.done, self.settings.trajectories)
+        if self.recipe.backtrack and self.done and not better:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Go on from the best router so far with half the learning rate, and with new momentum."""
+        self.router.load_state_dict(Router(self.best_logits, self.always).state_dict())
+        for step, optimizer in self.optimizers.items():
+            lr = optimizer.param_groups[0]["lr"] / 2
+            self.optimizers[step] = torch.optim.Adam([self.router.rows[step]], lr=lr)
 
     # keeping
 
