@@ -1,4 +1,4 @@
-"""Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt]`.
+"""Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt l2c]`.
 
 Each row of the table is kept in outputs/routers when it is finished, and a training's checkpoints with it, so that a
 run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there.
@@ -39,7 +39,8 @@ SCOPES = {"unet-digits": "block"}  # branch elsewhere
 GIVEN_PROMPTS = {"kind": "classes", "n": None, "n_video": None, "first_seed": 0}
 PROFILED, FITTED, TUNED = (FITTING_SEEDS + offset for offset in (50_000, 60_000, 70_000))
 REPORTED = 32  # samples, of the seeds from 0 on
-TRAJECTORIES = 40
+TRAJECTORIES = {"budgeted": 16}  # 40 elsewhere; a trajectory of hard gates costs twice that of soft ones
+EVERY = {"budgeted": 2}  # trajectories between looks
 COLUMNS = (
     *("model", "steps", "compute_asked", "seed", "method", "compute", "error", "psnr"),
     *("cpu_seconds", "peak_bytes"),
@@ -136,8 +137,9 @@ class Bench:
         if method == "planned":
             return self._planned(setting), {}
         recipes = {
-            "annealed": ("budgeted", {"gates": "annealed", "fitted": False}),
-            "reusing": ("budgeted", {"order": 0, "fitted": False}),
+            "fitted": ("budgeted", {"fitted": True}),
+            "annealed": ("budgeted", {"gates": "annealed"}),
+            "reusing": ("budgeted", {"order": 0}),
         }
         name, options = recipes.get(method, (method, {}))
         samples = training_samples(GIVEN_PROMPTS, self.subject, setting.seed)
@@ -146,7 +148,12 @@ class Bench:
             samples,
             profile,
             routers.get(name)(**options),
-            Settings(compute=compute, seed=setting.seed, trajectories=TRAJECTORIES),
+            Settings(
+                compute=compute,
+                seed=setting.seed,
+                trajectories=TRAJECTORIES.get(name, 40),
+                evaluate_every=EVERY.get(name, 8),
+            ),
             folder=folder,
             clean=clean_latents({"kind": "shipped", "name": setting.model}, samples),
             progress=self.progress,
@@ -202,7 +209,7 @@ def _short(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="a setting: model-steps-compute-seed")
-    parser.add_argument("--method", help="one of its methods")
+    parser.add_argument("--method", nargs="+", help="some of its methods")
     parser.add_argument("--out", type=Path, default=HOME / "outputs" / "routers", help="where rows are kept")
     parser.add_argument("--here", action="store_true", help="make the row in this process (what the others are told)")
     options = parser.parse_args()
@@ -210,7 +217,7 @@ def main() -> None:
     quieten_libraries()
     for setting, methods in settings().items():
         for method in methods:
-            wanted = options.only in (None, str(setting)) and options.method in (None, method)
+            wanted = options.only in (None, str(setting)) and (not options.method or method in options.method)
             if not wanted or row_path(options.out, setting, method).is_file():
                 continue
             if options.here:

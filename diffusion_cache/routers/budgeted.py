@@ -14,8 +14,7 @@ class Budgeted(Recipe):
 
     The logits start from the best of the profile's optimal schedule and evenly spaced ones. Each trajectory runs the
     hard schedule of the compute asked for, and a cell's logit moves by what computing it would change there and at the
-    later steps that forecast from it. Reused spans are forecast by Taylor-1, and in the plan by weights fitted to the
-    trajectory where these are better.
+    later steps that forecast from it. Reused spans are forecast by Taylor-1.
     """
 
     start: str = "profile"
@@ -24,4 +23,3 @@ class Budgeted(Recipe):
     order: int = 1
     backtrack: bool = True
     threshold: float = 0.5
-    fitted: bool = True

@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """plan: of the best router. error: relative L2 distance of its last states to the uncached run's, held-out samples.
+    """plan: of the best router. error: relative L2 distance of its last states to the uncached run's, geometric mean.
 
     log: of each trajectory, its number and loss, the compute that the gates keep, the price, CPU seconds and peak bytes
     so far, and the error where it was measured.
@@ -397,9 +397,12 @@ class Trainer:
         return static_plan(self.profile, f"{self.recipe.name}-{share:.0%}", hard, self.recipe.order, facts)
 
     def error(self, plan: Plan) -> float:
-        """Relative L2 distance of the last state to the uncached run's, mean over held-out samples."""
+        """Relative L2 distance of the last state to the uncached run's, geometric mean over held-out samples.
+
+        In an arithmetic mean the few samples that end as another image would decide.
+        """
         found = [last_error(teacher, plan) for teacher in self.teachers]
-        return self._mean(float(torch.cat(found).mean()))
+        return math.exp(self._mean(float(torch.cat(found).clamp_min(TINY).log().mean())))
 
     def _look(self) -> None:
         logits = self.router.logits

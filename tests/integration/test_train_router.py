@@ -38,7 +38,7 @@ def configured(*overrides):
 
 def test_a_trained_router_runs_as_a_plan(tmp_path, capsys):
     folder = tmp_path / "profile"
-    command.run_configured(configured(f"out={folder}", "compute=0.75"))
+    command.run_configured(configured(f"out={folder}", "compute=0.75", "router.fitted=true"))
     # the second one is stored beside the first, on the same profile
     command.run_configured(configured(f"out={folder}", "compute=0.6", "router=sdt"))
     profile = Profile.load(folder)
