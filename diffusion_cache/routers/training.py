@@ -3,7 +3,7 @@
 Each trajectory is one call of the pipeline, on samples that no other trajectory has. At every step the denoiser runs
 twice on the state that the gates have led to: without a cache (the teacher, without gradients) and with mixed spans
 (the student), whose guided outputs are compared; the step's logits are updated, and the sampler goes on from the
-student's. No gradient outlives its step, so memory does not grow with the number of steps.
+student's. No graph outlives its step; of features, those are held that forecasts can still depend on.
 """
 
 import hashlib
@@ -192,7 +192,7 @@ class Trainer:
             parameter.requires_grad_(False)
         try:
             self.mixture = Mixture(first.pipe, spans, self.recipe.order, self._feature)
-            self.teachers = [teach(self._batch(self._mine(range(self.settings.held_out))))]
+            self.teacher = teach(self._batch(self._mine(range(self.settings.held_out))))
             self._resume()
             return self._trained()
         finally:
@@ -341,7 +341,7 @@ class Trainer:
         row, settings = self.router.rows[step], self.settings
         mix.backward(change + (self.price or 0.0) * self.costs)
         if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
-            row.grad = self.accelerator.reduce(row.grad, "mean") / settings.accumulation
+            row.grad = self._reduced(row.grad) / settings.accumulation
             self.optimizers[step].step()
             row.grad = None
             self.router.clamp(step)
@@ -354,7 +354,7 @@ class Trainer:
         if self.price is not None:
             self.price *= math.exp(PRICE_RATE * (self.compute - self.settings.compute))
             return
-        changes = self.accelerator.reduce(torch.stack([*lesson.changes.values()]), "mean")
+        changes = self._reduced(torch.stack([*lesson.changes.values()]))
         worth, order = (-changes / self.costs).flatten().sort(descending=True)
         left = budget_of(self.profile, self.settings.compute, len(self.always))
         left -= len(self.always) * sum(span.share for span in self.profile.spans)
@@ -372,19 +372,36 @@ class Trainer:
 
     def _weigh(self, batch: Batch) -> None:
         """Measure the image-error proxy; the weights of the steps have mean one."""
-        hard = torch.from_numpy(self.hard(self.router.logits))
-        progress = self.done / self.settings.trajectories
+        stored = self.stored
         with torch.no_grad():
-            gates = [self.recipe.gated(row, hard[step], progress) for step, row in enumerate(self.router.rows)]
-        found = self.accelerator.reduce(image_errors(self.mixture, batch, gates, self.recipe.proxy), "mean")
+            gates = [self.gates(step, stored)._replace(keep=None) for step in range(self.profile.total)]
+        found = self._reduced(image_errors(self.mixture, batch, gates, self.recipe.proxy))
         mean = float(found[1:].mean())
         if mean > 0:  # else nothing is reused, and all steps count alike
             self.measured = found / mean
 
-    def _mean(self, value: float) -> float:
-        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64), "mean"))
+    def _reduced(self, value: Tensor) -> Tensor:
+        """The mean over processes."""
+        return self.accelerator.reduce(value.to(self.accelerator.device), "mean").to(value.device)
 
-    # the hard schedule
+    def _mean(self, value: float) -> float:
+        return float(self._reduced(torch.tensor(value, dtype=torch.float64)))
+
+    # schedules
+
+    def gates(self, step: int, stored: Tensor) -> Gates:
+        """Of a step in training. stored: bool [T, S], the spans whose features are kept."""
+        if step in self.always:
+            return Gates.computing(len(self.costs))
+        progress = self.done / self.settings.trajectories
+        return self.recipe.gated(self.router.rows[step], stored[step], progress)
+
+    @property
+    def stored(self) -> Tensor:
+        """The features that are kept in training as things stand, bool [T, S]."""
+        logits = self.router.logits
+        hard = self.recipe.gates == HARD
+        return torch.from_numpy(self.hard(logits) if hard else above(logits, self.recipe.threshold))
 
     def hard(self, logits: Tensor) -> NDArray[np.bool_]:
         """What is computed without gates in between, bool [T, S]."""
@@ -401,8 +418,8 @@ class Trainer:
 
         In an arithmetic mean the few samples that end as another image would decide.
         """
-        found = [last_error(teacher, plan) for teacher in self.teachers]
-        return math.exp(self._mean(float(torch.cat(found).clamp_min(TINY).log().mean())))
+        found = last_error(self.teacher, plan)
+        return math.exp(self._mean(float(found.clamp_min(TINY).log().mean())))
 
     def _look(self) -> None:
         logits = self.router.logits
@@ -491,9 +508,7 @@ class _Lesson:
 
     def __init__(self, trainer: Trainer, clean: Tensor | None):
         self.trainer, self.clean = trainer, clean
-        self.hard = torch.from_numpy(trainer.hard(trainer.router.logits))
-        if trainer.recipe.gates != HARD:
-            self.hard = torch.from_numpy(above(trainer.router.logits, trainer.recipe.threshold))
+        self.stored = trainer.stored
         self.losses: list[float] = []
         self.changes: dict[int, Tensor] = {}  # of the losses so far by the gates of each step, [S]
         self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
@@ -505,11 +520,10 @@ class _Lesson:
         with trainer.accelerator.autocast():
             if step in trainer.always:
                 with torch.no_grad():
-                    return run(Gates.computing(len(trainer.costs)))
+                    return run(trainer.gates(step, self.stored))
             if step not in self.gates:
                 with torch.enable_grad():
-                    progress = trainer.done / trainer.settings.trajectories
-                    self.gates[step] = trainer.recipe.gated(trainer.router.rows[step], self.hard[step], progress)
+                    self.gates[step] = trainer.gates(step, self.stored)
             with torch.no_grad():
                 teacher = tensor_of(run(None))
             with torch.enable_grad():

@@ -29,6 +29,7 @@ ALONE = SimpleNamespace(
     num_processes=1,
     process_index=0,
     is_main_process=True,
+    device=torch.device("cpu"),
     reduce=lambda value, how: value,
     autocast=lambda: torch.autocast("cpu", enabled=False),
 )
@@ -95,7 +96,7 @@ def test_a_router_is_a_plan_at_its_budget(branches, name, tmp_path):
     assert torch.equal(teach(branches.batch(samples([5]))).states[-1], before)
     # what is stated is the error of the plan that is given
     trainer = branches.trainer(tmp_path, routers.get(name)(), BRIEF)
-    trainer.teachers = [teach(branches.batch(samples(range(2))))]
+    trainer.teacher = teach(branches.batch(samples(range(2))))
     assert trainer.error(plan) == pytest.approx(result.error, rel=1e-6)
     assert result.error == min(row["error"] for row in result.log if "error" in row)
 
