@@ -41,6 +41,7 @@ PROFILED, FITTED, TUNED = (FITTING_SEEDS + offset for offset in (50_000, 60_000,
 REPORTED = 32  # samples, of the seeds from 0 on
 TRAJECTORIES = {"budgeted": 16}  # 40 elsewhere; a trajectory of hard gates costs twice that of soft ones
 EVERY = {"budgeted": 2}  # trajectories between looks
+STARTS = {"knapsack": 0, "start": 2}  # of ours, untrained: the profile's best schedule, and the evenly spaced one
 COLUMNS = (
     *("model", "steps", "compute_asked", "seed", "method", "compute", "error", "psnr"),
     *("cpu_seconds", "peak_bytes"),
@@ -79,9 +80,9 @@ def settings() -> dict[Setting, tuple[str, ...]]:
         found[Setting("dit-digits", 20, 0.5, seed)] = every
     for compute in (0.75, 0.7):  # at 25 % and 30 % cached
         for seed in range(3):
-            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:8])
+            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:9])
     for seed in range(3):
-        found[Setting("dit-digits", 20, 0.25, seed)] = every[:8]
+        found[Setting("dit-digits", 20, 0.25, seed)] = every[:9]
     for model, steps in (("dit-digits", 10), ("dit-digits", 50), ("unet-digits", 20), ("flux-digits", 20)):
         found[Setting(model, steps, 0.5, 0)] = FEWER
     return found
@@ -131,9 +132,9 @@ class Bench:
             return static_plan(profile, method, computed, order=int(method == "interval_taylor")), {}
         if method == "random":
             return static_plan(profile, method, ranked(random_logits(profile, setting.seed), profile, compute)), {}
-        if method == "knapsack":
-            knapsack = ranked(starts(profile, compute, 1)[0], profile, compute)
-            return static_plan(profile, method, knapsack, order=1), {}
+        if method in STARTS:
+            untrained = starts(profile, compute, 1)[STARTS[method]]
+            return static_plan(profile, method, ranked(untrained, profile, compute), order=1), {}
         if method == "planned":
             return self._planned(setting), {}
         recipes = {
