@@ -34,12 +34,12 @@ from ..planning.static import evaluations, static_plan
 from ..policies import Guarded, Planned
 from ..profile import Profile
 from ..profiling import trajectory
-from ..profiling.generation import Batch, StepCall, Teacher, attached, last_state, teach
+from ..profiling.generation import Batch, Teacher, attached, last_state, teach
 from ..profiling.measure import Given, MakeBatch
 from ..profiling.recorder import surveyed
-from ..profiling.trajectory import aligned, combined, guidance_weights
 from .base import HARD, Recipe
-from .mixing import Gates, Mixture, Run, detached, tensor_of
+from .lesson import Lesson
+from .mixing import Gates, Mixture
 from .proxy import image_errors
 from .router import Router, above, budget_of, ranked
 
@@ -240,7 +240,7 @@ class Trainer:
             batch = self._batch(numbers)
             if self.recipe.proxy != "none" and self.done % every == 0:
                 self._weigh(batch)
-            lesson = _Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
+            lesson = Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
             self.mixture.generate(batch, lesson)
             if self.recipe.gates == HARD:
                 for step, change in lesson.changes.items():
@@ -294,7 +294,7 @@ class Trainer:
         self.waited = 0
         self.router.load_state_dict(Router(self.best_logits, self.always).state_dict())
 
-    def learn(self, step: int, difference: Tensor, lesson: "_Lesson") -> None:
+    def learn(self, step: int, difference: Tensor, lesson: Lesson) -> None:
         """Note what the loss of a step says of gates, and update what depends on no later step.
 
         difference: of the guided outputs, [n, ...].
@@ -346,7 +346,7 @@ class Trainer:
             row.grad = None
             self.router.clamp(step)
 
-    def _paid(self, lesson: "_Lesson") -> None:
+    def _paid(self, lesson: Lesson) -> None:
         """The price that compute will have: what the last cell of the budget is worth, and then by dual ascent."""
         if self.recipe.beta is not None:
             return
@@ -501,79 +501,6 @@ class Trainer:
         for name in ("best_logits", "weights", "price", "done", "waited", "best", "log"):
             setattr(self, name, state[name])
         self.spent, self.began = self.log[-1]["seconds"], time.process_time()
-
-
-class _Lesson:
-    """One trajectory that a trainer learns from. clean: noise-free latents, for one along noised images."""
-
-    def __init__(self, trainer: Trainer, clean: Tensor | None):
-        self.trainer, self.clean = trainer, clean
-        self.stored = trainer.stored
-        self.losses: list[float] = []
-        self.changes: dict[int, Tensor] = {}  # of the losses so far by the gates of each step, [S]
-        self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
-        self.gates: dict[int, Gates] = {}
-        self.noise: Tensor | None = None
-
-    def call(self, step: int, position: int, run: Run) -> Any:
-        trainer = self.trainer
-        with trainer.accelerator.autocast():
-            if step in trainer.always:
-                with torch.no_grad():
-                    return run(trainer.gates(step, self.stored))
-            if step not in self.gates:
-                with torch.enable_grad():
-                    self.gates[step] = trainer.gates(step, self.stored)
-            with torch.no_grad():
-                teacher = tensor_of(run(None))
-            with torch.enable_grad():
-                student = run(self.gates[step])
-        self.calls.append((teacher, tensor_of(student)))
-        return detached(student)
-
-    def stepped(self, step: int, given: StepCall) -> Any:
-        if self.calls:
-            self._check(step)
-            with torch.enable_grad():
-                self.trainer.learn(step, self._difference(given), self)
-            self.calls = []
-        result = given.result(given.model_output)
-        return result if self.clean is None else self._noised(step, given, result)
-
-    def _check(self, step: int) -> None:
-        if not all(bool(torch.isfinite(output).all()) for outputs in self.calls for output in outputs):
-            raise ConfigError(
-                f"the loss of trajectory {self.trainer.done}, step {step} is not finite: training stops. The last "
-                f"checkpoint is kept in {self.trainer.folder}; the same call goes on from it once the model's outputs "
-                "are finite"
-            )
-
-    def _difference(self, given: StepCall) -> Tensor:
-        """The student's guided output less the teacher's, [n, ...]."""
-        rows = self.trainer.rows
-        count = max(len(student) for _, student in self.calls) // rows
-        guided = given.model_output[:count].double()
-        sides = zip(*self.calls, strict=True)
-        teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
-        # rounded, for the last bits of a solution may depend on where in memory its system lies
-        guidance = [round(w, 6) for w in guidance_weights([branch.detach() for branch in student], guided)]
-        return combined(student, guidance) - combined(teacher, guidance)
-
-    def _noised(self, step: int, given: StepCall, result: Any) -> Any:
-        """The next state as a training image with the noise that the trajectory began with."""
-        assert self.clean is not None
-        scheduler = self.trainer.mixture.pipe.scheduler
-        if self.noise is None:
-            self.noise = given.sample
-        if not hasattr(scheduler, "add_noise"):
-            raise ConfigError(f"{type(scheduler).__name__} cannot noise images: train another kind of router")
-        following = scheduler.timesteps[min(step + 1, len(scheduler.timesteps) - 1)]
-        clean = self.clean.repeat(len(self.noise) // len(self.clean), *[1] * (self.clean.ndim - 1)).to(self.noise)
-        state = scheduler.add_noise(clean, self.noise, following.expand(len(clean)))
-        if isinstance(result, tuple):
-            return (state, *result[1:])
-        result.prev_sample = state
-        return result
 
 
 def plan_method(plan: Plan) -> Method:
