@@ -2,8 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
-.PHONY: help venv test demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
