@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ ablation: venv ## measure what each part of a plan is worth, on flux-digits
 evaluate-full: venv ## the same with 256 images and 32 videos each, over as many sittings as it takes
 	.venv/bin/diffusion-cache evaluate experiment=reference_full launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_full --out results/reference_full
+
+routers: venv ## compare learned routers with other schedules (hours; goes on where it was stopped)
+	OMP_NUM_THREADS=1 $(PYTHON) scripts/compare_routers.py
 
 coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py

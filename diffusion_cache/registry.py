@@ -1,8 +1,8 @@
-"""Named methods: policies, forecasters, correctors and published systems are frozen dataclasses found by name.
+"""Named methods: policies, forecasters, correctors, published systems and ways to train routers, by name.
 
 A method of another package is found through its entry points (`diffusion_cache.policies`,
-`diffusion_cache.forecasters`, `diffusion_cache.correctors`, `diffusion_cache.systems`, `diffusion_cache.language`) or
-by decorating its class: `@registry.policies.register("my_policy")`.
+`diffusion_cache.forecasters`, `diffusion_cache.correctors`, `diffusion_cache.systems`, `diffusion_cache.language`,
+`diffusion_cache.routers`) or by decorating its class: `@registry.policies.register("my_policy")`.
 """
 
 import dataclasses
@@ -125,3 +125,4 @@ forecasters: Registry[Any] = Registry("forecaster", "diffusion_cache.forecasters
 correctors: Registry[Any] = Registry("corrector", "diffusion_cache.correctors")
 systems: Registry[Any] = Registry("system", "diffusion_cache.systems")
 languages: Registry[Any] = Registry("language cache", "diffusion_cache.language")
+routers: Registry[Any] = Registry("router", "diffusion_cache.routers")

@@ -50,6 +50,7 @@ class Listed(str, Enum):
     correctors = "correctors"
     systems = "systems"
     languages = "languages"
+    routers = "routers"
     models = "models"
 
 
@@ -107,6 +108,16 @@ def _fit_signal(context: typer.Context) -> None:
     from .fit_signal import fit_signal
 
     fit_signal(context.args)
+
+
+@app.command(
+    "train-router", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def _train_router(context: typer.Context) -> None:
+    """Learn a schedule by gradient descent, and store it as a plan: a Hydra command line (--cfg job, --help)."""
+    from .train_router import train_router
+
+    train_router(context.args)
 
 
 @app.command("plan")
@@ -196,7 +207,7 @@ def _report(
 
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List policies, forecasters, correctors, published systems, caches for language models, or shipped models."""
+    """List policies, forecasters, correctors, systems, caches for language models, routers, or shipped models."""
     if what is Listed.models:
         from .. import reference
 

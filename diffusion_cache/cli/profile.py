@@ -102,8 +102,8 @@ def options_of(config: Mapping[str, Any]) -> "Options":
     )
 
 
-def fitting_samples(prompts: Mapping[str, Any], count: int, subject: "Subject") -> list["Given"]:
-    """`count` prompts of a `prompts` configuration in turn, with seeds that nothing is evaluated on.
+def fitting_samples(prompts: Mapping[str, Any], count: int | None, subject: "Subject") -> list["Given"]:
+    """`count` prompts of a `prompts` configuration in turn, with seeds that nothing is evaluated on; None: each once.
 
     Raises:
         ConfigError: for prompts that do not suit the subject, or cannot be had.

@@ -374,7 +374,7 @@ def psnr(images: Tensor, reference: Tensor) -> list[float]:
 
 def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """A fitted table as a plan's nodes [T, S, K], weights [T, P, S, K] and correction [T, P, S, 2, C] or None."""
-    groups = max((group for _, group, _ in forecaster.table), default=0) + 1
+    groups = max(forecaster.groups, default=0) + 1
     nodes = torch.full((steps, groups, forecaster.history), -1, dtype=torch.int32)
     weights = torch.full((steps, branches, groups, forecaster.history), math.nan, dtype=torch.float64)
     for (step, group, branch), fit in forecaster.table.items():

@@ -5,7 +5,7 @@ products that a profile holds (methods: "profile once, and every question become
 several spans forecast at the same steps, share their errors by adding their Gram matrices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,6 +93,41 @@ def taylor_errors(gram: ArrayLike) -> Array:
     return errors
 
 
+def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
+    """Of each span, the relative final error of forecasting step t at order 0 (reuse of step i) or 1 (Taylor-1).
+
+    Squared relative errors of a group's spans add up to the group's, each scaled by its own mean energy, as where its
+    sensitivity was measured. A group that could not be reused anywhere is never reused.
+
+    Yields: [1, T, T] over (i, t) at order 0, else [T, T, T] over (h + 1, i, t) as `taylor_errors`.
+
+    Raises:
+        ConfigError: where the profile has no sensitivity.
+    """
+    if "sensitivity" not in profile.arrays:
+        raise ConfigError("this profile has no sensitivity: measure it with sensitivity_samples above 0")
+    grams = own_grams(profile)
+    energy = grams.diagonal(axis1=2, axis2=3)
+    scale = energy.mean(axis=2, keepdims=True)
+    weights = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
+    sensitivity = profile.arrays["sensitivity"].double().numpy()
+    groups = profile.facts["sensitivity"]["groups"]
+    unmeasured = profile.facts["sensitivity"]["unmeasured"]
+    owner = {place: g for g, group in enumerate(groups) for place in group["spans"] or range(len(profile.spans))}
+    totals = np.zeros((len(groups), profile.total))
+    for place, g in owner.items():
+        totals[g] += (energy[place] * weights[place]).sum(axis=0)
+    rows = slice(None) if order else slice(1)
+    for place, g in sorted(owner.items()):
+        found = np.zeros((profile.total if order else 1, profile.total, profile.total))
+        if groups[g]["name"] in unmeasured:
+            yield found + np.inf
+            continue
+        for gram, weight in zip(grams[place], weights[place], strict=True):
+            found += taylor_errors(gram)[rows] * weight
+        yield sensitivity[g] * np.sqrt(found / np.maximum(totals[g], np.finfo(float).tiny))
+
+
 def least_squares(
     gram: ArrayLike, nodes: Sequence[int], target: int, *, ridge: float = 1e-3, affine: bool = False
 ) -> Array:
@@ -162,6 +197,19 @@ def damages(err: ArrayLike, sensitivity: ArrayLike, energy: ArrayLike, exponent:
         damage **= exponent
     damage[..., zero] = np.where(err[..., zero] > 0, np.inf, 0.0)
     return damage
+
+
+def edge_damages(damage: Array) -> Array:
+    """What a gap does that begins after step i and has been reused up to step t: the damages so far, [h + 1, i, t]."""
+    return np.cumsum(damage, axis=-1)
+
+
+def edge_powers(damage: Array, gamma: float) -> Array:
+    """What each step of a gap adds to the power of the gap's damage: summed up, they are the sum of powers of gaps."""
+    with np.errstate(invalid="ignore"):
+        added = np.diff(edge_damages(damage) ** gamma, axis=-1, prepend=0.0)
+    added[np.isnan(added)] = np.inf  # beyond a step that must not be reused
+    return np.maximum(added, 0.0)
 
 
 def _gram(gram: ArrayLike) -> Array:

@@ -4,6 +4,7 @@ Source: the UCI "Optical Recognition of Handwritten Digits" test set shipped wit
 1,797 grey images of 8×8 with values 0…16.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -51,6 +52,13 @@ def sample_digits(n: int, generator: torch.Generator, max_shift: int = 1) -> tup
     index = torch.randint(len(images), (n,), generator=generator)
     shifts = torch.randint(-max_shift, max_shift + 1, (n, 2), generator=generator)
     return shift_images(images[index], shifts), labels[index]
+
+
+def digits_of(labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """For each label a digit of that class that its seed picks, unshifted: images [n, 1, 16, 16]."""
+    images, classes = digit_images()
+    places = [(classes == label).nonzero().flatten() for label in labels]
+    return images[[int(found[seed % len(found)]) for found, seed in zip(places, seeds, strict=True)]]
 
 
 def _textures(n: int, generator: torch.Generator) -> Tensor:

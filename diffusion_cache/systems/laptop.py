@@ -1,7 +1,6 @@
 """LAPTOP-Diff's idea for caching: damages of single cells (step, block) add up, so cells are chosen by knapsack."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +9,10 @@ from ..errors import ConfigError, DiffusionCacheWarning
 from ..plan import Plan
 from ..planning.coupled import couple
 from ..planning.static import static_plan
-from ..planning.surrogate import Array, own_grams, taylor_errors
+from ..planning.surrogate import cell_errors, edge_powers
 from ..profile import Profile
 from ..registry import systems
 from .base import System
-from .optimal import edge_powers
 
 ADDITIVE = (0.5, 2.0)  # squared joint error over the sum of squares; what is measured beyond that is told
 
@@ -64,28 +62,3 @@ class Laptop(System):
                 stacklevel=2,
             )
         return ratio
-
-
-def cell_errors(profile: Profile) -> Iterator[Array]:
-    """Of each span, the relative final error of reusing step i at step t: [1, T, T].
-
-    Squared relative errors of a group's spans add up to the group's, each scaled by its own mean energy, as where its
-    sensitivity was measured. A group that could not be reused anywhere is never reused.
-    """
-    grams = own_grams(profile)
-    energy = grams.diagonal(axis1=2, axis2=3)
-    scale = energy.mean(axis=2, keepdims=True)
-    weights = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
-    sensitivity = profile.arrays["sensitivity"].double().numpy()
-    groups = profile.facts["sensitivity"]["groups"]
-    unmeasured = profile.facts["sensitivity"]["unmeasured"]
-    owner = {place: g for g, group in enumerate(groups) for place in group["spans"] or range(len(profile.spans))}
-    totals = np.zeros((len(groups), profile.total))
-    for place, g in owner.items():
-        totals[g] += (energy[place] * weights[place]).sum(axis=0)
-    for place, g in sorted(owner.items()):
-        if groups[g]["name"] in unmeasured:
-            yield np.full((1, profile.total, profile.total), np.inf)
-            continue
-        error = sum(taylor_errors(gram)[0] * weight for gram, weight in zip(grams[place], weights[place], strict=True))
-        yield (sensitivity[g] * np.sqrt(error / np.maximum(totals[g], np.finfo(float).tiny)))[None]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..planning.dynamic import Best, best_schedule
-from ..planning.surrogate import Array
+from ..planning.surrogate import Array, edge_damages
 from ..registry import systems
-from .optimal import Optimal, edge_damages
+from .optimal import Optimal
 
 
 @systems.register("lemica")

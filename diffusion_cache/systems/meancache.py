@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..planning.dynamic import Best, best_schedule
-from ..planning.surrogate import Array
+from ..planning.surrogate import Array, edge_powers
 from ..registry import systems
-from .optimal import Optimal, edge_powers
+from .optimal import Optimal
 
 
 @systems.register("meancache")

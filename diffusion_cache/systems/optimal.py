@@ -4,8 +4,6 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..context import SCOPES
 from ..errors import ConfigError
 from ..plan import Plan
@@ -14,19 +12,6 @@ from ..planning.static import spared, static_plan
 from ..planning.surrogate import Array, damages, mean_gram, mean_sensitivity, taylor_errors
 from ..profile import Profile
 from .base import System
-
-
-def edge_damages(damage: Array) -> Array:
-    """What a gap does that begins after step i and has been reused up to step t: the damages so far, [h + 1, i, t]."""
-    return np.cumsum(damage, axis=-1)
-
-
-def edge_powers(damage: Array, gamma: float) -> Array:
-    """What each step of a gap adds to the power of the gap's damage: summed up, they are the sum of powers of gaps."""
-    with np.errstate(invalid="ignore"):
-        added = np.diff(edge_damages(damage) ** gamma, axis=-1, prepend=0.0)
-    added[np.isnan(added)] = np.inf  # beyond a step that must not be reused
-    return np.maximum(added, 0.0)
 
 
 def step_damages(profile: Profile, order: int) -> Array:

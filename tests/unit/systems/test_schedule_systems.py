@@ -12,9 +12,8 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
-from diffusion_cache.planning.surrogate import mean_gram, mean_sensitivity
+from diffusion_cache.planning.surrogate import cell_errors, mean_gram, mean_sensitivity
 from diffusion_cache.systems import DPCache, Laptop, LeMiCa, MeanCache, SmoothCache
-from diffusion_cache.systems.laptop import cell_errors
 from diffusion_cache.systems.smooth_cache import changes, longest_lags
 
 NAME, STEPS = "dit-digits", 8

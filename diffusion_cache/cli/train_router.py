@@ -1,0 +1,204 @@
+"""`diffusion-cache train-router`: Hydra's command line over the training of a router."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import main as hydra_main
+from hydra.core.config_store import ConfigStore
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from .. import registry
+from ..errors import ConfigError
+from . import hydra_app
+from .hydra_app import CONFIGS, resolved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..evaluation.subjects import Subject
+    from ..plan import Plan
+    from ..profiling.measure import Given
+    from ..routers import Recipe
+    from ..routers.training import Clean, Samples
+
+GROUPS = ("launcher",)
+FOLDER = Path("routers-local")
+PRECISIONS = ("no", "fp16", "bf16")
+# fitting seeds of routers: those of a profile come first, each seed of a training has a million of its own
+ROUTER_SEEDS = 1_000_000
+
+
+def register_routers() -> None:
+    """Offer all registered ways to train a router as options of the group `router`."""
+    store = ConfigStore.instance()
+    for name in registry.routers.names():
+        node = OmegaConf.create({"name": name, **registry.routers.options(name)})
+        store.store(group="router", name=name, node=node)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Compose the configuration for every value that is given, before anything runs.
+
+    Raises:
+        ConfigError: for a group, option or key that does not exist, with the nearest that does.
+    """
+    hydra_app.check("train_router", arguments, GROUPS)
+
+
+def run_configured(cfg: DictConfig) -> None:
+    """One job of a sweep."""
+    import torch
+    from accelerate import Accelerator
+
+    from ..evaluation.jobs import Team
+    from ..evaluation.subjects import batches_of, quieten_libraries, subject
+    from ..profile import Profile
+    from ..profiling.measure import Options, measure
+    from ..routers.training import Settings, train
+    from .profile import fitting_samples, guidance_of
+    from .progress import announcing
+
+    quieten_libraries()
+    config = resolved(cfg)
+    _check_numbers(config)
+    recipe, settings = recipe_of(config["router"]), Settings(compute=config["compute"], **config["training"])
+    torch.set_num_threads(config["threads"])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config["mixed_precision"])
+    team = Team()
+    what = subject(config["model"], config["sampler"])
+    title = f"{what.name}, {what.sampler}, {config['steps']} steps, {recipe.name}"
+    name = f"{what.name.replace('/', '-')}-{what.sampler}-{config['steps']}-{config['scope']}"
+    folder = Path(config["out"]) if config["out"] else FOLDER / name
+    given = config["profile"]
+    options = Options(
+        config["scope"],
+        config["depth"],
+        batch=given["batch"],
+        sensitivity_samples=given["sensitivity"]["samples"],
+        sensitivity_steps=given["sensitivity"]["steps"],
+    )
+    console = Console(stderr=True, quiet=not team.leads)
+    with announcing(console, title) as progress:
+        profile = measure(
+            batches_of(what, config["steps"]),
+            fitting_samples(config["prompts"], given["num_samples"], what),
+            options,
+            guidance=guidance_of(config["model"]),
+            settings={"model": config["model"], "sampler": config["sampler"]},
+            folder=folder,
+            rank=team.ranks.index,
+            world=team.ranks.count,
+            meet=team.meet,
+            progress=progress,
+        )
+        team.meet()
+        result = train(
+            batches_of(what, config["steps"]),
+            samples := training_samples(config["prompts"], what, settings.seed),
+            profile or Profile.load(folder),
+            recipe,
+            settings,
+            folder=(work := folder / _run_name(recipe, settings)),
+            clean=clean_latents(config["model"], samples),
+            accelerator=accelerator,
+            progress=progress,
+        )
+    if profile is not None:
+        others = [plan for plan in profile.plans if plan.name != result.plan.name]
+        profile.with_plans([*others, result.plan]).save(folder)
+        picture = work / "curves.png"
+        figure(result.plan, result.log, [span.name for span in profile.spans]).savefig(picture)
+        console.print(f"{title}: error {result.error:.4f} at {result.plan.nfe / result.plan.total:.1%} of the compute.")
+        console.print(f"Plan {result.plan.name!r} in {folder}, curves in {picture}", soft_wrap=True)
+
+
+def recipe_of(config: Mapping[str, Any]) -> "Recipe":
+    """The router that a `router` configuration describes.
+
+    Raises:
+        ConfigError: for options that cannot be.
+    """
+    options = {name: value for name, value in config.items() if name != "name"}
+    cls = registry.routers.get(config["name"])
+    registry.check_options(config["name"], cls, options)
+    return cls(**options)
+
+
+def training_samples(prompts: Mapping[str, Any], subject: "Subject", seed: int) -> "Samples":
+    """Prompts of a configuration in turn, with fitting seeds that no other part of this package uses."""
+    from .profile import fitting_samples
+
+    known = [prompt for prompt, _ in fitting_samples({**prompts, "n": None}, None, subject)]
+
+    def samples(numbers: Sequence[int]) -> "Sequence[Given]":
+        first = ROUTER_SEEDS * (2 + seed)
+        return [(known[number % len(known)], first + number) for number in numbers]
+
+    return samples
+
+
+def clean_latents(model: Mapping[str, Any], samples: "Samples") -> "Clean | None":
+    """Training images of the samples' classes; None for models that none are at hand for."""
+    from .. import reference
+    from ..reference.data import digits_of
+
+    if model["kind"] != "shipped" or reference.spec(model["name"]).objective != "v":
+        return None
+
+    def clean(numbers: Sequence[int]) -> "Tensor":
+        given = samples(numbers)
+        return digits_of([int(label) for label, _ in given], [seed for _, seed in given])
+
+    return clean
+
+
+def _run_name(recipe: "Recipe", settings: Any) -> str:
+    compute = "free" if settings.compute is None else f"{settings.compute:g}"
+    return f"{recipe.name}-{compute}-seed{settings.seed}"
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    for name in ("threads", "steps"):
+        value = config[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+    compute = config["compute"]
+    if compute is not None and (isinstance(compute, bool) or not isinstance(compute, (int, float))):
+        raise ConfigError(f"compute must be a number or null, not {compute!r}")
+    if config["mixed_precision"] not in PRECISIONS:
+        raise registry.unknown_name("mixed_precision", config["mixed_precision"], PRECISIONS)
+
+
+def figure(plan: "Plan", log: Sequence[Mapping[str, Any]], spans: Sequence[str]) -> Figure:
+    """The training's curves, and the schedule as a map of step × span."""
+    drawn = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
+    axes = drawn.subplots(1, 4, width_ratios=(1, 1, 1, 1.6))
+    for axis, (key, label) in zip(
+        axes, (("loss", "loss"), ("error", "error of the hard schedule"), ("compute", "compute kept")), strict=False
+    ):
+        points = [(row["trajectory"], row[key]) for row in log if row.get(key) is not None]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.set(xlabel="trajectory", title=label)
+        if key != "compute":
+            axis.set_yscale("log")
+    computed = plan.computed()[:, 0].T
+    axes[3].imshow(computed.expand(len(spans), -1).numpy(), aspect="auto", cmap="Greys", vmin=0, vmax=1)
+    every = math.ceil(len(spans) / 12)
+    axes[3].set_yticks(range(0, len(spans), every), list(spans[::every]), fontsize=6)
+    axes[3].set(xlabel="step", title=f"computed (black), {plan.name}")
+    return drawn
+
+
+@hydra_main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="train_router")
+def _run(cfg: DictConfig) -> None:
+    hydra_app.reported(run_configured, cfg)
+
+
+def train_router(arguments: Iterable[str]) -> None:
+    """Run with Hydra's arguments: overrides, -m for a sweep, --cfg job to show the configuration."""
+    register_routers()
+    hydra_app.launch("train_router", _run, arguments, GROUPS)

@@ -1,0 +1,235 @@
+"""Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt l2c]`.
+
+Each row of the table is kept in outputs/routers when it is finished, and a training's checkpoints with it, so that a
+run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from diffusion_cache.cli.interrupts import kept_interrupts
+from diffusion_cache.cli.progress import announcing
+from diffusion_cache.cli.train_router import clean_latents, training_samples
+from diffusion_cache.evaluation.accounting import Accountant
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
+from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
+from diffusion_cache.measure import psnr
+from diffusion_cache.plan import Plan
+from diffusion_cache.planning.build import Planner, Search
+from diffusion_cache.planning.static import static_plan
+from diffusion_cache.profile import Profile
+from diffusion_cache.profiling.generation import attached, teach
+from diffusion_cache.profiling.measure import Options, measure
+from diffusion_cache.registry import routers
+from diffusion_cache.routers.router import budget_of, random_logits, ranked, starts
+from diffusion_cache.routers.training import Settings, last_error, plan_method, train
+from diffusion_cache.schedule import spaced
+
+HOME = Path(__file__).parents[1]
+SCOPES = {"unet-digits": "block"}  # branch elsewhere
+GIVEN_PROMPTS = {"kind": "classes", "n": None, "n_video": None, "first_seed": 0}
+PROFILED, FITTED, TUNED = (FITTING_SEEDS + offset for offset in (50_000, 60_000, 70_000))
+REPORTED = 32  # samples, of the seeds from 0 on
+TRAJECTORIES = {"budgeted": 16}  # 40 elsewhere; a trajectory of hard gates costs twice that of soft ones
+EVERY = {"budgeted": 2}  # trajectories between looks
+STARTS = {"knapsack": 0, "start": 2}  # of ours, untrained: the profile's best schedule, and the evenly spaced one
+COLUMNS = (
+    *("model", "steps", "compute_asked", "seed", "method", "compute", "error", "psnr"),
+    *("cpu_seconds", "peak_bytes"),
+)
+FEWER = ("harmonica", "budgeted", "planned")
+
+
+class Setting(NamedTuple):
+    """What rows are compared within."""
+
+    model: str
+    steps: int
+    compute: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.steps}-{self.compute:g}-{self.seed}"
+
+
+def settings() -> dict[Setting, tuple[str, ...]]:
+    """The methods of every setting, the most important first."""
+    every = (
+        "interval",
+        "interval_taylor",
+        "random",
+        "knapsack",
+        "harmonica",
+        "budgeted",
+        "sdt",
+        "planned",
+        "annealed",
+        "reusing",
+    )
+    found: dict[Setting, tuple[str, ...]] = {}
+    for seed in range(3):
+        found[Setting("dit-digits", 20, 0.5, seed)] = every
+    for compute in (0.75, 0.7):  # at 25 % and 30 % cached
+        for seed in range(3):
+            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:9])
+    for seed in range(3):
+        found[Setting("dit-digits", 20, 0.25, seed)] = every[:9]
+    for model, steps in (("dit-digits", 10), ("dit-digits", 50), ("unet-digits", 20), ("flux-digits", 20)):
+        found[Setting(model, steps, 0.5, 0)] = FEWER
+    return found
+
+
+class Bench:
+    """One model and number of steps: its profile, and what plans do to the reported samples."""
+
+    def __init__(self, model: str, steps: int, folder: Path, progress: Callable[[str, int, int], None]):
+        self.subject, self.steps, self.progress = Shipped(model), steps, progress
+        self.make_batch = batches_of(self.subject, steps)
+        options = Options(SCOPES.get(model, "branch"), sensitivity_samples=4, sensitivity_steps=8)
+        made = measure(self.make_batch, self.drawn(PROFILED, 8), options, folder=folder, progress=progress)
+        assert made is not None
+        self.profile: Profile = made
+        self.reported = teach(self.make_batch(self.drawn(0, REPORTED)))
+        self.flops = self._flops()
+
+    @staticmethod
+    def drawn(first: int, count: int) -> list[tuple[str, int]]:
+        return [(str(i % 10), first + i) for i in range(count)]
+
+    def _flops(self) -> int:
+        accountant = Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
+        with accountant.observed(flops=True) as observed:
+            self.subject.generate([Sample(0, 0, 0)], self.steps)
+        return observed.flops
+
+    def figures(self, plan: Plan) -> dict[str, float]:
+        """Of the reported samples. error: relative L2 distance of the last states, mean; compute: executed FLOPs."""
+        batch = self.reported.batch
+        error = last_error(self.reported, plan)
+        with torch.no_grad(), attached(batch.pipe, plan_method(plan)):
+            images = batch.images(batch.call()).float()
+            work = self._flops() / self.flops
+        decibels = psnr(images.clamp(0, 1), self.reported.images.clamp(0, 1)).clamp(max=120.0)
+        return {"error": float(error.mean()), "psnr": float(decibels.mean()), "compute": work}
+
+    def made(self, setting: Setting, method: str, folder: Path) -> tuple[Plan, Mapping[str, Any]]:
+        """A method's plan, and what its training cost."""
+        profile, compute = self.profile, setting.compute
+        if method in ("interval", "interval_taylor"):
+            shares = sum(span.share for span in profile.spans)
+            count = max(1, round(budget_of(profile, compute) / shares))
+            steps = spaced(self.steps, count, 1.0)
+            computed = [step in steps for step in range(self.steps)]
+            return static_plan(profile, method, computed, order=int(method == "interval_taylor")), {}
+        if method == "random":
+            return static_plan(profile, method, ranked(random_logits(profile, setting.seed), profile, compute)), {}
+        if method in STARTS:
+            untrained = starts(profile, compute, 1)[STARTS[method]]
+            return static_plan(profile, method, ranked(untrained, profile, compute), order=1), {}
+        if method == "planned":
+            return self._planned(setting), {}
+        recipes = {
+            "fitted": ("budgeted", {"fitted": True}),
+            "annealed": ("budgeted", {"gates": "annealed"}),
+            "reusing": ("budgeted", {"order": 0}),
+        }
+        name, options = recipes.get(method, (method, {}))
+        samples = training_samples(GIVEN_PROMPTS, self.subject, setting.seed)
+        result = train(
+            self.make_batch,
+            samples,
+            profile,
+            routers.get(name)(**options),
+            Settings(
+                compute=compute,
+                seed=setting.seed,
+                trajectories=TRAJECTORIES.get(name, 40),
+                evaluate_every=EVERY.get(name, 8),
+            ),
+            folder=folder,
+            clean=clean_latents({"kind": "shipped", "name": setting.model}, samples),
+            progress=self.progress,
+        )
+        last = result.log[-1]
+        return result.plan, {"cpu_seconds": last["seconds"], "peak_bytes": last["peak_bytes"]}
+
+    def _planned(self, setting: Setting) -> Plan:
+        """Whole steps at the same scope, searched for and fitted."""
+        fitting, tuning = (teach(self.make_batch(self.drawn(first, 8))) for first in (FITTED, TUNED))
+        search = Search(runs=20, polished=0, regressors=False, seed=setting.seed)
+        planner = Planner(self.profile, fitting, tuning, [tuning], range(8), search, self.progress)
+        count = max(1, round(budget_of(self.profile, setting.compute) / sum(span.share for span in self.profile.spans)))
+        return planner.plan(count)
+
+
+def row_path(out: Path, setting: Setting, method: str) -> Path:
+    return out / f"{setting}-{method}.json"
+
+
+def make_row(out: Path, setting: Setting, method: str) -> None:
+    """Train, export and measure; in a process of its own, so that its memory is its own."""
+    console = Console(stderr=True)
+    with kept_interrupts(), announcing(console, f"{setting}, {method}") as progress:
+        bench = Bench(setting.model, setting.steps, out / f"{setting.model}-{setting.steps}", progress)
+        plan, cost = bench.made(setting, method, out / f"{setting}-{method}")
+        figures = bench.figures(plan)
+    row = {**setting._asdict(), "method": method, "compute_asked": setting.compute, **figures, **cost}
+    row_path(out, setting, method).write_text(json.dumps(row) + "\n")
+    console.print(f"{setting}, {method}: error {figures['error']:.4f} at {figures['compute']:.3f} of the FLOPs")
+
+
+def write_table(out: Path, results: Path) -> int:
+    """All rows that are there; how many."""
+    rows = [
+        json.loads(path.read_text())
+        for setting, methods in settings().items()
+        for path in (row_path(out, setting, method) for method in methods)
+        if path.is_file()
+    ]
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / "summary.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+    return len(rows)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="a setting: model-steps-compute-seed")
+    parser.add_argument("--method", nargs="+", help="some of its methods")
+    parser.add_argument("--out", type=Path, default=HOME / "outputs" / "routers", help="where rows are kept")
+    parser.add_argument("--here", action="store_true", help="make the row in this process (what the others are told)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    quieten_libraries()
+    for setting, methods in settings().items():
+        for method in methods:
+            wanted = options.only in (None, str(setting)) and (not options.method or method in options.method)
+            if not wanted or row_path(options.out, setting, method).is_file():
+                continue
+            if options.here:
+                make_row(options.out, setting, method)
+                continue
+            told = ["--only", str(setting), "--method", method, "--out", str(options.out), "--here"]
+            if subprocess.run([sys.executable, __file__, *told]).returncode:
+                raise SystemExit(1)
+    if not options.here:
+        print(f"{write_table(options.out, HOME / 'results' / 'routers')} rows in results/routers/summary.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Training a router from the command line, and running its plan."""
+
+import json
+
+import pytest
+from hydra import compose, initialize_config_module
+from typer.testing import CliRunner
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.cli import app
+from diffusion_cache.cli import train_router as command
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.profile import Profile
+from diffusion_cache.registry import routers
+
+STEPS = 4
+SMALL = [
+    "model=flux-digits",
+    "scope=stack",
+    f"steps={STEPS}",
+    "profile.num_samples=2",
+    "profile.sensitivity.samples=1",
+    "profile.sensitivity.steps=2",
+    "training.trajectories=2",
+    "training.batch=2",
+    "training.held_out=2",
+    "training.evaluate_every=1",
+]
+
+
+def configured(*overrides):
+    command.register_routers()
+    with initialize_config_module("diffusion_cache.configs", version_base="1.3"):
+        return compose("train_router", [*SMALL, *overrides])
+
+
+def test_a_trained_router_runs_as_a_plan(tmp_path, capsys):
+    folder = tmp_path / "profile"
+    command.run_configured(configured(f"out={folder}", "compute=0.75", "router.fitted=true"))
+    # the second one is stored beside the first, on the same profile
+    command.run_configured(configured(f"out={folder}", "compute=0.6", "router=sdt"))
+    profile = Profile.load(folder)
+    names = [plan.name for plan in profile.plans]
+    assert [name.partition("-")[0] for name in names] == ["budgeted", "sdt"]
+    for plan, compute in zip(profile.plans, (0.75, 0.6), strict=True):
+        cell = max(span.share for span in profile.spans)
+        assert 0 <= compute * STEPS - plan.nfe <= max(0.01 * STEPS, cell) + 1e-6
+    pipe = reference.load("flux-digits")
+    with dc.cached(pipe, profile=folder, plan=names[0]):
+        pipe(**reference.inputs("flux-digits", [3], [5], STEPS))
+        summary = dc.summary(pipe)
+    reused = int((~profile.plans[0].computed()).sum())
+    assert sum(record.spans_reused for record in summary.records) == reused > 0
+    for name in ("budgeted-0.75-seed0", "sdt-0.6-seed0"):
+        assert (folder / name / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert [row["trajectory"] for row in json.loads((folder / name / "training.json").read_text())] == [0, 1, 2]
+
+
+def test_samples_are_for_fitting_alone():
+    from diffusion_cache.evaluation.subjects import Shipped
+
+    subject = Shipped("flux-digits")
+    prompts = {"kind": "classes", "n": 32, "n_video": None, "first_seed": 0}
+    ranges = [
+        {seed for _, seed in command.training_samples(prompts, subject, seed)(range(0, 5000, 7))} for seed in (0, 1)
+    ]
+    assert not ranges[0] & ranges[1]
+    assert min(map(min, ranges)) > FITTING_SEEDS + 100_000
+    assert [label for label, _ in command.training_samples(prompts, subject, 0)(range(9, 12))] == ["9", "0", "1"]
+
+
+def test_clean_latents_are_of_the_samples_classes():
+    from diffusion_cache.reference.data import digit_images
+
+    clean = command.clean_latents({"kind": "shipped", "name": "dit-digits"}, lambda numbers: [("7", 3), ("2", 4)])
+    images, labels = digit_images()
+    for found, label in zip(clean([0, 1]), (7, 2), strict=True):
+        assert label in labels[(images == found).flatten(1).all(1)].tolist()
+    assert command.clean_latents({"kind": "shipped", "name": "flux-digits"}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["compute=0.01"], "compute is a share"),
+        (["compute=half"], "compute must be a number or null"),
+        (["steps=0"], "steps must be a whole number"),
+        (["mixed_precision=bf61"], "Did you mean 'bf16'"),
+        (["router.lr=fast"], "lr must be a number"),
+        (["training.batch=0"], "batch must be a whole number"),
+    ],
+)
+def test_what_cannot_be_trained(overrides, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        command.run_configured(configured(f"out={tmp_path / 'profile'}", *overrides))
+
+
+def test_unknown_names_are_told_before_anything_runs():
+    command.register_routers()
+    with pytest.raises(ConfigError, match="Did you mean 'harmonica'"):
+        command.check(["router=harmonika"])
+    with pytest.raises(ConfigError, match=r"training\.patience"):
+        command.check(["training.patients=3"])
+
+
+def test_routers_are_listed():
+    shown = CliRunner().invoke(app, ["list", "routers"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in routers.names())

@@ -1,0 +1,328 @@
+"""Training routers: what is learned, exact resumption, processes that agree, and bad input."""
+
+import math
+import os
+import socket
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plans import batch
+from plans import profile as profiled
+
+from diffusion_cache import reference
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.planning.static import evaluations
+from diffusion_cache.profiling.generation import teach
+from diffusion_cache.reference.data import digits_of
+from diffusion_cache.registry import routers
+from diffusion_cache.routers.mixing import Gates
+from diffusion_cache.routers.router import Router, above, random_logits, starts
+from diffusion_cache.routers.training import CHECKPOINT, PRICE_RATE, Settings, Trainer, train
+
+STEPS = 4
+SHORT = Settings(trajectories=4, batch=2, held_out=2, evaluate_every=2, refreshes=1)
+BRIEF = replace(SHORT, compute=0.7, trajectories=2)
+ALONE = SimpleNamespace(
+    num_processes=1,
+    process_index=0,
+    is_main_process=True,
+    device=torch.device("cpu"),
+    reduce=lambda value, how: value,
+    autocast=lambda: torch.autocast("cpu", enabled=False),
+)
+
+
+def samples(numbers):
+    return [(str(number % 10), 10**7 + number) for number in numbers]
+
+
+def clean(numbers):
+    return digits_of([number % 10 for number in numbers], list(numbers))
+
+
+class Shop:
+    """A shipped model's pipeline with its profile, and routers trained for it."""
+
+    def __init__(self, name, scope, steps=STEPS):
+        self.name, self.steps = name, steps
+        self.pipe, self.profile = reference.load(name), profiled(name, scope=scope, steps=steps)
+
+    def batch(self, given):
+        return batch(self.pipe, self.name, given, self.steps)
+
+    def trainer(self, folder, recipe, settings=SHORT, **options):
+        made = dict(clean=clean, accelerator=ALONE, progress=lambda *told: None)
+        return Trainer(self.batch, samples, self.profile, recipe, settings, folder, **{**made, **options})
+
+    def train(self, folder, recipe, settings=SHORT, **options):
+        return train(
+            self.batch,
+            samples,
+            self.profile,
+            recipe,
+            settings,
+            folder=folder,
+            **{"clean": clean, "accelerator": ALONE, **options},
+        )
+
+
+@pytest.fixture(scope="module")
+def stacks():
+    return Shop("flux-digits", "stack")
+
+
+@pytest.fixture(scope="module")
+def branches():
+    return Shop("dit-digits", "branch")
+
+
+def curves(result):
+    return [{key: row.get(key) for key in ("trajectory", "loss", "compute", "price", "error")} for row in result.log]
+
+
+@pytest.mark.parametrize("name", ["harmonica", "l2c"])
+def test_a_router_is_a_plan_at_its_budget(branches, name, tmp_path):
+    before = teach(branches.batch(samples([5]))).states[-1]
+    result = branches.train(tmp_path, routers.get(name)(), BRIEF)
+    plan = result.plan
+    assert abs(evaluations(branches.profile, plan.computed()[:, 0].numpy()) / STEPS - 0.7) <= 0.01
+    assert plan.facts["router"] == name
+    if name == "l2c":
+        assert plan.computed()[::2].all()
+    assert all(parameter.requires_grad for parameter in branches.pipe.transformer.parameters())
+    assert torch.equal(teach(branches.batch(samples([5]))).states[-1], before)
+    # what is stated is the error of the plan that is given
+    trainer = branches.trainer(tmp_path, routers.get(name)(), BRIEF)
+    trainer.teacher = teach(branches.batch(samples(range(2))))
+    assert trainer.error(plan) == pytest.approx(result.error, rel=1e-6)
+    assert result.error == min(row["error"] for row in result.log if "error" in row)
+
+
+def test_cuts_are_trained_alike(tmp_path):
+    shop = Shop("unet-digits", "cut", steps=3)
+    result = shop.train(tmp_path, routers.get("harmonica")(), replace(SHORT, compute=0.8, trajectories=2))
+    assert [row["trajectory"] for row in result.log] == [0, 1, 2]
+    assert all(0 < row["loss"] < 10 for row in result.log[1:])
+
+
+def test_a_higher_price_keeps_less(stacks, tmp_path):
+    kept = []
+    for place, beta in enumerate((1e-9, 1e3)):
+        recipe = routers.get("sdt")(beta=beta, lr=1.0)
+        trainer = stacks.trainer(
+            tmp_path / str(place), recipe, replace(SHORT, compute=None, trajectories=3, evaluate_every=3)
+        )
+        result = trainer.run()
+        kept.append(result.plan.nfe)
+        assert (result.plan.computed()[:, 0].numpy() == above(trainer.best_logits, recipe.threshold)).all()
+    assert kept[1] < kept[0] == STEPS
+
+
+def test_dual_ascent_moves_towards_the_budget(stacks, tmp_path):
+    ends = []
+    for compute in (0.35, 0.9):
+        settings = replace(SHORT, compute=compute, trajectories=4, evaluate_every=4)
+        log = stacks.train(tmp_path / str(compute), routers.get("sdt")(lr=0.5), settings).log[1:]
+        for before, after in pairwise(log):
+            rise = math.log(after["price"] / before["price"])
+            assert rise == pytest.approx(PRICE_RATE * (after["compute"] - compute), abs=1e-9)
+        ends.append(log[-1]["compute"])
+    assert ends[0] < ends[1]
+
+
+def test_the_best_start_is_taken_and_gone_back_to(stacks, tmp_path, monkeypatch):
+    groups = [{"name": "all", "spans": None}]
+    measured = replace(
+        stacks.profile,
+        arrays={**stacks.profile.arrays, "sensitivity": torch.ones(1, STEPS)},
+        facts={**stacks.profile.facts, "sensitivity": {"groups": groups, "unmeasured": []}},
+    )
+    monkeypatch.setattr(stacks, "profile", measured)
+    errors = iter([0.5, 0.4, 0.3, 0.6, 0.9])  # of four starts, and after the second trajectory
+    monkeypatch.setattr(Trainer, "error", lambda self, plan: next(errors))
+    recipe = routers.get("budgeted")()
+    trainer = stacks.trainer(tmp_path, recipe, replace(SHORT, trajectories=2))
+    result = trainer.run()
+    assert result.error == 0.3
+    start = Router(starts(measured, 0.5, 1)[2]).logits
+    assert torch.equal(trainer.best_logits, start)
+    assert torch.equal(trainer.router.logits, start)
+    for optimizer in trainer.optimizers.values():
+        assert optimizer.param_groups[0]["lr"] == recipe.lr / 2
+        assert not optimizer.state
+
+
+def test_the_step_of_one_update(stacks, tmp_path):
+    """Adam's first step is the learning rate, against the gradient of loss and price."""
+    trainer = stacks.trainer(tmp_path, routers.get("sdt")(beta=1e3), replace(SHORT, trajectories=1, compute=None))
+    before = trainer.router.logits
+    trainer.run()
+    torch.testing.assert_close(trainer.router.logits[1:], (before - trainer.recipe.lr)[1:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(trainer.router.logits[0], before[0])
+
+
+def test_the_change_of_a_hard_gate_is_that_of_flipping_it(stacks, tmp_path):
+    """Of outputs that are linear in the gates, the mean over probes against the losses at both ends."""
+    trainer = stacks.trainer(tmp_path, routers.get("budgeted")(start="random"))
+    generator = torch.Generator().manual_seed(0)
+    base, slopes = torch.randn(4, 50, generator=generator), torch.randn(2, 4, 50, generator=generator)
+    ends = torch.tensor([1.0, 0.0])
+
+    def difference(mix):
+        return base + torch.tensordot(mix, slopes, dims=1)
+
+    expected = []
+    for place in range(2):
+        losses = [difference(ends.index_fill(0, torch.tensor([place]), end)).square().mean() for end in (0.0, 1.0)]
+        expected.append(losses[1] - losses[0])
+    found = []
+    for trainer.done in range(2000):
+        mix = ends.clone().requires_grad_()
+        _, (change,) = trainer._changes(1, difference(mix), {1: Gates(mix, (True, False), mix)})
+        found.append(change)
+    torch.testing.assert_close(torch.stack(found).mean(0), torch.stack(expected), rtol=0, atol=0.15)
+    straight = torch.autograd.grad(difference(mix).square().mean(), mix)[0]
+    assert (straight - torch.stack(expected)).abs().min() > 0.5  # what leaving the curvature out would give
+
+
+def test_a_resumed_training_is_the_same_to_the_bit(stacks, tmp_path):
+    recipe = routers.get("harmonica")(order=1)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(what, done, of):
+        if done == 2:
+            raise Stop
+
+    folder = tmp_path / "resumed"
+    settings = replace(SHORT, evaluate_every=1)
+    whole = stacks.train(tmp_path / "another", recipe, settings)
+    with pytest.raises(Stop):
+        stacks.train(folder, recipe, settings, progress=stopping)
+    assert torch.load(folder / CHECKPOINT, weights_only=True)["done"] == 1
+    resumed = stacks.train(folder, recipe, settings)
+    assert curves(resumed) == curves(whole)
+    states = [torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("another", "resumed")]
+    for key, value in states[0]["router"].items():
+        assert torch.equal(states[1]["router"][key], value)
+    assert torch.equal(resumed.plan.weights.nan_to_num(0), whole.plan.weights.nan_to_num(0))
+    assert resumed.plan.schedule == whole.plan.schedule
+
+
+def test_the_best_router_is_kept_and_training_ends_early(stacks, tmp_path, monkeypatch):
+    errors = iter([0.5, 0.3, 0.4, 0.4, 0.1])
+    monkeypatch.setattr(Trainer, "error", lambda self, plan: next(errors))
+    result = stacks.train(tmp_path, routers.get("sdt")(), replace(SHORT, trajectories=9, evaluate_every=1, patience=2))
+    assert result.error == 0.3
+    assert [row["error"] for row in result.log] == [0.5, 0.3, 0.4, 0.4]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+    shop = Shop("flux-digits", "stack")
+    weight = shop.pipe.transformer.proj_out.weight
+
+    def breaking(what, done, of):
+        if done == 1:
+            weight.data.fill_(float("nan"))
+
+    with pytest.raises(ConfigError, match="trajectory 1, step 1 is not finite"):
+        shop.train(tmp_path, routers.get("sdt")(), replace(SHORT, evaluate_every=1), progress=breaking)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["done"] == 1
+    assert all(bool(torch.isfinite(row).all()) for row in state["router"].values())
+    assert weight.requires_grad
+
+
+def test_trainings_do_not_go_on_from_others(stacks, tmp_path):
+    recipe, once = routers.get("sdt")(), replace(SHORT, trajectories=1)
+    stacks.train(tmp_path, recipe, once)
+    with pytest.raises(ConfigError, match="another settings"):
+        stacks.train(tmp_path, recipe, replace(once, seed=1))
+    with pytest.raises(ConfigError, match="another recipe"):
+        stacks.train(tmp_path, routers.get("sdt")(lr=0.5), once)
+    with pytest.raises(ConfigError, match="another model and steps"):
+        Shop("flux-digits", "stack", steps=3).train(tmp_path, recipe, once)
+    (tmp_path / CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        stacks.train(tmp_path, recipe, once)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options", "said"),
+    [
+        ("sdt", {"compute": 0.1}, {}, "compute is a share"),
+        ("sdt", {"compute": None}, {}, "needs a compute"),
+        ("l2c", {"compute": 0.7}, {"clean": None}, "trains on images"),
+        ("budgeted", {}, {}, "no sensitivity"),
+        ("sdt", {"batch": 3}, {"accelerator": SimpleNamespace(num_processes=2)}, "multiple of the 2 processes"),
+    ],
+)
+def test_what_cannot_be_trained_says_so(stacks, name, settings, options, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        stacks.trainer(tmp_path, routers.get(name)(), replace(SHORT, **settings), **options)
+
+
+def test_one_step_leaves_nothing_to_train(tmp_path):
+    with pytest.raises(ConfigError, match="no span to train"):
+        Shop("flux-digits", "stack", steps=1).trainer(tmp_path, routers.get("sdt")(), replace(SHORT, compute=1.0))
+
+
+def test_other_steps_than_the_profile_has(stacks, tmp_path):
+    other = Shop("flux-digits", "stack", steps=3)
+    other.profile = stacks.profile
+    with pytest.raises(ConfigError, match="4 steps and the generation 3"):
+        other.train(tmp_path, routers.get("sdt")())
+
+
+@pytest.mark.parametrize("settings", [{"trajectories": 0}, {"batch": 1.5}, {"held_out": 5000}])
+def test_numbers_that_cannot_be(settings):
+    with pytest.raises(ConfigError, match=r"must be|may be"):
+        Settings(**settings)
+
+
+def rank(index, port, folder, shop, settings):
+    """What one of two processes does: train, and leave its logits after each update."""
+    from accelerate import Accelerator
+
+    os.environ |= {
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.save(updates(shop, folder / "shared", settings, Accelerator(cpu=True)), folder / f"{index}.pt")
+
+
+def updates(shop, folder, settings, accelerator):
+    """The first gradient, and the logits after the last update."""
+    trainer = shop.trainer(folder, routers.get("harmonica")(beta=1e-3, lr=0.01), settings, accelerator=accelerator)
+    first = []
+    step = trainer.optimizers[1].step
+    trainer.optimizers[1].step = lambda: (first.append(trainer.router.rows[1].grad.clone()), step())
+    trainer.run()
+    return first[0], trainer.router.logits
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    shop = Shop("flux-digits", "stack", steps=6)
+    settings = replace(SHORT, trajectories=4, evaluate_every=4, compute=None)  # 20 updates
+    gradient, logits = updates(shop, tmp_path / "alone", settings, ALONE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank, args=(i, port, tmp_path, shop, settings)) for i in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    found = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)]
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[0][1], logits, rtol=1e-4, atol=1e-4)
+    assert float((logits[1:] - random_logits(shop.profile, 0)[1:]).abs().min()) > 0.01
