@@ -10,7 +10,6 @@ from torch import Tensor
 
 # (elements of a tile, warps): a launch takes the first, which `make bench-kernels` compares with the others
 CONFIGS = ((2048, 4), (1024, 4), (4096, 8), (8192, 8))
-WIDEST = 1024  # columns of a tile that need not hold a whole row
 
 
 class Tiling(NamedTuple):
@@ -36,11 +35,11 @@ class Tiling(NamedTuple):
 def tiling(batch: int, rows: int, columns: int, config: tuple[int, int] = CONFIGS[0]) -> Tiling:
     """Tiles of `config`'s size whose width wastes least of the last one in a row."""
     elements, warps = config
-    whole = triton.next_power_of_2(columns)
-    widths = [min(whole, WIDEST) >> shift for shift in range(3) if min(whole, WIDEST) >> shift >= min(whole, 128)]
+    whole = min(triton.next_power_of_2(columns), elements)
+    widths = [whole >> shift for shift in range(4) if whole >> shift >= min(whole, 128)]
     width = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
     if rows == 1:
-        width = min(whole, elements)
+        width = whole
     return Tiling(batch, rows, columns, max(1, min(elements // width, triton.next_power_of_2(rows))), width, warps)
 
 
