@@ -140,7 +140,7 @@ def enable(
         others: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
         others |= {"profile": profile, "speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
         others |= {"ignore": ignore or None, "depth": depth, "group": group, **watch}
-        others |= {name: value for name, value in how.items() if value not in ("sample", "immediate")}
+        others |= {name: value for name, value in how.items() if value != enable.__kwdefaults__[name]}
         for name, value in others.items():
             if value is not None:
                 raise ConfigError(f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give method alone")
