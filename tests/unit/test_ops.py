@@ -230,7 +230,11 @@ def test_codes_hold_a_residual_to_their_precision(code, error, dtype):
     assert torch.equal(into.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
 
 
-@pytest.mark.parametrize("weights", [(0.5, -2.0), (0.0, 1.0), torch.tensor([0.5, -2.0]), torch.randn(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [(0.5, -2.0), (0.0, 1.0), torch.tensor([0.5, -2.0]), torch.tensor([[-1.0, -1.2], [1.0, 0.4]])],
+    ids=["numbers", "one of them zero", "a tensor", "of rows"],
+)
 @pytest.mark.parametrize("code", list(ops.CODES))
 def test_forecasts_from_codes(code, weights):
     pairs = [coded((2, 5, 8), code, seed)._replace(dtype=torch.bfloat16) for seed in range(2)]
