@@ -137,10 +137,11 @@ def enable(
     how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
+        defaults = enable.__kwdefaults__ or {}
         others: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
         others |= {"profile": profile, "speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
         others |= {"ignore": ignore or None, "depth": depth, "group": group, **watch}
-        others |= {name: value for name, value in how.items() if value != enable.__kwdefaults__[name]}
+        others |= {name: value for name, value in how.items() if value != defaults.get(name)}
         for name, value in others.items():
             if value is not None:
                 raise ConfigError(f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give method alone")
