@@ -602,6 +602,8 @@ def _planned(
     options: Mapping[str, Any],
 ) -> Method:
     """The method that a profile's plan, or a plan itself, stands for."""
+    if options.get("unconditional_every", 1) != 1:
+        raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
     denoisers = find_denoisers(pipe)
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
         return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)

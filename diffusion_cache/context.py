@@ -37,7 +37,8 @@ class Step:
 
     index: sampler iteration, from 0. total: iterations in the run, if known. evaluation: denoiser calls before this
     one in the run. noise_level: log-SNR, if the sampler tells. pass_name: the guidance branch's name or position.
-    rows: the batch rows of each guidance branch stacked inside this call (one slice where there is one).
+    rows: the batch rows of each guidance branch stacked inside this call (one slice where there is one). pass_index:
+    the guidance branch's position in its step, of those that are calls of their own.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Step:
     noise_level: float | None
     pass_name: str
     rows: tuple[slice, ...]
+    pass_index: int = 0
 
 
 @dataclass(frozen=True)

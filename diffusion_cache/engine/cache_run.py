@@ -72,7 +72,8 @@ class CacheRun:
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
-        self._adaptive = not session.method.guarded.planned
+        guarded = session.method.guarded
+        self._tells_rows = not guarded.planned or guarded.guards.unconditional_every > 1
         self._told_before: Any = None
         self._noise_levels = noise_levels
         self._levels = NoiseLevels()
@@ -196,7 +197,7 @@ class CacheRun:
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
             self.decisions.begin_loop(guarded, self.forecaster.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
-        if self._adaptive and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
+        if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
         step = Step(
             index=clock.index,
@@ -205,6 +206,7 @@ class CacheRun:
             noise_level=self._levels[clock.index] if clock.index < len(self._levels) else None,
             pass_name=self.pass_name or self._position_name(clock.position),
             rows=self._rows(batch),
+            pass_index=clock.position,
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         frame.called = args, kwargs

@@ -1,6 +1,7 @@
 """Asking the policy: beforehand, at the start of a call, or after its probe blocks and for each sample apart."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ..context import PassState, Past, Step, Verdict, largest
-from ..errors import DiffusionCacheError
+from ..errors import ConfigError, DiffusionCacheError
 from ..policies import Guarded
 from ..schedule import Schedule
 from .frame import Frame, PassKey
 
 if TYPE_CHECKING:
     from .session import Method
+
+
+UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
 
 
 class Decisions:
@@ -38,6 +42,7 @@ class Decisions:
         self._schedules: dict[int, Schedule | None] = {}
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, Kept] = {}
+        self._passes = 0  # calls of a step, as far as was seen
 
     def begin_loop(self, guarded: Guarded, history: int) -> None:
         """Go by this policy from now on, with so many features kept."""
@@ -79,7 +84,13 @@ class Decisions:
         return list(dict.fromkeys(row for step in schedule.compute for row in step if not all(row)))
 
     def open(self, frame: Frame, position: int) -> None:
-        """At the start of a call: what is known without its signals."""
+        """At the start of a call: what is known without its signals.
+
+        Raises:
+            ConfigError: where the unconditional pass is to be spared, and cannot be told.
+        """
+        if self.guarded.guards.unconditional_every > 1:
+            self._check_passes(frame.step)
         schedule = self.schedule(frame.step.total)
         if schedule is not None:
             frame.stores = schedule.stores(frame.step.index, position, self.history)
@@ -87,6 +98,21 @@ class Decisions:
             frame.reason = "schedule"
         elif self.guarded.planned:
             self._decide(frame, 1, [[]])
+
+    def _check_passes(self, step: Step) -> None:
+        self._passes = max(self._passes, step.pass_index + 1)
+        if step.pass_index == 0 and UNCONDITIONAL.search(step.pass_name):
+            raise ConfigError(
+                "unconditional_every is for pipelines that call the denoiser with the prompt first, and this one "
+                f"begins with {step.pass_name!r}: leave it out"
+            )
+        if step.index == 1 and self._passes == 1:
+            if len(step.rows) > 1:
+                raise ConfigError(
+                    "unconditional_every is for guidance branches that are calls of their own, and this pipeline "
+                    f"stacks {len(step.rows)} in the rows of one call: leave it out"
+                )
+            self._warn("unconditional_every changes nothing, as there is one guidance branch in this run")
 
     def after_probe(self, frame: Frame, apart: bool) -> None:
         """With the frame's signals. apart: whether some samples can be computed and others not."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # rows computed alone may differ from the same rows in a batch by as much, relative, by the order of summation
 ROW_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 LOW_PRECISION_ROW_TOLERANCE = 2e-2
+FIRST_PASS = "first pass."
 
 
 class Row(NamedTuple):
@@ -72,6 +73,15 @@ class SpanCalls:
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._peak_bytes = 0
+        self._first: dict[
+            tuple[str, Span, int], tuple[int, list[Tensor]]
+        ] = {}  # the step, and what its first pass gave
+
+    @property
+    def _relates_passes(self) -> bool:
+        """Whether a step's later passes are forecast as differences from its first one, which change far less."""
+        guards = self._method.guarded.guards
+        return guards.unconditional_every > 1 and not self._run.forecaster.keeps_inputs
 
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
@@ -114,6 +124,7 @@ class SpanCalls:
             if last:
                 visit.finished = True
                 assert visit.state.template is not None
+                self._note_first_pass(frame, visit, visit.forecast)
                 return visit.state.template.join(visit.forecast)
             known = visit.state.passthrough.get(member)
             return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
@@ -150,13 +161,14 @@ class SpanCalls:
             self._interrupted(frame, state, span)
             return None
         session = self._run.session
-        watched = session.observer is not None and not frame.fills_cache
+        watched = (session.observer is not None or self._relates_passes) and not frame.fills_cache
         if frame.actions is not None and not frame.stores and all(frame.actions) and not watched:
             frame.computed += 1
             return None
         inputs = tensor_inputs(args, kwargs)
         if span in session.written:
             inputs = copied(inputs)
+        inputs |= self._first_pass(frame, span)
         if frame.actions is None:
             frame.signals = take(self._run, frame, span, inner, args, kwargs, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
@@ -201,6 +213,18 @@ class SpanCalls:
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
+
+    def _note_first_pass(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
+        if self._relates_passes and frame.position == 0:
+            given = [tensor.detach().clone() for tensor in tensors]
+            self._first[frame.key[0], visit.span, frame.counts[visit.span]] = frame.step.index, given
+
+    def _first_pass(self, frame: Frame, span: Span) -> Inputs:
+        """What this step's first pass gave of the span, as inputs of a later pass."""
+        if not self._relates_passes or frame.position == 0:
+            return {}
+        step, given = self._first.get((frame.key[0], span, frame.counts[span]), (-1, []))
+        return {f"{FIRST_PASS}{i}": tensor for i, tensor in enumerate(given)} if step == frame.step.index else {}
 
     def _note_output(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
         """What the last span gave is a signal too, for a policy that looks at it: its stream of the sample."""
@@ -422,6 +446,7 @@ class SpanCalls:
         else:
             whole = [f.index_copy_(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
         self._note_output(frame, visit, whole)
+        self._note_first_pass(frame, visit, whole)
         try:
             kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
             state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)], rows, frame.batch)
@@ -454,13 +479,15 @@ class SpanCalls:
             if (residual or keeps) and len(visit.unchanged_inputs()) < len(visit.inputs):
                 self._run.session.written.add(span)  # where it began is not known any more; copied from now on
                 return None
-            state.template = Template.of(output, visit.inputs, residual, keeps)
+            related = {key: tensor for key, tensor in visit.inputs.items() if str(key).startswith(FIRST_PASS)}
+            state.template = Template.of(output, related or visit.inputs, residual or bool(related), keeps)
             self._run.session.templates[span, frame.counts[span], visit.entered] = state.template
             tensors = state.template.split(output)
         if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
             return None
         self._note_output(frame, visit, tensors)
+        self._note_first_pass(frame, visit, tensors)
         kept = _kept(state.template, visit.inputs)
         if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
@@ -575,7 +602,8 @@ class SpanCalls:
         return self._peak_bytes
 
     def _count_bytes(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, sum(state.history.nbytes for state in self._states.values()))
+        kept = sum(tensor.nbytes for _, given in self._first.values() for tensor in given)
+        self._peak_bytes = max(self._peak_bytes, kept + sum(state.history.nbytes for state in self._states.values()))
 
     def feature_bytes(self) -> dict[str, int]:
         """Bytes of one stored feature of each span, summed over passes."""
@@ -591,6 +619,7 @@ class SpanCalls:
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
         unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
         self._states.clear()
+        self._first.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
 

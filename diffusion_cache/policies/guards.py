@@ -1,4 +1,4 @@
-"""Guards: limits on reuse that hold for every policy, as one wrapper."""
+"""Guards: limits on reuse, and on computing the unconditional pass, that hold for every policy, as one wrapper."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,11 @@ class Guards:
     warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of
     the run, as fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in
     one run, per pass. sigma_max, sigma_min: reuse only at noise levels between them, σ / (α + σ) from 0 (no noise) to 1
-    (pure noise); of flow samplers, that is their own σ.
+    (pure noise); of flow samplers, that is their own σ. unconditional_every: the unconditional pass (every guidance
+    branch of a step but the first, where they are calls of their own) is computed at most at one step in so many, and
+    reused in between whatever the policy says, as in FasterCache (arXiv 2410.19355): what is forecast of it is by how
+    much it differs from the first branch, but for forecasters that keep inputs and denoisers compiled as a whole, where
+    it is forecast from its own past.
     """
 
     warmup: int = 1
@@ -30,10 +34,13 @@ class Guards:
     max_reused: int | None = None
     sigma_max: float = 1.0
     sigma_min: float = 0.0
+    unconditional_every: int = 1
 
     def __post_init__(self) -> None:
         if self.warmup < 1:
             raise ConfigError(f"warmup must be at least 1 (the first step is always computed), not {self.warmup}")
+        if self.unconditional_every < 1:
+            raise ConfigError(f"unconditional_every must be at least 1 (no limit), not {self.unconditional_every}")
         if self.last < 0:
             raise ConfigError(f"last must be ≥ 0, not {self.last}")
         if not 0.0 <= self.start <= self.end <= 1.0:
@@ -83,6 +90,11 @@ class Guards:
             return "outside the window"
         return None
 
+    def spared(self, step: Step, state: PassState) -> bool:
+        """Whether this is a pass that is reused though its policy would compute it; `forced` comes first."""
+        due = state.last_computed < 0 or step.index - state.last_computed >= self.unconditional_every
+        return step.pass_index > 0 and not due
+
 
 @dataclass(frozen=True)
 class Guarded:
@@ -129,15 +141,19 @@ class Guarded:
             return None
         own = self.policy.schedule_of(total, self.spans)
         passes = max(map(len, own.compute)) if own else 1
+        if self.guards.unconditional_every > 1:
+            passes = max(passes, 2)
         states = [PassState() for _ in range(passes)]
         rows = []
         for index in range(total):
-            step = self._step(index, total)
             row = []
             for position, state in enumerate(states):
+                step = self._step(index, total, position)
                 accumulated = 0.0
                 if self.guards.forced(step, state) is not None:
                     spans: tuple[bool, ...] = (True,)
+                elif self.guards.spared(step, state):
+                    spans = (False,)
                 elif own is not None:
                     spans = own.row(index, position)
                 else:
@@ -148,10 +164,10 @@ class Guarded:
             rows.append(tuple(row))
         return Schedule(tuple(rows))
 
-    def _step(self, index: int, total: int | None) -> Step:
+    def _step(self, index: int, total: int | None, position: int = 0) -> Step:
         """A step as far as it is known before the run."""
         level = self.noise_levels[index] if index < len(self.noise_levels) else None
-        return Step(index, total, index, level, "", (slice(None),))
+        return Step(index, total, index, level, "", (slice(None),), position)
 
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
         return (self.drift or self.policy).measure(signals, past)
@@ -166,6 +182,12 @@ class Guarded:
         reason = self.guards.forced(step, state)
         if reason:
             return Verdict(True, reason)
+        verdict = self._decide(step, value, state)
+        if self.guards.spared(step, state):
+            return verdict._replace(compute=False, reason="unconditional", extra=False)
+        return verdict
+
+    def _decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         own = self.policy.schedule(step.total) if self.drift is not None and step.total is not None else None
         if own is None:
             return self.policy.decide(step, value, state)
