@@ -16,6 +16,8 @@ from ..errors import ConfigError, DiffusionCacheError
 if TYPE_CHECKING:
     from ..registry import Registry
 
+LISTED_WIDTH = 160  # of a table that is not shown in a terminal, which knows its own
+
 
 class _Commands(typer.core.TyperGroup):
     """Shows this package's own errors as a message, not as a traceback."""
@@ -223,7 +225,9 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
         from .. import registry
 
         table = _methods(getattr(registry, what.value))
-    Console().print(table)
+    table.columns[0].no_wrap = True  # names are there to be copied
+    console = Console()
+    (console if console.is_terminal else Console(width=LISTED_WIDTH)).print(table)
 
 
 def _methods(registry: "Registry[Any]") -> Table:
