@@ -2,6 +2,7 @@
 
 from .accumulate import Accumulate
 from .centered import Centered
+from .dicache import DiCache
 from .drift import Drift
 from .easycache import EasyCache
 from .first_block import FirstBlock
@@ -20,6 +21,7 @@ __all__ = [
     "PAB",
     "Accumulate",
     "Centered",
+    "DiCache",
     "Drift",
     "EasyCache",
     "FirstBlock",
