@@ -28,7 +28,10 @@ SIGNALS = {
     "modulated_input": "what the first attention of the first span's first block receives, normalised and modulated",
     "noise_level": "log-SNR of the step, [rows]",
     "output": "what the last span gave; known after the call, so of the past alone",
+    "tail_output": "what the blocks after the spans gave; known after the call",
+    "tail_forecast": "what was forecast of that from its own history; known after a call with reused spans",
 }
+KNOWN_AFTER = frozenset({"output", "tail_output", "tail_forecast"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Needs:
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
     blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
     a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
+    verify: whether reused calls are measured at their end, with the signals known then, and not before they are made.
+    rollback: whether a call that is decided against then is made again, computed; else the next one is computed.
     """
 
     signals: tuple[str, ...] = ()
@@ -67,6 +72,8 @@ class Needs:
     tail: int = 0
     blocks: tuple[str, ...] = ()
     condition: bool = False
+    verify: bool = False
+    rollback: bool = False
 
 
 class Condition(NamedTuple):
@@ -189,7 +196,10 @@ class Policy(ABC):
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
         """One number per batch row, [rows], on their device; None where there is nothing to compare with yet.
 
-        signals: this step's, by needed name, all but `output`. It is not asked at a pass's first step.
+        signals: this step's, by needed name, all that are known before the call. It is not asked at a pass's first
+        step. With `Needs.verify` it is asked at the end of calls with reused spans, of all signals, and the number is
+        None for samples that were computed. `decide` is asked with it at once with `Needs.rollback`, and before that
+        with None; else at the next step.
         """
         raise NotImplementedError(f"policy {self.name!r} names signals and so must define measure")
 

@@ -30,6 +30,7 @@ REUSING: dict[str, dict[str, Any]] = {
     "pab": {"spatial": 2, "temporal": 2, "cross": 2, "feed_forward": 2},
     "seacache": {"threshold": 10.0, "max_consecutive": 2},
     "sencache": {"threshold": 10.0, "max_consecutive": 2},
+    "speca": {"threshold": 10.0, "max_consecutive": 2},
     "teacache": {"threshold": 10.0, "max_consecutive": 2},
 }
 COMPUTING: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ COMPUTING: dict[str, dict[str, Any]] = {
     "pab": {"spatial": 1, "temporal": 1, "cross": 1, "feed_forward": 1},
     "seacache": {"warmup": STEPS},
     "sencache": {"warmup": STEPS},
+    "speca": {"warmup": STEPS},
     "teacache": {"warmup": STEPS},
 }
 

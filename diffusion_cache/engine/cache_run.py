@@ -112,6 +112,9 @@ class CacheRun:
                 frame = self.frame = Frame(frame.step, frame.key, False, frame.batch, frame.position)
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
+            elif (again := self.decisions.verified(frame)) is not None:
+                frame = self.frame = again
+                output = self._forward(spans, inner, args, kwargs)
         finally:
             self.frame = None
         self._close_frame(frame, name, spans)
@@ -347,6 +350,13 @@ class CacheRun:
                     probed = probed.detach().clone()  # blocks may write into what they are given
                 self.frame.probe_input, self.frame.probe_version = probed, version_of(probed)
         return inner(*args, **kwargs)
+
+    def tail_call(self, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The last tail block: note what it gives, and what is forecast of that where the spans are reused."""
+        output = inner(*args, **kwargs)
+        if self.frame is not None and self.frame.signals is not None:
+            self.spans.note_tail(self.frame, output, tensor_inputs(args, kwargs))
+        return output
 
     # the end
 

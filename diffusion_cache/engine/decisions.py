@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..context import PassState, Past, Step, Verdict, largest
+from ..context import KNOWN_AFTER, PassState, Past, Step, Verdict, largest
 from ..errors import ConfigError, DiffusionCacheError
 from ..policies import Guarded
 from ..schedule import Schedule
@@ -116,9 +116,39 @@ class Decisions:
 
     def after_probe(self, frame: Frame, apart: bool) -> None:
         """With the frame's signals. apart: whether some samples can be computed and others not."""
-        self._decide(frame, len(samples_of(frame.step, frame.batch)), samples_of(frame.step, frame.batch), apart)
+        frame.apart = apart
+        samples = samples_of(frame.step, frame.batch)
+        self._decide(frame, len(samples), samples)
 
-    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool = False) -> None:
+    def verified(self, frame: Frame) -> Frame | None:
+        """At the end of a call: the one to make in its place, where the policy decides only now and against it."""
+        if not self.guarded.needs.rollback or frame.signals is None or not frame.reused:
+            return None
+        samples, states = samples_of(frame.step, frame.batch), self._states[frame.key]
+        verdicts = list(frame.verdicts)
+        try:
+            past = self._kept[frame.key].past if frame.key in self._kept else Past()
+            number = self._measured(frame.signals, past)
+            values = [None] * len(samples) if number is None else self._values(number.read(), samples)
+            for i, (value, state) in enumerate(zip(values, states, strict=True)):
+                if not verdicts[i].compute:
+                    verdicts[i] = self.guarded.decide(frame.step, value, state)
+        except DiffusionCacheError:
+            raise
+        except Exception as error:
+            self._warn_failure("the policy", error)
+            verdicts = [Verdict(True, "failure")] * len(verdicts)
+        if all(before.compute == after.compute for before, after in zip(frame.verdicts, verdicts, strict=True)):
+            self._settle(frame, verdicts, samples)
+            return None
+        again = Frame(frame.step, frame.key, frame.stores, frame.batch, frame.position)
+        again.called, again.variant, again.apart = frame.called, frame.variant, frame.apart
+        again.signals = {name: signal for name, signal in frame.signals.items() if name not in KNOWN_AFTER}
+        self._settle(again, verdicts, samples)
+        again.reason = f"computed again: {again.reason}"
+        return again
+
+    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]]) -> None:
         states = self._states.get(frame.key, [])
         if len(states) != count:
             # how many samples the rows make is known for sure from the first scheduler step on
@@ -131,9 +161,13 @@ class Decisions:
         except Exception as error:
             self._warn_failure("the policy", error)
             verdicts = [Verdict(True, "failure")] * count
+        self._settle(frame, verdicts, samples)
+
+    def _settle(self, frame: Frame, verdicts: list[Verdict], samples: Sequence[Sequence[int]]) -> None:
+        """What the verdicts on each sample come to for the call."""
         frame.verdicts = verdicts
         frame.asking = [verdict.compute for verdict in verdicts]
-        asking = sum(frame.asking)
+        asking, count, apart = sum(frame.asking), len(verdicts), frame.apart
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
         if 0 < asking < count and not apart and self._granularity == "sample":
@@ -153,6 +187,8 @@ class Decisions:
             number = self._number(frame, frame.signals, needed=not all(forced))
             if number is not None and not all(forced):
                 values = self._values(number.read(), samples)
+        if self.guarded.needs.verify:
+            values = [value if state.consecutive else None for value, state in zip(values, states, strict=True)]
         return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
 
     def _number(self, frame: Frame, signals: Mapping[str, Tensor], needed: bool) -> "Number | None":
@@ -163,6 +199,8 @@ class Decisions:
             kept = None
         if kept is None:
             return None
+        if self.guarded.needs.verify:
+            return kept.number
         if self._sync != "lagged":
             return self._measured(signals, kept.past) if needed else None
         # copied while this call runs, for the next one
@@ -207,19 +245,23 @@ class Decisions:
 
     def _keep(self, frame: Frame, signals: Mapping[str, Tensor]) -> None:
         """Keep of this call what the next ones are compared with."""
-        kept = self._kept.setdefault(frame.key, Kept())
+        kept, needs = self._kept.setdefault(frame.key, Kept()), self.guarded.needs
+        if needs.verify and not needs.rollback:
+            kept.number = self._measured(signals, kept.past) if frame.reused else None
         if not frame.reused or frame.rows is not None:
             rows = frame.rows if frame.reused else None
             remembered = self.guarded.remember(signals, kept.past)
             kept.computed = _replaced(kept.computed, signals, rows)
             kept.memory = _replaced(kept.memory, remembered, rows)
-        entered = {name: signal for name, signal in signals.items() if name != "output"}
-        kept.steps = (entered, *kept.steps)[: int(self.guarded.needs.previous)]
+        entered = {name: signal for name, signal in signals.items() if name not in KNOWN_AFTER}
+        kept.steps = (entered, *kept.steps)[: int(needs.previous)]
 
 
 @dataclass
 class Kept:
-    """What one pass keeps of earlier calls, see `Past`. number: of the last step, where decisions lag by one."""
+    """What one pass keeps of earlier calls, see `Past`. number: of the last step, where decisions lag by one or wait
+    for what it gave.
+    """
 
     computed: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)

@@ -36,7 +36,7 @@ from .intercept import intercept, is_compiled, is_intercepted, release
 from .observer import Observer
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
-from .signals import attention_call
+from .signals import TAIL_SIGNALS, attention_call
 from .structure import Template
 
 __all__ = ["GUIDER_INPUTS", "MARK", "SESSION", "Method", "Session", "session_of"]
@@ -136,6 +136,8 @@ class Method:
                 "'denoiser'"
             )
         needs = policy.needs
+        if needs.rollback and self.sync == "lagged":
+            raise ConfigError(f"policy {policy.name!r} waits for each step's signal to roll it back: not sync='lagged'")
         if scope == "cut" and (needs.probe > 1 or needs.tail):
             raise ConfigError(
                 f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: "
@@ -243,6 +245,8 @@ class Session(Attached):
                 handlers += [(module, attention_call) for module in attentions(span.members[0])]
         if layout.probe is not None:
             handlers.append((layout.probe, CacheRun.probe_call))
+        if layout.tail is not None and not TAIL_SIGNALS.isdisjoint(self.method.guarded.needs.signals):
+            handlers.append((layout.tail, CacheRun.tail_call))
         self._handlers[name] = handlers
         self.denoisers[name], self.layouts[name] = denoiser, layout
         for module, handler in handlers:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..context import SIGNALS
+from ..context import KNOWN_AFTER, SIGNALS
 from ..errors import ConfigError
 from ..models import Span, grid_of_call, unwrap
 from ..signals import grid_of
@@ -134,7 +134,8 @@ TAKEN: dict[str, Callable[[Entry], Tensor]] = {
     "modulated_input": _modulated_input,
     "noise_level": _noise_level,
 }
-assert TAKEN.keys() | {"output"} == SIGNALS.keys()
+assert TAKEN.keys() | KNOWN_AFTER == SIGNALS.keys()
+TAIL_SIGNALS = frozenset({"tail_output", "tail_forecast"})
 
 
 def attention_call(run: "CacheRun", inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

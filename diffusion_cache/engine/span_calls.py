@@ -21,7 +21,7 @@ from .structure import (
     copied,
     flatten,
     forked_rng,
-    row_stream,
+    row_output,
     sample_of,
     select_rows,
     signature,
@@ -72,6 +72,7 @@ class SpanCalls:
         self._run = run
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
+        self._tails: dict[PassKey, SpanState] = {}  # of the blocks after the spans: to be compared, never reused
         self._peak_bytes = 0
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
@@ -230,12 +231,39 @@ class SpanCalls:
         """What the last span gave is a signal too, for a policy that looks at it: its stream of the sample."""
         if frame.signals is None or "output" not in self._run.decisions.guarded.needs.signals:
             return
-        shape = row_stream(visit.inputs).shape
         if isinstance(sample_of(*frame.called), (list, tuple)) and len({tensor.shape for tensor in tensors}) == 1:
             given = torch.stack(tensors) if visit.span.kind == "denoiser" else tensors[0]
         else:
-            given = next((tensor for tensor in tensors if tensor.shape == shape), tensors[0])
+            given = row_output(tensors, visit.inputs)
         frame.signals["output"] = given.detach().clone()
+
+    def note_tail(self, frame: Frame, output: Any, inputs: Inputs) -> None:
+        """What the blocks after the spans give is a signal, and so is what is forecast of it.
+
+        Forecast as the spans are, from what was given at their computed steps; NaN where that cannot be.
+        """
+        assert frame.signals is not None
+        tail = self._tails.setdefault(frame.key, SpanState(History(self._run.forecaster.history)))
+        try:
+            given = row_output([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)], inputs).detach()
+            frame.signals["tail_output"] = given.clone()
+            if frame.reused:
+                frame.signals["tail_forecast"] = torch.full_like(given, math.nan)
+            if tail.history and tail.history.slots[0][0].shape != given.shape:
+                tail.history.clear()
+            if frame.reused and tail.history:
+                weights, slots = self._weights(frame, frame.reused[-1].span, tail)
+                features = tail.history.leaf(0)
+                frame.signals["tail_forecast"] = ops.forecast(None, [features[slot] for slot in slots], weights)
+            if not frame.reused:
+                tail.history.observe(frame.step.index, [given], [None])
+            elif frame.rows is not None:
+                index = torch.tensor(frame.rows, device=given.device)
+                rows = given.index_select(0, index)
+                tail.history.observe(frame.step.index, [rows], [None], frame.rows, frame.batch)
+        except Exception as error:
+            tail.history.clear()
+            self._run.warn_failure("forecasting the last blocks", error)
 
     # reusing
 
@@ -620,6 +648,7 @@ class SpanCalls:
         unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
         self._states.clear()
         self._first.clear()
+        self._tails.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
 

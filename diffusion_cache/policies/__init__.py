@@ -15,6 +15,7 @@ from .pab import PAB
 from .planned import Planned
 from .seacache import SeaCache
 from .sencache import SenCache
+from .speca import SpeCa
 from .teacache import TeaCache
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "Planned",
     "SeaCache",
     "SenCache",
+    "SpeCa",
     "TeaCache",
 ]

@@ -1,0 +1,183 @@
+"""Policies that verify, probe or look at the history, in real runs: their formulas on what the model itself gave."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.engine.span_calls import SpanCalls
+from diffusion_cache.errors import ConfigError
+
+STEPS, BATCH = 9, 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=3, norm_num_groups=16,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=4,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """A walk for each of three samples, some of whose steps are larger: [steps, batch, 1, 8, 8]."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = 0.3 * torch.rand(STEPS, BATCH, 1, 1, 1, generator=generator) ** 2
+    sizes[0] = 1.0
+    return (sizes * torch.randn(STEPS, BATCH, 1, 8, 8, generator=generator)).cumsum(0)
+
+
+@torch.no_grad()
+def call(model, x, step):
+    times = torch.full((len(x),), 900 - 90 * step)
+    return model(x, timestep=times, class_labels=torch.zeros_like(times)).sample
+
+
+def cached(model, latents, **options):
+    """The records of a run, and its outputs."""
+    with dc.run(model, num_steps=STEPS, **options) as run:
+        outputs = []
+        for step, x in enumerate(latents):
+            run.next_step()
+            outputs.append(call(model, x, step))
+    return run.summary().records, outputs
+
+
+def decisions(records):
+    return "".join(str(int(record.computed)) for record in records)
+
+
+def blocks_of(model, x, step):
+    """What each block is given, beside its keywords, and gives, uncached."""
+    seen = []
+    hooks = [
+        block.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append((args[0], args[1:], kwargs, output)), with_kwargs=True
+        )
+        for block in model.transformer_blocks
+    ]
+    call(model, x, step)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def l1(now, before):
+    return ((now - before).abs().mean() / before.abs().mean()).item()
+
+
+# DiCache
+
+
+@pytest.mark.parametrize("row", range(BATCH))
+def test_dicache_on_what_enters_and_leaves_the_probe(model, latents, row):
+    x = latents[:, row : row + 1]
+    seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
+    changes = [
+        abs(l1(now[1][3], before[1][3]) - l1(now[0][0], before[0][0])) for before, now in pairwise(seen)
+    ]  # of the first two blocks
+    threshold, total, expected = 2.5 * sum(changes) / len(changes), 0.0, "1"
+    for change in changes:
+        total += change
+        compute = total >= threshold
+        expected += str(int(compute))
+        total = 0.0 if compute else total
+    records, outputs = cached(model, x, policy="dicache", front=2, threshold=threshold, forecaster="reuse")
+    assert decisions(records) == expected
+    assert "01" in expected
+    # the call goes on from what the probe gave
+    last, reused = 0, [step for step in range(STEPS) if expected[step] == "0"]
+    for step in range(STEPS):
+        last = last if step in reused else step
+        if step in reused:
+            resumed = seen[step][1][3] + seen[last][2][3] - seen[last][1][3]
+            hook = model.transformer_blocks[2].register_forward_hook(lambda *args, given=resumed: given)
+            assert torch.allclose(outputs[step], call(model, x[step], step), rtol=1e-4, atol=1e-5)
+            hook.remove()
+
+
+# SpeCa
+
+
+def drafted(model, x, rollback, threshold, decay):
+    """Which steps of one sample SpeCa computes, and with what reasons: the last block on drafts, by hand."""
+    seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
+    last, found, rejected, before = 0, ["warm-up"], None, 0.0
+    for step in range(1, STEPS):
+        if not rollback and rejected is not None:
+            found.append(rejected)
+            last, rejected = step, None
+            continue
+        draft = seen[step][0][0] + seen[last][1][3] - seen[last][0][0]
+        with torch.no_grad():
+            real = model.transformer_blocks[2](draft, *seen[step][2][1], **seen[step][2][2])
+        error = l1(seen[last][2][3], real)
+        reject = error > max(threshold * decay ** (step / STEPS), 0.01)
+        if rollback:
+            found.append(f"computed again: error {error:.3g}" if reject else f"error {error:.3g}")
+            last = step if reject else last
+        else:
+            found.append("draft" if last == step - 1 else f"error {before:.3g}")
+            rejected = f"error {error:.3g}" if reject else None
+        before = error
+    return found
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("row", range(BATCH))
+def test_speca_on_the_last_block(model, latents, row, rollback):
+    x, options = latents[:, row : row + 1], dict(threshold=0.9, decay=0.5, rollback=rollback)
+    expected = drafted(model, x, **{"threshold": 0.9, "decay": 0.5, "rollback": rollback})
+    records, outputs = cached(model, x, policy="speca", forecaster="reuse", **options)
+    assert [record.reason for record in records] == expected
+    kinds = decisions(records)
+    assert 1 < kinds.count("1") < STEPS
+    if rollback:  # a computed step is one, whatever was tried before it
+        for step, output in enumerate(outputs):
+            assert torch.equal(output, call(model, x[step], step)) == (kinds[step] == "1")
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_speca_decides_on_samples_apart(model, latents, rollback):
+    options = dict(policy="speca", threshold=0.9, rollback=rollback)
+    records, together = cached(model, latents, **options)
+    assert any("samples" in record.reason for record in records)
+    for row in range(BATCH):
+        _, alone = cached(model, latents[:, row : row + 1], **options)
+        for step in range(STEPS):
+            assert torch.allclose(together[step][row], alone[step][0], rtol=1e-3, atol=1e-4)
+
+
+def test_speca_tells_what_it_cannot_verify(model, latents, monkeypatch):
+    weights = SpanCalls._weights
+
+    def failing(self, frame, span, state):
+        if state in self._tails.values():
+            raise ZeroDivisionError("no weights")
+        return weights(self, frame, span, state)
+
+    monkeypatch.setattr(SpanCalls, "_weights", failing)
+    with pytest.warns(UserWarning, match="forecasting the last blocks failed"):
+        records, _ = cached(model, latents, policy="speca", threshold=100.0)
+    assert decisions(records) == "101010101"  # reused once, not verified, computed
+    assert records[2].reason == "error nan"
+
+
+def test_a_rollback_cannot_lag_behind():
+    pipe = reference.load("flux-digits")
+    with pytest.raises(ConfigError, match="not sync='lagged'"):
+        dc.enable(pipe, "speca", rollback=True, sync="lagged")
+    with dc.cached(pipe, "speca", sync="lagged", threshold=0.1):
+        lagged = pipe(**reference.inputs("flux-digits", (3, 8), (5, 6), steps=6)).images
+    with dc.cached(pipe, "speca", threshold=0.1):
+        same = pipe(**reference.inputs("flux-digits", (3, 8), (5, 6), steps=6)).images
+        assert dc.summary(pipe).reused > 0
+    assert torch.equal(torch.as_tensor(lagged), torch.as_tensor(same))  # it decides a step later anyway
