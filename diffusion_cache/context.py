@@ -64,6 +64,7 @@ class Needs:
     a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
     verify: whether reused calls are measured at their end, with the signals known then, and not before they are made.
     rollback: whether a call that is decided against then is made again, computed; else the next one is computed.
+    history: features of the spans to keep, where signals are made of them.
     """
 
     signals: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class Needs:
     condition: bool = False
     verify: bool = False
     rollback: bool = False
+    history: int = 1
 
 
 class Condition(NamedTuple):
@@ -395,12 +397,13 @@ class NonLinear(Forecaster):
 class Corrector(ABC):
     """How a forecast is mended, linearly, so that one weighted sum serves. A frozen dataclass of primitives.
 
-    needs_signals: those of the policy's signals that it compares; it is given them as `Query.signals`. static: whether
-    it depends on steps alone.
+    needs_signals: names of `SIGNALS`, known before the call, that it compares; it is given them as `Query.signals`.
+    static: whether it depends on steps alone. history: features that it needs at least.
     """
 
     name: ClassVar[str]
     needs_signals: ClassVar[tuple[str, ...]] = ()
+    history: ClassVar[int] = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class CacheRun:
         self.layouts = dict(session.layouts)
         self.clock = clock
         self.forecaster = session.method.forecaster
+        self.history = session.method.history  # features kept of each span
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
@@ -197,8 +199,9 @@ class CacheRun:
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
+            self.history = replace(method, forecaster=self.forecaster).history
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
-            self.decisions.begin_loop(guarded, self.forecaster.history)
+            self.decisions.begin_loop(guarded, self.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
@@ -275,6 +278,7 @@ class CacheRun:
         whole = sum(visit.rows is None for visit in frame.reused)
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
+        self.spans.keep_compared(frame)
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)

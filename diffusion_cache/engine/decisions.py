@@ -33,7 +33,7 @@ class Decisions:
         agree: Callable[[Tensor], Tensor] | None = None,
     ):
         self.guarded = method.guarded
-        self.history = method.forecaster.history
+        self.history = method.history
         self._granularity = method.granularity
         self._sync = method.sync
         self._warn = warn
@@ -142,7 +142,8 @@ class Decisions:
             self._settle(frame, verdicts, samples)
             return None
         again = Frame(frame.step, frame.key, frame.stores, frame.batch, frame.position)
-        again.called, again.variant, again.apart = frame.called, frame.variant, frame.apart
+        again.called, again.variant = frame.called, frame.variant
+        again.apart, again.compared = frame.apart, frame.compared
         again.signals = {name: signal for name, signal in frame.signals.items() if name not in KNOWN_AFTER}
         self._settle(again, verdicts, samples)
         again.reason = f"computed again: {again.reason}"

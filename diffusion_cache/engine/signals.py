@@ -39,14 +39,18 @@ class Entry(NamedTuple):
 
 def take(
     run: "CacheRun", frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any], inputs: Inputs
-) -> dict[str, Tensor]:
-    """The signals of this call that are known before it.
+) -> None:
+    """Take the signals of this call that are known before it, for the policy and for the corrector.
 
     Raises:
         ConfigError: for one that this model or sampler does not give.
     """
     entry = Entry(run, frame, span, inner, args, kwargs, row_stream(inputs).detach())
-    return {name: TAKEN[name](entry) for name in run.decisions.guarded.needs.signals if name in TAKEN}
+    corrector, decided_by = run.session.method.corrector, run.decisions.guarded.needs.signals
+    compared = () if corrector is None else corrector.needs_signals
+    signals = {name: TAKEN[name](entry) for name in dict.fromkeys((*decided_by, *compared)) if name in TAKEN}
+    frame.compared = {name: signals[name] for name in compared}
+    frame.signals = {name: signals[name] for name in decided_by if name in signals}
 
 
 def _input(entry: Entry) -> Tensor:
@@ -135,6 +139,7 @@ TAKEN: dict[str, Callable[[Entry], Tensor]] = {
     "noise_level": _noise_level,
 }
 assert TAKEN.keys() | KNOWN_AFTER == SIGNALS.keys()
+PROBE_SIGNALS = frozenset({"probe_input", "probe_residual"})
 TAIL_SIGNALS = frozenset({"tail_output", "tail_forecast"})
 
 

@@ -181,3 +181,43 @@ def test_a_rollback_cannot_lag_behind():
         same = pipe(**reference.inputs("flux-digits", (3, 8), (5, 6), steps=6)).images
         assert dc.summary(pipe).reused > 0
     assert torch.equal(torch.as_tensor(lagged), torch.as_tensor(same))  # it decides a step later anyway
+
+
+# alignment
+
+
+def aligned(model, seen, expected, step):
+    """The last span's feature by DiCache's alignment, from the two steps computed last before this one."""
+    *_, a, b = [0, *(i for i in range(step) if expected[i] == "1")]
+    probe = [one[0][3] - one[0][0] for one in seen]
+    rest = [one[2][3] - one[0][3] for one in seen]
+    if a == b:
+        return rest[b]
+    gamma = ((probe[step] - probe[a]).abs().mean() / (probe[b] - probe[a]).abs().mean()).clamp(1, 1.5)
+    return rest[a] + gamma * (rest[b] - rest[a])
+
+
+@pytest.mark.parametrize("forecaster", ["reuse", "taylor"])
+def test_alignment_follows_the_probe_of_each_sample(model, latents, forecaster):
+    options = dict(policy="dicache", threshold=1.345, forecaster=forecaster, corrector="alignment")
+    records, together = cached(model, latents, **options)
+    assert any("samples" in record.reason for record in records)
+    for row in range(BATCH):
+        x = latents[:, row : row + 1]
+        kinds, outputs = cached(model, x, **options)
+        expected = decisions(kinds)
+        assert "10" in expected[2:]
+        seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
+        for step, kind in enumerate(expected):
+            assert torch.allclose(together[step][row], outputs[step][0], rtol=1e-3, atol=1e-4)
+            if kind == "0" and forecaster == "reuse":
+                resumed = seen[step][0][3] + aligned(model, seen, expected, step)
+                hook = model.transformer_blocks[2].register_forward_hook(lambda *args, given=resumed: given)
+                assert torch.allclose(outputs[step], call(model, x[step], step), rtol=1e-4, atol=1e-4)
+                hook.remove()
+
+
+@pytest.mark.parametrize("policy", [dict(policy="interval"), dict(policy="easycache", scope="denoiser")])
+def test_alignment_needs_a_policy_that_looks_at_a_probe(policy):
+    with pytest.raises(ConfigError, match=r"compares probe_residual of each step, .* take 'dicache' or 'first_block'"):
+        dc.enable(reference.load("dit-digits"), corrector="alignment", **policy)
