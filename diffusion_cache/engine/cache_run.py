@@ -70,6 +70,7 @@ class CacheRun:
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
         self._part_bytes = 0
+        self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
@@ -213,6 +214,7 @@ class CacheRun:
             pass_name=self.pass_name or self._position_name(clock.position),
             rows=self._rows(batch),
             pass_index=clock.position,
+            guidance=self.guidance,
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         frame.called = args, kwargs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..context import KNOWN_AFTER, PassState, Past, Step, Verdict, largest
 from ..errors import ConfigError, DiffusionCacheError
+from ..models import is_unconditional, unconditional_last
 from ..policies import Guarded
 from ..schedule import Schedule
 from .frame import Frame, PassKey
@@ -43,6 +44,7 @@ class Decisions:
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, Kept] = {}
         self._passes = 0  # calls of a step, as far as was seen
+        self._latest: dict[PassKey, list[list[float]]] = {}  # what was measured of each sample, for the other passes
 
     def begin_loop(self, guarded: Guarded, history: int) -> None:
         """Go by this policy from now on, with so many features kept."""
@@ -54,6 +56,7 @@ class Decisions:
     def clear(self) -> None:
         self._states.clear()
         self._kept.clear()
+        self._latest.clear()
 
     def schedule(self, total: int | None) -> Schedule | None:
         """The whole run's schedule, if the policy knows it beforehand."""
@@ -129,7 +132,7 @@ class Decisions:
         try:
             past = self._kept[frame.key].past if frame.key in self._kept else Past()
             number = self._measured(frame.signals, past)
-            values = [None] * len(samples) if number is None else self._values(number.read(), samples)
+            values = [None] * len(samples) if number is None else self._values(frame, number.read(), samples)
             for i, (value, state) in enumerate(zip(values, states, strict=True)):
                 if not verdicts[i].compute:
                     verdicts[i] = self.guarded.decide(frame.step, value, state)
@@ -187,7 +190,7 @@ class Decisions:
         if frame.signals is not None:
             number = self._number(frame, frame.signals, needed=not all(forced))
             if number is not None and not all(forced):
-                values = self._values(number.read(), samples)
+                values = self._values(frame, number.read(), samples)
         if self.guarded.needs.verify:
             values = [value if state.consecutive else None for value, state in zip(values, states, strict=True)]
         return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
@@ -208,14 +211,27 @@ class Decisions:
         before, kept.number = kept.number, self._measured(signals, kept.past)
         return before
 
-    def _values(self, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
+    def _values(self, frame: Frame, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
         """Each sample's number."""
         batch = sum(map(len, samples))
         if len(by_row) % batch:
             return [largest(by_row)] * len(samples)
         folded = len(by_row) // batch  # frames and the like, which some models fold into the batch
         by_row = [largest(by_row[row * folded : (row + 1) * folded]) for row in range(batch)]
-        return [self.guarded.combine([by_row[row] for row in rows]) for rows in samples]
+        by_branch = [[by_row[row] for row in rows] for rows in samples]
+        if self.guarded.needs.guided:
+            by_branch = self._guided(frame, by_branch)
+        return [self.guarded.combine(values, frame.step) for values in by_branch]
+
+    def _guided(self, frame: Frame, own: list[list[float]]) -> list[list[float]]:
+        """Each sample's numbers with those of guidance branches in calls of their own, the unconditional one first."""
+        if len(frame.step.rows) > 1:
+            return [values[::-1] for values in own] if unconditional_last(frame.called[1]) else own
+        self._latest[frame.key] = own
+        others = [self._latest.get(key, own) for key in self._states if key[0] == frame.key[0] and key != frame.key]
+        others = [other if len(other) == len(own) else own for other in others]
+        branches = [own, *others] if is_unconditional(frame.key[1]) else [*others, own]
+        return [[value for values in sample for value in values] for sample in zip(*branches, strict=True)]
 
     def _measured(self, signals: Mapping[str, Tensor], past: Past) -> "Number | None":
         measured = self.guarded.measure(signals, past)

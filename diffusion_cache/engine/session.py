@@ -23,6 +23,7 @@ from ..models import (
     default_scope,
     find_denoisers,
     find_layout,
+    guidance_of,
     merged,
     unwrap,
 )
@@ -342,16 +343,16 @@ class Session(Attached):
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         self._tune(pipe, args, kwargs)
         self._refresh(pipe)
-        return self._begin(pipe)
+        return self._begin(pipe, args, kwargs)
 
-    def begin_part(self, whole: CacheRun, pipe: Any) -> CacheRun:
+    def begin_part(self, whole: CacheRun, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline that another, which this session is enabled on, is made of."""
         self._patch_progress_bar(pipe)
-        run = self._begin(pipe)
+        run = self._begin(pipe, args, kwargs)
         run.whole, run.records = whole, whole.records
         return run
 
-    def _begin(self, pipe: Any) -> CacheRun:
+    def _begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         for scheduler in _schedulers(pipe):
             self._patch_scheduler(type(scheduler))
             _mark(scheduler, _marks(scheduler) | {self.token})
@@ -368,6 +369,7 @@ class Session(Attached):
 
         self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
+        run.guidance = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
         if self.observer is not None:
             self.observer.run_began(run)
         return run

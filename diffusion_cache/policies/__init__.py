@@ -13,6 +13,8 @@ from .magcache import MagCache
 from .mask import Mask
 from .pab import PAB
 from .planned import Planned
+from .ra_cfg import RaCfg
+from .racer import Racer
 from .seacache import SeaCache
 from .sencache import SenCache
 from .speca import SpeCa
@@ -33,6 +35,8 @@ __all__ = [
     "MagCache",
     "Mask",
     "Planned",
+    "RaCfg",
+    "Racer",
     "SeaCache",
     "SenCache",
     "SpeCa",

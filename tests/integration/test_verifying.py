@@ -7,9 +7,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import diffusion_cache as dc
-from diffusion_cache import reference
+from diffusion_cache import models, reference
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.policies import RaCfg
 
 STEPS, BATCH = 9, 3
 
@@ -221,3 +222,114 @@ def test_alignment_follows_the_probe_of_each_sample(model, latents, forecaster):
 def test_alignment_needs_a_policy_that_looks_at_a_probe(policy):
     with pytest.raises(ConfigError, match=r"compares probe_residual of each step, .* take 'dicache' or 'first_block'"):
         dc.enable(reference.load("dit-digits"), corrector="alignment", **policy)
+
+
+# RACER
+
+
+def disagreement(features, nodes, step):
+    """Between a ridge regression on Chebyshev polynomials, of features less the last one, and a line."""
+    times = torch.tensor([2.0 * node / (STEPS - 1) - 1 for node in (*nodes, step)], dtype=torch.float64)
+    basis = torch.stack([torch.cos(degree * torch.acos(times)) for degree in range(5)], 1)
+    design, target = basis[:-1], basis[-1]
+    known = torch.stack([features[node].double().flatten() for node in nodes])
+    ridge = torch.linalg.solve(design.T @ design + 0.1 * torch.eye(5), design.T @ (known - known[-1]))
+    spectral = target @ ridge + known[-1]
+    slope = (known[-1] - known[-2]) / (nodes[-1] - nodes[-2]) if len(nodes) > 1 else 0 * known[-1]
+    line = known[-1] + (step - nodes[-1]) * slope
+    return ((spectral - line).norm() / spectral.norm()).item()
+
+
+@pytest.mark.parametrize("row", range(BATCH))
+def test_racer_on_what_two_forecasts_make_of_the_history(model, latents, row):
+    x = latents[:, row : row + 1]
+    seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
+    features = [one[2][3] - one[0][0] for one in seen]
+    options = dict(policy="racer", mask="110100100", threshold=1.0, keep=3, forecaster="reuse")
+    records, _ = cached(model, x, **options)
+    nodes = []
+    for step, record in enumerate(records):
+        if record.reason.startswith("risk"):
+            assert float(record.reason.removeprefix("risk ")) == pytest.approx(
+                disagreement(features, nodes[-3:], step), rel=6e-3
+            )
+        nodes += [step] * record.computed
+    assert len(nodes) == 4
+    assert any(record.computed and record.reason.startswith("risk") for record in records)
+    # its forecasts are those of the forecaster, whatever else is kept
+    _, outputs = cached(model, x, policy="mask", mask=decisions(records), forecaster="reuse")
+    assert all(torch.equal(a, b) for a, b in zip(cached(model, x, **options)[1], outputs, strict=True))
+
+
+def test_racer_refreshes_samples_apart_and_each_as_often(model, latents):
+    options = dict(policy="racer", every=4, threshold=0.94)
+    records, together = cached(model, latents, **options)
+    assert any("samples" in record.reason for record in records)
+    for row in range(BATCH):
+        alone_records, alone = cached(model, latents[:, row : row + 1], **options)
+        assert decisions(alone_records).count("1") == 3
+        for step in range(STEPS):
+            assert torch.allclose(together[step][row], alone[step][0], rtol=1e-3, atol=1e-4)
+
+
+# RA-CFG
+
+
+def branches_noted(monkeypatch, name, guidance):
+    """What is combined at each decision, and the scale that the step tells."""
+    noted = []
+
+    def combine(self, values, step):
+        noted.append((step.pass_name, step.index, list(values), step.guidance))
+        return max(values)
+
+    monkeypatch.setattr(RaCfg, "combine", combine)
+    pipe = reference.load(name)
+    seen = probed(pipe, name, reference.inputs(name, (3,), (5,), steps=4, guidance=guidance))
+    with dc.cached(pipe, "ra_cfg", threshold=1e9, granularity="batch"):
+        pipe(**reference.inputs(name, (3,), (5,), steps=4, guidance=guidance))
+    return noted, seen
+
+
+def probed(pipe, name, call):
+    """The first block's residual of each call, uncached: its relative change since the step before is what matters."""
+    denoiser = getattr(pipe, reference.spec(name).denoiser)
+    (blocks,) = [stack for stack in models.spans.stacks(denoiser).values()][:1]
+    found = []
+    hook = next(iter(blocks.values())).register_forward_hook(
+        lambda module, args, kwargs, output: found.append(
+            (output if isinstance(output, torch.Tensor) else output[-1])
+            - (args[0] if args else kwargs["hidden_states"])
+        ),
+        with_kwargs=True,
+    )
+    pipe(**call)
+    hook.remove()
+    return found
+
+
+def test_branches_in_one_call_are_combined_the_unconditional_first(monkeypatch):
+    """DiT stacks [cond, null]."""
+    noted, seen = branches_noted(monkeypatch, "dit-digits", 3.5)
+    assert [(step, guidance) for _, step, _, guidance in noted] == [(1, 3.5), (2, 3.5), (3, 3.5)]
+    change = [l1(seen[1][row], seen[0][row]) for row in (0, 1)]
+    assert noted[0][2] == pytest.approx(change[::-1], rel=1e-4)
+    assert abs(change[0] / change[1] - 1) > 1e-3
+
+
+def test_branches_in_calls_of_their_own_know_what_the_other_measured_last(monkeypatch):
+    noted, seen = branches_noted(monkeypatch, "wan-moving-digits", 3.5)
+    assert [name for name, *_ in noted] == ["cond", "uncond"] * 3
+    assert {guidance for *_, guidance in noted} == {3.5}
+    cond, uncond = (l1(seen[2 + call], seen[call]) for call in (0, 1))  # at step 1, of calls that take turns
+    assert noted[0][2] == pytest.approx([cond, cond], rel=1e-4)
+    assert noted[1][2] == pytest.approx([uncond, cond], rel=1e-4)
+    assert noted[2][2][0] == noted[1][2][0]  # from the step before
+    assert noted[3][2][1] == noted[2][2][1]
+    assert abs(cond / uncond - 1) > 1e-3
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [(1.0, 1), (2.5, 2)])
+def test_a_denoiser_that_is_distilled_for_guidance_has_a_scale_beside(monkeypatch, guidance, branches):
+    noted, _ = branches_noted(monkeypatch, "flux-digits", guidance)
+    assert {(len(values), scale) for _, _, values, scale in noted} == {(branches, guidance)}
