@@ -29,7 +29,7 @@ REUSING: dict[str, dict[str, Any]] = {
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 1},
     "pab": {"spatial": 2, "temporal": 2, "cross": 2, "feed_forward": 2},
     "ra_cfg": {"threshold": 1000.0, "guidance": 1.5, "max_consecutive": 2},
-    "racer": {"every": 2, "threshold": 0.05},
+    "racer": {"every": 2, "threshold": 0.1},
     "seacache": {"threshold": 10.0, "max_consecutive": 2},
     "sencache": {"threshold": 10.0, "max_consecutive": 2},
     "speca": {"threshold": 10.0, "max_consecutive": 2},

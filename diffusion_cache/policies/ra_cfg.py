@@ -23,16 +23,16 @@ from .accumulate import Accumulate
 class RaCfg(Accumulate):
     """Reuse while the weighted risks to the guided output add up to less than `threshold`.
 
-    guidance: g; None for what the pipeline's call says (`Step.guidance`). correlation: ρ. scale, power, floor: λ, α, β.
-    r_u and r_c are, by our choice, the relative changes of the first block's residual since the step before. Branches
-    that are calls of their own are decided on one after the other, with what the other one measured last; without
-    guidance, r is that of the one branch.
+    guidance: g; None for what the pipeline's call says (`Step.guidance`). correlation: ρ; with 0, nothing is taken to
+    cancel. weight, power, floor: λ, α, β. Their defaults are ours, and so is what r_u and r_c are: the relative changes
+    of the first block's residual since the step before. Branches that are calls of their own are decided on one after
+    the other, with what the other one measured last; without guidance, r is that of the one branch.
     """
 
     threshold: float = 0.3
     guidance: float | None = None
     correlation: float = 0.0
-    scale: float = 1.0
+    weight: float = 1.0
     power: float = 1.0
     floor: float = 0.5
 
@@ -42,7 +42,7 @@ class RaCfg(Accumulate):
         super().__post_init__()
         if not -1 <= self.correlation <= 1:
             raise ConfigError(f"ra_cfg: correlation must be from -1 to 1, not {self.correlation}")
-        for name in ("scale", "power", "floor"):
+        for name in ("weight", "power", "floor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"ra_cfg: {name} must be a number ≥ 0, not {getattr(self, name)}")
 
@@ -68,5 +68,5 @@ class RaCfg(Accumulate):
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if step.total is None:
             raise ConfigError("ra_cfg needs the run's number of steps: pass num_steps to diffusion_cache.run")
-        weight = self.scale * (1 - step.index / step.total) ** self.power + self.floor
-        return super().decide(step, None if value is None else weight * value, state)
+        share = self.weight * (1 - step.index / step.total) ** self.power + self.floor
+        return super().decide(step, None if value is None else share * value, state)

@@ -23,13 +23,14 @@ class Racer(Policy):
 
     As many steps are computed as the schedule has. What the source leaves open is ours: the threshold, for which steps
     will be the worst is not known before; at most one refresh between two scheduled steps; the regression, of degree
-    4 with ridge 0.1 on the last `keep` features less the newest. Its shrinking of forecasts is corrector="shrink".
+    4 with ridge 0.1 on the last `risk_history` features less the newest, which are kept for it whatever the forecaster
+    keeps. Its shrinking of forecasts is corrector="shrink".
     """
 
     every: int = 3
     mask: str | Sequence[int] = ()
-    threshold: float = 0.2
-    keep: int = 5
+    threshold: float = 0.3
+    risk_history: int = 5
 
     scopes = frozenset(SCOPES)
 
@@ -38,14 +39,16 @@ class Racer(Policy):
             raise ConfigError(f"racer: every must be at least 1, not {self.every} (1 computes every step)")
         if not self.threshold >= 0:
             raise ConfigError(f"racer: threshold must be a number ≥ 0, not {self.threshold}")
-        if self.keep < 3:
-            raise ConfigError(f"racer: keep must be at least 3 features, not {self.keep}: two give one line alone")
+        if self.risk_history < 3:
+            raise ConfigError(
+                f"racer: risk_history must be at least 3 features, not {self.risk_history}: two give one line alone"
+            )
         if self.mask:
             object.__setattr__(self, "mask", Mask(self.mask).mask)
 
     @property
     def needs(self) -> Needs:
-        return Needs(signals=("disagreement",), history=self.keep)
+        return Needs(signals=("disagreement",), history=self.risk_history)
 
     def schedule(self, total: int) -> Schedule:
         computed = Mask(self.mask).computed(total) if self.mask else range(0, total, self.every)

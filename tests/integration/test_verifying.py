@@ -245,7 +245,7 @@ def test_racer_on_what_two_forecasts_make_of_the_history(model, latents, row):
     x = latents[:, row : row + 1]
     seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
     features = [one[2][3] - one[0][0] for one in seen]
-    options = dict(policy="racer", mask="110100100", threshold=1.0, keep=3, forecaster="reuse")
+    options = dict(policy="racer", mask="110100100", threshold=1.0, risk_history=3, forecaster="reuse")
     records, _ = cached(model, x, **options)
     nodes = []
     for step, record in enumerate(records):
@@ -333,3 +333,17 @@ def test_branches_in_calls_of_their_own_know_what_the_other_measured_last(monkey
 def test_a_denoiser_that_is_distilled_for_guidance_has_a_scale_beside(monkeypatch, guidance, branches):
     noted, _ = branches_noted(monkeypatch, "flux-digits", guidance)
     assert {(len(values), scale) for _, _, values, scale in noted} == {(branches, guidance)}
+
+
+def test_spans_keep_what_any_part_of_a_method_looks_at():
+    pipe = reference.load("dit-digits")
+    call = reference.inputs("dit-digits", (3,), (5,), steps=8)
+    one = dc.inspect(pipe, call, forecaster="reuse")
+    assert one.history == 1
+    for more, options in ((5, {}), (3, {"risk_history": 3})):
+        kept = dc.inspect(pipe, call, policy="racer", forecaster="reuse", **options)
+        assert (kept.history, kept.cache_bytes) == (more, more * one.cache_bytes)
+        with dc.cached(pipe, "racer", every=1, warmup=7, forecaster="reuse", threshold=1e9, **options):
+            pipe(**call)
+            assert dc.summary(pipe).cache_bytes == kept.cache_bytes
+    assert dc.inspect(pipe, policy="dicache", forecaster="reuse", corrector="alignment").history == 2

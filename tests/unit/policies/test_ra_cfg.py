@@ -11,7 +11,7 @@ from diffusion_cache.policies import RaCfg
 
 
 def step(index=3, total=10, guidance=None):
-    return Step(index, total, index, None, "0", (slice(None),), guidance)
+    return Step(index, total, index, None, "0", (slice(None),), guidance=guidance)
 
 
 @pytest.mark.parametrize("correlation", [-1.0, -0.5, 0.0, 0.7, 1.0])
@@ -40,7 +40,7 @@ def test_what_it_cannot_combine(values, guidance, words):
 
 
 def test_risks_are_weighted_by_what_is_left_of_the_run_and_added_up():
-    policy = RaCfg(threshold=1.0, scale=2.0, power=3.0, floor=0.25)
+    policy = RaCfg(threshold=1.0, weight=2.0, power=3.0, floor=0.25)
     verdict = policy.decide(step(4, 10), 0.5, PassState(accumulated=0.125))
     expected = 0.125 + 0.5 * (2.0 * 0.6**3 + 0.25)
     assert verdict.accumulated == pytest.approx(expected)
@@ -61,7 +61,7 @@ def test_a_branch_is_at_risk_by_the_change_of_the_first_blocks_residual():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(correlation=1.5), dict(correlation=math.nan), dict(scale=-1.0), dict(power=math.inf), dict(floor=-1)],
+    [dict(correlation=1.5), dict(correlation=math.nan), dict(weight=-1.0), dict(power=math.inf), dict(floor=-1)],
 )
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=f"ra_cfg: {next(iter(options))} must be"):

@@ -58,12 +58,14 @@ def test_steps_that_guards_compute_are_not_dropped():
 
 
 def test_what_it_measures_is_the_disagreement_of_as_many_features_as_it_keeps():
-    assert Racer(keep=4).needs.history == 4
+    assert Racer(risk_history=4).needs.history == 4
     disagreement = torch.tensor([0.25, 0.5])
     assert Racer().measure({"disagreement": disagreement}, Past()) is disagreement
 
 
-@pytest.mark.parametrize("options", [dict(every=0), dict(threshold=-1.0), dict(threshold=math.nan), dict(keep=2)])
+@pytest.mark.parametrize(
+    "options", [dict(every=0), dict(threshold=-1.0), dict(threshold=math.nan), dict(risk_history=2)]
+)
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=f"racer: {next(iter(options))} must be"):
         Racer(**options)
