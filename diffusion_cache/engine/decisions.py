@@ -1,7 +1,6 @@
 """Asking the policy: beforehand, at the start of a call, or after its probe blocks and for each sample apart."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,6 @@ from .frame import Frame, PassKey
 
 if TYPE_CHECKING:
     from .session import Method
-
-
-UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
 
 
 class Decisions:
@@ -104,7 +100,7 @@ class Decisions:
 
     def _check_passes(self, step: Step) -> None:
         self._passes = max(self._passes, step.pass_index + 1)
-        if step.pass_index == 0 and UNCONDITIONAL.search(step.pass_name):
+        if step.pass_index == 0 and is_unconditional(step.pass_name):
             raise ConfigError(
                 "unconditional_every is for pipelines that call the denoiser with the prompt first, and this one "
                 f"begins with {step.pass_name!r}: leave it out"

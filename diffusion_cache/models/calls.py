@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..context import Condition
 
+UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
 TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
 
@@ -52,7 +54,7 @@ def unconditional_last(kwargs: Mapping[str, Any]) -> bool:
 
 def is_unconditional(pass_name: str) -> bool:
     """Whether a call of its own is of the unconditional branch: by its name, or as the second where it has none."""
-    return pass_name == "1" or "uncond" in pass_name or "neg" in pass_name
+    return pass_name == "1" or bool(UNCONDITIONAL.search(pass_name))
 
 
 def grid_of_call(kwargs: Mapping[str, Any], tokens: int) -> tuple[int, int, int] | None:

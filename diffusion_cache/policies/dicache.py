@@ -25,7 +25,7 @@ class DiCache(Accumulate):
     forecast, besides, is forecaster="reuse" with corrector="alignment".
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.02
     front: int = 1
 
     scopes = frozenset({"stack"})
