@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import published
-from .context import SCOPES, Corrector, Forecaster, Policy
+from .context import SCOPES, Corrector, Forecaster, Needs, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
@@ -469,6 +469,7 @@ def inspect(
     pipe: Any,
     inputs: Mapping[str, Any] | None = None,
     *,
+    policy: str | Policy | None = None,
     forecaster: str | Forecaster = DEFAULT_FORECASTER,
     corrector: str | Corrector | None = None,
     scope: str | None = None,
@@ -479,17 +480,18 @@ def inspect(
 
     inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes
     come from the last generation, if the cache is enabled at this scope. What is enabled stays enabled.
-    options: fields of the forecaster and the corrector.
+    policy: whose probe and tail blocks are no part of the spans, and which may ask for more features to be kept; None
+    for one that does neither. options: fields of policy, forecaster and corrector.
 
     Raises:
         ConfigError, NoSpansError: as `enable`.
     """
-    method = _method(Interval(2), forecaster, scope, depth, {}, options, corrector)
+    method = _method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
     sizes: dict[str, int] = {}
     if inputs is not None:
-        measuring = Session(method)
+        measuring = Session(replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None))
         measuring.attach_pipeline(pipe)
         generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
         try:
@@ -509,7 +511,18 @@ def inspect(
         for denoiser, layout in layouts.items()
         for span in layout.spans
     )
-    return Inspection(type(pipe).__name__, spans, method.forecaster.history)
+    return Inspection(type(pipe).__name__, spans, method.history)
+
+
+@dataclass(frozen=True)
+class _Measuring(Interval):
+    """Computes and stores the first of two steps, in the spans of another policy."""
+
+    of: Policy | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs() if self.of is None else replace(self.of.needs, signals=(), condition=False)
 
 
 def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:

@@ -27,8 +27,13 @@ SIGNALS = {
     "probe_residual": "what the probe adds to it, or gives where its shape changes (UNet cuts)",
     "modulated_input": "what the first attention of the first span's first block receives, normalised and modulated",
     "noise_level": "log-SNR of the step, [rows]",
+    "disagreement": "‖ĥ_c − ĥ_t‖ / ‖ĥ_c‖ of two forecasts of the first span's feature, by a regression on Chebyshev "
+    "polynomials and by a line, [rows]; NaN while nothing is stored",
     "output": "what the last span gave; known after the call, so of the past alone",
+    "tail_output": "what the blocks after the spans gave; known after the call",
+    "tail_forecast": "what was forecast of that from its own history; known after a call with reused spans",
 }
+KNOWN_AFTER = frozenset({"output", "tail_output", "tail_forecast"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,8 @@ class Step:
     index: sampler iteration, from 0. total: iterations in the run, if known. evaluation: denoiser calls before this
     one in the run. noise_level: log-SNR, if the sampler tells. pass_name: the guidance branch's name or position.
     rows: the batch rows of each guidance branch stacked inside this call (one slice where there is one). pass_index:
-    the guidance branch's position in its step, of those that are calls of their own.
+    the guidance branch's position in its step, of those that are calls of their own. guidance: the scale of
+    classifier-free guidance, if the pipeline's call tells.
     """
 
     index: int
@@ -48,6 +54,7 @@ class Step:
     pass_name: str
     rows: tuple[slice, ...]
     pass_index: int = 0
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class Needs:
     probe, tail: blocks at the front and end of the stacks that are always computed and so are no part of a span.
     blocks: names of the blocks that may be skipped, at scope block, those side by side as one span; () for all, each
     a span of its own. condition: the prompt or class, of the run's first call, see `Policy.choose`.
+    verify: whether reused calls are measured at their end, with the signals known then, and not before they are made.
+    rollback: whether a call that is decided against then is made again, computed; else the next one is computed.
+    history: features of the spans to keep, where signals are made of them. guided: whether a sample's numbers of both
+    guidance branches are combined, also where they are calls of their own.
     """
 
     signals: tuple[str, ...] = ()
@@ -67,6 +78,10 @@ class Needs:
     tail: int = 0
     blocks: tuple[str, ...] = ()
     condition: bool = False
+    verify: bool = False
+    rollback: bool = False
+    history: int = 1
+    guided: bool = False
 
 
 class Condition(NamedTuple):
@@ -165,7 +180,11 @@ class Policy(ABC):
         return None
 
     def schedule(self, total: int) -> Schedule | None:
-        """The whole schedule, for a policy that has one per pass or span; None to be asked step by step."""
+        """The whole schedule, for a policy that has one per pass or span; None to be asked step by step.
+
+        A policy with signals goes by the schedule that it gives, and is asked at the steps that are reused by it
+        whether to compute one all the same, each in exchange for the next computed one.
+        """
         return None
 
     def schedule_of(self, total: int, spans: Sequence[str]) -> Schedule | None:
@@ -189,14 +208,19 @@ class Policy(ABC):
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
         """One number per batch row, [rows], on their device; None where there is nothing to compare with yet.
 
-        signals: this step's, by needed name, all but `output`. It is not asked at a pass's first step.
+        signals: this step's, by needed name, all that are known before the call. It is not asked at a pass's first
+        step. With `Needs.verify` it is asked at the end of calls with reused spans, of all signals, and the number is
+        None for samples that were computed. `decide` is asked with it at once with `Needs.rollback`, and before that
+        with None; else at the next step.
         """
         raise NotImplementedError(f"policy {self.name!r} names signals and so must define measure")
 
-    def combine(self, values: Sequence[float]) -> float:
+    def combine(self, values: Sequence[float], step: Step) -> float:
         """A sample's number from those of its guidance branches in one call, in order: the largest, NaN above all.
 
-        Branches that are calls of their own are decided on apart, each with its own number.
+        Branches that are calls of their own are decided on apart, each with its own number. With `Needs.guided` the
+        values are of the unconditional and the conditional branch, in this order, wherever there are two: of one that
+        is a call of its own, what it measured last, or the same as the other's where it has measured nothing yet.
         """
         return largest(values)
 
@@ -385,12 +409,13 @@ class NonLinear(Forecaster):
 class Corrector(ABC):
     """How a forecast is mended, linearly, so that one weighted sum serves. A frozen dataclass of primitives.
 
-    needs_signals: those of the policy's signals that it compares; it is given them as `Query.signals`. static: whether
-    it depends on steps alone.
+    needs_signals: names of `SIGNALS`, known before the call, that it compares; it is given them as `Query.signals`.
+    static: whether it depends on steps alone. history: features that it needs at least.
     """
 
     name: ClassVar[str]
     needs_signals: ClassVar[tuple[str, ...]] = ()
+    history: ClassVar[int] = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -153,6 +153,17 @@ class History:
                 target = torch.tensor([rows[position] for position in positions], device=feature.device)
                 into.index_copy_(0, target, feature.index_select(0, source))
 
+    def at(self, node: float) -> list[Tensor] | None:
+        """The feature of a step as it is stored; zero in rows that do not hold it, None where none does."""
+        held = [(row, slot) for row, lane in enumerate(self.lanes) for step, slot in lane if step == node]
+        if not held or len(self.lanes) == 1:
+            return self.slots[held[0][1]] if held else None
+        whole = [torch.zeros_like(tensor) for tensor in self.slots[0]]
+        for row, slot in held:
+            for into, tensor in zip(whole, self.slots[slot], strict=True):
+                into[row] = tensor[row]
+        return whole
+
     def leaf(self, index: int) -> list[Tensor] | list[ops.Coded]:
         """What the slots hold of one leaf."""
         coded = self._coded[index]

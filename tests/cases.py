@@ -23,12 +23,16 @@ REUSING: dict[str, dict[str, Any]] = {
     "centered": {"every": 2},
     "mask": {"mask": "101010"},
     "first_block": {"threshold": 10.0, "max_consecutive": 2},
+    "dicache": {"threshold": 10.0, "max_consecutive": 2},
     "easycache": {"threshold": 10.0, "max_consecutive": 2},
     "growing_window": {"window": 2.0, "growth": 1.0},
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 1},
     "pab": {"spatial": 2, "temporal": 2, "cross": 2, "feed_forward": 2},
+    "ra_cfg": {"threshold": 1000.0, "guidance": 1.5, "max_consecutive": 2},
+    "racer": {"every": 2, "threshold": 0.1},
     "seacache": {"threshold": 10.0, "max_consecutive": 2},
     "sencache": {"threshold": 10.0, "max_consecutive": 2},
+    "speca": {"threshold": 10.0, "max_consecutive": 2},
     "teacache": {"threshold": 10.0, "max_consecutive": 2},
 }
 COMPUTING: dict[str, dict[str, Any]] = {
@@ -36,12 +40,16 @@ COMPUTING: dict[str, dict[str, Any]] = {
     "centered": {"every": 1},
     "mask": {"mask": "1"},
     "first_block": {"warmup": STEPS},
+    "dicache": {"warmup": STEPS},
     "easycache": {"warmup": STEPS},
     "growing_window": {"window": 1.0, "growth": 0.0},
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 0},
     "pab": {"spatial": 1, "temporal": 1, "cross": 1, "feed_forward": 1},
+    "ra_cfg": {"guidance": 1.5, "warmup": STEPS},
+    "racer": {"every": 1},
     "seacache": {"warmup": STEPS},
     "sencache": {"warmup": STEPS},
+    "speca": {"warmup": STEPS},
     "teacache": {"warmup": STEPS},
 }
 

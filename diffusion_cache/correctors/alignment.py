@@ -28,6 +28,7 @@ class Alignment(Corrector):
     most: float = 1.5
 
     needs_signals: ClassVar[tuple[str, ...]] = ("probe_residual",)
+    history: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most:

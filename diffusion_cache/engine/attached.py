@@ -90,7 +90,7 @@ def bracket(original: Callable) -> Callable:
         if session is not None:
             run = session.begin(self, args, kwargs)
         elif active is not None and active.has_part(self):
-            run = active.session.begin_part(active, self)
+            run = active.session.begin_part(active, self, args, kwargs)
         else:
             # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
             run = active if active is not None and active.any_scheduler else None

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class CacheRun:
         self.layouts = dict(session.layouts)
         self.clock = clock
         self.forecaster = session.method.forecaster
+        self.history = session.method.history  # features kept of each span
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
@@ -68,6 +70,7 @@ class CacheRun:
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
         self._part_bytes = 0
+        self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
@@ -111,6 +114,9 @@ class CacheRun:
                 # from the root, all computed: impure chains do not allow replaying single blocks
                 frame = self.frame = Frame(frame.step, frame.key, False, frame.batch, frame.position)
                 frame.actions, frame.reason = (True,), "computed again"
+                output = self._forward(spans, inner, args, kwargs)
+            elif (again := self.decisions.verified(frame)) is not None:
+                frame = self.frame = again
                 output = self._forward(spans, inner, args, kwargs)
         finally:
             self.frame = None
@@ -194,8 +200,9 @@ class CacheRun:
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
+            self.history = replace(method, forecaster=self.forecaster).history
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
-            self.decisions.begin_loop(guarded, self.forecaster.history)
+            self.decisions.begin_loop(guarded, self.history)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
@@ -207,6 +214,7 @@ class CacheRun:
             pass_name=self.pass_name or self._position_name(clock.position),
             rows=self._rows(batch),
             pass_index=clock.position,
+            guidance=self.guidance,
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         frame.called = args, kwargs
@@ -272,6 +280,7 @@ class CacheRun:
         whole = sum(visit.rows is None for visit in frame.reused)
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
+        self.spans.keep_compared(frame)
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
@@ -347,6 +356,13 @@ class CacheRun:
                     probed = probed.detach().clone()  # blocks may write into what they are given
                 self.frame.probe_input, self.frame.probe_version = probed, version_of(probed)
         return inner(*args, **kwargs)
+
+    def tail_call(self, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The last tail block: note what it gives, and what is forecast of that where the spans are reused."""
+        output = inner(*args, **kwargs)
+        if self.frame is not None and self.frame.signals is not None:
+            self.spans.note_tail(self.frame, output, tensor_inputs(args, kwargs))
+        return output
 
     # the end
 

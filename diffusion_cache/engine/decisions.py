@@ -1,7 +1,6 @@
 """Asking the policy: beforehand, at the start of a call, or after its probe blocks and for each sample apart."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..context import PassState, Past, Step, Verdict, largest
+from ..context import KNOWN_AFTER, PassState, Past, Step, Verdict, largest
 from ..errors import ConfigError, DiffusionCacheError
+from ..models import is_unconditional, unconditional_last
 from ..policies import Guarded
 from ..schedule import Schedule
 from .frame import Frame, PassKey
 
 if TYPE_CHECKING:
     from .session import Method
-
-
-UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
 
 
 class Decisions:
@@ -33,7 +30,7 @@ class Decisions:
         agree: Callable[[Tensor], Tensor] | None = None,
     ):
         self.guarded = method.guarded
-        self.history = method.forecaster.history
+        self.history = method.history
         self._granularity = method.granularity
         self._sync = method.sync
         self._warn = warn
@@ -43,6 +40,7 @@ class Decisions:
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, Kept] = {}
         self._passes = 0  # calls of a step, as far as was seen
+        self._latest: dict[PassKey, list[list[float]]] = {}  # what was measured of each sample, for the other passes
 
     def begin_loop(self, guarded: Guarded, history: int) -> None:
         """Go by this policy from now on, with so many features kept."""
@@ -54,6 +52,7 @@ class Decisions:
     def clear(self) -> None:
         self._states.clear()
         self._kept.clear()
+        self._latest.clear()
 
     def schedule(self, total: int | None) -> Schedule | None:
         """The whole run's schedule, if the policy knows it beforehand."""
@@ -101,7 +100,7 @@ class Decisions:
 
     def _check_passes(self, step: Step) -> None:
         self._passes = max(self._passes, step.pass_index + 1)
-        if step.pass_index == 0 and UNCONDITIONAL.search(step.pass_name):
+        if step.pass_index == 0 and is_unconditional(step.pass_name):
             raise ConfigError(
                 "unconditional_every is for pipelines that call the denoiser with the prompt first, and this one "
                 f"begins with {step.pass_name!r}: leave it out"
@@ -116,9 +115,40 @@ class Decisions:
 
     def after_probe(self, frame: Frame, apart: bool) -> None:
         """With the frame's signals. apart: whether some samples can be computed and others not."""
-        self._decide(frame, len(samples_of(frame.step, frame.batch)), samples_of(frame.step, frame.batch), apart)
+        frame.apart = apart
+        samples = samples_of(frame.step, frame.batch)
+        self._decide(frame, len(samples), samples)
 
-    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]], apart: bool = False) -> None:
+    def verified(self, frame: Frame) -> Frame | None:
+        """At the end of a call: the one to make in its place, where the policy decides only now and against it."""
+        if not self.guarded.needs.rollback or frame.signals is None or not frame.reused:
+            return None
+        samples, states = samples_of(frame.step, frame.batch), self._states[frame.key]
+        verdicts = list(frame.verdicts)
+        try:
+            past = self._kept[frame.key].past if frame.key in self._kept else Past()
+            number = self._measured(frame.signals, past)
+            values = [None] * len(samples) if number is None else self._values(frame, number.read(), samples)
+            for i, (value, state) in enumerate(zip(values, states, strict=True)):
+                if not verdicts[i].compute:
+                    verdicts[i] = self.guarded.decide(frame.step, value, state)
+        except DiffusionCacheError:
+            raise
+        except Exception as error:
+            self._warn_failure("the policy", error)
+            verdicts = [Verdict(True, "failure")] * len(verdicts)
+        if all(before.compute == after.compute for before, after in zip(frame.verdicts, verdicts, strict=True)):
+            self._settle(frame, verdicts, samples)
+            return None
+        again = Frame(frame.step, frame.key, frame.stores, frame.batch, frame.position)
+        again.called, again.variant = frame.called, frame.variant
+        again.apart, again.compared = frame.apart, frame.compared
+        again.signals = {name: signal for name, signal in frame.signals.items() if name not in KNOWN_AFTER}
+        self._settle(again, verdicts, samples)
+        again.reason = f"computed again: {again.reason}"
+        return again
+
+    def _decide(self, frame: Frame, count: int, samples: Sequence[Sequence[int]]) -> None:
         states = self._states.get(frame.key, [])
         if len(states) != count:
             # how many samples the rows make is known for sure from the first scheduler step on
@@ -131,9 +161,13 @@ class Decisions:
         except Exception as error:
             self._warn_failure("the policy", error)
             verdicts = [Verdict(True, "failure")] * count
+        self._settle(frame, verdicts, samples)
+
+    def _settle(self, frame: Frame, verdicts: list[Verdict], samples: Sequence[Sequence[int]]) -> None:
+        """What the verdicts on each sample come to for the call."""
         frame.verdicts = verdicts
         frame.asking = [verdict.compute for verdict in verdicts]
-        asking = sum(frame.asking)
+        asking, count, apart = sum(frame.asking), len(verdicts), frame.apart
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
         if 0 < asking < count and not apart and self._granularity == "sample":
@@ -152,7 +186,9 @@ class Decisions:
         if frame.signals is not None:
             number = self._number(frame, frame.signals, needed=not all(forced))
             if number is not None and not all(forced):
-                values = self._values(number.read(), samples)
+                values = self._values(frame, number.read(), samples)
+        if self.guarded.needs.verify:
+            values = [value if state.consecutive else None for value, state in zip(values, states, strict=True)]
         return [self.guarded.decide(frame.step, value, state) for value, state in zip(values, states, strict=True)]
 
     def _number(self, frame: Frame, signals: Mapping[str, Tensor], needed: bool) -> "Number | None":
@@ -163,20 +199,35 @@ class Decisions:
             kept = None
         if kept is None:
             return None
+        if self.guarded.needs.verify:
+            return kept.number
         if self._sync != "lagged":
             return self._measured(signals, kept.past) if needed else None
         # copied while this call runs, for the next one
         before, kept.number = kept.number, self._measured(signals, kept.past)
         return before
 
-    def _values(self, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
+    def _values(self, frame: Frame, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
         """Each sample's number."""
         batch = sum(map(len, samples))
         if len(by_row) % batch:
             return [largest(by_row)] * len(samples)
         folded = len(by_row) // batch  # frames and the like, which some models fold into the batch
         by_row = [largest(by_row[row * folded : (row + 1) * folded]) for row in range(batch)]
-        return [self.guarded.combine([by_row[row] for row in rows]) for rows in samples]
+        by_branch = [[by_row[row] for row in rows] for rows in samples]
+        if self.guarded.needs.guided:
+            by_branch = self._guided(frame, by_branch)
+        return [self.guarded.combine(values, frame.step) for values in by_branch]
+
+    def _guided(self, frame: Frame, own: list[list[float]]) -> list[list[float]]:
+        """Each sample's numbers with those of guidance branches in calls of their own, the unconditional one first."""
+        if len(frame.step.rows) > 1:
+            return [values[::-1] for values in own] if unconditional_last(frame.called[1]) else own
+        self._latest[frame.key] = own
+        others = [self._latest.get(key, own) for key in self._states if key[0] == frame.key[0] and key != frame.key]
+        others = [other if len(other) == len(own) else own for other in others]
+        branches = [own, *others] if is_unconditional(frame.key[1]) else [*others, own]
+        return [[value for values in sample for value in values] for sample in zip(*branches, strict=True)]
 
     def _measured(self, signals: Mapping[str, Tensor], past: Past) -> "Number | None":
         measured = self.guarded.measure(signals, past)
@@ -207,19 +258,23 @@ class Decisions:
 
     def _keep(self, frame: Frame, signals: Mapping[str, Tensor]) -> None:
         """Keep of this call what the next ones are compared with."""
-        kept = self._kept.setdefault(frame.key, Kept())
+        kept, needs = self._kept.setdefault(frame.key, Kept()), self.guarded.needs
+        if needs.verify and not needs.rollback:
+            kept.number = self._measured(signals, kept.past) if frame.reused else None
         if not frame.reused or frame.rows is not None:
             rows = frame.rows if frame.reused else None
             remembered = self.guarded.remember(signals, kept.past)
             kept.computed = _replaced(kept.computed, signals, rows)
             kept.memory = _replaced(kept.memory, remembered, rows)
-        entered = {name: signal for name, signal in signals.items() if name != "output"}
-        kept.steps = (entered, *kept.steps)[: int(self.guarded.needs.previous)]
+        entered = {name: signal for name, signal in signals.items() if name not in KNOWN_AFTER}
+        kept.steps = (entered, *kept.steps)[: int(needs.previous)]
 
 
 @dataclass
 class Kept:
-    """What one pass keeps of earlier calls, see `Past`. number: of the last step, where decisions lag by one."""
+    """What one pass keeps of earlier calls, see `Past`. number: of the last step, where decisions lag by one or wait
+    for what it gave.
+    """
 
     computed: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)

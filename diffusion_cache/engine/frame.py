@@ -77,9 +77,9 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "asking", "batch", "called", "computed", "counts", "fills_cache", "key", "note", "open", "outputs",
-        "peeking", "poisoned", "position", "probe_input", "probe_version", "reason", "reused", "rows", "signals",
-        "step", "stores", "trace", "variant", "verdicts", "visits",
+        "actions", "apart", "asking", "batch", "called", "compared", "computed", "counts", "fills_cache", "key",
+        "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
+        "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -89,6 +89,7 @@ class Frame:
         self.stores = stores
         self.batch = batch  # rows of the sample
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
+        self.apart = False  # whether some samples can be computed and others not
         self.fills_cache = False  # of keys and values: no part of any history
         self.verdicts: list[Verdict] = []  # on each sample
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
@@ -97,6 +98,7 @@ class Frame:
         self.note = ""  # on how it was forecast
         self.called: tuple[tuple, dict[str, Any]] = ((), {})  # the denoiser's arguments
         self.signals: dict[str, Tensor] | None = None  # that the policy asks for, once the first span is entered
+        self.compared: dict[str, Tensor] = {}  # those that the corrector asks for
         self.peeking = False  # a block is run only to see what its attention receives
         self.probe_input: Tensor | None = None
         self.probe_version = 0

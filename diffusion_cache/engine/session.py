@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..context import SIGNALS, Corrector, Forecaster, NoiseLevels
+from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import (
     Called,
@@ -23,6 +23,7 @@ from ..models import (
     default_scope,
     find_denoisers,
     find_layout,
+    guidance_of,
     merged,
     unwrap,
 )
@@ -36,7 +37,7 @@ from .intercept import intercept, is_compiled, is_intercepted, release
 from .observer import Observer
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
-from .signals import attention_call
+from .signals import PROBE_SIGNALS, TAIL_SIGNALS, attention_call
 from .structure import Template
 
 __all__ = ["GUIDER_INPUTS", "MARK", "SESSION", "Method", "Session", "session_of"]
@@ -82,6 +83,12 @@ class Method:
         parts = [self.guarded.policy, self.forecaster, *([self.corrector] if self.corrector is not None else [])]
         return f"{' + '.join(map(text, parts))} on {where}"
 
+    @property
+    def history(self) -> int:
+        """Features kept of each span: as many as any of its parts looks at."""
+        least = 1 if self.corrector is None else self.corrector.history
+        return max(self.forecaster.history, self.guarded.policy.needs.history, least)
+
     def for_call(self, kwargs: Mapping[str, Any], agree: Agree | None) -> "Method":
         """What a run goes by whose first denoiser call has these arguments."""
         if not self.guarded.policy.needs.condition:
@@ -95,7 +102,7 @@ class Method:
         Raises:
             ConfigError: for a scope that policy or forecaster does not serve, options that leave nothing to skip, a
                 denoiser compiled as a whole with a forecaster that it cannot trace, or a corrector whose signals are
-                not kept.
+                not taken.
             NoSpansError: if the denoiser has none at this scope.
         """
         policy = self.guarded.policy
@@ -105,9 +112,10 @@ class Method:
         scope, served = self.scope or default_scope(denoiser), policy.scopes & forecaster.scopes
         if self.scope is None and scope not in served and "denoiser" in served:
             scope = "denoiser"  # which every model has
-        unknown = set(policy.needs.signals) - SIGNALS.keys()
-        if unknown:
-            raise unknown_name("signal", unknown.pop(), SIGNALS)
+        compared = () if corrector is None else corrector.needs_signals
+        for name in (*policy.needs.signals, *compared):
+            if name not in SIGNALS or (name in compared and name in KNOWN_AFTER):
+                raise unknown_name("signal", name, SIGNALS)
         if scope not in policy.scopes:
             raise ConfigError(
                 f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
@@ -118,11 +126,14 @@ class Method:
                 f"forecaster {forecaster.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}): "
                 f"use scope {' or '.join(map(repr, sorted(forecaster.scopes)))}"
             )
-        if corrector is not None and not corrector.static:
-            raise ConfigError(
-                f"corrector {corrector.name!r} compares signals of stored steps, which are not kept: "
-                "take 'shrink', or none"
-            )
+        needs = policy.needs
+        if corrector is not None and corrector.needs_signals:
+            probed = needs.probe > 0 or scope == "cut" or PROBE_SIGNALS.isdisjoint(corrector.needs_signals)
+            if not (needs.signals and probed):
+                raise ConfigError(
+                    f"corrector {corrector.name!r} compares {', '.join(corrector.needs_signals)} of each step, which "
+                    f"is not taken for policy {policy.name!r}: take 'dicache' or 'first_block', or no corrector"
+                )
         if self.is_traced(denoiser, scope) and (not forecaster.static or forecaster.keeps_inputs):
             raise ConfigError(
                 f"forecaster {forecaster.name!r} is no weighted sum of features, which is all that a denoiser compiled "
@@ -135,7 +146,8 @@ class Method:
                 "as they are, and all of them: compile its blocks instead (compile_repeated_blocks), or use scope "
                 "'denoiser'"
             )
-        needs = policy.needs
+        if needs.rollback and self.sync == "lagged":
+            raise ConfigError(f"policy {policy.name!r} waits for each step's signal to roll it back: not sync='lagged'")
         if scope == "cut" and (needs.probe > 1 or needs.tail):
             raise ConfigError(
                 f"on a UNet cut the probe of {policy.name!r} is the down blocks above the cut: "
@@ -243,6 +255,8 @@ class Session(Attached):
                 handlers += [(module, attention_call) for module in attentions(span.members[0])]
         if layout.probe is not None:
             handlers.append((layout.probe, CacheRun.probe_call))
+        if layout.tail is not None and not TAIL_SIGNALS.isdisjoint(self.method.guarded.needs.signals):
+            handlers.append((layout.tail, CacheRun.tail_call))
         self._handlers[name] = handlers
         self.denoisers[name], self.layouts[name] = denoiser, layout
         for module, handler in handlers:
@@ -329,16 +343,16 @@ class Session(Attached):
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         self._tune(pipe, args, kwargs)
         self._refresh(pipe)
-        return self._begin(pipe)
+        return self._begin(pipe, args, kwargs)
 
-    def begin_part(self, whole: CacheRun, pipe: Any) -> CacheRun:
+    def begin_part(self, whole: CacheRun, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline that another, which this session is enabled on, is made of."""
         self._patch_progress_bar(pipe)
-        run = self._begin(pipe)
+        run = self._begin(pipe, args, kwargs)
         run.whole, run.records = whole, whole.records
         return run
 
-    def _begin(self, pipe: Any) -> CacheRun:
+    def _begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         for scheduler in _schedulers(pipe):
             self._patch_scheduler(type(scheduler))
             _mark(scheduler, _marks(scheduler) | {self.token})
@@ -355,6 +369,7 @@ class Session(Attached):
 
         self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
+        run.guidance = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
         if self.observer is not None:
             self.observer.run_began(run)
         return run

@@ -1,13 +1,16 @@
 """Taking the signals that a policy asks for, where the first span of a call is about to run."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..context import SIGNALS
+from .. import ops
+from ..context import KNOWN_AFTER, SIGNALS, Query
 from ..errors import ConfigError
+from ..forecasters import Chebyshev, Taylor
 from ..models import Span, grid_of_call, unwrap
 from ..signals import grid_of
 from .frame import Frame, written_since
@@ -39,14 +42,18 @@ class Entry(NamedTuple):
 
 def take(
     run: "CacheRun", frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any], inputs: Inputs
-) -> dict[str, Tensor]:
-    """The signals of this call that are known before it.
+) -> None:
+    """Take the signals of this call that are known before it, for the policy and for the corrector.
 
     Raises:
         ConfigError: for one that this model or sampler does not give.
     """
     entry = Entry(run, frame, span, inner, args, kwargs, row_stream(inputs).detach())
-    return {name: TAKEN[name](entry) for name in run.decisions.guarded.needs.signals if name in TAKEN}
+    corrector, decided_by = run.session.method.corrector, run.decisions.guarded.needs.signals
+    compared = () if corrector is None else corrector.needs_signals
+    signals = {name: TAKEN[name](entry) for name in dict.fromkeys((*decided_by, *compared)) if name in TAKEN}
+    frame.compared = {name: signals[name] for name in compared}
+    frame.signals = {name: signals[name] for name in decided_by if name in signals}
 
 
 def _input(entry: Entry) -> Tensor:
@@ -126,6 +133,30 @@ def _noise_level(entry: Entry) -> Tensor:
     return torch.full((len(entry.stream),), level, device=entry.stream.device)
 
 
+SPECTRAL, LINE = Chebyshev(blend=1.0, anchored=True), Taylor(order=1)
+
+
+def _disagreement(entry: Entry) -> Tensor:
+    step, state = entry.frame.step, entry.run.spans.state(entry.frame.key, entry.span, 0)
+    history, rows = state.history, len(entry.stream)
+    if not history or state.template is None:
+        return torch.full((rows,), math.nan, device=entry.stream.device)
+    spectral, line = weights = torch.zeros(2, len(history.lanes), len(history.slots))
+    for row, lane in enumerate(history.lanes):
+        query = Query([node for node, _ in lane], step.index, total=step.total)
+        for into, forecaster in zip(weights, (SPECTRAL, LINE), strict=True):
+            into[row, [slot for _, slot in lane]] = torch.tensor(forecaster.weights(query))
+    leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
+    leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
+
+    def norm(table: Tensor) -> Tensor:
+        combined = [ops.forecast(None, leaf, table.to(leaf[0].device)).float().flatten(1) for leaf in leaves]
+        return torch.stack([each.square().sum(1) for each in combined]).sum(0).sqrt()
+
+    apart = norm(spectral - line)
+    return torch.where(apart == 0, torch.zeros_like(apart), apart / norm(spectral))
+
+
 TAKEN: dict[str, Callable[[Entry], Tensor]] = {
     "input": _input,
     "input_map": _input_map,
@@ -133,8 +164,11 @@ TAKEN: dict[str, Callable[[Entry], Tensor]] = {
     "probe_residual": _probe_residual,
     "modulated_input": _modulated_input,
     "noise_level": _noise_level,
+    "disagreement": _disagreement,
 }
-assert TAKEN.keys() | {"output"} == SIGNALS.keys()
+assert TAKEN.keys() | KNOWN_AFTER == SIGNALS.keys()
+PROBE_SIGNALS = frozenset({"probe_input", "probe_residual"})
+TAIL_SIGNALS = frozenset({"tail_output", "tail_forecast"})
 
 
 def attention_call(run: "CacheRun", inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..context import Blend, Correction, NonLinear, Query
+from ..context import Blend, Correction, NonLinear, Query, Signals
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
@@ -21,7 +21,7 @@ from .structure import (
     copied,
     flatten,
     forked_rng,
-    row_stream,
+    row_output,
     sample_of,
     select_rows,
     signature,
@@ -72,6 +72,8 @@ class SpanCalls:
         self._run = run
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
+        self._tails: dict[PassKey, SpanState] = {}  # of the blocks after the spans: to be compared, never reused
+        self._compared: dict[PassKey, History] = {}  # the corrector's signals at the steps of the features
         self._peak_bytes = 0
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
@@ -170,7 +172,7 @@ class SpanCalls:
             inputs = copied(inputs)
         inputs |= self._first_pass(frame, span)
         if frame.actions is None:
-            frame.signals = take(self._run, frame, span, inner, args, kwargs, inputs)
+            take(self._run, frame, span, inner, args, kwargs, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
         reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
@@ -207,9 +209,7 @@ class SpanCalls:
     def state(self, key: PassKey, span: Span, count: int) -> SpanState:
         state = self._states.get((key, span, count))
         if state is None:
-            state = self._states[key, span, count] = SpanState(
-                History(self._run.forecaster.history, self._method.cache_dtype)
-            )
+            state = self._states[key, span, count] = SpanState(History(self._run.history, self._method.cache_dtype))
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
@@ -230,12 +230,66 @@ class SpanCalls:
         """What the last span gave is a signal too, for a policy that looks at it: its stream of the sample."""
         if frame.signals is None or "output" not in self._run.decisions.guarded.needs.signals:
             return
-        shape = row_stream(visit.inputs).shape
         if isinstance(sample_of(*frame.called), (list, tuple)) and len({tensor.shape for tensor in tensors}) == 1:
             given = torch.stack(tensors) if visit.span.kind == "denoiser" else tensors[0]
         else:
-            given = next((tensor for tensor in tensors if tensor.shape == shape), tensors[0])
+            given = row_output(tensors, visit.inputs)
         frame.signals["output"] = given.detach().clone()
+
+    def note_tail(self, frame: Frame, output: Any, inputs: Inputs) -> None:
+        """What the blocks after the spans give is a signal, and so is what is forecast of it.
+
+        Forecast as the spans are, from what was given at their computed steps; NaN where that cannot be.
+        """
+        assert frame.signals is not None
+        tail = self._tails.setdefault(frame.key, SpanState(History(self._run.history)))
+        try:
+            given = row_output([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)], inputs).detach()
+            frame.signals["tail_output"] = given.clone()
+            if frame.reused:
+                frame.signals["tail_forecast"] = torch.full_like(given, math.nan)
+            if tail.history and tail.history.slots[0][0].shape != given.shape:
+                tail.history.clear()
+            if frame.reused and tail.history:
+                weights, slots = self._weights(frame, frame.reused[-1].span, tail)
+                features = self._features(frame, frame.reused[-1].span, tail.history, 0, slots)
+                frame.signals["tail_forecast"] = ops.forecast(None, features, weights)
+            if not frame.reused:
+                tail.history.observe(frame.step.index, [given], [None])
+            elif frame.rows is not None:
+                index = torch.tensor(frame.rows, device=given.device)
+                rows = given.index_select(0, index)
+                tail.history.observe(frame.step.index, [rows], [None], frame.rows, frame.batch)
+        except Exception as error:
+            tail.history.clear()
+            self._run.warn_failure("forecasting the last blocks", error)
+
+    def keep_compared(self, frame: Frame) -> None:
+        """At the end of a computed call: keep the signals that the corrector compares, beside the features."""
+        if not frame.compared or not frame.stores or (frame.reused and frame.rows is None):
+            return
+        rows = frame.rows if frame.reused else None
+        signals = list(frame.compared.values())
+        kept = self._compared.setdefault(frame.key, History(self._run.history))
+        try:
+            if kept.slots and [tensor.shape for tensor in kept.slots[0]] != [tensor.shape for tensor in signals]:
+                kept.clear()
+            if rows is not None:
+                signals = [tensor.index_select(0, torch.tensor(rows, device=tensor.device)) for tensor in signals]
+            kept.observe(frame.step.index, signals, [None] * len(signals), rows, frame.batch)
+        except Exception as error:
+            kept.clear()
+            self._run.warn_failure("keeping signals", error)
+
+    def _signals(self, frame: Frame, nodes: tuple[float, ...]) -> dict[str, Signals]:
+        """What the corrector compares, of this step and of the nodes, by name."""
+        kept = [self._compared[frame.key].at(node) for node in nodes] if frame.compared else []
+        if None in kept:
+            raise LookupError(f"no signals are kept of a step among {nodes}")
+        return {
+            name: Signals(now, tuple(signals[i] for signals in kept if signals is not None))
+            for i, (name, now) in enumerate(frame.compared.items())
+        }
 
     # reusing
 
@@ -262,19 +316,12 @@ class SpanCalls:
         try:
             weights, slots = self._weights(frame, span, state)
             correction = self._correction(frame, span, state.history)
-            forecaster, leaves = self._run.forecaster, state.template.leaves
+            leaves = state.template.leaves
             visit.forecast = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
-                stored: list[Any] = list(state.history.leaf(i))
-                if isinstance(forecaster, NonLinear):
-                    stored = [ops.decoded(feature) for feature in stored]
-                features = [stored[slot] for slot in slots]
-                if leaf.kept is not None:  # inputs are stored behind the features, one for each of them
-                    inputs = state.history.leaf(len(leaves) + i)
-                    features += [inputs[slot] for slot in slots]
-                if isinstance(forecaster, NonLinear):
-                    features.append(self._forecast_rows(forecaster, frame, span, state.history, stored))
+                inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
+                features = self._features(frame, span, state.history, i, slots, inputs)
                 visit.forecast.append(ops.forecast(base, features, weights, correction))
             visit.rows = frame.rows
             return True
@@ -342,6 +389,20 @@ class SpanCalls:
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 
+    def _features(
+        self, frame: Frame, span: Span, history: History, leaf: int, slots: Sequence[int], inputs: int | None = None
+    ) -> list[Tensor]:
+        """What of a leaf the weights of `_weights` are for; inputs: which leaf holds those stored with it, if any."""
+        stored: list[Any] = list(history.leaf(leaf))
+        if isinstance(self._run.forecaster, NonLinear):
+            stored = [ops.decoded(feature) for feature in stored]
+        features = [stored[slot] for slot in slots]
+        if inputs is not None:
+            features += [history.leaf(inputs)[slot] for slot in slots]
+        if isinstance(self._run.forecaster, NonLinear):
+            features.append(self._forecast_rows(self._run.forecaster, frame, span, history, stored))
+        return features
+
     def _forecast_rows(
         self, forecaster: NonLinear, frame: Frame, span: Span, history: History, stored: Sequence[Tensor]
     ) -> Tensor:
@@ -351,6 +412,7 @@ class SpanCalls:
             rows_of.setdefault(tuple(own), []).append(row)
         whole = torch.empty_like(stored[0])
         for lane, rows in rows_of.items():
+            lane = lane[-forecaster.history :]
             (query,) = self._queries(frame, span, tuple(node for node, _ in lane))
             index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
             features = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
@@ -375,8 +437,9 @@ class SpanCalls:
         if channels > 1 and any(ops.channels(leaf) != channels for leaf in history.numbers()):
             raise ConfigError(f"corrections are of {channels} channels, and {span.name} gives others")
         found: list[Correction | None] = []
+        seen = forecaster.history if corrects is forecaster else history.capacity
         for place, lane in enumerate(history.lanes):
-            asked = self._queries(frame, span, tuple(node for node, _ in lane))
+            asked = self._queries(frame, span, tuple(node for node, _ in lane[-seen:]))
             if len(history.lanes) > 1:
                 asked = [asked[place * len(asked) // len(history.lanes)]]
             found += [corrects.correction(query) for query in asked]
@@ -391,17 +454,20 @@ class SpanCalls:
     def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> "list[Row]":
         """Mended weights, once for all rows or once for each guidance branch that is stacked in the rows."""
         forecaster, corrector = self._run.forecaster, self._method.corrector
-        queries = self._queries(frame, span, nodes)
+        own = nodes[-forecaster.history :]  # of those kept, what this forecaster goes by
+        older = (0.0,) * (len(nodes) - len(own))
+        queries = self._queries(frame, span, own)
         frame.note = forecaster.note(queries[0])
+        signals = self._signals(frame, nodes)
         table = []
         for query in queries:
             if isinstance(forecaster, NonLinear):
                 row = Row((0.0,) * len(nodes), forecast=(1.0,))
             elif forecaster.keeps_inputs:
-                row = Row(forecaster.weights(query), forecaster.input_weights(query))
+                row = Row(older + forecaster.weights(query), older + forecaster.input_weights(query))
             else:
-                row = Row(forecaster.weights(query))
-            blend = None if corrector is None else corrector.blend(query)
+                row = Row(older + forecaster.weights(query))
+            blend = None if corrector is None else corrector.blend(query._replace(nodes=nodes, signals=signals))
             table.append(row if blend is None else row.mended(blend))
         if corrector is not None and not corrector.static:
             return table  # rows differ
@@ -620,6 +686,8 @@ class SpanCalls:
         unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
         self._states.clear()
         self._first.clear()
+        self._tails.clear()
+        self._compared.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
 

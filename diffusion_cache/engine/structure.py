@@ -94,6 +94,12 @@ def row_stream(inputs: Inputs) -> Tensor:
     return image_stream(inputs)
 
 
+def row_output(outputs: list[Tensor], inputs: Inputs) -> Tensor:
+    """Of what a module gave, the stream of the sample: of the shape that it had when it went in."""
+    shape = row_stream(inputs).shape
+    return next((tensor for tensor in outputs if tensor.shape == shape), outputs[0])
+
+
 def sample_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The argument that carries the sample: by its usual names, else the first."""
     for name in IMAGE_STREAM:

@@ -1,6 +1,6 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
-from .calls import condition_of, fills_cache, grid_of_call
+from .calls import condition_of, fills_cache, grid_of_call, guidance_of, is_unconditional, unconditional_last
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
 from .spans import Called, Layout, Span, arrange, attentions, default_scope, find_layout, is_unet, merged
 
@@ -18,7 +18,10 @@ __all__ = [
     "find_denoisers",
     "find_layout",
     "grid_of_call",
+    "guidance_of",
+    "is_unconditional",
     "is_unet",
     "merged",
+    "unconditional_last",
     "unwrap",
 ]

@@ -1,13 +1,16 @@
 """What the arguments of a denoiser call tell: what it is conditioned on, and if it is made for more than its output."""
 
+import inspect
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..context import Condition
 
+UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
 TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
 
@@ -23,6 +26,35 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     if isinstance(flag, Mapping) and flag.get("is_cache_step"):
         return True
     return caches is not None and getattr(caches[0], "mode", None) == "write"
+
+
+def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> float | None:
+    """The scale of classifier-free guidance that a pipeline is called with, or has by default; None if that is unknown.
+
+    By the arguments in use: true_cfg_scale, of pipelines whose guidance_scale is an input of the denoiser (the FLUX
+    family, QwenImage), else guidance_scale.
+    """
+    try:
+        bound = inspect.signature(call).bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):
+        return None  # the call itself will tell what is wrong with its arguments
+    bound.apply_defaults()
+    given = (bound.arguments.get(name) for name in ("true_cfg_scale", "guidance_scale"))
+    return next((float(scale) for scale in given if isinstance(scale, (int, float))), None)
+
+
+def unconditional_last(kwargs: Mapping[str, Any]) -> bool:
+    """Which of two guidance branches stacked in a call is the unconditional one.
+
+    diffusers' pipelines put it first, all but the one that has class labels and no text (DiT).
+    """
+    given = {name for name in (*TEXT, *LABELS) if kwargs.get(name) is not None}
+    return bool(given) and given <= {*LABELS}
+
+
+def is_unconditional(pass_name: str) -> bool:
+    """Whether a call of its own is of the unconditional branch: by its name, or as the second where it has none."""
+    return pass_name == "1" or bool(UNCONDITIONAL.search(pass_name))
 
 
 def grid_of_call(kwargs: Mapping[str, Any], tokens: int) -> tuple[int, int, int] | None:

@@ -68,11 +68,16 @@ class Called(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The spans of one denoiser at one scope; probe: the module whose input is where the probe blocks begin, if any."""
+    """The spans of one denoiser at one scope.
+
+    probe: the module whose input is where the probe blocks begin, tail: the one whose output is where the tail blocks
+    end; None where there are none.
+    """
 
     scope: str
     spans: tuple[Span, ...]
     probe: nn.Module | None = None
+    tail: nn.Module | None = None
 
 
 def stacks(denoiser: nn.Module) -> dict[str, dict[str, nn.Module]]:
@@ -242,11 +247,11 @@ def _stack_layout(
             f"front={probe} and back={tail} blocks cannot be kept out of {type(denoiser).__name__} ({sizes}): "
             f"front must fit in the first stack, back in the last, and at least one block must remain to be skipped"
         )
-    first_block = blocks[names[0]][0]
+    first_block, last_block = blocks[names[0]][0], blocks[names[-1]][-1]
     blocks[names[0]] = blocks[names[0]][probe:]
     blocks[names[-1]] = blocks[names[-1]][: len(blocks[names[-1]]) - tail]
     spans = tuple(Span(name, "stack", tuple(members)) for name, members in blocks.items() if members)
-    return Layout("stack", spans, first_block if probe else None)
+    return Layout("stack", spans, first_block if probe else None, last_block if tail else None)
 
 
 def arrange(layout: Layout, trace: Sequence[Called]) -> Layout:

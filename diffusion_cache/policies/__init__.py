@@ -2,6 +2,7 @@
 
 from .accumulate import Accumulate
 from .centered import Centered
+from .dicache import DiCache
 from .drift import Drift
 from .easycache import EasyCache
 from .first_block import FirstBlock
@@ -12,14 +13,18 @@ from .magcache import MagCache
 from .mask import Mask
 from .pab import PAB
 from .planned import Planned
+from .ra_cfg import RaCfg
+from .racer import Racer
 from .seacache import SeaCache
 from .sencache import SenCache
+from .speca import SpeCa
 from .teacache import TeaCache
 
 __all__ = [
     "PAB",
     "Accumulate",
     "Centered",
+    "DiCache",
     "Drift",
     "EasyCache",
     "FirstBlock",
@@ -30,7 +35,10 @@ __all__ = [
     "MagCache",
     "Mask",
     "Planned",
+    "RaCfg",
+    "Racer",
     "SeaCache",
     "SenCache",
+    "SpeCa",
     "TeaCache",
 ]

@@ -1,11 +1,11 @@
 """A guard for planned runs: compute a step more where a generation leaves the band that calibration runs kept to."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..context import Needs, Past
+from ..context import Needs, PassState, Past, Step, Verdict
 from ..errors import ConfigError
 from ..plan import Band, Plan
 from ..signals import relative_l1
@@ -54,27 +54,13 @@ class Drift:
             return relative_l1(now, before)
         return relative_l1(now - before, before - past.earlier[0][SIGNAL]) if past.earlier else None
 
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        """At a step that the plan reuses: whether to compute it all the same."""
+        if value is None or not self.is_outside(step.index, value):
+            return Verdict(False, "schedule")
+        return Verdict(True, f"guard ({self.band.signal} {value:.3g})")
+
     def is_outside(self, step: int, value: float) -> bool:
         """Whether a signal is above the band of its step. NaN is, wherever there is a band."""
         limit = self.band.limit(step, self.factor)
         return limit is not None and not value <= limit
-
-    def remaining(self, planned: Collection[int], extra: Sequence[int], fixed: Collection[int] = ()) -> frozenset[int]:
-        """What of the planned steps is left, with the extra ones, each of which has taken the place of the next.
-
-        fixed: planned steps that stay whatever happens.
-        """
-        steps = set(planned)
-        for step in extra:
-            steps.add(step)
-            replaced = self.replaced(steps, step, fixed)
-            if replaced is not None:
-                steps.remove(replaced)
-        return frozenset(steps)
-
-    def replaced(self, steps: Collection[int], step: int, fixed: Collection[int] = ()) -> int | None:
-        """Which of the steps is dropped if an extra one is computed; None for none: with strict, or where none is left.
-
-        The next one: what was to be computed then is computed at once.
-        """
-        return None if self.strict else min((s for s in steps if s > step and s not in fixed), default=None)

@@ -10,6 +10,7 @@ from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest
 from ..errors import ConfigError
 from ..schedule import Schedule
 from .drift import Drift
+from .exchange import remaining, replaced
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ class Guarded:
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor | None:
         return (self.drift or self.policy).measure(signals, past)
 
-    def combine(self, values: Sequence[float]) -> float:
-        return self.policy.combine(values) if self.drift is None else largest(values)
+    def combine(self, values: Sequence[float], step: Step) -> float:
+        return self.policy.combine(values, step) if self.drift is None else largest(values)
 
     def remember(self, signals: Mapping[str, Tensor], past: Past) -> dict[str, Tensor]:
         return self.policy.remember(signals, past) if self.drift is None else {}
@@ -188,19 +189,19 @@ class Guarded:
         return verdict
 
     def _decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
-        own = self.policy.schedule(step.total) if self.drift is not None and step.total is not None else None
+        own = self.policy.schedule(step.total) if not self.planned and step.total is not None else None
         if own is None:
             return self.policy.decide(step, value, state)
-        assert self.drift is not None
         planned = [index for index in range(own.total) if all(own.row(index, 0))]
         fixed = [index for index in planned if self.guards.forced(self._step(index, step.total), PassState())]
-        remaining = self.drift.remaining(planned, state.extra, fixed)
-        if step.index in remaining:
+        strict = self.drift is not None and self.drift.strict
+        left = remaining(planned, state.extra, fixed, strict)
+        if step.index in left:
             return Verdict(True, "schedule")
-        affordable = self.drift.strict or self.drift.replaced(remaining, step.index, fixed) is not None
-        # one extra step between two planned ones: else a run that lies outside its band at every step would spend
-        # all it has at once
-        affordable = affordable and state.last_computed not in state.extra
-        if value is not None and affordable and self.drift.is_outside(step.index, value):
-            return Verdict(True, f"guard ({self.drift.band.signal} {value:.3g})", extra=True)
-        return Verdict(False, "schedule")
+        affordable = strict or replaced(left, step.index, fixed) is not None
+        # one extra step between two planned ones: else a run that asks for more at every step would spend all it has
+        # at once
+        if value is None or not affordable or state.last_computed in state.extra:
+            return Verdict(False, "schedule")
+        verdict = (self.drift or self.policy).decide(step, value, state)
+        return verdict._replace(extra=verdict.compute)

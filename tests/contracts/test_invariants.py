@@ -180,8 +180,7 @@ def test_history_stays_within_its_stated_bytes(subject, case):
     stated = dc.inspect(
         subject.pipe,
         dc.reference.inputs(subject.name, (3, 8), (5, 6)),
-        forecaster=case.forecaster,
-        scope=case.scope,
+        **case.options(),
     ).cache_bytes
     with dc.cached(subject.pipe, **case.options()):
         subject.generate(steps=2 * STEPS)

@@ -161,7 +161,7 @@ def test_correctors_work_in_a_denoiser_compiled_as_a_whole():
         ({"corrector": "shrink", "strenth": 0.5}, "Unknown option 'strenth'.*corrector 'shrink'.*'strength'"),
         ({"corrector": "shrink", "strength": 2.0}, "strength must be from 0 to 1"),
         ({"corrector": "magnitude"}, "ratios"),
-        ({"corrector": "alignment"}, "compares signals of stored steps, which are not kept: take 'shrink'"),
+        ({"corrector": "alignment"}, "compares probe_residual of each step.*for policy 'interval'"),
         ({"corrector": 3}, "corrector must be a name or an instance"),
         ({"forecaster": "average_velocity", "scope": "stack"}, "does not serve scope 'stack'.*use scope 'denoiser'"),
         (

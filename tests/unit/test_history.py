@@ -408,3 +408,16 @@ def test_codes_of_what_is_not_finite_are_noticed():
         history = History(1, "fp8")
         history.observe(0.0, [torch.full((2, 16), value)], [None])
         assert not is_finite(history.tensors())
+
+
+def test_what_is_held_of_a_step():
+    history = History(2)
+    assert history.at(0) is None
+    for step in (0, 1, 2):
+        history.observe(step, [torch.full((2, 1), float(step))], [None])
+    assert history.at(0) is None
+    assert history.at(2)[0].tolist() == [[2.0], [2.0]]
+    history.observe(5, [torch.tensor([[5.0]])], [None], rows=[1], batch=2)
+    assert history.at(5)[0].tolist() == [[0.0], [5.0]]  # the first row does not hold it
+    assert history.at(1)[0].tolist() == [[1.0], [0.0]]
+    assert history.at(2)[0].tolist() == [[2.0], [2.0]]

@@ -514,7 +514,7 @@ def test_whoever_computes_a_step_the_sum_begins_anew():
 
 
 def test_a_policy_may_combine_a_samples_branches_in_its_own_way():
-    policy = type("Second", (Above,), {"combine": lambda self, values: values[1] - values[0]})(0.5)
+    policy = type("Second", (Above,), {"combine": lambda self, values, step: values[1] - values[0]})(0.5)
     run = Run(policy)
     run.measured(0, [0.0] * 4, groups=2)
     assert decided(run.measured(1, [0.0, 0.5, 0.75, 0.5], groups=2)) == [0, 2]

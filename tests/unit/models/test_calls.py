@@ -1,9 +1,11 @@
-"""What the arguments of a denoiser call tell of where its tokens lie."""
+"""What the arguments of calls tell: where the tokens lie, and how the denoiser is guided."""
 
 import pytest
 import torch
 
-from diffusion_cache.models import grid_of_call
+from diffusion_cache.models import grid_of_call, guidance_of, is_unconditional, unconditional_last
+
+LABELS, TEXT = torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 4)
 
 
 def ids(frames, height, width):
@@ -28,3 +30,52 @@ def ids(frames, height, width):
 )
 def test_grids(kwargs, tokens, grid):
     assert grid_of_call(kwargs, tokens) == grid
+
+
+def plain(self, prompt, guidance_scale=7.5): ...
+
+
+def distilled(self, prompt, true_cfg_scale=1.0, guidance_scale=3.5): ...
+
+
+def optional(self, prompt, true_cfg_scale=None, guidance_scale=4): ...
+
+
+def none(self, prompt): ...
+
+
+@pytest.mark.parametrize(
+    ("call", "args", "kwargs", "expected"),
+    [
+        (plain, (None, "a"), {}, 7.5),
+        (plain, (None, "a"), {"guidance_scale": 2}, 2.0),
+        (plain, (None, "a", 3.0), {}, 3.0),
+        (distilled, (None,), {}, 1.0),
+        (distilled, (None,), {"true_cfg_scale": 5.0, "guidance_scale": 2.0}, 5.0),
+        (optional, (None,), {}, 4.0),
+        (plain, (None,), {"guidance_scale": [1.0, 2.0]}, None),
+        (plain, (None,), {"no_such_argument": 1}, None),
+        (none, (None,), {}, None),
+    ],
+)
+def test_guidance_of(call, args, kwargs, expected):
+    assert guidance_of(call, args, kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"class_labels": LABELS}, True),
+        ({"encoder_hidden_states": TEXT}, False),
+        ({"class_labels": LABELS, "encoder_hidden_states": TEXT}, False),  # an upscaler's level of noise
+        ({"class_labels": None, "encoder_hidden_states": TEXT}, False),
+        ({}, False),
+    ],
+)
+def test_unconditional_last(kwargs, expected):
+    assert unconditional_last(kwargs) == expected
+
+
+def test_is_unconditional():
+    names = {"cond": False, "uncond": True, "pred_uncond": True, "negative": True, "0": False, "1": True}
+    assert {name: is_unconditional(name) for name in names} == names
