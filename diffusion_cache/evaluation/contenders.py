@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import api, reference, registry
+from ..context import SCOPES, Policy
 from ..errors import ConfigError
+from ..models import default_scope
 from ..planning.choose import choose
 from ..policies import Guards
 from ..profile import JSON_FILE, Profile, shipped_profiles
@@ -85,12 +87,19 @@ class FewerSteps(Contender):
 
 @dataclass(frozen=True)
 class Ours(Contender):
-    """A policy and a forecaster of this package, or a plan of a profile; options: arguments of `enable`."""
+    """A policy and a forecaster of this package, or a plan of a profile; options: arguments of `enable`.
+
+    scopes: kinds of span that the policy may govern. profile: that its options were taken from, if they were.
+    """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
+    scopes: frozenset[str] = frozenset(SCOPES)
+    profile: Profile | None = None
 
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        if self.profile is not None:
+            self.profile.check(subject.pipe, subject.denoisers)
         return api.cached(subject.pipe, **self.options)
 
     def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
@@ -98,6 +107,15 @@ class Ours(Contender):
 
     def cache_bytes(self, subject: Subject) -> int | None:
         return api.summary(subject.pipe).cache_bytes
+
+    def why_not(self, subject: Subject) -> str | None:
+        if self.scope or "denoiser" in self.scopes:
+            return None
+        for denoiser in subject.denoisers.values():
+            found = default_scope(denoiser)
+            if found not in self.scopes:
+                return f"it serves scope {' and '.join(sorted(self.scopes))}, and {type(denoiser).__name__} has {found}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -181,8 +199,8 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     """A `method` configuration without its grid, once for every combination of the grid's values.
 
     grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
-    models: by model name, another grid and points. A node with a `share` is for plans: it comes back with the name or
-    folder of its profile and that profile's digest, so that another profile makes another run.
+    models: by model name, another grid and points. A node of a plan (`share`) or of a policy that has a `profile`
+    comes back with the profile's name or folder and its digest, so that another profile makes another run.
 
     Raises:
         ConfigError: for a grid that is not of that form or names a key that the method does not have, or no profile.
@@ -201,7 +219,8 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
         names = list(grid)
         choices += [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
     found = [_with(node, choice) for choice in choices]
-    return [_with_profile(one, model) if "share" in one else one for one in found]
+    profiled = "share" in node or ("policy" in node and "profile" in node)
+    return [_with_profile(one, model) if profiled else one for one in found]
 
 
 def _with(node: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +255,7 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _with_profile(node: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A node for plans with its profile named and told from others; without `sampler`, which was for that."""
+    """A node with its profile named and told from others; without `sampler`, which was for that."""
     rest = {key: value for key, value in node.items() if key != "sampler"}
     name = node["profile"]
     if name is None:
@@ -370,6 +389,11 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
             known = [option.name for option in dataclasses.fields(found)]
             raise ConfigError(f"{what} has no option {option!r}. {suggest(option, known)}")
         check_options(what, found, given)
+    profile = None
+    if "profile" in node:
+        profile = _profile(node["profile"], node["digest"])
+        policy = _measured(cls, profile, policy)
+        node = {**node, "scope": profile.scope, "depth": profile.depth}
     made = cls(**policy)
     Guards(**guards)
     place = {key: node[key] for key in ("scope", "depth") if node.get(key) is not None}
@@ -385,7 +409,16 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     told = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
     label = node.get("label") or ", ".join(filter(None, (name, predictor_name, corrector_name)))
     form = Adaptive if made.needs.signals else Ours
-    return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control)
+    return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control,
+                scopes=made.scopes, profile=profile)  # fmt: skip
+
+
+def _measured(cls: type[Policy], profile: Profile, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a policy, those that it takes from a profile among them."""
+    make = getattr(cls, "from_profile", None)
+    if make is None:
+        raise ConfigError(f"{cls.name} takes nothing from a profile: leave method.profile out")
+    return vars(make(profile, **options))
 
 
 def _spacing(spaced: Mapping[str, Any], steps: int) -> tuple[int, float]:

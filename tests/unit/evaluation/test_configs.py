@@ -16,6 +16,7 @@ from diffusion_cache.evaluation.report import BUDGETS, TOLERANCE
 
 CONFIGS = files("diffusion_cache.configs")
 GIVEN = {"scheduler": "DDIMScheduler", "random": "dit-xl-2", "file": "prompts.txt", "hub": "folder", "mask": "'10'"}
+PARTS = ("online", "system")
 MISSING = {"scheduler": "sampler.name", "random": "model.name", "file": "prompts.path", "hub": "model.repository"}
 
 
@@ -23,6 +24,11 @@ def options(group):
     return sorted(
         entry.name.removesuffix(".yaml") for entry in (CONFIGS / group).iterdir() if entry.name[-5:] == ".yaml"
     )
+
+
+def methods():
+    """Every file of the group, but those of rivals."""
+    return [*options("method"), *(f"{part}/{name}" for part in PARTS for name in options(f"method/{part}"))]
 
 
 def composed(*overrides):
@@ -40,9 +46,7 @@ def test_every_option_composes(group):
         assert group in composed(f"{group}={name}", *more)
 
 
-@pytest.mark.parametrize(
-    "name", [*registry.policies.names(), *options("method"), *(f"system/{name}" for name in options("method/system"))]
-)
+@pytest.mark.parametrize("name", [*registry.policies.names(), *methods()])
 def test_every_method_expands_into_contenders(name, tmp_path):
     required = {"mask": "method.policy.mask='10'", "magcache": "method.policy.ratios=[1.0, 0.9]"}
     more = [required[name]] if name in required else []
@@ -74,10 +78,9 @@ def test_the_experiments_sweep_over_everything():
         config = compose("evaluate", ["experiment=reference_all"], return_hydra_config=True)
     params = config.hydra.sweeper.params
     assert params.model.split(",") == ["dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"]
-    methods = [method.strip() for method in params.method.split(",")]
-    assert {method for method in methods if method.startswith("peer/")} == {f"peer/{name}" for name in peers}
-    assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(methods)
-    assert set(methods) - {f"peer/{name}" for name in peers} == set(options("method"))
+    swept = [method.strip() for method in params.method.split(",")]
+    assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(swept)
+    assert sorted(swept) == sorted([*methods(), *(f"peer/{name}" for name in peers)])
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         planned = compose("evaluate", ["experiment=planned"], return_hydra_config=True)
     assert dict(planned.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers

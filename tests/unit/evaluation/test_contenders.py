@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import math
 import shutil
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from evaluation_profile import plan, write_profile
 
 from diffusion_cache import api, reference, registry
@@ -112,6 +114,16 @@ def test_adaptive_methods_run_one_by_one():
     what = contender({**NODE, "policy": {"name": "first_block", "threshold": 0.1}}, TAYLOR, 20)
     assert type(what) is Adaptive
     assert not what.batchable
+
+
+def test_a_policy_is_left_out_where_it_serves_no_span():
+    unet = Shipped("unet-digits")
+    teacache, seacache = (
+        contender({**NODE, "policy": {"name": name}}, TAYLOR, 20) for name in ("teacache", "seacache")
+    )
+    assert teacache.why_not(unet) == "it serves scope stack, and UNet2DConditionModel has cut"
+    assert seacache.why_not(unet) is None  # at scope denoiser
+    assert teacache.why_not(SimpleNamespace(denoisers={})) is None
 
 
 def test_spaced_masks_follow_the_number_of_steps():
@@ -310,6 +322,30 @@ def test_a_profile_is_read_once_for_all_its_plans(stored, monkeypatch):
     monkeypatch.setattr(contenders.Profile, "load", lambda folder: read.append(folder) or load(folder))
     planned({**PLANNED, "profile": str(stored), "grid": {"share": [0.5, 1 / 3]}})
     assert read == [stored]
+
+
+def test_a_policy_takes_what_it_can_from_a_profile(tmp_path):
+    gram, ratios = torch.eye(6).expand(1, 1, 6, 6).contiguous(), [1.0, 0.9, 0.875, 1.0, 0.5, 1.0]
+    arrays = {"gram_residual": gram, "gram_output": gram, "norm_ratio": torch.tensor([[[math.nan, *ratios[1:]]]])}
+    write_profile(tmp_path, arrays=arrays)
+    policy = {"name": "magcache", "threshold": 0.15, "max_skip": 4, "retention": 0.1}
+    node = {**NODE, "policy": policy, "profile": str(tmp_path), "guards": {}}
+    (one,) = expand({**node, "sampler": "DDIMScheduler"}, "dit-digits")
+    what = contender(one, {"name": "reuse"}, 6)
+    assert what.options["ratios"] == (pytest.approx(tuple(ratios)),)
+    assert what.scope == "stack"
+    assert what.settings == {"threshold": 0.15, "max_skip": 4, "retention": 0.1, "forecaster": "reuse"}
+    subject = Shipped("dit-digits")
+    with what.applied(subject, 6):
+        subject.call([Sample(0, 3, 0)], 6)
+        records = api.summary(subject.pipe).records
+    # |1 − 0.9| is reused, and |1 − 0.9·0.875| more is not; the same again from step 2 on
+    assert [record.computed for record in records] == [True, False, True, False, True, False]
+    with pytest.raises(ConfigError, match="not of this model"):
+        what.applied(Shipped("flux-digits"), 6)  # a profile of another model
+    (other,) = expand({**node, "policy": {"name": "interval", "every": 2}}, "dit-digits")
+    with pytest.raises(ConfigError, match=r"interval takes nothing from a profile: leave method\.profile out"):
+        contender(other, TAYLOR, 6)
 
 
 # published systems
