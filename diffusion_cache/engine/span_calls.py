@@ -85,6 +85,10 @@ class SpanCalls:
         guards = self._method.guarded.guards
         return guards.unconditional_every > 1 and not self._run.forecaster.keeps_inputs
 
+    @property
+    def _first_bytes(self) -> int:
+        return sum(tensor.nbytes for _, given in self._first.values() for tensor in given)
+
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
         visit = self._enter(frame, span, inner, args, kwargs) if member == 0 else frame.visits.get(span)
@@ -567,7 +571,7 @@ class SpanCalls:
         if limit is None or state.history:
             return True
         histories = [other.history for other in self._states.values() if other.history]
-        taken = sum(history.capacity * history.feature_bytes for history in histories)
+        taken = self._first_bytes + sum(history.capacity * history.feature_bytes for history in histories)
         if taken + state.history.bytes_of(outputs) <= limit:
             return True
         state.unusable = "does not fit into max_cache_bytes"
@@ -668,8 +672,8 @@ class SpanCalls:
         return self._peak_bytes
 
     def _count_bytes(self) -> None:
-        kept = sum(tensor.nbytes for _, given in self._first.values() for tensor in given)
-        self._peak_bytes = max(self._peak_bytes, kept + sum(state.history.nbytes for state in self._states.values()))
+        histories = sum(state.history.nbytes for state in self._states.values())
+        self._peak_bytes = max(self._peak_bytes, self._first_bytes + histories)
 
     def feature_bytes(self) -> dict[str, int]:
         """Bytes of one stored feature of each span, summed over passes."""
