@@ -41,14 +41,15 @@ def run(
     Raises:
         ConfigError: where claims fail for which no reason is given, after all have been checked.
     """
+    outcomes: dict[str, dict[int, Outcome]] = {claim.name: {} for claim in claims}
+    places = [(seeds, claim) for seeds in sets for claim in claims]  # modules keep runs that their claims share
+    for place, (seeds, claim) in enumerate(places):
+        progress(f"{claim.name}, seeds {seeds.index}", place, len(places))
+        outcomes[claim.name][seeds.index] = _outcome(claim, seeds, folder)
     rows, problems = [], []
-    for place, claim in enumerate(claims):
-        outcomes = {}
-        for seeds in sets:
-            progress(f"{claim.name}, seeds {seeds.index}", place * len(sets) + seeds.index, len(claims) * len(sets))
-            outcomes[seeds.index] = _outcome(claim, seeds, folder)
+    for claim in claims:
         try:
-            rows.append(claim.row(outcomes))
+            rows.append(claim.row(outcomes[claim.name]))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
