@@ -36,7 +36,7 @@ class Priced(Bench):
         with torch.no_grad(), api.cached(self.subject.pipe, **arguments):
             with self.accountant.observed() as observed:
                 output = self.subject.generate(self.reporting)
-            records = api.summary(self.subject.pipe).records
+            records: tuple[Any, ...] = api.summary(self.subject.pipe).records
             priced = self.accountant.priced(observed)
             if priced is None:
                 with self.accountant.observed(flops=True):

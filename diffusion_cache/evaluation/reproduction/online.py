@@ -132,7 +132,7 @@ def online_policies_beat_even_steps(seeds: SeedSet) -> Outcome:
 )
 def lagged_decisions_cost_little(seeds: SeedSet) -> Outcome:
     pairs = {name: (adaptive(seeds, name, "lagged"), adaptive(seeds, name)) for name in ("first_block", "teacache")}
-    runs = {}
+    runs: dict[str, Ran] = {}
     for name, (lagged, immediate) in pairs.items():
         runs |= {f"{name} lagged": lagged, name: immediate}
     holds = all(b.mean - a.mean <= COST and is_equal(a, b) for a, b in pairs.values())

@@ -22,12 +22,12 @@ LOSS = 0.5  # dB
 
 
 @lru_cache(maxsize=4)
-def profiles(model: str, seeds: SeedSet) -> tuple[Profile, ...]:
-    """Of each sample alone, at scope denoiser."""
+def profiles(model: str, scope: str, seeds: SeedSet) -> tuple[Profile, ...]:
+    """Of each sample alone."""
     subject = Shipped(model)
     found = []
     for seed in seeds.reporting[:SAMPLES]:
-        options = Options(scope="denoiser", sensitivity_samples=0)
+        options = Options(scope=scope, sensitivity_samples=0)
         profile = measure(batches_of(subject, subject.steps), [(str(seed % CLASSES), seed)], options)
         assert profile is not None
         found.append(profile)
@@ -44,7 +44,7 @@ def output_change(profile: Profile) -> np.ndarray:
 def correlated(model: str, seeds: SeedSet) -> Outcome:
     """Of three signals with the output's change over a run's steps, the mean over samples of Spearman's correlation."""
     found: dict[str, list[float]] = {"filtered input": [], "raw input": [], "lagging residual": []}
-    for profile in profiles(model, seeds):
+    for profile in profiles(model, "denoiser", seeds):
         change = output_change(profile)[1:]  # of the steps from the second on, which have a change before them
         curves = {
             name: profile.arrays[name][0, 0].double().numpy() for name in ("filtered_l1", "input_l1", "residual_l1")
@@ -82,7 +82,7 @@ def filtered_input_tells_the_change_of_videos(seeds: SeedSet) -> Outcome:
 )
 def ratios_are_alike(seeds: SeedSet) -> Outcome:
     curves = {
-        model: [profile.arrays["norm_ratio"][0, 0, 1:].double().numpy() for profile in profiles(model, seeds)]
+        model: [profile.arrays["norm_ratio"][0, 0, 1:].double().numpy() for profile in profiles(model, "stack", seeds)]
         for model in (FLOW, VIDEO)
     }
     alike, spread = {}, {}
