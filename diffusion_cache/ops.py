@@ -74,7 +74,7 @@ def forecast(
     values, scales, dtype = _split(features)
     if not isinstance(weights, Tensor):
         if len(weights) != len(values):
-            raise ValueError(f"{len(weights)} weights for {len(values)} features")
+            raise ValueError(f"each feature needs a weight, and {len(weights)} are another number of them")
         used = [j for j, weight in enumerate(weights) if weight != 0.0]
         if used and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
             known = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
@@ -197,7 +197,7 @@ def _forecast_tensor(
 ) -> Tensor:
     """In float32 at least."""
     if weights.shape[-1] != len(features):
-        raise ValueError(f"{weights.shape[-1]} weights for {len(features)} features")
+        raise ValueError(f"each feature needs a weight, and {weights.shape[-1]} are another number of them")
     dtype = features[0].dtype
     wide = torch.float32 if dtype in LOW_PRECISION else dtype
     weights = weights.to(wide)

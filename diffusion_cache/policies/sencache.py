@@ -21,14 +21,14 @@ from ..registry import policies
 class SenCache(Policy):
     """Reuse while the output's foretold change, a root mean square over its elements, stays below `threshold`.
 
-    input_norm, time_norm: ‖J_z‖ and |J_t|, one number or one for each of `noise_levels` (log-SNR), of which a step
+    input_norm, time_norm: ‖J_z‖ and |J_t|, one number or one for each of `levels` (log-SNR), of which a step
     takes the nearest. `profiling.jacobian.norms` measures them; without, threshold means nothing but can be searched.
     """
 
     threshold: float = 0.1
     input_norm: float | Sequence[float] = 1.0
     time_norm: float | Sequence[float] = 1.0
-    noise_levels: Sequence[float] = ()
+    levels: Sequence[float] = ()
 
     scopes = frozenset({"denoiser"})
     tuned = "threshold"
@@ -41,10 +41,10 @@ class SenCache(Policy):
             listed = tuple(given) if isinstance(given, Sequence) else (given,)
             if not all(isinstance(norm, (int, float)) and 0 <= norm < math.inf for norm in listed):
                 raise ConfigError(f"sencache: {name} must be a number ≥ 0, or one a noise level, not {given!r}")
-            if len(listed) not in (1, len(self.noise_levels)):
-                raise ConfigError(f"sencache: {len(listed)} of {name} for {len(self.noise_levels)} noise_levels")
+            if len(listed) not in (1, len(self.levels)):
+                raise ConfigError(f"sencache: {len(listed)} of {name} for {len(self.levels)} levels")
             object.__setattr__(self, name, listed)
-        object.__setattr__(self, "noise_levels", tuple(self.noise_levels))
+        object.__setattr__(self, "levels", tuple(self.levels))
 
     @property
     def needs(self) -> Needs:
@@ -54,7 +54,7 @@ class SenCache(Policy):
         moved = (signals["input"].float() - past.computed["input"].float()).flatten(1)
         time = noise_share(signals["noise_level"])
         passed = (time - noise_share(past.computed["noise_level"])).abs()
-        known = noise_share(torch.tensor(self.noise_levels or (0.0,), device=time.device))
+        known = noise_share(torch.tensor(self.levels or (0.0,), device=time.device))
         nearest = (known - time[:, None]).abs().argmin(1)  # [rows]
         by_input, by_time = (
             torch.tensor(given, device=time.device).expand(len(known))[nearest]

@@ -26,7 +26,7 @@ class Norms:
 
     input_norm: tuple[float, ...]
     time_norm: tuple[float, ...]
-    noise_levels: tuple[float, ...]
+    levels: tuple[float, ...]
 
 
 class _Call(NamedTuple):

@@ -45,8 +45,8 @@ def test_norms_of_a_denoiser_whose_norms_are_known(pipe, monkeypatch):
     found = norms([batch(pipe), batch(pipe, (7,))])
     assert found.input_norm == pytest.approx((3.0,) * STEPS, rel=1e-4)
     assert found.time_norm == pytest.approx((5.0,) * STEPS, rel=1e-4)
-    assert len(found.noise_levels) == STEPS
-    assert list(found.noise_levels) == sorted(found.noise_levels)
+    assert len(found.levels) == STEPS
+    assert list(found.levels) == sorted(found.levels)
 
 
 def _two(kwargs):
@@ -66,7 +66,7 @@ def test_looking_changes_nothing_and_the_norms_bound_each_step(pipe):
     images = []
     found = norms([Batch(pipe, lambda: images.append(one.images(one.call())), lambda output: output, 1)])
     assert torch.equal(images[0], uncached)
-    share = noise_share(torch.tensor(found.noise_levels))
+    share = noise_share(torch.tensor(found.levels))
     for step in range(1, STEPS):
         moved, changed = ((calls[step][i] - calls[step - 1][i]).square().mean().sqrt().item() for i in range(2))
         bound = found.input_norm[step] * moved
@@ -82,7 +82,7 @@ def signals(value, level):
 
 
 def test_the_foretold_change_is_that_of_the_nearest_noise_level():
-    policy = SenCache(input_norm=(1.0, 2.0), time_norm=(10.0, 20.0), noise_levels=(-2.0, 2.0))
+    policy = SenCache(input_norm=(1.0, 2.0), time_norm=(10.0, 20.0), levels=(-2.0, 2.0))
     past = Past(computed=signals(0.0, -3.0))
     for level, (by_input, by_time) in {-1.0: (1, 10), 1.0: (2, 20), float("inf"): (2, 20)}.items():
         passed = float((noise_share(torch.tensor(level)) - noise_share(torch.tensor(-3.0))).abs())
@@ -107,7 +107,7 @@ def test_it_computes_where_the_change_is_not_below_the_threshold():
         {"threshold": -1.0},
         {"input_norm": -1.0},
         {"input_norm": (1.0, 2.0)},
-        {"time_norm": (1.0, 2.0, 3.0), "noise_levels": (0.0, 1.0)},
+        {"time_norm": (1.0, 2.0, 3.0), "levels": (0.0, 1.0)},
         {"time_norm": float("nan")},
     ],
 )
