@@ -63,14 +63,25 @@ def correlated(model: str, seeds: SeedSet) -> Outcome:
 
 SIGNAL = "correlates with the output's change better (Spearman) than the raw input and the last step's residual do."
 FIGURES = ".51, raw input −.36, lagging residual .16 (in one study)"
+UNKNOWN = "Why was not found: on these small models the raw input's change goes with the output's closely by itself."
 
 
-@claim(system="seacache", claim=f"On a flow model of images, the filtered input {SIGNAL}", published=FIGURES)
+@claim(
+    system="seacache",
+    claim=f"On a flow model of images, the filtered input {SIGNAL}",
+    published=FIGURES,
+    reason=UNKNOWN,
+)
 def filtered_input_tells_the_change(seeds: SeedSet) -> Outcome:
     return correlated(FLOW, seeds)
 
 
-@claim(system="seacache", claim=f"On a flow model of videos, the filtered input {SIGNAL}", published=FIGURES)
+@claim(
+    system="seacache",
+    claim=f"On a flow model of videos, the filtered input {SIGNAL}",
+    published=FIGURES,
+    reason=UNKNOWN,
+)
 def filtered_input_tells_the_change_of_videos(seeds: SeedSet) -> Outcome:
     return correlated(VIDEO, seeds)
 
@@ -102,6 +113,8 @@ def ratios_are_alike(seeds: SeedSet) -> Outcome:
     system="magcache",
     claim=f"A schedule from the ratios of one prompt is as good, within {LOSS} dB, as from those of {SAMPLES}.",
     published="one prompt is enough to measure them",
+    reason="It misses the bound, which was set beforehand, by 0.1 dB on one set of seeds; on another one "
+    "prompt's ratios are the better ones.",
 )
 def one_prompt_is_enough(seeds: SeedSet) -> Outcome:
     made = Bench(FLOW, seeds, count=SAMPLES)
