@@ -43,7 +43,8 @@ class Watched(Observer):
     f"{GOOD}.",
 )
 def disagreement_tells_the_error(seeds: SeedSet) -> Outcome:
-    figures, told = {}, []
+    figures: dict[str, float] = {}
+    told = []
     for model in MODELS:
         made = Bench(model, seeds, count=SAMPLES)
         watched = Watched()
