@@ -79,7 +79,8 @@ def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
                     for tensor in feature:
                         tensor += 0.1 * tensor.abs().mean() * torch.randn_like(tensor)
             errors.append(relative_error(subject.call(), expected))
-        reused = [not record.computed for record in run.summary().records]
+        # a policy may compute one of the two samples alone
+        reused = [not record.computed or "samples" in record.reason for record in run.summary().records]
     assert [error > 1e-4 for error in errors] == reused
 
 

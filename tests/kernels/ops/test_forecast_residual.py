@@ -64,7 +64,7 @@ def test_too_many_slots_or_weights_are_refused():
     one = random(2, 3)
     with pytest.raises(ValueError, match="1 to 8 features"):
         op.launch(None, [one] * 9, [], random(9), None, torch.float32)
-    with pytest.raises(ValueError, match="each feature needs a weight, and 2 are another number of them"):
+    with pytest.raises(ValueError, match="2 weights for 1 features"):
         op.launch(None, [one], [], random(2), None, torch.float32)
 
 
