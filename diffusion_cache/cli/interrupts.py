@@ -14,7 +14,8 @@ def kept_interrupts() -> Iterator[None]:
     """Remember a Ctrl-C until the block has ended by it.
 
     Python drops a KeyboardInterrupt that is raised within a destructor or a weak reference's callback, and says so on
-    stderr; a long run would go on. What was dropped is raised again by `raise_dropped` and at the end of the block.
+    stderr; a long run would go on. What was dropped is raised again by `raise_dropped` and at the end of the block, also
+    where the code that it tore has ended the block with an error of its own.
     """
     global _pressed
     if threading.current_thread() is not threading.main_thread() or (
@@ -33,6 +34,10 @@ def kept_interrupts() -> Iterator[None]:
     try:
         yield
         raise_dropped()
+    except (Exception, SystemExit) as error:
+        if _pressed:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _pressed = False

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import signal
 import warnings
@@ -78,3 +79,18 @@ def test_anothers_handler_is_left_alone():
         signal.raise_signal(signal.SIGINT)
         raise_dropped()
     assert seen == [True]
+
+
+@pytest.mark.parametrize("error", [AttributeError("torn"), SystemExit(1)], ids=["an error", "an exit"])
+def test_an_interrupt_may_come_out_as_an_error_of_what_it_tore(error):
+    def block(interrupted):
+        with kept_interrupts():
+            if interrupted:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        block(True)
+    with pytest.raises(type(error)):
+        block(False)
