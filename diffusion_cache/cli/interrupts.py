@@ -14,8 +14,8 @@ def kept_interrupts() -> Iterator[None]:
     """Remember a Ctrl-C until the block has ended by it.
 
     Python drops a KeyboardInterrupt that is raised within a destructor or a weak reference's callback, and says so on
-    stderr; a long run would go on. What was dropped is raised again by `raise_dropped` and at the end of the block, also
-    where the code that it tore has ended the block with an error of its own.
+    stderr; a long run would go on. What was dropped is raised again by `raise_dropped` and at the end of the block,
+    also where the code that it tore has ended the block with an error of its own.
     """
     global _pressed
     if threading.current_thread() is not threading.main_thread() or (
