@@ -14,15 +14,15 @@ from ...profiling.generation import Batch
 from ...profiling.measure import Options, measure
 from ..accounting import Accountant
 from ..prompts import Sample
-from ..subjects import Shipped
+from ..subjects import Output, Shipped
 from .claims import SeedSet
 
 CLASSES = 10
 
 
 class Ran(NamedTuple):
-    """psnr: of each sample, dB. error: relative L2 of the last latents, of each. work: executed FLOPs of one sample
-    over those of its uncached run. nfe: denoiser calls with anything computed, of one sample's pass."""
+    """psnr: of each sample, dB. error: relative L2 of the last latents, of each. work: executed FLOPs of all
+    samples over those of their uncached run. nfe: denoiser calls with anything computed, of one sample's pass."""
 
     psnr: tuple[float, ...]
     error: tuple[float, ...]
@@ -71,30 +71,29 @@ class Bench:
         return self._profiles[wanted]
 
     @cached_property
-    def uncached(self) -> tuple[Tensor, Tensor, int]:
-        """Images and last latents of the reporting samples, and the FLOPs of one of them."""
-        output = self.subject.generate(self.reporting)
-        return output.images, output.latents, self._flops()
+    def uncached(self) -> tuple[Output, int]:
+        """The reporting samples, and the FLOPs of all."""
+        return self._counted()
 
-    def _flops(self) -> int:
+    def _counted(self) -> tuple[Output, int]:
         accountant = Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
         with accountant.observed(flops=True) as observed:
-            self.subject.generate(self.reporting[:1])
-        return observed.flops
+            output = self.subject.generate(self.reporting)
+        return output, observed.flops
 
     def run(self, **arguments: Any) -> Ran:
         """The reporting samples, with the cache that `enable` makes of these arguments."""
-        images, latents, flops = self.uncached
+        uncached, flops = self.uncached
         with torch.no_grad(), api.cached(self.subject.pipe, **arguments):
-            output = self.subject.generate(self.reporting)
+            output, spent = self._counted()
             records: tuple[Any, ...] = api.summary(self.subject.pipe).records
-            work = self._flops()
         passes = len({(record.denoiser, record.pass_name) for record in records})
-        difference = (output.latents - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)
+        latents = uncached.latents.flatten(1)
+        difference = (output.latents.flatten(1) - latents).norm(dim=1) / latents.norm(dim=1)
         return Ran(
-            psnr=tuple(psnr(output.images, images)),
+            psnr=tuple(psnr(output.images, uncached.images)),
             error=tuple(difference.tolist()),
-            work=work / flops,
+            work=spent / flops,
             nfe=sum(record.computed for record in records) / passes,
             images=output.images,
         )

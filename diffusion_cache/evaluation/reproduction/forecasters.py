@@ -2,14 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import torch
-
-from ... import api
-from ...planning.build import psnr
-from ..accounting import Accountant
 from ..contenders import spaced_mask
 from .bench import Bench, Ran
 from .claims import Outcome, SeedSet, claim
@@ -30,39 +25,9 @@ EARLY = "Its computed steps lie early; as many that are mildly crowded there los
 Options = tuple[tuple[str, Any], ...]
 
 
-class Priced(Bench):
-    """For planned runs, whose steps are computed or reused for all samples alike: each kind is counted once."""
-
-    @cached_property
-    def accountant(self) -> Accountant:
-        return Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
-
-    def run(self, **arguments: Any) -> Ran:
-        images, latents, flops = self.uncached
-        with torch.no_grad(), api.cached(self.subject.pipe, **arguments):
-            with self.accountant.observed() as observed:
-                output = self.subject.generate(self.reporting)
-            records: tuple[Any, ...] = api.summary(self.subject.pipe).records
-            priced = self.accountant.priced(observed)
-            if priced is None:
-                with self.accountant.observed(flops=True):
-                    self.subject.generate(self.reporting[:1])
-                priced = self.accountant.priced(observed)
-        assert priced is not None
-        passes = len({(record.denoiser, record.pass_name) for record in records})
-        difference = (output.latents - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)
-        return Ran(
-            psnr=tuple(psnr(output.images, images)),
-            error=tuple(difference.tolist()),
-            work=priced.flops / flops,
-            nfe=sum(record.computed for record in records) / passes,
-            images=output.images,
-        )
-
-
 @lru_cache(maxsize=2)
-def bench(model: str, seeds: SeedSet) -> Priced:
-    return Priced(model, seeds, count=SAMPLES)
+def bench(model: str, seeds: SeedSet) -> Bench:
+    return Bench(model, seeds, count=SAMPLES)
 
 
 @lru_cache(maxsize=32)

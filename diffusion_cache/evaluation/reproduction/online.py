@@ -8,7 +8,6 @@ import torch
 
 from ... import api
 from ...planning.build import psnr
-from ..accounting import Accountant
 from ..contenders import spaced_mask
 from .bench import Bench, Ran
 from .claims import Outcome, SeedSet, claim
@@ -37,19 +36,6 @@ def bench(seeds: SeedSet) -> Bench:
     return Bench(MODEL, seeds, count=SAMPLES)
 
 
-def run(made: Bench, **arguments: Any) -> Ran:
-    """As `Bench.run`, but the work is of all samples, each of which may be decided on apart."""
-    images, latents, flops = made.uncached
-    subject = made.subject
-    accountant = Accountant(subject.denoisers, subject.blocks, subject.pipe.scheduler)
-    with torch.no_grad(), api.cached(subject.pipe, **arguments), accountant.observed(flops=True) as observed:
-        output = subject.generate(made.reporting)
-    work = observed.flops / flops / len(made.reporting)
-    difference = (output.latents - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)
-    found = tuple(psnr(output.images, images))
-    return Ran(found, tuple(difference.tolist()), work, work * subject.steps, output.images)
-
-
 @lru_cache(maxsize=16)
 def adaptive(seeds: SeedSet, policy: str, sync: str = "immediate") -> Ran:
     """With the threshold that spends WORK, which is all that the reported samples decide of it."""
@@ -57,7 +43,7 @@ def adaptive(seeds: SeedSet, policy: str, sync: str = "immediate") -> Ran:
     tried: list[tuple[float, Ran]] = []
     slope = SLOPE
     for _ in range(TRIES):
-        ran = run(bench(seeds), policy=policy, forecaster="reuse", threshold=threshold, sync=sync, **options)
+        ran = bench(seeds).run(policy=policy, forecaster="reuse", threshold=threshold, sync=sync, **options)
         if tried and tried[-1][1].work != ran.work:
             before, other = tried[-1]
             slope = min(math.log(threshold / before) / math.log(ran.work / other.work), SLOPE / 3)
@@ -140,7 +126,7 @@ def first_block_beats_teacache(seeds: SeedSet) -> Outcome:
 def online_policies_beat_even_steps(seeds: SeedSet) -> Outcome:
     made = bench(seeds)
     mask = spaced_mask(made.subject.steps, round(WORK * made.subject.steps), 1.0)
-    even = run(made, policy="mask", mask=mask, forecaster="reuse", scope="stack")
+    even = made.run(policy="mask", mask=mask, forecaster="reuse", scope="stack")
     runs = {name: adaptive(seeds, name) for name in POLICIES}
     every = {"even": even, **runs}
     holds = all(ran.mean > even.mean and is_equal(ran, even) for ran in runs.values())
@@ -174,7 +160,7 @@ def neighbours_change_an_image_under_batch_decisions(seeds: SeedSet) -> Outcome:
     common = {"policy": "first_block", "forecaster": "reuse", "threshold": threshold, **options}
     with torch.no_grad(), api.cached(made.subject.pipe, **common):
         alone = torch.cat([made.subject.generate([sample]).images for sample in made.reporting])
-    runs = {how: run(made, granularity=how, **common) for how in ("sample", "batch")}
+    runs = {how: made.run(granularity=how, **common) for how in ("sample", "batch")}
     same = {how: min(psnr(ran.images, alone)) for how, ran in runs.items()}
     return Outcome(
         "least PSNR of an image to the same one generated alone: "
