@@ -270,9 +270,14 @@ class NoiseLevels(list[float]):
         return times
 
 
+def noise_share(level: float) -> float:
+    """σ / (α + σ) of a noise level (log-SNR, 2·log(α/σ)); of flow samplers, their own σ."""
+    return 0.5 - 0.5 * math.tanh(level / 4)
+
+
 def _time(level: float, form: Form) -> float:
     if form == "flow":
-        return 0.5 * (1.0 - math.tanh(level / 4))  # σ/(1 − σ) = exp(−level/2)
+        return noise_share(level)
     noise = 0.5 * (1.0 - math.tanh(level / 2))  # σ² where α² + σ² = 1
     if form == "v_prediction":
         return math.atan2(math.sqrt(noise), math.sqrt(1.0 - noise))

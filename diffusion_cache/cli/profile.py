@@ -16,8 +16,10 @@ from .hydra_app import CONFIGS, resolved
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..evaluation.jobs import Team
     from ..evaluation.subjects import Subject
-    from ..profiling.measure import Given, Options
+    from ..profile import Profile
+    from ..profiling.measure import Given, Options, Progress
 
 GROUPS = ("launcher",)
 FOLDER = Path("profiles-local")
@@ -37,8 +39,7 @@ def run_configured(cfg: DictConfig) -> None:
     import torch
 
     from ..evaluation.jobs import Team
-    from ..evaluation.subjects import batches_of, quieten_libraries, subject
-    from ..profiling.measure import measure
+    from ..evaluation.subjects import quieten_libraries, subject
     from .progress import announcing
 
     quieten_libraries()
@@ -56,25 +57,46 @@ def run_configured(cfg: DictConfig) -> None:
     console = Console(stderr=True, quiet=not team.leads)
     title = f"{what.name}, {what.sampler}, {steps} steps"
     with announcing(console, title, remaining=True) as progress:
-        profile = measure(
-            batches_of(what, steps),
-            fitting_samples(config["prompts"], config["num_samples"], what),
-            options,
-            foreground=foreground_of(config["foreground"]),
-            guidance=guidance_of(config["model"]),
-            settings={"model": config["model"], "sampler": config["sampler"]},
-            folder=folder,
-            rank=team.ranks.index,
-            world=team.ranks.count,
-            meet=team.meet,
-            progress=progress,
-        )
-    team.meet()
+        given = fitting_samples(config["prompts"], config["num_samples"], what)
+        foreground = foreground_of(config["foreground"])
+        profile = measured(config, what, steps, given, options, folder, team, progress, foreground)
     if profile is not None:
         count = len(profile.spans)
         console.print(
             f"{title}: profile of {count} span{'s' * (count > 1)} at scope {profile.scope} in {folder}", soft_wrap=True
         )
+
+
+def measured(
+    config: Mapping[str, Any],
+    what: "Subject",
+    steps: int,
+    given: "Sequence[Given]",
+    options: "Options",
+    folder: Path,
+    team: "Team",
+    progress: "Progress",
+    foreground: "Tensor | Literal['motion'] | None" = None,
+) -> "Profile | None":
+    """The profile of the model of a configuration, made by a team and saved in a folder; None on all but its leader."""
+    from ..evaluation.subjects import batches_of
+    from ..profiling.measure import measure
+
+    profile = measure(
+        batches_of(what, steps),
+        given,
+        options,
+        foreground=foreground,
+        guidance=guidance_of(config["model"]),
+        settings={"model": config["model"], "sampler": config["sampler"]},
+        folder=folder,
+        rank=team.ranks.index,
+        world=team.ranks.count,
+        meet=team.meet,
+        progress=progress,
+    )
+    team.meet()
+    return profile
 
 
 def options_of(config: Mapping[str, Any]) -> "Options":

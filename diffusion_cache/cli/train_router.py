@@ -57,9 +57,9 @@ def run_configured(cfg: DictConfig) -> None:
     from ..evaluation.jobs import Team
     from ..evaluation.subjects import batches_of, quieten_libraries, subject
     from ..profile import Profile
-    from ..profiling.measure import Options, measure
+    from ..profiling.measure import Options
     from ..routers.training import Settings, train
-    from .profile import fitting_samples, guidance_of
+    from .profile import fitting_samples, measured
     from .progress import announcing
 
     quieten_libraries()
@@ -83,19 +83,8 @@ def run_configured(cfg: DictConfig) -> None:
     )
     console = Console(stderr=True, quiet=not team.leads)
     with announcing(console, title) as progress:
-        profile = measure(
-            batches_of(what, config["steps"]),
-            fitting_samples(config["prompts"], given["num_samples"], what),
-            options,
-            guidance=guidance_of(config["model"]),
-            settings={"model": config["model"], "sampler": config["sampler"]},
-            folder=folder,
-            rank=team.ranks.index,
-            world=team.ranks.count,
-            meet=team.meet,
-            progress=progress,
-        )
-        team.meet()
+        fitting = fitting_samples(config["prompts"], given["num_samples"], what)
+        profile = measured(config, what, config["steps"], fitting, options, folder, team, progress)
         result = train(
             batches_of(what, config["steps"]),
             samples := training_samples(config["prompts"], what, settings.seed),

@@ -148,13 +148,14 @@ def _disagreement(entry: Entry) -> Tensor:
             into[row, [slot for _, slot in lane]] = torch.tensor(forecaster.weights(query))
     leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
     leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
+    difference, whole = torch.stack([spectral - line, spectral]).to(entry.stream.device)
 
     def norm(table: Tensor) -> Tensor:
-        combined = [ops.forecast(None, leaf, table.to(leaf[0].device)).float().flatten(1) for leaf in leaves]
+        combined = [ops.forecast(None, leaf, table).float().flatten(1) for leaf in leaves]
         return torch.stack([each.square().sum(1) for each in combined]).sum(0).sqrt()
 
-    apart = norm(spectral - line)
-    return torch.where(apart == 0, torch.zeros_like(apart), apart / norm(spectral))
+    apart = norm(difference)
+    return torch.where(apart == 0, torch.zeros_like(apart), apart / norm(whole))
 
 
 TAKEN: dict[str, Callable[[Entry], Tensor]] = {

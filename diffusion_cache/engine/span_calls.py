@@ -708,12 +708,14 @@ def _kept(template: Template, inputs: Inputs) -> list[Tensor]:
 
 def _table(rows: Sequence[Sequence[float | Tensor]], feature: Tensor) -> Tensor:
     """[rows, weights] of weights that are numbers or tensors [rows], of which each row takes its own."""
-    table = _tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
-    for place, row in enumerate(rows):
-        for column, weight in enumerate(row):
-            if isinstance(weight, Tensor):
-                table[place, column] = weight[place]
-    return table
+    numbers = _tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
+    tensors = {id(w): w for row in rows for w in row if isinstance(w, Tensor)}
+    if not tensors:
+        return numbers
+    places = {known: 1 + place for place, known in enumerate(tensors)}  # 0: a number
+    chosen = _tensor([[places.get(id(w), 0) for w in row] for row in rows], feature).long()
+    by_row = torch.stack([numbers.new_zeros(len(rows)), *(w.to(numbers) for w in tensors.values())], dim=1)
+    return torch.where(chosen > 0, by_row.gather(1, chosen), numbers)
 
 
 def _tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:

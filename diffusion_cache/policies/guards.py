@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest
+from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest, noise_share
 from ..errors import ConfigError
 from ..schedule import Schedule
 from .drift import Drift
@@ -62,14 +62,13 @@ class Guards:
         return math.ceil(fraction * total - 1e-9)
 
     def _holds(self, step: Step) -> bool:
-        """Whether a step lies in the window of noise: σ / (α + σ), from its log-SNR 2·log(α/σ)."""
+        """Whether a step lies in the window of noise."""
         if step.noise_level is None:
             raise ConfigError(
                 "sigma_max and sigma_min need the sampler's noise levels, which it does not tell: use start and end, "
                 "or in a loop of your own pass noise_levels to diffusion_cache.run"
             )
-        share = 0.5 - 0.5 * math.tanh(step.noise_level / 4)
-        return self.sigma_min - 1e-6 <= share <= self.sigma_max + 1e-6
+        return self.sigma_min - 1e-6 <= noise_share(step.noise_level) <= self.sigma_max + 1e-6
 
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""

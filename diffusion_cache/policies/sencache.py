@@ -7,11 +7,12 @@ much the output changes with either, reuse while ‖J_z‖·‖z_s − z_c‖ + 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..context import Needs, PassState, Past, Policy, Step, Verdict
+from ..context import Needs, PassState, Past, Policy, Step, Verdict, noise_share
 from ..errors import ConfigError
 from ..registry import policies
 
@@ -52,14 +53,11 @@ class SenCache(Policy):
 
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor:
         moved = (signals["input"].float() - past.computed["input"].float()).flatten(1)
-        time = noise_share(signals["noise_level"])
-        passed = (time - noise_share(past.computed["noise_level"])).abs()
-        known = noise_share(torch.tensor(self.levels or (0.0,), device=time.device))
+        time = _share(signals["noise_level"])
+        passed = (time - _share(past.computed["noise_level"])).abs()
+        known, input_norms, time_norms = _table(self, time.device)
         nearest = (known - time[:, None]).abs().argmin(1)  # [rows]
-        by_input, by_time = (
-            torch.tensor(given, device=time.device).expand(len(known))[nearest]
-            for given in (self.input_norm, self.time_norm)
-        )
+        by_input, by_time = input_norms[nearest], time_norms[nearest]
         return by_input * moved.square().mean(1).sqrt() + by_time * passed
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
@@ -68,6 +66,14 @@ class SenCache(Policy):
         return Verdict(not value < self.threshold, f"change {value:.3g}")
 
 
-def noise_share(level: Tensor) -> Tensor:
-    """σ / (α + σ) of noise levels (log-SNR, 2·log(α/σ)); of flow samplers their own σ."""
-    return 0.5 - 0.5 * torch.tanh(level / 4)
+@lru_cache(maxsize=4)
+def _table(policy: SenCache, device: torch.device) -> Tensor:
+    """[3, levels]: noise shares and both norms there, put on the device once, for a copy at each step would stall."""
+    shares = [noise_share(level) for level in policy.levels or (0.0,)]
+    columns = [torch.tensor(column) for column in (shares, policy.input_norm, policy.time_norm)]
+    return torch.stack([column.expand(len(shares)) for column in columns]).to(device)
+
+
+def _share(levels: Tensor) -> Tensor:
+    """`noise_share` of each."""
+    return torch.sigmoid(-levels / 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..context import noise_share
 from ..engine import Method, Observer
 from ..engine.frame import Frame
 from ..engine.observer import Again
@@ -16,7 +17,6 @@ from ..engine.structure import sample_of, with_sample
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..policies import Guarded, Interval
-from ..policies.sencache import noise_share
 from .generation import Batch, attached
 
 
@@ -48,8 +48,7 @@ class _Norms(Observer):
             raise ConfigError(
                 "norms are measured where the sample is one tensor and the sampler tells its noise levels"
             )
-        time = float(noise_share(torch.tensor(level)))
-        now = _Call(frame.step.index, time, sample.detach().clone(), _main(output).clone())
+        now = _Call(frame.step.index, noise_share(level), sample.detach().clone(), _main(output).clone())
         before = self.before.get(frame.key)
         if before is not None and before.step == now.step - 1 and before.sample.shape == now.sample.shape:
             # from one step to the next by way of the old input at the new time: what either has done to the output

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from walks import BATCH, STEPS, call, model_of, walk
 
 import diffusion_cache as dc
 from diffusion_cache import models, reference
@@ -12,34 +12,15 @@ from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import RaCfg
 
-STEPS, BATCH = 9, 3
-
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=3, norm_num_groups=16,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=4,
-    )  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return model_of()
 
 
 @pytest.fixture(scope="module")
 def latents():
-    """A walk for each of three samples, some of whose steps are larger: [steps, batch, 1, 8, 8]."""
-    generator = torch.Generator().manual_seed(3)
-    sizes = 0.3 * torch.rand(STEPS, BATCH, 1, 1, 1, generator=generator) ** 2
-    sizes[0] = 1.0
-    return (sizes * torch.randn(STEPS, BATCH, 1, 8, 8, generator=generator)).cumsum(0)
-
-
-@torch.no_grad()
-def call(model, x, step):
-    times = torch.full((len(x),), 900 - 90 * step)
-    return model(x, timestep=times, class_labels=torch.zeros_like(times)).sample
+    return walk()
 
 
 def cached(model, latents, **options):
