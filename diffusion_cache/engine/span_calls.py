@@ -588,9 +588,9 @@ class SpanCalls:
         At the first step already, where samples that begin at one noise look like guidance branches of one.
         """
         return (
-            self._method.granularity == "sample"
-            and bool(self._method.guarded.needs.signals)
-            and frame.batch > 1
+            frame.batch > 1
+            and self._method.granularity == "sample"
+            and not self._method.guarded.planned
             and (span, entered) not in self._run.session.independent
         )
 

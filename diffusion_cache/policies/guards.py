@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -110,7 +111,7 @@ class Guarded:
     noise_levels: tuple[float, ...] = ()
     spans: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         if self.drift is None:
             return self.policy.needs
