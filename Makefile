@@ -68,8 +68,8 @@ evaluate-planned: venv ## compare plans with all methods and rivals, with every 
 
 ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m
-	for stage in schedule fitted refined polished; do \
-	  $(PYTHON) scripts/make_profiles.py --only flux-digits-flow-euler --stage $$stage --out outputs/ablation/$$stage && \
+	$(PYTHON) scripts/ablate.py
+	for stage in schedule fitted refined regressors polished sigmas; do \
 	  .venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits method=planned \
 	    method.profile=outputs/ablation/$$stage/flux-digits-flow-euler method.label="plan $$stage" -m || exit 1; done
 	.venv/bin/diffusion-cache report outputs/evaluate/ablation --out results/ablation

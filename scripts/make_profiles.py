@@ -16,14 +16,13 @@ from diffusion_cache import reference
 from diffusion_cache.cli.progress import announcing
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
-from diffusion_cache.planning.build import Planner, Search
+from diffusion_cache.planning.build import Planner, Progress, Search
 from diffusion_cache.profile import JSON_FILE, Profile
 from diffusion_cache.profiling.generation import teach
-from diffusion_cache.profiling.measure import Options, measure
+from diffusion_cache.profiling.measure import MakeBatch, Options, measure
 
 HOME = Path(__file__).parents[1] / "profiles"
 PROFILED, FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (0, 10_000, 20_000, 30_000))
-STAGES = ("schedule", "fitted", "refined", "polished")  # each has what the one before has, and one thing more
 SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(1, 5))
 # where a model's plans may cache; the better one is taken for each number of computed steps
 SCOPES = {"unet-digits": ("denoiser",), "flux-digits": ("stack", "denoiser")}
@@ -35,7 +34,6 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a profile's name; repeat for several")
     parser.add_argument("--runs", type=int, default=80, help="cached generations a search may take")
     parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
-    parser.add_argument("--stage", choices=STAGES, default="polished", help="how far plans are taken (for ablations)")
     parser.add_argument("--rounds", type=int, default=2, help="of Gauss-Newton on a plan's weights, in the last stage")
     parser.add_argument("--held-out", type=int, default=64, help="samples that the stated quality is measured on")
     parser.add_argument("--out", type=Path, default=HOME)
@@ -51,43 +49,19 @@ def main() -> None:
 
 def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> None:
     subject = Shipped(model, sampler)
-    stage = STAGES.index(options.stage)
     console = Console()
-
     batch = batches_of(subject, subject.steps)
-
-    def drawn(first: int, count: int) -> list[tuple[str, int]]:
-        return [(str(i % 10), first + i) for i in range(count)]
-
     with announcing(console, name) as progress:
         folder = options.out / name
-        shipped = HOME / name
         if (folder / JSON_FILE).is_file():
             profile = Profile.load(folder)
-        elif options.stage != STAGES[-1] and (shipped / JSON_FILE).is_file():
-            profile = Profile.load(shipped).with_plans(())
         else:
             scope = Options(scope=FIRST_SCOPE.get(model))
             guidance = reference.spec(model).guidance
             profile = measure(batch, drawn(PROFILED, 16), scope, guidance=guidance, progress=progress)
             profile.save(folder)
-        held = drawn(HELD_OUT, options.held_out)
-        sizes = [held[i : i + 16] for i in range(0, len(held), 16)]
-        planner = Planner(
-            profile,
-            teach(batch(drawn(FITTED, options.fitting))),
-            teach(batch(drawn(TUNED, options.fitting))),
-            [teach(batch(part)) for part in sizes],
-            [seed for _, seed in held],
-            Search(
-                runs=options.runs,
-                scopes=SCOPES.get(model, ()),
-                fitted=stage >= 1,
-                refined=stage >= 2,
-                polished=options.rounds if stage >= 3 else 0,
-            ),
-            progress,
-        )
+        search = Search(runs=options.runs, scopes=SCOPES.get(model, ()), polished=options.rounds)
+        planner = planner_of(profile, batch, search, options, progress)
         # rounded down, and up as uniform schedules are
         shares = [planner.steps * share for share in SHARES]
         for computed in sorted({round_(share) for share in shares for round_ in (math.floor, math.ceil)}, reverse=True):
@@ -98,6 +72,25 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
                 profile.save(folder)
                 assert plan.quality is not None
                 console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")
+
+
+def planner_of(
+    profile: Profile, batch: MakeBatch, search: Search, options: argparse.Namespace, progress: Progress
+) -> Planner:
+    held = drawn(HELD_OUT, options.held_out)
+    return Planner(
+        profile,
+        teach(batch(drawn(FITTED, options.fitting))),
+        teach(batch(drawn(TUNED, options.fitting))),
+        [teach(batch(held[i : i + 16])) for i in range(0, len(held), 16)],
+        [seed for _, seed in held],
+        search,
+        progress,
+    )
+
+
+def drawn(first: int, count: int) -> list[tuple[str, int]]:
+    return [(str(i % 10), first + i) for i in range(count)]
 
 
 if __name__ == "__main__":

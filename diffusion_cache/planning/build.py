@@ -192,11 +192,8 @@ class Planner:
     def _damages(self) -> list[tuple[Any, Any]]:
         gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)
         energy, errors = gram.diagonal(), surrogate.taylor_errors(gram)
-        return [
-            (surrogate.damages(errors, sensitivity, energy, 1.0), "sum"),
-            (surrogate.damages(errors, sensitivity, energy, 2.0), "sum"),
-            (surrogate.damages(errors, sensitivity, energy, 1.0), "minimax"),
-        ]
+        damage = surrogate.damages(errors, sensitivity, energy)
+        return [(damage, "sum"), (damage**2, "sum"), (surrogate.edge_powers(damage, 2.0), "sum"), (damage, "minimax")]
 
     def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
         """The scope whose starts score best, and the best schedules found there."""
