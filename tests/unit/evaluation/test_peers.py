@@ -34,7 +34,7 @@ RIVALS = {
 }
 SERVED = [(name, model) for name, (models, _) in RIVALS.items() for model in models]
 UNSERVED = [(name, model) for name, (models, _) in RIVALS.items() for model in MODELS if model not in models]
-CONFIGS = Path(module.__file__).parents[2] / "configs" / "method" / "peer"
+CONFIGS = Path(module.__file__).parents[3] / "configs" / "method" / "peer"
 
 
 def installed(name):
