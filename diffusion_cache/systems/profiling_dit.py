@@ -7,9 +7,7 @@ linearly from `interval_from` to `interval_to` over the rest of the run.
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -90,15 +88,12 @@ class ProfilingDiT(System):
 
     def refreshed(self, total: int) -> list[int]:
         """The steps at which everything is computed: the first ones, then s → s + round(T_s)."""
-
-        def following() -> Iterator[int]:
-            step, rest = self.full_steps, max(total - self.full_steps, 1)
-            while True:
-                yield step
-                done = (step - self.full_steps) / rest
-                step += max(1, round(self.interval_from - (self.interval_from - self.interval_to) * done))
-
-        return [*range(min(self.full_steps, total)), *takewhile(lambda step: step < total, following())]
+        steps, step = list(range(min(self.full_steps, total))), self.full_steps
+        while step < total:
+            steps.append(step)
+            done = (step - self.full_steps) / (total - self.full_steps)
+            step += max(1, round(self.interval_from - (self.interval_from - self.interval_to) * done))
+        return steps
 
     def plan(self, profile: Profile) -> Plan:
         """All blocks' schedule, block by block: the same outputs as `parts`, from a Δ for each block."""
