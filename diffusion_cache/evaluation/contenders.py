@@ -320,17 +320,21 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
 
 
 def _planned(node: Mapping[str, Any], steps: int) -> Contender:
-    """The best plan of at most so many denoiser evaluations as `share` of the steps is, rounded down."""
+    """The best plan of at most so many denoiser evaluations as `share` of the steps is, rounded down.
+
+    cache_dtype: what its features are stored in, where the node says.
+    """
     nfe = _part(steps, "share", node["share"])
     profile = _profile(node["profile"], node["digest"])
     # with other steps than the profile's, the plan will be resampled, which keeps its share of computed ones
     plan = choose(profile.plans, nfe=nfe * profile.total / steps)
-    options = {"profile": profile, "plan": plan.name}
+    stored = {key: node[key] for key in ("cache_dtype",) if key in node}
+    options = {"profile": profile, "plan": plan.name, **stored}
     label = node.get("label") or "plan"
     return Ours(
         node["kind"],
         label if "plan" in label else f"plan, {label}",
-        {"nfe": nfe, "plan": plan.name},
+        {"nfe": nfe, "plan": plan.name, **stored},
         scope=plan.scope,
         options=options,
         control={**options, "max_reused": 0},

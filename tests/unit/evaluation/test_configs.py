@@ -50,7 +50,7 @@ def test_every_option_composes(group):
 def test_every_method_expands_into_contenders(name, tmp_path):
     required = {"mask": "method.policy.mask='10'", "magcache": "method.policy.ratios=[1.0, 0.9]"}
     more = [required[name]] if name in required else []
-    if name == "planned":
+    if name.startswith("planned"):
         write_profile(tmp_path)
         more = [f"method.profile='{tmp_path}'"]
     config = composed(f"method={name}", *more)

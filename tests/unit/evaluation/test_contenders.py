@@ -232,6 +232,15 @@ def test_a_plan_is_put_on_and_its_control_reuses_nothing(stored):
     assert session_of(subject.pipe) is None
 
 
+def test_a_plan_with_features_in_codes(stored):
+    (what,) = planned({**PLANNED, "profile": str(stored), "cache_dtype": "int8"})
+    assert what.settings == {"nfe": 3, "plan": "three", "cache_dtype": "int8"}
+    subject = SimpleNamespace(pipe=reference.load("dit-digits"))
+    for applied in (what.applied, what.never):
+        with applied(subject, 6):
+            assert session_of(subject.pipe).method.cache_dtype == "int8"
+
+
 def test_with_other_steps_the_share_is_kept(stored):
     """As the plan will be resampled, which must not compute more than the share either."""
     for steps in (8, 10, 50, 100):
