@@ -1,6 +1,8 @@
 """`diffusion-cache evaluate` from its command line to finished runs: sweeps, interruptions, ranks, bad input."""
 
 import contextlib
+import copy
+import functools
 import json
 import os
 import signal
@@ -28,11 +30,15 @@ SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
 TIMES = ("first_run_seconds",)
 
 
-def job(folder, *overrides):
+@functools.cache
+def composed(*overrides):
     command.register_methods()
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
-        config = command.resolved(compose("evaluate", [*SMALL, *overrides]))
-    return Job(config, Path(folder))
+        return command.resolved(compose("evaluate", [*SMALL, *overrides]))
+
+
+def job(folder, *overrides):
+    return Job(copy.deepcopy(composed(*overrides)), Path(folder))
 
 
 def made(folder, *overrides):
@@ -272,7 +278,7 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_stopping_at_any_write_and_going_on_gives_the_same(tmp_path, monkeypatch):
-    sweep = ["method=interval", "method.grid={policy.every: [2, 3]}"]
+    sweep = ["method=interval", "method.grid={policy.every: [2, 3]}", "steps=3", "prompts.n=1"]
     whole = made(tmp_path / "whole", *sweep)
     replaced = Path.replace
     renamed = Path.rename
