@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers shipped-routers train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,15 @@ evaluate-full: venv ## the same with 256 images and 32 videos each, over as many
 
 routers: venv ## compare learned routers with other schedules (hours; goes on where it was stopped)
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/compare_routers.py
+
+shipped-routers: venv ## train the routers that come with the package and compare them (20 minutes)
+	.venv/bin/diffusion-cache train-router model=dit-digits scope=branch out=outputs/shipped/dit-digits-ddim-router
+	.venv/bin/diffusion-cache train-router model=unet-digits scope=block out=outputs/shipped/unet-digits-ddim-router
+	.venv/bin/diffusion-cache train-router model=flux-digits scope=block out=outputs/shipped/flux-digits-flow-euler-router
+	for folder in outputs/shipped/*-router; do \
+	  mkdir -p profiles/$$(basename $$folder) && cp $$folder/profile.json $$folder/arrays.safetensors profiles/$$(basename $$folder)/; done
+	.venv/bin/diffusion-cache evaluate experiment=routers -m
+	.venv/bin/diffusion-cache report outputs/evaluate/routers --out results/routers/report
 
 coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py

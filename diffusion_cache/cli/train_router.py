@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from ..evaluation.subjects import Subject
     from ..plan import Plan
-    from ..profiling.measure import Given
+    from ..profile import Profile
+    from ..profiling.measure import Given, MakeBatch, Progress
     from ..routers import Recipe
     from ..routers.training import Clean, Samples
 
@@ -30,6 +31,8 @@ FOLDER = Path("routers-local")
 PRECISIONS = ("no", "fp16", "bf16")
 # fitting seeds of routers: those of a profile come first, each seed of a training has a million of its own
 ROUTER_SEEDS = 1_000_000
+HELD_OUT = 900_000  # of them, those that a plan's quality is measured on
+TOGETHER = 16  # of those, generated in one call
 
 
 def register_routers() -> None:
@@ -96,13 +99,32 @@ def run_configured(cfg: DictConfig) -> None:
             accelerator=accelerator,
             progress=progress,
         )
+        if profile is not None:
+            given = samples(range(HELD_OUT, HELD_OUT + config["held_out"]))
+            plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, progress)
     if profile is not None:
-        others = [plan for plan in profile.plans if plan.name != result.plan.name]
-        profile.with_plans([*others, result.plan]).save(folder)
+        profile.with_plans([*(other for other in profile.plans if other.name != plan.name), plan]).save(folder)
         picture = work / "curves.png"
-        figure(result.plan, result.log, [span.name for span in profile.spans]).savefig(picture)
-        console.print(f"{title}: error {result.error:.4f} at {result.plan.nfe / result.plan.total:.1%} of the compute.")
-        console.print(f"Plan {result.plan.name!r} in {folder}, curves in {picture}", soft_wrap=True)
+        figure(plan, result.log, [span.name for span in profile.spans]).savefig(picture)
+        assert plan.quality is not None
+        console.print(
+            f"{title}: error {result.error:.4f}, {plan.quality.mean:.1f} dB on average and {plan.quality.p5:.1f} dB or "
+            f"more for 95% of {plan.quality.n} held-out samples, at {plan.nfe / plan.total:.1%} of the compute.",
+            soft_wrap=True,
+        )
+        console.print(f"Plan {plan.name!r} in {folder}, curves in {picture}", soft_wrap=True)
+
+
+def stated(
+    plan: "Plan", profile: "Profile", make_batch: "MakeBatch", given: "Sequence[Given]", progress: "Progress"
+) -> "Plan":
+    """The plan with its quality and speed on samples that nothing was learned from."""
+    from ..planning.build import Planner
+    from ..profiling.generation import teach
+
+    teachers = [teach(make_batch(given[first : first + TOGETHER])) for first in range(0, len(given), TOGETHER)]
+    seeds = [seed for _, seed in given]
+    return Planner(profile, teachers[0], teachers[0], teachers, seeds, progress=progress).measured(plan)
 
 
 def recipe_of(config: Mapping[str, Any]) -> "Recipe":
@@ -151,7 +173,7 @@ def _run_name(recipe: "Recipe", settings: Any) -> str:
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
-    for name in ("threads", "steps"):
+    for name in ("threads", "steps", "held_out"):
         value = config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")

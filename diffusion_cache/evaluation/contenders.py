@@ -255,13 +255,14 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _with_profile(node: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A node with its profile named and told from others; without `sampler`, which was for that."""
-    rest = {key: value for key, value in node.items() if key != "sampler"}
+    """A node with its profile named and told from others; without `sampler` and `variant`, which were for that."""
+    rest = {key: value for key, value in node.items() if key not in ("sampler", "variant")}
     name = node["profile"]
     if name is None:
         if model not in reference.MODELS:
             raise ConfigError(f"no profile of {model} comes with the package: give a folder, method.profile=…. {MAKE}")
-        name = f"{model}-{node.get('sampler') or reference.MODELS[model].samplers[0]}"
+        parts = model, node.get("sampler") or reference.MODELS[model].samplers[0], node.get("variant")
+        name = "-".join(filter(None, parts))
     return {**rest, "profile": str(name), "digest": _digest(_profile_folder(str(name)))}
 
 

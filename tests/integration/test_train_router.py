@@ -27,6 +27,7 @@ SMALL = [
     "training.batch=2",
     "training.held_out=2",
     "training.evaluate_every=1",
+    "held_out=3",
 ]
 
 
@@ -47,6 +48,9 @@ def test_a_trained_router_runs_as_a_plan(tmp_path, capsys):
     for plan, compute in zip(profile.plans, (0.75, 0.6), strict=True):
         cell = max(span.share for span in profile.spans)
         assert 0 <= compute * STEPS - plan.nfe <= max(0.01 * STEPS, cell) + 1e-6
+        assert [seed % command.ROUTER_SEEDS for seed in plan.quality.seeds] == [command.HELD_OUT + i for i in range(3)]
+        assert plan.quality.mean > 15
+        assert plan.speed.ratio > 0
     pipe = reference.load("flux-digits")
     with dc.cached(pipe, profile=folder, plan=names[0]):
         pipe(**reference.inputs("flux-digits", [3], [5], STEPS))

@@ -80,7 +80,10 @@ def test_the_experiments_sweep_over_everything():
     assert params.model.split(",") == ["dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"]
     swept = [method.strip() for method in params.method.split(",")]
     assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(swept)
-    assert sorted(swept) == sorted([*methods(), *(f"peer/{name}" for name in peers)])
+    assert sorted([*swept, "router"]) == sorted([*methods(), *(f"peer/{name}" for name in peers)])
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        routers = compose("evaluate", ["experiment=routers"], return_hydra_config=True)
+    assert (routers.steps, routers.hydra.sweeper.params.method.split(",")[-1]) == (20, "router")  # they are of as many
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         planned = compose("evaluate", ["experiment=planned"], return_hydra_config=True)
     assert dict(planned.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers

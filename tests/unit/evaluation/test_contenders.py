@@ -261,6 +261,9 @@ def test_the_shipped_profile_of_the_model_and_its_sampler(shipped):
     (other,) = expand({**PLANNED, "sampler": "dpm++"}, "dit-digits")
     assert other["profile"] == "dit-digits-dpm++"
     assert contender(other, TAYLOR, 6).settings["plan"] == "three"
+    shutil.copytree(shipped / "dit-digits-dpm++", shipped / "dit-digits-dpm++-router")
+    (router,) = expand({**PLANNED, "sampler": "dpm++", "variant": "router"}, "dit-digits")
+    assert router == {**other, "profile": "dit-digits-dpm++-router"}
 
 
 def test_the_digest_tells_profiles_apart(stored, tmp_path):
