@@ -1,7 +1,6 @@
 """Finished runs as a CSV file, Markdown tables and a web page.
 
-Everything a run's files say is taken for untrusted text: prompts, labels, settings and names are escaped where they
-are shown.
+What a run's files say is untrusted text: prompts, labels, settings and names are escaped where they are shown.
 """
 
 import csv
@@ -9,7 +8,6 @@ import io
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +15,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DiffusionCacheWarning
-from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
+from ..errors import ConfigError
+from .runs import (
+    KINDS,
+    RATIOS,
+    RESOURCES,
+    SPEEDS,
+    STATISTICS,
+    UNCACHED,
+    Experiment,
+    Run,
+    psnr_of,
+    read_experiment,
+    settings_text,
+)
 
-KINDS = ("baseline", "ours", "rival")
-UNCACHED = "uncached"
 BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
 TOLERANCE = 1.06  # a run may exceed its budget by this factor: 14 computed steps of 40 are to count as a third
-RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
-SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
-RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
-SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
 ABSENT = "–"
 
 NOTES = (
@@ -47,123 +51,12 @@ MARGINS_NOTE = (
 
 
 @dataclass(frozen=True)
-class Score:
-    """One metric over a run's samples. p5: its bad tail, reached or bettered by 95% of them; worst_seed: of `worst`."""
-
-    mean: float | None = None
-    p5: float | None = None
-    worst: float | None = None
-    worst_seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What was generated, and each sample's metrics (name → one value per sample, None where there is none)."""
-
-    prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    values: Mapping[str, tuple[float | None, ...]] | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as read.
-
-    costs: the names of RATIOS, SPEEDS and RESOURCES; all but ratios are None where the run is not correct, and speeds
-    where it was not timed.
-    scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
-    heatmap: {"rows": block names, "computed": shares [steps][blocks]}.
-    """
-
-    folder: Path
-    model: str
-    sampler: str
-    scope: str
-    kind: str
-    method: str
-    label: str
-    settings: Mapping[str, Any]
-    steps: int
-    n: int
-    correct: bool
-    problem: str | None
-    random_weights: bool
-    quality_only: bool
-    costs: Mapping[str, float | None]
-    scores: Mapping[str, Score]
-    distribution: Mapping[str, float | None]
-    heatmap: Mapping[str, Any] | None
-    samples: Samples
-    environment: Mapping[str, Any]
-    pictures: bool
-
-    @property
-    def subject(self) -> tuple[str, str]:
-        return self.model, self.sampler
-
-    @property
-    def family(self) -> tuple[str, str]:
-        """Runs of one family differ in their settings only."""
-        return self.kind, self.method
-
-    @property
-    def is_plan(self) -> bool:
-        """Whether it followed a plan of a profile."""
-        return self.kind == "ours" and "plan" in self.settings
-
-    @property
-    def note(self) -> str:
-        """What a reader of the figures must know, if anything."""
-        if not self.correct:
-            return f"incorrect: {self.problem or 'no reason given'}"
-        if self.random_weights:
-            return "random weights: speed only"
-        return "quality only, not timed" if self.quality_only and self.method != UNCACHED else ""
-
-    def score(self, metric: str) -> Score:
-        return self.scores.get(metric, Score())
-
-    @property
-    def rank(self) -> tuple[float, float] | None:
-        """What tells the best of several runs: PSNR, or speed with random weights; None for one that cannot be it."""
-        if not self.correct:
-            return None
-        if self.random_weights:
-            speed = self.costs["speed_ratio"]
-            return None if speed is None else (speed, 0.0)
-        psnr = self.score("psnr")
-        return None if psnr.mean is None else (psnr.mean, -math.inf if psnr.p5 is None else psnr.p5)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """runs: in the order of the tables. left_out: one sentence for each run that could not be read."""
-
-    name: str
-    runs: tuple[Run, ...]
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def subjects(self) -> list[tuple[str, str]]:
-        """(model, sampler) of the runs, those with trained weights first."""
-        found = sorted({(run.random_weights, run.subject) for run in self.runs})
-        return list(dict.fromkeys(subject for _, subject in found))
-
-    def of(self, subject: tuple[str, str]) -> list[Run]:
-        return [run for run in self.runs if run.subject == subject]
-
-
-@dataclass(frozen=True)
 class ReportPaths:
     csv: Path
     markdown: Path
     html: Path
     environment: Path
     margins: Path
-
-
-class _DamagedError(Exception):
-    """A file of a run that is not as it should be; the message names it."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
@@ -203,181 +96,6 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8", newline="\n")
     draft.replace(path)
-
-
-# reading
-
-
-def read_experiment(folder: Path) -> Experiment:
-    """The finished runs of an experiment's folder; unfinished ones (`*.partial`) are passed over.
-
-    Raises:
-        ConfigError: if it is no such folder, or holds no finished run that can be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: give one that `diffusion-cache evaluate` wrote")
-    home = folder / "runs"
-    places = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
-    places = [path for path in places if path.suffix != ".partial"]
-    if not places:
-        raise ConfigError(
-            f"{folder} holds no finished runs (folders in {home}): run `diffusion-cache evaluate` first, or give "
-            "the folder that holds `runs`"
-        )
-    runs, left_out = [], []
-    for place in places:
-        try:
-            runs.append(read_run(place))
-        except _DamagedError as error:
-            left_out.append(f"{error}; delete the folder {place} and run the same sweep again to redo it")
-            warnings.warn(f"a run is left out of the report: {left_out[-1]}", DiffusionCacheWarning, stacklevel=3)
-    if not runs:
-        raise ConfigError(f"none of the {len(places)} runs in {home} can be read. The first: {left_out[0]}")
-    return Experiment(folder.resolve().name, tuple(sorted(runs, key=_order)), tuple(left_out))
-
-
-def _order(run: Run) -> tuple[Any, ...]:
-    """Models with trained weights first; of each baselines (uncached leading), ours, rivals; of each the most work."""
-    nfe = run.costs["nfe_ratio"]
-    return (
-        run.random_weights,
-        run.subject,
-        KINDS.index(run.kind),
-        run.method != UNCACHED,
-        run.method,
-        run.scope,
-        math.inf if nfe is None else -nfe,
-        json.dumps(run.settings, sort_keys=True),
-        run.folder.name,
-    )
-
-
-def read_run(folder: Path) -> Run:
-    """One finished run. Raises _DamagedError, naming the file, for one that is missing, cut off or incomplete."""
-    summary = _json_object(folder / SUMMARY)
-    _json_object(folder / CONFIG)
-    environment = _json_object(folder / ENVIRONMENT)
-    try:
-        kind = summary["kind"]
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
-        correct, random_weights = bool(summary["correct"]), bool(summary["random_weights"])
-        metrics = {} if random_weights else summary["metrics"]
-        run = Run(
-            folder=folder,
-            kind=kind,
-            **{key: str(summary[key]) for key in ("model", "sampler", "scope", "method")},
-            label=str(summary.get("label") or summary["method"]),
-            settings=dict(summary["settings"]),
-            steps=int(summary["steps"]),
-            n=int(summary["n"]),
-            correct=correct,
-            problem=None if summary["problem"] is None else str(summary["problem"]),
-            random_weights=random_weights,
-            quality_only=bool(summary["quality_only"]),
-            costs={
-                **{key: _number(summary[key]) for key in RATIOS},
-                **{key: _number(summary.get(key)) if correct else None for key in (*SPEEDS, *RESOURCES)},
-            },
-            scores={name: _score(name, facts) for name, facts in metrics.items()},
-            distribution={key: _number(value) for key, value in (summary.get("distribution") or {}).items()},
-            heatmap=_heatmap(summary.get("heatmap")),
-            samples=_samples(folder / ROWS),
-            environment=environment,
-            pictures=not random_weights and _pictures(folder / IMAGES),
-        )
-    except KeyError as error:
-        raise _DamagedError(f"{folder / SUMMARY} lacks {error.args[0]!r}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise _DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
-    return run
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _DamagedError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _DamagedError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise _DamagedError(f"{path} is damaged: it holds no JSON object")
-    return found
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None for null and for what JSON cannot hold."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r} is not a number")
-    return float(value) if math.isfinite(value) else None
-
-
-def _score(name: str, facts: Mapping[str, Any]) -> Score:
-    """A missing PSNR where samples equal their reference is an infinite one, which JSON cannot hold."""
-    infinite = name.startswith("psnr") and bool(facts.get("identical"))
-    found = {key: _number(facts.get(key)) for key in ("mean", "p5", "worst")}
-    if infinite:
-        found = {key: math.inf if value is None else value for key, value in found.items()}
-    seed = facts.get("worst_seed")
-    return Score(**found, worst_seed=None if seed is None else int(seed))
-
-
-def _heatmap(facts: Any) -> dict[str, Any] | None:
-    if facts is None or not facts["computed"]:
-        return None
-    rows = [str(row) for row in facts["rows"]]
-    computed = [[_number(share) for share in step] for step in facts["computed"]]
-    if any(len(step) != len(rows) for step in computed):
-        raise ValueError("heatmap has not one value for each block")
-    return {"rows": rows, "computed": computed}
-
-
-def _samples(path: Path) -> Samples:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _DamagedError(f"{path} is damaged or missing: {str(error).splitlines()[0]}") from None
-    if not table.num_rows:
-        return Samples()
-    columns = set(table.column_names)
-    missing = [name for name in ("prompt", "seed") if name not in columns]
-    if missing:
-        raise _DamagedError(f"{path} lacks the column {missing[0]!r}")
-    try:
-        values = {name: _floats(table.column(name).to_pylist()) for name in SAMPLE_METRICS if name in columns}
-        seeds = tuple(int(seed) for seed in table.column("seed").to_pylist())
-    except (TypeError, ValueError) as error:
-        raise _DamagedError(f"{path} is damaged: {error}") from None
-    return Samples(tuple(str(prompt) for prompt in table.column("prompt").to_pylist()), seeds, values)
-
-
-def _floats(values: Iterable[Any]) -> tuple[float | None, ...]:
-    """Unlike JSON, parquet holds infinity; NaN is no value."""
-    return tuple(None if value is None or math.isnan(value) else float(value) for value in values)
-
-
-def _pictures(path: Path) -> bool:
-    """Whether there are pictures; the file's header is checked, the pixels are read when they are drawn."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, "np") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise _DamagedError(f"{path} is damaged: {error}") from None
-    for place in ("median", "worst"):
-        shape = shapes.get(f"{place}.reference")
-        if shape is None or shape != shapes.get(f"{place}.candidate") or len(shape) != 4 or shape[1] not in (1, 3):
-            raise _DamagedError(f"{path} is damaged: the images of the {place} sample are missing or of no known shape")
-    return True
 
 
 # choosing
@@ -442,7 +160,7 @@ def best_of(chosen: Sequence[Run]) -> Run | None:
     return max(ranked, key=lambda run: run.rank or (0.0, 0.0), default=None)
 
 
-EQUALS, STATISTICS = ("nfe", "speed"), ("mean", "p5")
+EQUALS = ("nfe", "speed")
 
 
 @dataclass(frozen=True)
@@ -467,11 +185,6 @@ class Margin:
         if plan is None or other is None:
             return None
         return 0.0 if plan == other else plan - other  # infinite ones may be equal, too
-
-
-def psnr_of(run: Run | None, statistic: str) -> float | None:
-    """statistic: mean or p5."""
-    return None if run is None else getattr(run.score("psnr"), statistic)
 
 
 def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list[Margin]:
@@ -590,20 +303,6 @@ def _csv_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else str(value)
-
-
-def settings_text(run: Run, scope: bool = True) -> str:
-    """Settings in few words, the scope among them if asked for; a mask of 0 and 1 as the number of its ones."""
-
-    def short(value: Any) -> str:
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        if len(text) > 8 and set(text) <= {"0", "1"}:
-            return f"{text.count('1')} of {len(text)} steps"
-        return text if len(text) <= 60 else f"{text[:59]}…"
-
-    parts = [f"{key}={short(value)}" for key, value in run.settings.items()]
-    told = scope and run.scope not in ("", "auto") and run.kind != "baseline"
-    return ", ".join([f"scope={run.scope}"] * told + parts)
 
 
 def _decibels(value: float | None, sign: str = "") -> str:

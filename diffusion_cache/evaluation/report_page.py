@@ -20,18 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, DiffusionCacheWarning
-from .report import (
-    BUDGETS,
-    IMAGES,
-    NOTES,
-    SAMPLE_METRICS,
-    Experiment,
-    Run,
-    choose,
-    csv_row,
-    pareto_runs,
-    settings_text,
-)
+from .report import BUDGETS, NOTES, choose, csv_row, pareto_runs
+from .runs import SAMPLE_METRICS, Experiment, Run, settings_text
+from .store import IMAGES
 
 PAGE_BYTES = 11_500_000  # pictures are embedded, most wanted first, until the page has this size
 IMAGE_SIDE, FRAME_SIDE, SHOWN_FRAMES = 256, 128, 8  # larger images and longer videos are shown smaller

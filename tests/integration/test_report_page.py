@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from evaluation_runs import INJECTED_LABEL, INJECTED_PROMPT, write_experiment
 
-from diffusion_cache.evaluation.report import read_experiment, write_report
+from diffusion_cache.evaluation.report import write_report
+from diffusion_cache.evaluation.runs import read_experiment
 
 pytest.importorskip("plotly")
 playwright = pytest.importorskip("playwright.sync_api")

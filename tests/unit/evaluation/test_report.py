@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import report, report_page
-from diffusion_cache.evaluation.report import read_experiment, write_report
+from diffusion_cache.evaluation.report import write_report
+from diffusion_cache.evaluation.runs import read_experiment
 
 
 def same(value: float, n: int = 4) -> list[float]:
