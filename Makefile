@@ -58,13 +58,14 @@ profiles: venv ## profile the shipped models and make their plans (hours on a CP
 	$(PYTHON) scripts/make_profiles.py
 
 # the first line has the same runs as `evaluate`, so what is finished there need not be made again
-evaluate-planned: venv ## compare plans with all methods and rivals, with every sampler of the shipped models
+evaluate-planned: venv ## compare plans with all methods and rivals, with every sampler; renew what `recommend` says
 	mkdir -p outputs/evaluate/planned
 	-cp -rn outputs/evaluate/reference_all/runs outputs/evaluate/reference_all/references outputs/evaluate/planned/
 	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits,unet-digits,flux-digits,wan-moving-digits launcher=joblib -m
 	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits sampler=dpmpp launcher=joblib -m
 	.venv/bin/diffusion-cache evaluate experiment=planned model=wan-moving-digits sampler=unipc launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/planned --out results/planned
+	cp results/planned/advice.json diffusion_cache/advice.json
 
 ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m

@@ -1,6 +1,7 @@
-"""What to cache with where no profile was made: by the kind of pipeline, and what was measured on that kind."""
+"""What to cache with where no profile was made: what was measured to be best on the models that are most like it."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,55 +19,116 @@ from .planning.choose import choose
 from .profile import Profile, shipped_profiles
 
 FEW_STEPS = 8  # models made for so few have hardly a step that is like the one before it
-MEASURED_FROM = 20  # steps; nothing was measured below
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 FEW_STEP_NAME = re.compile(
     r"turbo|lightning|schnell|sprint|hyper-?sd|(?<![a-z])(lcm|tcd|dmd2?)(?![a-z])|(?<![0-9])[1-8][-_]?steps?(?![a-z])"
 )
 PROFILE_IT = "a plan made from a profile of this very model (`diffusion-cache profile`, `diffusion-cache plan`)"
+SPEEDUPS = (1.5, 2.0, 3.0)
+TOLERANCE = 1.06  # by so much what counts as a speedup may fall short: 14 computed steps of 40 are to count as a third
+GOOD = 30.0  # dB
+GOOD_NOTE = (
+    f"What leaves more than 5% of a model's samples below {GOOD:.0f} dB, a root-mean-square difference of "
+    f"{10 ** (-GOOD / 20):.0%} of the range of values, does not count as good, and nor does what is no better than "
+    f"fewer sampler steps. The {GOOD:.0f} dB are a convention: how much a viewer minds depends on the model."
+)
+PICKS = Path(__file__).with_name("advice.json")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run measured. mean, p5: PSNR against the uncached output, in dB. work: denoiser evaluations as a share of
+    the uncached run's. speed: wall time of the uncached run over this one's, if it was timed."""
+
+    mean: float
+    p5: float
+    work: float
+    speed: float | None
+
+    def __str__(self) -> str:
+        timed = "" if self.speed is None else f" ({self.speed:.2f}× as fast there)"
+        return (
+            f"{self.mean:.1f} dB on average and {self.p5:.1f} dB or more for 95% of samples, with {self.work:.0%} of "
+            f"the evaluations{timed}"
+        )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of results/reference_all: PSNR (dB) against the uncached output. nfe: share of the uncached evaluations."""
+    """A method at a speedup on one model, and beside it the best at that speedup of what else there is.
+
+    best: of the methods that need no profile; fewer_steps: of the sampler without a cache; plan: of the plans of a
+    profile of that model; the best by the statistic that the method was picked by.
+    """
 
     model: str
-    method: str
-    scope: str
-    settings: Mapping[str, Any]
-    nfe: float
-    mean: float
-    p5: float
+    sampler: str
+    steps: int
+    chosen: Figures
+    best: Figures
+    fewer_steps: Figures | None
+    plan: Figures | None
 
-    def __str__(self) -> str:
-        return (
-            f"{self.mean:.1f} dB on average and {self.p5:.1f} dB or more for 95% of samples, with {self.nfe:.0%} of "
-            f"the evaluations"
+
+@dataclass(frozen=True)
+class Pick:
+    """What to take of the methods that need no profile, and what it is based on.
+
+    kind, scheduler: the pipelines that it is for, see `kind_of`; None for any. equal: what `speedup` is of, work
+    ("nfe") or wall time ("speed"). by: the statistic of PSNR, "mean" or "p5", that it is best by; on several models it
+    is the one whose greatest loss against the best of each is least. call: arguments of `enable`.
+    """
+
+    kind: str | None
+    scheduler: str | None
+    speedup: float
+    equal: str
+    by: str
+    method: str
+    settings: str
+    call: Mapping[str, Any]
+    measured: tuple[Measured, ...]
+
+    @property
+    def good(self) -> bool:
+        """See GOOD_NOTE."""
+        return all(
+            one.chosen.p5 >= GOOD
+            and (one.fewer_steps is None or getattr(one.chosen, self.by) > getattr(one.fewer_steps, self.by))
+            for one in self.measured
         )
 
+    @property
+    def loss(self) -> float:
+        """The greatest, against the best method of each model, in dB."""
+        return max(loss(one.best, one.chosen, self.by) for one in self.measured)
 
-UNIFORM = {"every": 2, "forecaster": "taylor", "order": 1}
-# what is recommended to each kind of model, as measured on the small one of that kind, beside the runner-up
-UNET = Measured("unet-digits", "uniform Taylor", "denoiser", UNIFORM, 0.50, 60.8, 58.2)
-UNET_CUT = Measured("unet-digits", "uniform Taylor", "auto", UNIFORM, 0.589, 58.9, 50.6)
-DIFFUSION = Measured("dit-digits", "uniform Taylor", "auto", UNIFORM, 0.50, 58.0, 52.9)
-DIFFUSION_ADAPTIVE = Measured(
-    "dit-digits", "first block", "auto", {"forecaster": "taylor", "order": 1, "threshold": 0.1}, 0.453, 49.1, 41.5
-)
-FLOW = Measured(
-    "flux-digits", "first block", "auto", {"forecaster": "taylor", "order": 1, "threshold": 0.1}, 0.517, 61.2, 48.4
-)
-FLOW_UNIFORM = Measured("flux-digits", "uniform Taylor", "auto", UNIFORM, 0.50, 48.3, 44.6)
-VIDEO = Measured(
-    "wan-moving-digits",
-    "first block",
-    "auto",
-    {"forecaster": "taylor", "order": 1, "threshold": 0.06},
-    0.485,
-    57.0,
-    46.5,
-)
-VIDEO_UNIFORM = Measured("wan-moving-digits", "uniform Taylor", "auto", UNIFORM, 0.50, 51.9, 50.9)
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "Pick":
+        def figures(found: Mapping[str, Any] | None) -> Figures | None:
+            return None if found is None else Figures(**found)
+
+        runs = ("chosen", "best", "fewer_steps", "plan")
+        measured = (Measured(**{**one, **{run: figures(one[run]) for run in runs}}) for one in facts["measured"])
+        return cls(**{**facts, "measured": tuple(measured)})
+
+
+def loss(best: Figures, other: Figures, by: str) -> float:
+    """By how much another's PSNR is below the best one's, in dB; both may be infinite."""
+    high, low = getattr(best, by), getattr(other, by)
+    return 0.0 if high == low else high - low
+
+
+def kind_of(unet: bool, flow: bool, video: bool) -> str:
+    """What pipelines are told apart by: the denoiser, whether the sampler's path is a flow, and what is generated."""
+    return f"{'UNet' if unet else 'transformer'} with a {'flow' if flow else 'diffusion'} sampler" + (
+        ", for video" if video else ""
+    )
+
+
+def call_text(arguments: Mapping[str, Any]) -> str:
+    """The call of `enable` to write."""
+    return f"dc.enable(pipe{''.join(f', {name}={value!r}' for name, value in arguments.items())})"
 
 
 @dataclass(frozen=True)
@@ -87,27 +149,33 @@ class Recommendation:
 
     def __str__(self) -> str:
         given = {"policy": self.policy} if self.policy else {}
-        arguments = "".join(f", {name}={value!r}" for name, value in {**given, **self.options}.items())
-        lines = [f"dc.enable(pipe{arguments})" if self.cache else "Do not cache.", self.reason]
+        lines = [call_text({**given, **self.options}) if self.cache else "Do not cache.", self.reason]
         return "\n".join([*lines, *(f"Or: {text}" for text in self.alternatives)])
 
 
-def recommend(pipe: Any, steps: int | None = None) -> Recommendation:
+def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Recommendation:
     """What to use with a pipeline, and why. Nothing is run.
 
-    steps: how many the pipeline will be called with; None for its own default. In order: nothing for few-step models;
-    a shipped profile of these very weights and this sampler; what was published for this very model; else what was best
-    on the small model of the same kind (`results/reference_all`), of the methods that fit no schedule to a model.
+    steps: how many the pipeline will be called with; None for its own default. speedup: 1.5, 2 or 3, in work that the
+    denoiser is spared; the time that is saved depends on the machine. In order: nothing for few-step models; a shipped
+    profile of these very weights and this sampler; what was published for this very model; else, of the methods that
+    need no profile, what was best for 95% of samples on the small models that are most like it, as in the table of
+    `results/planned/report.md`.
 
     Raises:
-        ConfigError: if this is no diffusers pipeline, or for steps below 1.
+        ConfigError: if this is no diffusers pipeline, for steps below 1, or another speedup.
         NoSpansError: if it has nothing to cache.
     """
     denoisers = find_denoisers(pipe)
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ConfigError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if speedup not in SPEEDUPS:
+        raise ConfigError(
+            f"speedup must be {', '.join(f'{one:g}' for one in SPEEDUPS)}, which were measured, not {speedup!r}: for "
+            "others make a profile of the model, enable(pipe, profile=…, speedup=…)"
+        )
     if steps is None:
-        found = _shipped_profile(pipe, denoisers, None)
+        found = _shipped_profile(pipe, denoisers, None, speedup)
         if found is not None:
             return found
         marker = _few_step_marker(pipe, denoisers)
@@ -117,9 +185,9 @@ def recommend(pipe: Any, steps: int | None = None) -> Recommendation:
     if steps <= FEW_STEPS:
         return _none(f"it takes {steps} step{'s' if steps > 1 else ''}")
     return (
-        _shipped_profile(pipe, denoisers, steps)
-        or _published(pipe, denoisers, steps)
-        or _by_kind(pipe, denoisers, steps)
+        _shipped_profile(pipe, denoisers, steps, speedup)
+        or _published(pipe, denoisers, steps, speedup)
+        or _measured(pipe, denoisers, steps, speedup)
     )
 
 
@@ -180,7 +248,9 @@ def _default_steps(pipe: Any) -> int:
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
 
 
-def _shipped_profile(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int | None) -> Recommendation | None:
+def _shipped_profile(
+    pipe: Any, denoisers: Mapping[str, nn.Module], steps: int | None, speedup: float
+) -> Recommendation | None:
     classes = {name: type(unwrap(denoiser)).__name__ for name, denoiser in denoisers.items()}
     for name, folder in shipped_profiles().items():
         profile = Profile.load(folder)
@@ -190,7 +260,7 @@ def _shipped_profile(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int |
             continue
         if steps not in (None, profile.total) or any(d.strict for d in profile.matches(pipe, denoisers)):
             continue
-        plan = _half(profile)
+        plan = _plan_for(profile, speedup)
         reason = f"A profile of this model and sampler, in {profile.total} steps, comes with the package."
         if plan.quality is not None:
             quality = plan.quality
@@ -204,13 +274,13 @@ def _shipped_profile(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int |
     return None
 
 
-def _half(profile: Profile) -> Plan:
-    """The best plan of at most half of the evaluations, else the cheapest."""
+def _plan_for(profile: Profile, speedup: float) -> Plan:
+    """The best plan of so many fewer evaluations, else the cheapest."""
     least = min(plan.nfe for plan in profile.plans)
-    return choose(profile.plans, nfe=max(profile.total / 2, least))
+    return choose(profile.plans, nfe=max(TOLERANCE * profile.total / speedup, least))
 
 
-def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int) -> Recommendation | None:
+def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup: float) -> Recommendation | None:
     """A published step list of this very model."""
     names = {name.lower().removesuffix("-diffusers") for name in _names(pipe, denoisers)}
     entries = [
@@ -222,18 +292,23 @@ def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int) -> Rec
         return None
 
     def distance(entry: published.Published) -> tuple[int, float]:
-        mask = entry.mask(steps)
-        return abs((entry.steps or steps) - steps), abs(mask.count("1") / len(mask) - 0.5)
+        return abs((entry.steps or steps) - steps), abs(_share(entry, steps) - 1 / speedup)
 
     entries.sort(key=distance)
     best = entries[0]
     return Recommendation(
         None,
         {"profile": f"published/{best.name}"},
-        f"Published for {best.model} ({best.variant}, {best.steps} steps) by its authors: {best.source}. Not measured "
-        "here on that model.",
+        f"Published for {best.model} ({best.variant}, {best.steps} steps) by its authors: {best.source}. It computes "
+        f"{_share(best, steps):.0%} of the steps. Not measured here on that model.",
         (PROFILE_IT, *(f"profile='published/{entry.name}'" for entry in entries[1:4])),
     )
+
+
+def _share(entry: published.Published, steps: int) -> float:
+    """The share of computed steps."""
+    mask = entry.mask(steps)
+    return mask.count("1") / len(mask)
 
 
 def _entries(denoisers: Mapping[str, nn.Module]) -> list[published.Published]:
@@ -243,8 +318,37 @@ def _entries(denoisers: Mapping[str, nn.Module]) -> list[published.Published]:
     return [entry for entry in found if entry.has_mask and entry.transformer in classes]
 
 
-def _by_kind(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int) -> Recommendation:
-    alternatives = [PROFILE_IT]
+def picks() -> list[Pick]:
+    """The table that recommendations without a profile are read from, which the evaluation's report writes."""
+    return [Pick.from_json(facts) for facts in json.loads(PICKS.read_text(encoding="utf-8"))]
+
+
+def _measured(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup: float) -> Recommendation:
+    """What was measured to be best on the most similar models."""
+    table = {((pick.kind, pick.scheduler), pick.equal, pick.by): pick for pick in picks() if pick.speedup == speedup}
+    place = next((place for place in _places(pipe, denoisers) if (place, "nfe", "p5") in table), None)
+    if place is None:
+        reason = (
+            f"No method that needs no profile was measured to do {speedup:g}× less work on all of the small models."
+        )
+        return Recommendation(None, {}, reason, (PROFILE_IT,))
+    pick = table[place, "nfe", "p5"]
+    others = {
+        "better on average": table.get((place, "nfe", "mean")),
+        f"{speedup:g}× as fast in wall time, too": table.get((place, "speed", "p5")),
+    }
+
+    reason = f"{_likeness(pick)} {_figures(pick)}"
+    fewest = min(one.steps for one in pick.measured)
+    if steps < fewest:
+        reason += (
+            f" That was in {fewest} steps or more: of {steps}, each is less like the one before it, and reuse loses "
+            "more. The smaller the speedup, the less."
+        )
+    alternatives = [f"{PROFILE_IT}{_gain(pick)}"]
+    for what, other in others.items():
+        if other is not None and other.call != pick.call:
+            alternatives.append(f"{what}: {call_text(other.call)}. {_figures(other)}")
     models = sorted({entry.model for entry in _entries(denoisers)})
     if models:
         more = f", … {len(models)} in all" if len(models) > 3 else ""
@@ -252,38 +356,43 @@ def _by_kind(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int) -> Recom
             f"a published step list (profile='published/…', see diffusion_cache.published.names), if the model is one "
             f"of {', '.join(models[:3])}{more}"
         )
-    if steps < MEASURED_FROM:
-        return Recommendation(
-            "first_block",
-            {"threshold": 0.03},
-            f"Nothing was measured at {steps} steps ({MEASURED_FROM} and more only), and reuse gains less the fewer "
-            "there are. This policy computes wherever the first block says that features change much, and 0.03 is the "
-            "most careful threshold that was measured.",
-            tuple(alternatives),
-        )
-    if any(default_scope(denoiser) == "cut" for denoiser in denoisers.values()):
-        return Recommendation(
-            "interval",
-            {"every": 2, "scope": "denoiser"},
-            f"A UNet: on {UNET.model}, computing every second step and forecasting its output with Taylor gave {UNET}. "
-            f"Reusing below a cut gave {UNET_CUT}.",
-            tuple(alternatives),
-        )
+    options = dict(pick.call)
+    if not pick.good:
+        reason = f"Without a profile nothing was good at {speedup:g}×. {GOOD_NOTE} {reason}"
+        return Recommendation(None, {}, reason, (*alternatives, f"the best of them: {call_text(options)}"))
+    return Recommendation(options.pop("policy", None), options, reason, tuple(alternatives))
+
+
+def _places(pipe: Any, denoisers: Mapping[str, nn.Module]) -> list[tuple[str | None, str | None]]:
+    """(kind, scheduler) of the picks that are for a pipeline, the closest first."""
     scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None or not hasattr(scheduler, "sigmas") or not is_flow(scheduler):
-        return Recommendation(
-            "interval",
-            {"every": 2},
-            f"A transformer with a diffusion sampler: on {DIFFUSION.model} with DDIM, computing every second step and "
-            f"forecasting with Taylor gave {DIFFUSION}. The adaptive first_block gave {DIFFUSION_ADAPTIVE}.",
-            tuple(alternatives),
-        )
-    video = "num_frames" in inspect.signature(type(pipe).__call__).parameters
-    best, uniform = (VIDEO, VIDEO_UNIFORM) if video else (FLOW, FLOW_UNIFORM)
-    return Recommendation(
-        "first_block",
-        {"threshold": best.settings["threshold"]},
-        f"A transformer with a flow sampler{', for video' if video else ''}: on {best.model}, deciding by the change "
-        f"of the first block and forecasting with Taylor gave {best}. Computing every second step gave {uniform}.",
-        tuple(alternatives),
+    kind = kind_of(
+        unet=any(default_scope(denoiser) == "cut" for denoiser in denoisers.values()),
+        flow=hasattr(scheduler, "sigmas") and is_flow(scheduler),
+        video="num_frames" in inspect.signature(type(pipe).__call__).parameters,
     )
+    return [(kind, type(scheduler).__name__), (kind, None), (None, None)]
+
+
+def _likeness(pick: Pick) -> str:
+    """What the pipeline has in common with the models that the pick was measured on."""
+    names = ", ".join(f"{one.model} ({one.sampler})" for one in pick.measured)
+    return f"Like {names}, a {pick.kind}:" if pick.kind else f"Of no kind that was measured ({names}):"
+
+
+def _figures(pick: Pick) -> str:
+    named = f"{pick.method} ({pick.settings})" if pick.settings else pick.method
+    if len(pick.measured) == 1:
+        (one,) = pick.measured
+        fewer = "" if one.fewer_steps is None else f" Fewer sampler steps gave {one.fewer_steps}."
+        return f"{named} gave {one.chosen}.{fewer}"
+    psnr = ((one.model, *(getattr(figures, pick.by) for figures in (one.chosen, one.best))) for one in pick.measured)
+    told = "; ".join(f"{chosen:.1f} of {best:.1f} dB on {model}" for model, chosen, best in psnr)
+    what = "What 95% of samples reached" if pick.by == "p5" else "On average"
+    return f"{named} falls short of the best method of each by {pick.loss:.1f} dB at most. {what}: {told}."
+
+
+def _gain(pick: Pick) -> str:
+    """What a plan gained over the pick where both were measured, in words."""
+    gains = [(loss(one.plan, one.chosen, "p5"), one.model) for one in pick.measured if one.plan is not None]
+    return f": {', '.join(f'{gain:+.1f} dB on {model}' for gain, model in gains)}, for 95% of samples" if gains else ""

@@ -47,15 +47,21 @@ def write_run(
     side: int = 16,
     blocks: int = 4,
     environment: Mapping[str, Any] = ENVIRONMENT,
+    contender: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one finished run and return its folder. psnr: of each sample, in dB (may be infinite); none: speed only."""
+    """Write one finished run and return its folder.
+
+    psnr: of each sample, in dB (may be infinite); none: speed only. contender: what its configuration says of a method
+    that the package really has.
+    """
     settings = dict(settings or {})
     config = {
         "model": {"name": model},
         "sampler": {"name": sampler},
         "steps": steps,
         "prompts": {"count": len(psnr)},
-        "contender": {"kind": kind, "method": method, "scope": scope, "label": label or method, "settings": settings},
+        "contender": {"kind": kind, "method": method, "scope": scope, "label": label or method, "settings": settings}
+        | dict(contender or {}),
         "metrics": ["psnr", "ssim"],
         "timing": {"pairs": 0 if quality_only else 3},
         "seed": 0,
@@ -190,10 +196,12 @@ def write_experiment(folder: Path, n: int = 16, settings: int = 6, side: int = 2
                 psnr = sample_psnr(max(mean, 12.0), n, 1000 * m + 10 * k + j)
                 if method == "first_block" and j == 0:
                     psnr[0] = math.inf
+                even = {"policy": {"name": "interval", "every": j + 2}, "forecaster": {"name": "taylor", "order": 1}}
                 write_run(
                     folder,
                     kind=kind,
                     method=method,
+                    contender=even if method == "uniform, Taylor" else None,
                     scope="denoiser" if method == "fewer steps" else "stack",
                     settings={"threshold": round(0.02 * 2**j, 3)} if "lock" in method else {"every": j + 2, "order": 1},
                     nfe=share,

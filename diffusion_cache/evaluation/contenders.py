@@ -32,6 +32,24 @@ MAKE = "`diffusion-cache profile` makes one, and `diffusion-cache plan` its plan
 
 
 @dataclass(frozen=True)
+class Call:
+    """Arguments of `enable` that do what a contender does on a pipeline of which nothing was measured.
+
+    tuned: the one among them that `enable` finds for a share of reused steps, if there is one.
+    """
+
+    arguments: Mapping[str, Any]
+    tuned: str | None = None
+
+    def reusing(self, share: float) -> dict[str, Any]:
+        """The arguments, with that share of the steps to reuse in place of the tuned one."""
+        if self.tuned is None:
+            return dict(self.arguments)
+        rest = {name: value for name, value in self.arguments.items() if name != self.tuned}
+        return {**rest, "target_reuse": round(share, 2)}
+
+
+@dataclass(frozen=True)
 class Contender(ABC):
     """One method with one choice of settings.
 
@@ -44,6 +62,11 @@ class Contender(ABC):
 
     scope: str = ""
     batchable = True  # whether a sample's result does not depend on the others in its batch
+
+    @property
+    def call(self) -> Call | None:
+        """What does the same on a pipeline of which nothing was measured; None where nothing does."""
+        return None
 
     @abstractmethod
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
@@ -89,13 +112,26 @@ class FewerSteps(Contender):
 class Ours(Contender):
     """A policy and a forecaster of this package, or a plan of a profile; options: arguments of `enable`.
 
-    scopes: kinds of span that the policy may govern. profile: that its options were taken from, if they were.
+    scopes: kinds of span that the policy may govern. profile: that its options were taken from, if they were. tuned:
+    the option that `enable` finds for a target, if there is one.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
     scopes: frozenset[str] = frozenset(SCOPES)
     profile: Profile | None = None
+    tuned: str | None = None
+
+    @property
+    def call(self) -> Call | None:
+        """Without the forecaster's defaults, and without the forecaster where that is the default of `enable`."""
+        if self.profile is not None or "profile" in self.options:
+            return None
+        name = self.options["forecaster"]
+        usual = registry.forecasters.options(name)
+        usual |= {"forecaster": name} if name == api.DEFAULT_FORECASTER else {}
+        told = {key: value for key, value in self.options.items() if key not in usual or value != usual[key]}
+        return Call(told, self.tuned)
 
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
         if self.profile is not None:
@@ -133,6 +169,10 @@ class Published(Contender):
     guards: Mapping[str, Any] = field(default_factory=dict)
     profile: str | None = None
     profile_scope: str | None = None
+
+    @property
+    def call(self) -> Call | None:
+        return None if self.system.needs_profile else Call({"method": self.system.name, **self.settings})
 
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
         return self._cached(subject, steps)
@@ -320,6 +360,19 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
     return _ours(node, forecaster, steps)
 
 
+def call_of(node: Mapping[str, Any], steps: int) -> Call | None:
+    """The call of what a `method` configuration describes, for runs of so many steps, if it has one.
+
+    Nor has it one where this version of the package does not know the method or an option of it.
+    """
+    if node["kind"] == "rival" or node.get("profile") or not node.keys() & {"policy", "system"}:
+        return None
+    try:
+        return contender(node, {}, steps).call
+    except ConfigError:
+        return None
+
+
 def _planned(node: Mapping[str, Any], steps: int) -> Contender:
     """The best plan of at most so many denoiser evaluations as `share` of the steps is, rounded down.
 
@@ -415,7 +468,7 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     label = node.get("label") or ", ".join(filter(None, (name, predictor_name, corrector_name)))
     form = Adaptive if made.needs.signals else Ours
     return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control,
-                scopes=made.scopes, profile=profile)  # fmt: skip
+                scopes=made.scopes, profile=profile, tuned=cls.tuned)  # fmt: skip
 
 
 def _measured(cls: type[Policy], profile: Profile, options: Mapping[str, Any]) -> dict[str, Any]:

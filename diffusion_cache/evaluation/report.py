@@ -13,10 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..advice import GOOD_NOTE, TOLERANCE, Pick, call_text, loss
 from ..errors import ConfigError
+from .choices import picks, picks_text
 from .runs import (
+    EQUALS,
     KINDS,
     RATIOS,
     RESOURCES,
@@ -31,7 +34,6 @@ from .runs import (
 )
 
 BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
-TOLERANCE = 1.06  # a run may exceed its budget by this factor: 14 computed steps of 40 are to count as a third
 ABSENT = "–"
 
 NOTES = (
@@ -49,6 +51,17 @@ MARGINS_NOTE = (
     "Margin: the plan's PSNR less the other's."
 )
 
+CHOICES_NOTE = (
+    "Baselines and methods of this package that need no profile: of each model the one that is best by the statistic "
+    f"named, within a limit of work (NFE) or of wall time that all may miss by {TOLERANCE - 1:.0%}; settings were "
+    "chosen on the samples shown. PSNR in dB, mean / 5th percentile. Where a grid had thresholds, the call names the "
+    "share of steps that was reused: `target_reuse` finds the threshold for it on the user's own model, with a few "
+    "generations, once. Fewer steps: the best of the sampler without a cache within the limit. Plan: the best of the "
+    "model's own profile within it, and by how much the method falls short of that (above it, if negative). For "
+    "several models it is, of the settings that were run on all of them, the one whose greatest loss against the best "
+    f"of each is least. `diffusion_cache.recommend` goes by the rows for work and p5. {GOOD_NOTE}"
+)
+
 
 @dataclass(frozen=True)
 class ReportPaths:
@@ -57,10 +70,11 @@ class ReportPaths:
     html: Path
     environment: Path
     margins: Path
+    advice: Path
 
 
 def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
-    """Write summary.csv, margins.csv, report.md, environment.json and report.html over an experiment's finished runs.
+    """Write what is known of an experiment's finished runs: tables as CSV, Markdown and a web page, and the advice.
 
     Args:
         folder: the experiment's folder, which holds `runs/`.
@@ -74,13 +88,14 @@ def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
     """
     experiment = read_experiment(folder)
     out = Path(folder if out is None else out)
-    names = ("summary.csv", "report.md", "report.html", "environment.json", "margins.csv")
+    names = ("summary.csv", "report.md", "report.html", "environment.json", "margins.csv", "advice.json")
     paths = ReportPaths(*(out / name for name in names))
     environments = merged_environments(experiment.runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(paths.csv, csv_text(experiment.runs))
         _write(paths.margins, margins_text(margins(experiment.runs)))
+        _write(paths.advice, picks_text(picks(experiment.runs)))
         _write(paths.markdown, markdown(experiment))
         _write(paths.environment, json.dumps(environments, indent=2) + "\n")
         from .report_page import page  # after the rest is written: it needs an optional package
@@ -158,9 +173,6 @@ def best_of(chosen: Sequence[Run]) -> Run | None:
     """The best of the runs that were chosen for a budget."""
     ranked = [run for run in chosen if run.rank is not None]
     return max(ranked, key=lambda run: run.rank or (0.0, 0.0), default=None)
-
-
-EQUALS = ("nfe", "speed")
 
 
 @dataclass(frozen=True)
@@ -327,7 +339,7 @@ def _share(value: float | None) -> str:
 
 
 def markdown(experiment: Experiment) -> str:
-    """A compact table over all models, one of the plans' margins, then one for each model and sampler."""
+    """Compact tables over all models, of the plans' margins and of what to take without one, then each model's own."""
     parts = [f"# {markdown_text(experiment.name)}", ""]
     table = overview_table(experiment.runs)
     if table:
@@ -335,6 +347,7 @@ def markdown(experiment: Experiment) -> str:
     table = margins_table(margins(experiment.runs))
     if table:
         parts += ["## Plans against the best other", "", table, MARGINS_NOTE, ""]
+    parts += choices_section(experiment.runs)
     for subject in experiment.subjects:
         parts += [model_table(experiment.of(subject)), ""]
     parts += [NOTES, ""]
@@ -412,6 +425,77 @@ def _others(margin: Margin, equal: str) -> str:
             told.append(f"{markdown_text(run.method)} {cost}")
     psnr = _both(psnr_of(run, statistic) for statistic, run in found.items())
     return f"{psnr}: {'; '.join(dict.fromkeys(told))}" if told else ABSENT
+
+
+class ChoicesTable(NamedTuple):
+    """Plain text. The column `CALL` holds code."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def choices_tables(runs: Sequence[Run]) -> list[ChoicesTable]:
+    """What to take for each model and for several at once, at equal work and at equal wall time; none that is empty."""
+    found, tables = picks(runs), []
+    for equal, limit in (("nfe", "so much less work"), ("speed", "so much less wall time")):
+        at_equal = sorted((pick for pick in found if pick.equal == equal), key=_choices_order)
+        each = [pick for pick in at_equal if pick.kind is not None and len(pick.measured) == 1]
+        shared = [pick for pick in at_equal if pick not in each]
+        tables.append(ChoicesTable(f"Each model, {limit}", EACH, [_choice_for_one(pick) for pick in each]))
+        tables.append(ChoicesTable(f"Several models, {limit}", SHARED, [_choice_for_all(pick) for pick in shared]))
+    return [table for table in tables if table.rows]
+
+
+CALL = "call"
+_CHOICE = ("speedup", "best by", "method", CALL)
+EACH = ("model", *_CHOICE, "NFE", "speed (wall)", "PSNR", "fewer steps", "plan", "short of the plan")
+SHARED = ("model is", *_CHOICE, "greatest loss", "PSNR on each model (and loss)")
+
+
+def _choices_order(pick: Pick) -> tuple[Any, ...]:
+    return pick.kind is None, [(one.model, one.sampler) for one in pick.measured], pick.speedup, pick.by
+
+
+def _choice(pick: Pick) -> list[str]:
+    named = ", ".join(filter(None, (pick.method, pick.settings)))
+    return [f"{pick.speedup:g}×", pick.by, named if pick.good else f"none is good; {named}", call_text(pick.call)]
+
+
+def _choice_for_one(pick: Pick) -> list[str]:
+    (one,) = pick.measured
+    chosen, plan = one.chosen, one.plan
+    speed = ABSENT if chosen.speed is None else f"{chosen.speed:.2f}×"
+    psnr = [_both((run.mean, run.p5)) if run else ABSENT for run in (chosen, one.fewer_steps, plan)]
+    short = ABSENT if plan is None else _decibels(loss(plan, chosen, pick.by))
+    return [f"{one.model}, {one.sampler}", *_choice(pick), _share(chosen.work), speed, *psnr, short]
+
+
+def _choice_for_all(pick: Pick) -> list[str]:
+    figures = [
+        f"{one.model}, {one.sampler} {_both((one.chosen.mean, one.chosen.p5))} "
+        f"({_decibels(loss(one.best, one.chosen, pick.by))})"
+        for one in pick.measured
+    ]
+    return [pick.kind or "like none of these", *_choice(pick), _decibels(pick.loss), "; ".join(figures)]
+
+
+def choices_section(runs: Sequence[Run]) -> list[str]:
+    """The lines of the section on what to take without a profile; none if there is nothing."""
+    lines = []
+    for title, columns, rows in choices_tables(runs):
+        lines += [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        call = columns.index(CALL)
+        for row in rows:
+            cells = [_code(cell) if place == call else markdown_text(cell) for place, cell in enumerate(row)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return ["## What to take without a profile", "", CHOICES_NOTE, "", *lines] if lines else []
+
+
+def _code(text: str) -> str:
+    """As code, where nothing in it could end that."""
+    return markdown_text(text) if set(text) & set("`|\n") else f"`{text}`"
 
 
 def model_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> str:

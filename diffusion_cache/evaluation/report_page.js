@@ -653,6 +653,28 @@
     $('facts-table').tBodies[0].replaceChildren(...rows);
   };
 
+  const drawChoices = () => {
+    $('choices').hidden = !data.choices.tables.length;
+    $('choices-tables').replaceChildren(...data.choices.tables.map(({ title, columns, rows }) => {
+      const table = element('table');
+      table.createCaption().textContent = title;
+      const head = table.createTHead().insertRow();
+      head.append(...columns.map((name) => element('th', name, { class: 'text', scope: 'col' })));
+      const body = table.createTBody();
+      for (const row of rows) {
+        body.insertRow().append(...row.map((text, i) => {
+          const code = columns[i] === data.choices.call;
+          const cell = element('td', code ? null : text, { class: text.length > 24 ? 'text settings' : 'text' });
+          if (code) cell.append(element('code', text));
+          return cell;
+        }));
+      }
+      const wide = element('div', null, { class: 'wide' });
+      wide.append(table);
+      return wide;
+    }));
+  };
+
   // start
 
   const models = new Set(data.subjects.map((subject) => subject.model));
@@ -697,6 +719,7 @@
     drawFiltered();
   });
   makeTable();
+  drawChoices();
   drawEnvironment();
   drawSubject();
 })();

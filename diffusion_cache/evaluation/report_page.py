@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, DiffusionCacheWarning
-from .report import BUDGETS, NOTES, choose, csv_row, pareto_runs
+from .report import BUDGETS, CALL, CHOICES_NOTE, NOTES, choices_tables, choose, csv_row, pareto_runs
 from .runs import SAMPLE_METRICS, Experiment, Run, settings_text
 from .store import IMAGES
 
@@ -60,7 +60,7 @@ def page(experiment: Experiment, environments: Mapping[str, Any]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{title}: quality against speed</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"{_BODY.format(title=title, notes=escape(NOTES))}"
+        f"{_BODY.format(title=title, notes=escape(NOTES), choices=escape(CHOICES_NOTE))}"
         f"<script type='application/json' id='data'>{embedded_json(data)}</script>\n"
         f"<script>{plotly}</script>\n<script>{script}</script>\n</body>\n</html>\n"
     )
@@ -77,7 +77,8 @@ def page_data(experiment: Experiment, environments: Mapping[str, Any]) -> dict[s
     Returns:
         {"subjects": [{"model", "sampler", "random", "picks": {budget: [places in runs]}}], "runs": [figures by column
         name, with "subject", "label", "text", "brief", "heatmap", "samples", "values", "pictures"], "samples":
-        [{"prompts", "seeds"}], "images": [], …}
+        [{"prompts", "seeds"}], "images": [], "choices": {"call": the column of code, "tables": [{"title", "columns",
+        "rows"}]}, …}
     """
     pareto = pareto_runs(experiment.runs)
     place = {run.folder: index for index, run in enumerate(experiment.runs)}
@@ -111,6 +112,10 @@ def page_data(experiment: Experiment, environments: Mapping[str, Any]) -> dict[s
         "runs": runs,
         "samples": [{"prompts": prompts, "seeds": seeds} for prompts, seeds in sets],
         "images": [],
+        "choices": {
+            "call": CALL,
+            "tables": [table._asdict() for table in choices_tables(experiment.runs)],
+        },
         "left_out": list(experiment.left_out),
         "environment": environments,
     }
@@ -278,7 +283,8 @@ _BODY = """
 <nav class='bar' aria-label='What is shown'>
 <label>Model and sampler <select id='subject'></select></label>
 <span class='links'><a href='#quality'>Quality and cost</a> <a href='#detail'>One run</a>
-<a href='#spread'>Samples</a> <a href='#all'>All runs</a> <a href='#environment'>Environment</a></span>
+<a href='#spread'>Samples</a> <a href='#choices'>Without a profile</a>
+<a href='#all'>All runs</a> <a href='#environment'>Environment</a></span>
 </nav>
 <main>
 <section id='quality' aria-labelledby='quality-title'>
@@ -316,6 +322,11 @@ _BODY = """
 </div>
 <div id='strip' class='plot' role='group' aria-label='Quality of every sample'></div>
 <p class='faint' id='strip-note'></p>
+</section>
+<section id='choices' aria-labelledby='choices-title'>
+<h2 id='choices-title'>What to take without a profile</h2>
+<div id='choices-tables'></div>
+<p class='faint'>{choices}</p>
 </section>
 <section id='all' aria-labelledby='all-title'>
 <h2 id='all-title'>All runs</h2>

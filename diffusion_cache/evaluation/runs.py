@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..errors import ConfigError, DiffusionCacheWarning
+from .contenders import Call, call_of
 from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
 
 KINDS = ("baseline", "ours", "rival")
@@ -20,6 +22,7 @@ RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
 RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
 SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
+EQUALS = ("nfe", "speed")  # what runs are compared at: work, or wall time
 STATISTICS = ("mean", "p5")  # of a run's PSNR
 
 
@@ -49,7 +52,8 @@ class Run:
     costs: the names of RATIOS, SPEEDS and RESOURCES; all but ratios are None where the run is not correct, and speeds
     where it was not timed.
     scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
-    heatmap: {"rows": block names, "computed": shares [steps][blocks]}.
+    heatmap: {"rows": block names, "computed": shares [steps][blocks]}. call: what does the same without a profile, if
+    anything does.
     """
 
     folder: Path
@@ -69,6 +73,7 @@ class Run:
     costs: Mapping[str, float | None]
     scores: Mapping[str, Score]
     distribution: Mapping[str, float | None]
+    call: Call | None
     heatmap: Mapping[str, Any] | None
     samples: Samples
     environment: Mapping[str, Any]
@@ -87,6 +92,20 @@ class Run:
     def is_plan(self) -> bool:
         """Whether it followed a plan of a profile."""
         return self.kind == "ours" and "plan" in self.settings
+
+    @property
+    def is_fewer_steps(self) -> bool:
+        """Whether it is the uncached sampler with fewer steps."""
+        return self.kind == "baseline" and self.settings.keys() == {"steps"}
+
+    @property
+    def reused(self) -> float:
+        """The share of the steps at which the block that was computed least was not; of unknown blocks, of the work."""
+        if self.heatmap is None:
+            return 1 - (self.costs["nfe_ratio"] or 0.0)
+        return 1 - min(
+            fmean(share or 0.0 for share in column) for column in zip(*self.heatmap["computed"], strict=True)
+        )
 
     @property
     def note(self) -> str:
@@ -201,7 +220,6 @@ def _order(run: Run) -> tuple[Any, ...]:
 def read_run(folder: Path) -> Run:
     """One finished run. Raises _DamagedError, naming the file, for one that is missing, cut off or incomplete."""
     summary = _json_object(folder / SUMMARY)
-    _json_object(folder / CONFIG)
     environment = _json_object(folder / ENVIRONMENT)
     try:
         kind = summary["kind"]
@@ -227,6 +245,7 @@ def read_run(folder: Path) -> Run:
             },
             scores={name: _score(name, facts) for name, facts in metrics.items()},
             distribution={key: _number(value) for key, value in (summary.get("distribution") or {}).items()},
+            call=_call(folder / CONFIG, int(summary["steps"])),
             heatmap=_heatmap(summary.get("heatmap")),
             samples=_samples(folder / ROWS),
             environment=environment,
@@ -249,6 +268,16 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise _DamagedError(f"{path} is damaged: it holds no JSON object")
     return found
+
+
+def _call(path: Path, steps: int) -> Call | None:
+    config = _json_object(path)
+    try:
+        return call_of(config["contender"], steps)
+    except KeyError as error:
+        raise _DamagedError(f"{path} lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _DamagedError(f"{path} is damaged: {error}") from None
 
 
 def _number(value: Any) -> float | None:

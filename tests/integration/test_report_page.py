@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from evaluation_runs import INJECTED_LABEL, INJECTED_PROMPT, write_experiment
 
-from diffusion_cache.evaluation.report import write_report
+from diffusion_cache.evaluation.report import choices_tables, write_report
 from diffusion_cache.evaluation.runs import read_experiment
 
 pytest.importorskip("plotly")
@@ -223,6 +223,16 @@ def test_samples_by_method_and_by_prompt(page, folder):
     assert sorted(by_prompt["x"]) == sorted(by_method["x"])
     assert len({round(y) for y in by_prompt["y"]}) == len(set(run.samples.prompts)) == 6
     assert INJECTED_PROMPT[:20] in page.inner_text("#strip")
+
+
+def test_what_to_take_without_a_profile(page, folder):
+    expected = choices_tables(read_experiment(folder).runs)
+    assert expected[0].rows[0][4] == "dc.enable(pipe, policy='interval', every=2, scope='stack')"
+    shown = page.locator("#choices table").all()
+    assert [table.locator("caption").inner_text() for table in shown] == [table.title for table in expected]
+    cells = shown[0].locator("tbody tr").first.locator("td")
+    assert cells.all_inner_texts() == expected[0].rows[0]
+    assert cells.locator("code").all_inner_texts() == [expected[0].rows[0][4]]
 
 
 def test_untrusted_text_is_shown_as_text(page):

@@ -1,11 +1,11 @@
-"""What is recommended where no profile was made: that it works, and that its figures are those that were measured."""
+"""What is recommended where no profile was made: that it works, and that it is what the report's table says."""
 
-import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +19,7 @@ from diffusers import (
 
 import diffusion_cache as dc
 from diffusion_cache import advice, reference
+from diffusion_cache.advice import Figures, Measured, Pick
 from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.fingerprint import Fingerprint
 from diffusion_cache.models import find_denoisers
@@ -27,9 +28,7 @@ from diffusion_cache.profile import Profile, SpanFacts
 from diffusion_cache.published import load
 from diffusion_cache.schedule import Schedule
 
-SUMMARY = Path(__file__).parents[2] / "results" / "reference_all" / "summary.csv"
-ROWS = [value for value in vars(advice).values() if isinstance(value, advice.Measured)]
-SIMPLE = ("first block", "uniform Taylor", "uniform reuse")  # that fit no schedule to a model
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -39,67 +38,145 @@ def no_shipped_profiles(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def measured():
-    with SUMMARY.open() as file:
-        return [row for row in csv.DictReader(file) if row["psnr_mean"] not in ("", "inf")]
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_the_figures_are_those_of_the_committed_results(row, measured):
+def row(model, speedup, equal="nfe", by="p5"):
+    """That of the table which is for one shipped model with its first sampler."""
     (found,) = [
-        r
-        for r in measured
-        if (r["model"], r["method"], r["scope"]) == (row.model, row.method, row.scope)
-        and json.loads(r["settings"]) == row.settings
-        and r["sampler"] == reference.spec(row.model).samplers[0]
+        pick
+        for pick in json.loads(advice.PICKS.read_text())
+        if [(one["model"], one["sampler"]) for one in pick["measured"]] == [(model, reference.spec(model).samplers[0])]
+        and (pick["speedup"], pick["equal"], pick["by"]) == (speedup, equal, by)
     ]
-    assert float(found["nfe_ratio"]) == pytest.approx(row.nfe, abs=0.005)
-    assert float(found["psnr_mean"]) == pytest.approx(row.mean, abs=0.5)
-    assert float(found["psnr_p5"]) == pytest.approx(row.p5, abs=0.5)
+    return found
 
 
-@pytest.mark.parametrize("row", [advice.UNET, advice.DIFFUSION, advice.FLOW, advice.VIDEO], ids=lambda row: row.model)
-def test_what_is_recommended_was_best_at_about_half_the_evaluations(row, measured):
-    rivals = [
-        float(r["psnr_mean"])
-        for r in measured
-        if r["model"] == row.model and r["method"] in SIMPLE and 0.4 <= float(r["nfe_ratio"]) <= 0.55
-    ]
-    assert len(rivals) >= 3
-    assert row.mean == pytest.approx(max(rivals), abs=0.05)
+def with_picks(monkeypatch, tmp_path, *picks):
+    """Recommendations from these picks."""
+    monkeypatch.setattr(advice, "PICKS", tmp_path / "advice.json")
+    advice.PICKS.write_text(json.dumps([asdict(pick) for pick in picks]))
+
+
+def measured(chosen, best=None, fewer=None, plan=None, model="a-model"):
+    """Of (mean, p5) in dB, at half of the evaluations."""
+    chosen, best, fewer, plan = (
+        psnr and Figures(*psnr, work=0.5, speed=1.75) for psnr in (chosen, best or chosen, fewer, plan)
+    )
+    return Measured(model, "ddim", 40, chosen, best, fewer, plan)
+
+
+def pick(every, *models, kind=None, scheduler=None, speedup=2.0, equal="nfe", by="p5"):
+    call = {"policy": "interval", "every": every}
+    return Pick(kind, scheduler, speedup, equal, by, "a method", "a=1", call, models)
+
+
+def test_the_table_is_that_of_the_committed_report():
+    assert advice.PICKS.read_text() == (ROOT / "results" / "planned" / "advice.json").read_text()
+
+
+@pytest.mark.parametrize("name", list(reference.MODELS))
+def test_a_pipeline_like_a_shipped_model_gets_what_the_table_says_of_that(name):
+    pipe = reference.load(name)
+    with torch.no_grad():
+        next(getattr(pipe, reference.spec(name).denoiser).parameters()).mul_(1.01)  # other weights: no profile fits
+    for speedup in (1.5, 2, 3):
+        found, expected = dc.recommend(pipe, speedup=speedup), row(name, speedup)
+        assert found.cache
+        assert {**({"policy": found.policy} if found.policy else {}), **found.options} == expected["call"]
+        chosen = expected["measured"][0]["chosen"]
+        assert f"{expected['method']} ({expected['settings']}) gave {chosen['mean']:.1f} dB on average" in found.reason
+        assert f"{chosen['p5']:.1f} dB or more for 95% of samples" in found.reason
+        dc.enable(pipe, found.policy, **found.options)
+        if "target_reuse" not in found.options:  # that would be searched for first
+            pipe(**reference.inputs(name, labels=[3], seeds=[0], steps=6))
+            assert dc.summary(pipe).reused > 0
+        dc.disable(pipe)
+
+
+TRANSFORMER, UNET = "transformer with a diffusion sampler", "UNet with a diffusion sampler"
 
 
 @pytest.mark.parametrize(
-    ("name", "policy", "options", "row"),
+    ("scheduler", "every"),
+    [("DDIMScheduler", 3), ("DPMSolverMultistepScheduler", 4), ("FlowMatchEulerDiscreteScheduler", 6)],
+)
+def test_the_closest_that_was_measured_decides(monkeypatch, tmp_path, scheduler, every):
+    """The same kind and scheduler, or the same kind, or any."""
+    one = measured((50.0, 45.0))
+    with_picks(
+        monkeypatch,
+        tmp_path,
+        pick(2, one, kind=UNET),
+        pick(3, one, kind=TRANSFORMER, scheduler="DDIMScheduler"),
+        pick(4, one, one, kind=TRANSFORMER),
+        pick(5, one, kind=TRANSFORMER, scheduler="DDIMScheduler", speedup=3.0),
+        pick(6, one, one),
+        pick(7, one, kind=TRANSFORMER, scheduler="DDIMScheduler", equal="speed"),
+        pick(8, one, kind=TRANSFORMER, scheduler="DDIMScheduler", by="mean"),
+    )
+    pipe = with_scheduler(reference.load("dit-digits"), getattr(diffusers, scheduler))
+    assert dc.recommend(pipe).options == {"every": every}
+    assert dc.recommend(reference.load("unet-digits")).options == {"every": 2}
+    assert dc.recommend(reference.load("wan-moving-digits")).options == {"every": 6}
+
+
+def test_what_else_there_is(monkeypatch, tmp_path):
+    one, faster = measured((50.0, 45.0), fewer=(40.0, 35.0), plan=(58.0, 52.5)), measured((41.0, 36.0))
+    same = pick(2, one, kind=UNET, by="mean")
+    with_picks(monkeypatch, tmp_path, pick(2, one, kind=UNET), same, pick(3, faster, kind=UNET, equal="speed"))
+    found = dc.recommend(reference.load("unet-digits"))
+    assert (
+        "Like a-model (ddim), a UNet with a diffusion sampler: a method (a=1) gave 50.0 dB on average" in found.reason
+    )
+    assert "Fewer sampler steps gave 40.0 dB on average and 35.0 dB or more" in found.reason
+    profile, time = found.alternatives
+    assert profile.endswith(": +7.5 dB on a-model, for 95% of samples")
+    assert time.startswith("2× as fast in wall time, too: dc.enable(pipe, policy='interval', every=3). ")
+    assert "41.0 dB on average" in time
+    fewer = dc.recommend(reference.load("unet-digits"), 20).reason
+    assert "That was in 40 steps or more: of 20," in fewer
+
+
+def test_a_model_like_none_gets_what_loses_least(monkeypatch, tmp_path):
+    models = (measured((50.0, 45.0), best=(55.0, 47.5)), measured((60.0, 52.0), best=(62.0, 58.0), model="other"))
+    with_picks(monkeypatch, tmp_path, pick(2, *models))
+    reason = dc.recommend(reference.load("unet-digits")).reason
+    assert reason.startswith("Of no kind that was measured (a-model (ddim), other (ddim)):")
+    assert "falls short of the best method of each by 6.0 dB at most" in reason
+    assert "45.0 of 47.5 dB on a-model; 52.0 of 58.0 dB on other" in reason
+
+
+@pytest.mark.parametrize(
+    ("good", "one"),
     [
-        ("dit-digits", "interval", {"every": 2}, advice.DIFFUSION),
-        ("unet-digits", "interval", {"every": 2, "scope": "denoiser"}, advice.UNET),
-        ("flux-digits", "first_block", {"threshold": 0.1}, advice.FLOW),
-        ("wan-moving-digits", "first_block", {"threshold": 0.06}, advice.VIDEO),
+        (True, measured((40.0, 30.0), fewer=(39.0, 29.9))),
+        (False, measured((40.0, 29.9), fewer=(30.0, 20.0))),  # too many samples are far off
+        (False, measured((50.0, 45.0), fewer=(40.0, 45.0))),  # fewer steps do as well
     ],
 )
-def test_each_kind_gets_what_was_best_on_its_small_model(name, policy, options, row):
-    pipe = reference.load(name)
-    found = dc.recommend(pipe)
-    assert found.cache
-    assert (found.policy, dict(found.options)) == (policy, options)
-    # what is said is what was measured, and what is done is what was measured
-    assert row.model in found.reason
-    assert str(row) in found.reason
-    session = dc.enable(pipe, found.policy, **found.options)
-    chosen = {**vars(session.method.guarded.policy), **vars(session.method.forecaster)}
-    assert {key: chosen[key] for key in row.settings if key in chosen} == {
-        key: value for key, value in row.settings.items() if key in chosen
-    }
-    assert session.method.forecaster.name == row.settings["forecaster"]
-    assert (session.method.scope or "auto") == row.scope
-    dc.disable(pipe)
+def test_where_nothing_is_good_it_says_so(monkeypatch, tmp_path, good, one):
+    with_picks(monkeypatch, tmp_path, pick(2, one, kind=UNET))
+    found = dc.recommend(reference.load("unet-digits"))
+    assert found.cache == good
+    assert ("Without a profile nothing was good at 2×. What leaves more than 5%" in found.reason) != good
+    assert ("the best of them: dc.enable(pipe, policy='interval', every=2)" in found.alternatives) != good
 
 
-def test_it_reads_as_the_call_to_make():
+def test_a_speedup_at_which_there_is_nothing(monkeypatch, tmp_path):
+    with_picks(monkeypatch, tmp_path, pick(2, measured((50.0, 45.0))))
+    found = dc.recommend(reference.load("unet-digits"), speedup=3)
+    assert not found.cache
+    assert found.reason.startswith("No method that needs no profile was measured to do 3× less work")
+
+
+@pytest.mark.parametrize("speedup", [0, 1, 2.5, "2", None])
+def test_speedups_that_were_not_measured(speedup):
+    with pytest.raises(ConfigError, match=r"speedup must be 1.5, 2, 3, which were measured, not "):
+        dc.recommend(reference.load("dit-digits"), speedup=speedup)
+
+
+def test_it_reads_as_the_call_to_make(monkeypatch, tmp_path):
+    with_picks(monkeypatch, tmp_path, pick(2, measured((50.0, 45.0))))
     text = str(dc.recommend(reference.load("unet-digits")))
-    assert text.splitlines()[0] == "dc.enable(pipe, policy='interval', every=2, scope='denoiser')"
+    assert text.splitlines()[0] == "dc.enable(pipe, policy='interval', every=2)"
     assert "diffusion-cache profile" in text
     few = str(dc.recommend(reference.load("unet-digits"), 4))
     assert few.startswith("Do not cache.\nIt takes 4 steps.")
@@ -113,16 +190,6 @@ def test_few_steps_are_not_cached(name, steps):
     assert not found.cache
     assert (found.policy, dict(found.options)) == (None, {})
     assert f"takes {steps} step" in found.reason
-
-
-@pytest.mark.parametrize("steps", [9, 19])
-def test_between_few_and_measured_it_is_careful_and_says_so(steps):
-    pipe = reference.load("dit-digits")
-    found = dc.recommend(pipe, steps)
-    assert (found.policy, dict(found.options)) == ("first_block", {"threshold": 0.03})
-    assert f"Nothing was measured at {steps} steps" in found.reason
-    dc.enable(pipe, found.policy, **found.options)
-    dc.disable(pipe)
 
 
 def with_scheduler(pipe, cls, **config):
@@ -196,15 +263,16 @@ def test_what_was_published_for_this_very_model():
     entry = load(name)
     assert (entry.model, entry.steps) == ("black-forest-labs/FLUX.1-dev", 28)
     assert entry.source in found.reason
-    assert "Not measured here" in found.reason
+    assert f"It computes {entry.mask(28).count('1') / 28:.0%} of the steps. Not measured here" in found.reason
     dc.enable(pipe, found.policy, **found.options)
     dc.disable(pipe)
     longer = load(dc.recommend(pipe, 50).options["profile"])
     assert longer.steps == 50
     assert 20 <= longer.mask(50).count("1") <= 26  # about half
+    assert load(dc.recommend(pipe, 50, speedup=3).options["profile"]).mask(50).count("1") < 20
     # of the same class, but of another model: no more than a hint
     other = dc.recommend(reference.load("flux-digits"), 28)
-    assert other.policy == "first_block"
+    assert "profile" not in other.options
     assert any("FLUX.1-dev" in text for text in other.alternatives)
 
 
@@ -247,19 +315,20 @@ def test_a_shipped_profile_of_these_very_weights(no_shipped_profiles):
         assert "45.0 dB" in found.reason
         assert found.alternatives == ("another of its plans: nfe-6, nfe-3",)
     # other steps, another sampler, other weights: what holds for the kind
-    assert dc.recommend(pipe, 50).policy == "interval"
-    assert dc.recommend(reference.load("dit-digits", "dpm++")).policy == "interval"
+    assert dc.recommend(pipe, 9, speedup=1.5).options["plan"] == "nfe-6"
+    assert dc.recommend(pipe, 9, speedup=3).options["plan"] == "nfe-3"
+    assert "profile" not in dc.recommend(pipe, 50).options
+    assert "profile" not in dc.recommend(reference.load("dit-digits", "dpm++")).options
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
             parameter.mul_(1.01)
-    assert dc.recommend(pipe, 50).policy == "interval"
-    assert dc.recommend(pipe, 9).policy == "first_block"
+    assert "profile" not in dc.recommend(pipe, 9).options
 
 
 def test_a_profile_without_plans_says_nothing(no_shipped_profiles):
     pipe = reference.load("dit-digits")
     replace(small_profile(pipe, 50), plans=()).save(no_shipped_profiles / "tiny-ddim")
-    assert dc.recommend(pipe).policy == "interval"
+    assert "profile" not in dc.recommend(pipe).options
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "50"])

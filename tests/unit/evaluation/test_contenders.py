@@ -20,6 +20,7 @@ from diffusion_cache.evaluation.contenders import (
     Ours,
     Rival,
     Uncached,
+    call_of,
     contender,
     expand,
     measured_profile,
@@ -131,6 +132,40 @@ def test_spaced_masks_follow_the_number_of_steps():
     assert contender(node, TAYLOR, 9).options["mask"] == "100100100"
     assert contender(node, TAYLOR, 50).options["mask"].count("1") == 17
     assert spaced_mask(8, 4, 2.0) == (1, 1, 1, 0, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments"),
+    [
+        ({}, {"policy": "interval", "every": 2, "last": 2}),
+        ({"scope": "denoiser", "guards": {}}, {"policy": "interval", "every": 2, "scope": "denoiser"}),
+        ({"forecaster": {"name": "taylor", "order": 2}}, {"policy": "interval", "every": 2, "last": 2, "order": 2}),
+        ({"forecaster": {"name": "reuse"}}, {"policy": "interval", "every": 2, "last": 2, "forecaster": "reuse"}),
+        (
+            {"policy": {"name": "mask", "spaced": {"share": 0.5, "exponent": 2.0}}},
+            {"policy": "mask", "mask": "11101000", "last": 2},
+        ),
+        (
+            {"policy": {"name": "first_block", "threshold": 0.1}},
+            {"policy": "first_block", "last": 2, "target_reuse": 0.47},
+        ),
+        (
+            {"policy": None, "profile": None, "system": {"name": "deepcache", "every": 2, "spacing": "uniform"}},
+            {"method": "deepcache", "every": 2, "last": 2},
+        ),
+        ({"policy": None, "profile": None, "system": {"name": "dpcache", "nfe": 4}}, None),  # plans from a profile
+        ({"policy": {"name": "magcache", "threshold": 0.1}, "profile": "a-profile"}, None),
+        ({"policy": None, "share": 0.5, "profile": "a-profile", "digest": "0"}, None),
+        ({"policy": {"name": "no_longer_there"}}, None),
+        ({"kind": "rival", "peer": "deepcache", "settings": {}}, None),
+    ],
+)
+def test_the_call_that_does_the_same_with_no_profile(change, arguments):
+    node = {**NODE, "forecaster": TAYLOR, **change}
+    call = call_of({key: value for key, value in node.items() if key != "policy" or value is not None}, 8)
+    assert (call and call.reusing(0.466)) == arguments
+    if call is not None:
+        assert call.tuned == ("threshold" if "target_reuse" in arguments else None)
 
 
 def test_baselines():

@@ -387,6 +387,7 @@ def test_page_data(tmp_path):
     assert first["heatmap"]["steps"] == [0, 1, 0, 1]
     assert first["samples"] == second["samples"] == 0  # one list for both
     assert data["subjects"][0]["picks"] == {"1/2": [0], "1/3": [], "1/4": [], "1/5": []}
+    assert data["choices"] == {"call": "call", "tables": []}  # of none of these it is known how to switch it on
 
 
 def test_triplets_show_the_difference_as_much_stronger_as_they_say(tmp_path):
@@ -501,6 +502,8 @@ DAMAGE = {
         "heatmap has not one value for each block",
     ),
     "cut config": ("config.json", cut, "config.json is damaged"),
+    "no contender": ("config.json", lambda path: without(path, "contender"), "config.json lacks 'contender'"),
+    "a contender that is none": ("config.json", lambda path: replaced(path, contender=[]), "config.json is damaged"),
     "not UTF-8": ("environment.json", lambda path: path.write_bytes(b'{"a": "\xff"}'), "environment.json is damaged"),
     "cut rows": ("rows.parquet", cut, "rows.parquet is damaged or missing"),
     "no rows": ("rows.parquet", Path.unlink, "rows.parquet is damaged or missing"),
