@@ -268,6 +268,8 @@ def _shipped_profile(
                 f" This plan computes {plan.nfe:.4g} of them: {quality.mean:.1f} dB on average and {quality.p5:.1f} dB "
                 f"or more for 95% of {quality.n} held-out samples."
             )
+        if plan.nfe > TOLERANCE * profile.total / speedup:
+            reason += f" None of its plans does {speedup:g}× less work; this does least."
         others = [other.name for other in profile.plans if other is not plan]
         alternatives = (f"another of its plans: {', '.join(others)}",) if others else ()
         return Recommendation(None, {"profile": name, "plan": plan.name}, reason, alternatives)

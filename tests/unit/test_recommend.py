@@ -316,7 +316,11 @@ def test_a_shipped_profile_of_these_very_weights(no_shipped_profiles):
         assert found.alternatives == ("another of its plans: nfe-6, nfe-3",)
     # other steps, another sampler, other weights: what holds for the kind
     assert dc.recommend(pipe, 9, speedup=1.5).options["plan"] == "nfe-6"
-    assert dc.recommend(pipe, 9, speedup=3).options["plan"] == "nfe-3"
+    cheapest = dc.recommend(pipe, 9, speedup=3)
+    assert cheapest.options["plan"] == "nfe-3"
+    assert "None of its plans" not in cheapest.reason
+    replace(profile, plans=profile.plans[:2]).save(no_shipped_profiles / "tiny-ddim")
+    assert "None of its plans does 3× less work; this does least." in dc.recommend(pipe, 9, speedup=3).reason
     assert "profile" not in dc.recommend(pipe, 50).options
     assert "profile" not in dc.recommend(reference.load("dit-digits", "dpm++")).options
     with torch.no_grad():
