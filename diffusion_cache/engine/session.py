@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -374,9 +374,8 @@ class Session(Attached):
             self.observer.run_began(run)
         return run
 
-    def begin_model(self, num_steps: int | None, noise_levels: Sequence[float] = ()) -> CacheRun:
+    def begin_model(self, num_steps: int | None, levels: NoiseLevels) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        levels = noise_levels if isinstance(noise_levels, NoiseLevels) else NoiseLevels(noise_levels)
         return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: levels)
 
     def finish(self, run: CacheRun) -> None:
