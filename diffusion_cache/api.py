@@ -16,6 +16,7 @@ from .context import SCOPES, Corrector, Forecaster, Needs, NoiseLevels, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
+from .engine.structure import forked_rng
 from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
@@ -258,7 +259,7 @@ def tune(
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     tuner = _tuner(method, Target(target_reuse, speedup), None, options)
     with attached(pipe, method) as session:
-        return tuner.tuned(session, pipe, (), dict(inputs))
+        return tuner.tuned(session, pipe, (), dict(_by_name(inputs)))
 
 
 @contextlib.contextmanager
@@ -513,19 +514,16 @@ def inspect(
     before = _session(pipe)
     sizes: dict[str, int] = {}
     if inputs is not None:
-        measuring = Session(replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None))
-        measuring.attach_pipeline(pipe)
-        generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
+        generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
+        measured = replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None)
         try:
-            pipe(**{**inputs, "num_inference_steps": 2})
-            assert measuring.last_run is not None
-            sizes = measuring.last_run.sizes
+            with attached(pipe, measured) as measuring, forked_rng():
+                pipe(**{**inputs, "num_inference_steps": 2})
         finally:
             for generator, state in generators:
                 generator.set_state(state)
-            disable(pipe)
-            if before is not None:
-                Session.attach_pipeline(before, pipe)
+        assert measuring.last_run is not None
+        sizes = measuring.last_run.sizes
     elif before is not None and before.last_run is not None:
         sizes = before.last_run.sizes
     spans = tuple(
@@ -545,6 +543,12 @@ class _Measuring(Interval):
     @property
     def needs(self) -> Needs:
         return Needs() if self.of is None else replace(self.of.needs, signals=(), condition=False)
+
+
+def _by_name(inputs: Any) -> Mapping[str, Any]:
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"inputs must be the arguments of a pipeline call by name, as a dict, not {inputs!r}")
+    return inputs
 
 
 def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:

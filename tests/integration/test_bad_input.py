@@ -376,12 +376,18 @@ def test_summary_too_early(not_enabled):
         (dict(scope="stak"), ["Unknown scope 'stak'", "'stack'"]),
         (dict(forecaster="tailor"), ["Unknown forecaster 'tailor'", "'taylor'"]),
         (dict(depth="1"), ["depth must be a whole number"]),
+        (dict(inputs=["a prompt"]), ["inputs must be the arguments of a pipeline call by name", "['a prompt']"]),
     ],
 )
 def test_inspect(unchanged, options, words):
     with pytest.raises(dc.ConfigError) as error:
         dc.inspect(unchanged(DIT), **options)
     says(error.value, *words)
+
+
+def test_tune_without_arguments(unchanged):
+    with pytest.raises(dc.ConfigError, match="inputs must be the arguments of a pipeline call by name"):
+        dc.tune(unchanged(DIT), None, target_reuse=0.5)
 
 
 def test_inspect_a_scope_that_is_not_there(unchanged):
