@@ -258,8 +258,9 @@ def tune(
     how = {"granularity": granularity, "sync": sync}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     tuner = _tuner(method, Target(target_reuse, speedup), None, options)
+    given = dict(_by_name(inputs))
     with attached(pipe, method) as session:
-        return tuner.tuned(session, pipe, (), dict(_by_name(inputs)))
+        return tuner.tuned(session, pipe, (), given)
 
 
 @contextlib.contextmanager
