@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from . import published
-from .context import SCOPES, Corrector, Forecaster, Needs, Policy
+from .context import SCOPES, Corrector, Forecaster, Needs, NoiseLevels, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
+from .engine.structure import forked_rng
 from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
@@ -256,18 +258,22 @@ def tune(
     how = {"granularity": granularity, "sync": sync}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     tuner = _tuner(method, Target(target_reuse, speedup), None, options)
+    given = dict(_by_name(inputs))
     with attached(pipe, method) as session:
-        return tuner.tuned(session, pipe, (), dict(inputs))
+        return tuner.tuned(session, pipe, (), given)
 
 
 @contextlib.contextmanager
 def cached(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """`enable` for the length of a with block; gives the pipeline."""
+    """`enable` for the length of a with block; gives the pipeline. What was enabled before comes back."""
+    before = _session(pipe)
     enable(pipe, *args, **kwargs)
     try:
         yield pipe
     finally:
         disable(pipe)
+        if before is not None:
+            before.attach_pipeline(pipe)
 
 
 class Run:
@@ -313,15 +319,16 @@ def run(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
-    if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-        raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
-    if noise_levels is not None and num_steps is not None and len(noise_levels) != num_steps:
-        raise ConfigError(f"{len(noise_levels)} noise_levels for {num_steps} steps: give one for each")
+    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1):
+        raise ConfigError(f"num_steps must be a whole number of at least 1, not {num_steps!r}")
+    levels = _noise_levels(noise_levels)
+    if noise_levels is not None and num_steps is not None and len(levels) != num_steps:
+        raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
     how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
-    cache_run = session.begin_model(num_steps, noise_levels or ())
+    cache_run = session.begin_model(num_steps, levels)
     token = ACTIVE.set(cache_run)
     try:
         yield Run(session, cache_run)
@@ -329,6 +336,23 @@ def run(
         ACTIVE.reset(token)
         session.detach_model()
         session.finish(cache_run)
+
+
+def _noise_levels(given: Sequence[float] | None) -> NoiseLevels:
+    """A run's noise levels as the engine takes them, from any sequence of numbers.
+
+    Raises:
+        ConfigError: for what is no sequence of numbers, or NaN.
+    """
+    if isinstance(given, NoiseLevels) or given is None:
+        return given or NoiseLevels()
+    try:
+        levels = NoiseLevels(float(level) for level in given)
+    except (TypeError, ValueError, RuntimeError):
+        levels = NoiseLevels([math.nan])
+    if isinstance(given, str) or any(map(math.isnan, levels)):
+        raise ConfigError(f"noise_levels must be numbers (log-SNR), one a step, not {given!r}")
+    return levels
 
 
 @dataclass(frozen=True)
@@ -491,19 +515,16 @@ def inspect(
     before = _session(pipe)
     sizes: dict[str, int] = {}
     if inputs is not None:
-        measuring = Session(replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None))
-        measuring.attach_pipeline(pipe)
-        generators = [(generator, generator.get_state()) for generator in _generators(inputs)]
+        generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
+        measured = replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None)
         try:
-            pipe(**{**inputs, "num_inference_steps": 2})
-            assert measuring.last_run is not None
-            sizes = measuring.last_run.sizes
+            with attached(pipe, measured) as measuring, forked_rng():
+                pipe(**{**inputs, "num_inference_steps": 2})
         finally:
             for generator, state in generators:
                 generator.set_state(state)
-            disable(pipe)
-            if before is not None:
-                Session.attach_pipeline(before, pipe)
+        assert measuring.last_run is not None
+        sizes = measuring.last_run.sizes
     elif before is not None and before.last_run is not None:
         sizes = before.last_run.sizes
     spans = tuple(
@@ -523,6 +544,12 @@ class _Measuring(Interval):
     @property
     def needs(self) -> Needs:
         return Needs() if self.of is None else replace(self.of.needs, signals=(), condition=False)
+
+
+def _by_name(inputs: Any) -> Mapping[str, Any]:
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"inputs must be the arguments of a pipeline call by name, as a dict, not {inputs!r}")
+    return inputs
 
 
 def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
@@ -622,7 +649,7 @@ def _planned(
         return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
     plan = wish["plan"]
     if profile is not None:
-        found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
+        found = _profile(profile)
         found.check(pipe, denoisers, ignore)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
@@ -681,8 +708,10 @@ def _system(
             ]
             raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
     found = None
+    if profile is None and ignore:
+        raise ConfigError(f"ignore needs a profile: enable(pipe, method={built.name!r}, profile=…, ignore={ignore!r})")
     if profile is not None:
-        found = profile if isinstance(profile, Profile) else Profile.from_pretrained(_shipped(profile))
+        found = _profile(profile)
         found.check(pipe, denoisers, ignore)
     parts = built.made_for(denoisers, found)
     return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
@@ -707,9 +736,13 @@ def _published(
     return _method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
 
 
-def _shipped(name: str | Path) -> str | Path:
-    """The folder of a shipped profile of that name, else the name."""
-    return name if Path(name).exists() else shipped_profiles().get(str(name), name)
+def _profile(given: "str | Path | Profile") -> Profile:
+    """A profile, or the one in a folder, of a shipped name or in a repository."""
+    if isinstance(given, Profile):
+        return given
+    if not isinstance(given, (str, Path)):
+        raise ConfigError(f"profile must be a Profile, its folder, a shipped name or a repository, not {given!r}")
+    return Profile.from_pretrained(given if Path(given).exists() else shipped_profiles().get(str(given), given))
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:

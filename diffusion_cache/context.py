@@ -164,6 +164,7 @@ class Policy(ABC):
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
     tuned: ClassVar[str | None] = None  # the field, a number ≥ 0, that more is reused by the larger it is
+    for_one_sampler: ClassVar[bool] = False  # whether it was planned for one, so that another in its place is told
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -153,7 +153,9 @@ class Profile:
         Raises:
             ConfigError: for a strict difference that is not ignored, or an unknown field to ignore.
         """
-        known = {*MEANINGS, *(f"{name}.{kind}" for name in self.fingerprint.denoisers for kind in MEANINGS)}
+        known = [*MEANINGS, *(f"{name}.{kind}" for name in self.fingerprint.denoisers for kind in MEANINGS)]
+        if isinstance(ignore, str) or not isinstance(ignore, Collection):
+            raise ConfigError(f"ignore must be a list of fields, as in ignore=['weights'], not {ignore!r}")
         for name in ignore:
             if name not in known:
                 raise ConfigError(f"ignore: there is no field {name!r} in a fingerprint. {suggest(name, MEANINGS)}")

@@ -355,9 +355,12 @@ def run_demo(models: Sequence[str], out: Path, settings: Settings, console: Cons
     """Measure the models, write pictures, page and figures under `out`, and print a table per model.
 
     Raises:
-        ConfigError: for settings that cannot work.
+        ConfigError: for settings that cannot work, or a folder that cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
     bars = (TextColumn("{task.fields[model]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     results = []
     with Progress(*bars, console=console) as progress:

@@ -10,6 +10,7 @@ from hydra import main as hydra_main
 from omegaconf import DictConfig
 from rich.console import Console
 
+from ..errors import ConfigError
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 from .profile import FOLDER, check_number, file_name, fitting_samples
@@ -38,6 +39,14 @@ def run_configured(cfg: DictConfig) -> None:
     torch.set_num_threads(config["threads"])
     what = subject(config["model"], config["sampler"])
     steps = config["steps"] or what.steps
+    name = file_name(f"{what.name}-{what.sampler}")
+    path = Path(config["out"]) if config["out"] else FOLDER / f"{name}.teacache.json"
+    if path.is_dir():
+        raise ConfigError(f"out names the file to write, and {path} is a folder: give out={path / name}.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; choose another file with out=…") from error
     make = batches_of(what, steps)
     others = samples({**config["prompts"], "n": config["held_out"], "n_video": None}, what.classes, what.video)
     fitting = fitting_samples(config["prompts"], config["num_samples"], what)
@@ -46,9 +55,6 @@ def run_configured(cfg: DictConfig) -> None:
         _changes(make, [(str(sample.prompt), sample.seed) for sample in others], config["batch"]),
         config["degree"],
     )
-    name = file_name(f"{what.name}-{what.sampler}")
-    path = Path(config["out"]) if config["out"] else FOLDER / f"{name}.teacache.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {**asdict(found), "model": config["model"], "sampler": config["sampler"], "steps": steps}
     options = {"coefficients": facts.pop("coefficients")}
     path.write_text(json.dumps({"policy": "teacache", "options": options, "fit": facts}, indent=1) + "\n")

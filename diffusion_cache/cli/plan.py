@@ -257,6 +257,7 @@ class _Source:
 
 
 def _planner(profile: Profile, source: _Source, settings: Settings, progress: Progress) -> Planner:
+    search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     taken = {seed for _, seed in profile.samples}
     counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
     drawn: dict[int, list[Sample]] = {}
@@ -277,7 +278,6 @@ def _planner(profile: Profile, source: _Source, settings: Settings, progress: Pr
     for number, part in enumerate(samples):
         progress("uncached runs", number, len(samples))
         teachers.append(teach(source.make(part)))
-    search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     seeds = [sample.seed for sample in held_out]
     return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress)
 
@@ -324,9 +324,9 @@ def _shipped_model(fingerprint: Fingerprint) -> str:
 
 
 def _shipped(fingerprint: Fingerprint, name: str, settings: Settings) -> Subject:
-    for option, given in (("--prompts", settings.prompts), ("--call", settings.call)):
-        if given:
-            raise ConfigError(f"{name} is a shipped model, which takes no {option}")
+    for option in ("prompts", "call", "device", "offload"):
+        if getattr(settings, option) != getattr(Settings(), option):
+            raise ConfigError(f"{name} is a shipped model, which takes no --{option}")
     spec = reference.spec(name)
     samplers = [s for s in spec.samplers if type(scheduler(spec, s)).__name__ == fingerprint.scheduler]
     return Shipped(name, samplers[0] if samplers else None)  # a profile of another sampler is refused by its `check`

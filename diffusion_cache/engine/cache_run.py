@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,6 +74,7 @@ class CacheRun:
         self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
+        self._passes: Counter[tuple[str, str]] = Counter()  # of this step so far, by denoiser and name
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         guarded = session.method.guarded
@@ -206,19 +208,20 @@ class CacheRun:
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
+        filling = fills_cache(kwargs)
         step = Step(
             index=clock.index,
             total=clock.total,
             evaluation=clock.evaluation,
             noise_level=self._levels[clock.index] if clock.index < len(self._levels) else None,
-            pass_name=self.pass_name or self._position_name(clock.position),
+            pass_name=self._name_pass(name, clock.position, counted=not filling),
             rows=self._rows(batch),
             pass_index=clock.position,
             guidance=self.guidance,
         )
         frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
         frame.called = args, kwargs
-        if fills_cache(kwargs):
+        if filling:
             frame.actions, frame.stores, frame.fills_cache = (True,), False, True
             frame.reason = "fills a cache of keys and values"
             return frame
@@ -238,8 +241,14 @@ class CacheRun:
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         return frame
 
-    def _position_name(self, position: int) -> str:
-        return self.guided[position] if position < len(self.guided) else str(position)
+    def _name_pass(self, denoiser: str, position: int, counted: bool) -> str:
+        """The guidance branch of a call: one that is named like an earlier one of its step is another all the same."""
+        if position == 0:
+            self._passes.clear()
+        name = self.pass_name or (self.guided[position] if position < len(self.guided) else str(position))
+        self._passes[denoiser, name] += counted
+        count = self._passes[denoiser, name]
+        return name if count < 2 else f"{name}.{count}"
 
     def _rows(self, batch: int) -> tuple[slice, ...]:
         groups = self._groups if batch == self._grouped_batch else 1

@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
+from ..fingerprint import Fingerprint
 from ..models import (
     Called,
     Layout,
@@ -199,6 +200,8 @@ class Session(Attached):
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
+        self._sampler: Fingerprint | None = None  # that a plan was enabled for
+        self._told_samplers: set[str] = set()
 
     # attaching
 
@@ -206,6 +209,8 @@ class Session(Attached):
         """Attach to all denoisers of a pipeline, or to none: whatever is wrong is raised before anything changes."""
         denoisers = find_denoisers(pipe)
         layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
+        if self.method.guarded.policy.for_one_sampler:
+            self._sampler = self._sampler or Fingerprint.of(pipe, {})
         try:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
@@ -343,6 +348,7 @@ class Session(Attached):
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         self._tune(pipe, args, kwargs)
         self._refresh(pipe)
+        self._check_sampler(pipe)
         return self._begin(pipe, args, kwargs)
 
     def begin_part(self, whole: CacheRun, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
@@ -374,9 +380,8 @@ class Session(Attached):
             self.observer.run_began(run)
         return run
 
-    def begin_model(self, num_steps: int | None, noise_levels: Sequence[float] = ()) -> CacheRun:
+    def begin_model(self, num_steps: int | None, levels: NoiseLevels) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        levels = noise_levels if isinstance(noise_levels, NoiseLevels) else NoiseLevels(noise_levels)
         return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: levels)
 
     def finish(self, run: CacheRun) -> None:
@@ -384,6 +389,21 @@ class Session(Attached):
         run.finish()
         for compiled in self.compiled.values():
             compiled.release()
+
+    def _check_sampler(self, pipe: Any) -> None:
+        """Tell once where the sampler of a plan was swapped for another, which may have the very same noise levels."""
+        if self._sampler is None:
+            return
+        found = [str(one) for one in self._sampler.differences(Fingerprint.of(pipe, {})) if one.strict]
+        told = "; ".join(found)
+        if found and told not in self._told_samplers:
+            self._told_samplers.add(told)
+            warnings.warn(
+                f"the sampler is not the one that a plan was enabled for, and its stated quality does not hold: "
+                f"{told}. Enable a plan made for this sampler",
+                DiffusionCacheWarning,
+                stacklevel=4,
+            )
 
     def _refresh(self, pipe: Any) -> None:
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""

@@ -27,6 +27,7 @@ from ..measure.timing import paired
 from ..models import find_denoisers
 from ..plain import plain_json
 from ..policies import Guarded, Interval
+from ..registry import check_options
 from .kept import Tuned, keep, kept
 
 FIRST_SEED = 190_000  # far inside the range that is left to fitting (`evaluation.prompts.FITTING_SEEDS`)
@@ -47,6 +48,7 @@ class Target:
     def __post_init__(self) -> None:
         if (self.reuse is None) == (self.speedup is None):
             raise ConfigError("give target_reuse or speedup: one of them says what is to be met")
+        check_options("target_reuse and speedup", Target, vars(self))
         if self.reuse is not None and not 0 < self.reuse < 1:
             raise ConfigError(f"target_reuse is the share of steps to reuse, between 0 and 1, not {self.reuse!r}")
         if self.speedup is not None and not 1 < self.speedup < math.inf:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -47,10 +48,12 @@ class MagCache(Policy):
         sound = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for one in streams for ratio in one)
         if not sound or not streams[0] or len({len(one) for one in streams}) > 1:
             raise ConfigError(f"magcache: ratios must be numbers above 0, one a step, not {self.ratios!r}")
-        if self.levels and len(self.levels) != len(streams[0]):
+        if len(self.levels) not in (0, len(streams[0])):
             raise ConfigError(f"magcache: {len(self.levels)} levels for {len(streams[0])} ratios")
         if not (self.threshold >= 0 and self.max_skip >= 0 and 0 <= self.retention <= 1 and self.max_deviation >= 0):
             raise ConfigError("magcache: threshold, max_skip and max_deviation must be ≥ 0, and retention from 0 to 1")
+        if not all(isinstance(step, Integral) for step in self.always):
+            raise ConfigError(f"magcache: always must be a list of steps, whole numbers, not {self.always!r}")
         for name, value in {"ratios": tuple(map(tuple, streams)), "levels": tuple(self.levels)}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "always", tuple(self.always))

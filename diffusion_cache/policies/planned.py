@@ -22,6 +22,7 @@ class Planned(Policy):
 
     name = "plan"
     scopes = frozenset(SCOPES)
+    for_one_sampler = True
 
     @cached_property
     def _resampled(self) -> dict[tuple[float, ...], "Planned"]:

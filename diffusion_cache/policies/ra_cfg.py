@@ -42,6 +42,8 @@ class RaCfg(Accumulate):
         super().__post_init__()
         if not -1 <= self.correlation <= 1:
             raise ConfigError(f"ra_cfg: correlation must be from -1 to 1, not {self.correlation}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ConfigError(f"ra_cfg: guidance must be a number or None, not {self.guidance}")
         for name in ("weight", "power", "floor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"ra_cfg: {name} must be a number ≥ 0, not {getattr(self, name)}")

@@ -43,7 +43,7 @@ class Racer(Policy):
             raise ConfigError(
                 f"racer: risk_history must be at least 3 features, not {self.risk_history}: two give one line alone"
             )
-        if self.mask:
+        if not isinstance(self.mask, Sequence) or self.mask:
             object.__setattr__(self, "mask", Mask(self.mask).mask)
 
     @property

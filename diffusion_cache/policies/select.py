@@ -37,6 +37,7 @@ class Select(Policy):
 
     name = "select"
     scopes = frozenset(SCOPES)
+    for_one_sampler = True
 
     @property
     def needs(self) -> Needs:

@@ -193,6 +193,21 @@ def test_2_enabling_again_replaces():
     assert torch.equal(generate(DIT, pipe), uncached(DIT))
 
 
+def test_2_what_was_enabled_comes_back_after_a_with_block():
+    pipe = load(DIT)
+    with dc.cached(pipe, "interval", every=2):
+        with dc.cached(pipe, "interval", every=3):
+            generate(DIT, pipe)
+            assert computed(dc.summary(pipe)) == "100100"
+        assert torch.equal(generate(DIT, pipe), every_two(DIT))
+        with pytest.raises(RuntimeError, match="mine"), dc.cached(pipe, "interval", every=3):
+            raise RuntimeError("mine")
+        generate(DIT, pipe)
+        assert computed(dc.summary(pipe)) == "101010"
+    assert untouched(pipe.transformer)
+    assert torch.equal(generate(DIT, pipe), uncached(DIT))
+
+
 def test_2_methods_are_never_changed():
     policy, forecaster = FirstBlock(threshold=1e9, front=2), Taylor(order=2)
     for name in (DIT, WAN):
@@ -323,6 +338,29 @@ def test_4_branches_do_not_mix(labels, options):
     assert [computed(summary, str(i)) for i in range(len(labels))] == ["10010010"] * len(labels)
     if len(labels) > 1:
         assert (together[3] - together[1000]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_4_calls_of_one_name_do_not_mix():
+    """Two prompts in each step, both under the name that diffusers gives to the conditional pass."""
+    denoiser = load(WAN).transformer
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(6, 1, 1, 2, 16, 16, generator=generator).cumsum(0)
+    prompts = torch.randn(2, 1, 2, denoiser.config.text_dim, generator=generator)
+
+    def outputs(named, prompts):
+        given = []
+        with dc.run(denoiser, "interval", every=2) as run:
+            for step, x in enumerate(samples):
+                run.next_step()
+                with denoiser.cache_context("cond") if named else contextlib.nullcontext():
+                    given.append([denoiser(x, torch.tensor([900 - 100 * step]), prompt).sample for prompt in prompts])
+        return torch.stack([torch.cat(step) for step in given]), run.summary().reused
+
+    together, reused = outputs(True, prompts)
+    apart, _ = outputs(False, prompts)
+    assert torch.equal(together, apart)
+    assert reused == 6
 
 
 @pytest.mark.parametrize("name", [DIT, UNET, WAN])

@@ -4,6 +4,7 @@ import re
 import warnings
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,18 @@ METHODS = [
         dict(policy=Interval(every=2.5)),
         "every must be a whole number",
     ),
+    bad(dict(policy="magcache", ratios=[1.0, 1.0], levels=np.ones(3)), "3 levels for 2 ratios"),
+    bad(dict(policy="magcache", ratios=[1.0], always=["x"]), "always must be a list of steps", "['x']"),
+    bad(dict(policy="racer", mask=np.ones(2)), "mask: give a string or sequence of 0 and 1"),
+    bad(dict(policy="ra_cfg", guidance=float("nan")), "guidance must be a number or None, not nan"),
+    # targets and profiles
+    bad(dict(policy="first_block", target_reuse="half"), "reuse must be a number or None, not 'half'"),
+    bad(dict(policy="first_block", speedup=[2]), "speedup must be a number or None, not [2]"),
+    bad(dict(policy=None, profile=3, nfe=20), "profile must be a Profile, its folder", "not 3"),
+    bad(dict(policy=None, method="fora", profile=3), "profile must be a Profile, its folder", "not 3"),
+    bad(dict(policy=None, method="fora", ignore=["weights"]), "ignore needs a profile", "method='fora'"),
+    bad(dict(policy=None, profile="dit-digits-ddim", nfe=25, ignore="weights"), "ignore must be a list of fields"),
+    bad(dict(policy=None, profile="dit-digits-ddim", nfe=25, ignore=3), "ignore must be a list of fields", "not 3"),
     # scopes
     bad(dict(scope="stak"), "Unknown scope 'stak'", "Did you mean 'stack'?"),
     bad(dict(scope=""), "Unknown scope ''", "Known: block, branch, cut, denoiser, stack"),
@@ -363,12 +376,18 @@ def test_summary_too_early(not_enabled):
         (dict(scope="stak"), ["Unknown scope 'stak'", "'stack'"]),
         (dict(forecaster="tailor"), ["Unknown forecaster 'tailor'", "'taylor'"]),
         (dict(depth="1"), ["depth must be a whole number"]),
+        (dict(inputs=["a prompt"]), ["inputs must be the arguments of a pipeline call by name", "['a prompt']"]),
     ],
 )
 def test_inspect(unchanged, options, words):
     with pytest.raises(dc.ConfigError) as error:
         dc.inspect(unchanged(DIT), **options)
     says(error.value, *words)
+
+
+def test_tune_without_arguments(unchanged):
+    with pytest.raises(dc.ConfigError, match="inputs must be the arguments of a pipeline call by name"):
+        dc.tune(unchanged(DIT), None, target_reuse=0.5)
 
 
 def test_inspect_a_scope_that_is_not_there(unchanged):
@@ -391,16 +410,20 @@ def two_calls(**options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(policy="interval", num_steps=0), ["num_steps must be at least 1", "not 0"]),
-        (dict(policy="interval", num_steps=-5), ["num_steps must be at least 1", "not -5"]),
+        (dict(policy="interval", num_steps=0), ["num_steps must be a whole number of at least 1", "not 0"]),
+        (dict(policy="interval", num_steps=-5), ["num_steps must be a whole number of at least 1", "not -5"]),
         (dict(policy="mask", mask="10"), ["mask needs the run's number of steps", "pass num_steps"]),
         (dict(policy="interval", last=1), ["last, start and end need the number of steps", "pass num_steps"]),
         (dict(policy="interval", end=0.5), ["last, start and end need the number of steps", "pass num_steps"]),
         (dict(policy="first_block", start=0.1), ["need the number of steps", "pass num_steps"]),
         (dict(policy="intervall"), ["Unknown policy 'intervall'", "Did you mean 'interval'?"]),
         (dict(policy="interval", num_step=3), ["Unknown option 'num_step'"]),
-        (dict(policy="interval", num_steps="6"), ["num_steps must be at least 1", "not '6'"]),
+        (dict(policy="interval", num_steps="6"), ["num_steps must be a whole number of at least 1", "not '6'"]),
         (dict(policy="interval", num_steps=2.5), ["num_steps must be", "not 2.5"]),
+        (dict(policy="interval", num_steps=True), ["num_steps must be", "not True"]),
+        (dict(policy="interval", noise_levels=3.0), ["noise_levels must be numbers (log-SNR), one a step", "not 3.0"]),
+        (dict(policy="interval", noise_levels=["1", "x"]), ["noise_levels must be numbers", "'x'"]),
+        (dict(policy="interval", noise_levels=[0.0, float("nan")]), ["noise_levels must be numbers", "nan"]),
     ],
 )
 def test_run(unchanged, options, words):
@@ -414,6 +437,13 @@ def test_run(unchanged, options, words):
 def test_run_with_the_number_of_steps():
     assert two_calls(policy="mask", mask="10", num_steps=2).reused == 1
     assert two_calls(policy="interval", last=1, num_steps=2).reused == 0
+
+
+@pytest.mark.parametrize("levels", [[-2.0, 2.0], np.array([-2.0, 2.0]), torch.tensor([-2.0, 2.0])])
+def test_run_takes_noise_levels_as_any_sequence(levels):
+    """The second step, at log-SNR 2, is at σ / (α + σ) = 0.27."""
+    assert two_calls(policy="interval", sigma_max=0.5, noise_levels=levels).reused == 1
+    assert two_calls(policy="interval", sigma_max=0.2, noise_levels=levels).reused == 0
 
 
 def test_run_where_the_scope_is_not_there(unchanged):

@@ -16,6 +16,7 @@ from diffusion_cache.cli.results import Row
 from diffusion_cache.cli.tables import COLUMNS
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.measure import quality
+from diffusion_cache.profile import shipped_profiles
 
 
 def run(*arguments, code=0):
@@ -95,6 +96,25 @@ def test_a_folder_that_is_no_pipeline_is_one_message(tmp_path):
 @pytest.mark.parametrize("option", [("--samples", 0), ("--steps", 3), ("--pairs", 0), ("--threads", 0), ("--seed", -1)])
 def test_settings_that_cannot_work_are_refused(option, tmp_path):
     assert "must be at least" in run("demo", "--out", tmp_path, *option, code=2)
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    assert "choose another folder with --out" in run("demo", "--out", tmp_path / "file" / "demo", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guard", "input_trn"), "Did you mean 'input_turn'?"),
+        (("--device", "cuda:1"), "takes no --device"),
+        (("--offload", "model"), "takes no --offload"),
+    ],
+)
+def test_plan_refuses_before_it_generates(options, message, monkeypatch):
+    monkeypatch.setattr("diffusion_cache.cli.plan.teach", lambda batch: pytest.fail("generated"))
+    profile = shipped_profiles()["flux-digits-flow-euler"]
+    assert message in run("plan", profile, "--nfe", 20, *options, code=2)
 
 
 def test_demo_writes_pictures_page_and_figures(tmp_path):

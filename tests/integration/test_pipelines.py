@@ -788,6 +788,9 @@ def test_inspect_leaves_the_generators_alone():
     before = call["generator"][0].get_state()
     dc.inspect(shared("dit-digits"), call)
     assert torch.equal(call["generator"][0].get_state(), before)
+    before = torch.get_rng_state()
+    dc.inspect(shared("dit-digits"), {**call, "generator": None})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_inspect_that_fails_restores_what_was_enabled():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import plans
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from plans import STEPS
 from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
@@ -49,6 +50,27 @@ def silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DiffusionCacheWarning)
         yield
+
+
+def test_a_sampler_that_is_swapped_is_told_once(pipe):
+    """Euler's steps are at DDIM's very noise levels."""
+
+    def told(sampler):
+        pipe.scheduler = sampler
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            generate(pipe, samples=((3, 5),))
+        return [str(warning.message) for warning in found if "not the one that a plan was enabled" in str(warning)]
+
+    own = pipe.scheduler
+    dc.enable(pipe, profile="dit-digits-ddim", nfe=25)
+    assert told(own) == []
+    euler = EulerDiscreteScheduler.from_config(own.config)
+    (message,) = told(euler)
+    assert "scheduler is EulerDiscreteScheduler, the profile's DDIMScheduler" in message
+    assert told(euler) == []
+    (message,) = told(type(own).from_config(own.config, prediction_type="sample"))
+    assert "prediction_type=sample" in message
 
 
 def kept(count=4):

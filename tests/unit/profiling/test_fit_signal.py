@@ -96,3 +96,13 @@ def test_from_the_command_line_to_the_policy(tmp_path, capsys):
     with dc.cached(pipe, policy="teacache", **stored["options"]):
         pipe(**reference.inputs(NAME, (0,), (0,), STEPS))
         assert dc.summary(pipe).total == STEPS
+
+
+@pytest.mark.parametrize(("out", "message"), [("", "is a folder: give out="), ("file/fit.json", "choose another file")])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_generated(tmp_path, monkeypatch, out, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "_changes", lambda *given: pytest.fail("generated"))
+    with initialize_config_module("diffusion_cache.configs", version_base="1.3"):
+        config = compose("fit_signal", [f"model={NAME}", f"out={tmp_path / out}"])
+    with pytest.raises(ConfigError, match=message):
+        command.run_configured(config)
