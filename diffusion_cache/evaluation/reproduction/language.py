@@ -232,7 +232,7 @@ def sub_blocks_keep_the_score(seeds: SeedSet) -> Outcome:
 
 @claim(
     system="elastic",
-    claim="Refreshing layers where attention drifts changes the logits less than refreshing all of them at every second "
+    claim="Refreshing layers where attention drifts changes the logits less than refreshing all at every second "
     "refinement, with a window so much wider that no fewer tokens are run.",
 )
 def drift_beats_a_clock(seeds: SeedSet) -> Outcome:

@@ -57,6 +57,12 @@ def run(
     return rows
 
 
+def merged(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The published rows of all claims, in the order of their names, with these in the place of older ones."""
+    found = {row["name"]: row for row in (*published, *rows)}
+    return [found[name] for name in sorted(found)]
+
+
 def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> Outcome:
     source = _code(sys.modules[claim.check.__module__]) + _code(bench) + repr(seeds)
     path = folder / f"{claim.name}-{seeds.index}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.json"
