@@ -234,9 +234,10 @@ def sub_blocks_keep_the_score(seeds: SeedSet) -> Outcome:
     system="elastic",
     claim="Refreshing layers where attention drifts changes the logits less than refreshing all at every second "
     "refinement, with a window so much wider that no fewer tokens are run.",
-    reason="A failed test refreshes the layers after it, from what entered them last, and never the first layer, from "
-    "which a clock refreshes. On seeds 1 a test that always fails (threshold 1), with 0.179 of the tokens run, still "
-    "leaves logits off by 0.13%. And watching a token in each layer costs tokens that the clock spends on its window.",
+    reason="A failed test refreshes the layers after it, and never the first, so that what enters the second is that "
+    "of the last refresh; a clock refreshes all. On seeds 1 a test that always fails (threshold 1), with 0.179 of the "
+    "tokens run, still leaves logits off by 0.13%. And watching a token in each layer costs tokens that the clock "
+    "spends on its window.",
 )
 def drift_beats_a_clock(seeds: SeedSet) -> Outcome:
     """Problems are decoded alone: in one call all samples pay for the one that is refreshed."""
