@@ -1,4 +1,6 @@
-"""Measure every denoiser and pipeline class that the tests know, and write docs/coverage.md and results/coverage.json.
+"""Measure every class of denoisers, pipelines and language models that the tests know.
+
+Writes docs/coverage.md and results/coverage.json.
 
 Usage: python scripts/coverage.py [--only slicing …] [--out results/coverage.json] [--page docs/coverage.md]
 """
@@ -13,6 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from rich.progress import track
 
 import diffusion_cache as dc
@@ -38,6 +41,13 @@ def slicing() -> dict[str, dict[str, Any]]:
 
     found = {case.id: sliced(case, zoo.build(case)) for case in track(zoo.cases(), "slicing")}
     return {name: dataclasses.asdict(row) for name, row in found.items() if row is not None}
+
+
+def language() -> dict[str, Any]:
+    import language_zoo
+
+    classes = {name: language_zoo.measured(name) for name in track(language_zoo.CASES, "language models")}
+    return {"transformers": transformers.__version__, "classes": classes}
 
 
 def pipelines() -> dict[str, dict[str, Any]]:
@@ -127,8 +137,7 @@ def page(report: dict[str, Any]) -> str:
         "",
         "`dc.slice_features` with the least `max_bytes` that works: modules that can run in slices, bytes that the "
         "most demanding group takes for a slice of one (at the tiny size of these models), and the largest relative "
-        "error of the output. The model was restored in every case listed; in the others nothing is known that can be "
-        "sliced, and an error says so.",
+        "error of the output. The model was restored in every case listed.",
         "",
         "| class | modules | least bytes | error |",
         "|---|---:|---:|---:|",
@@ -137,6 +146,35 @@ def page(report: dict[str, Any]) -> str:
         if not row["restored"]:
             raise SystemExit(f"{name} in slices is not as before: no page")
         lines.append(f"| {name} | {row['modules']} | {row['least']:,} | {row['error']:.0e} |".replace("0e+00", "0"))
+    sliced = {name.split("-")[0] for name in report["slicing"]}
+    whole = [name for name in dict.fromkeys(name.split("-")[0] for name in built) if name not in sliced]
+    language = report["language"]
+    lines += [
+        "",
+        f"Left whole are {', '.join(whole)}: none of their modules is of a class that can be "
+        "[sliced](slicing.md#what-is-sliced), and `slice_features` refuses them with an error that says so.",
+        "",
+        "## Language models",
+        "",
+        f"`dc.enable(pipe, method=…)` on a `LLaDA2Pipeline` with a causal model of transformers "
+        f"{language['transformers']}, given each kind of attention: the largest difference of a generation's logits "
+        "from those of no cache, over the largest logit, with a method that is exact there (`prefix`; with full "
+        "attention, where `prefix` is refused, `dkv(refresh=1)`); the tokens that `prefix` runs of the uncached ones; "
+        "and which methods generate with fewer tokens run.",
+        "",
+        "| class | block-causal | tokens run | causal | full | methods |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    refused = []
+    for name, row in language["classes"].items():
+        if row["reason"]:
+            refused.append(row["reason"])
+            continue
+        errors = [f"{row['error'][kind]:.0e}".replace("0e+00", "0") for kind in ("block-causal", "causal", "full")]
+        methods = ", ".join(f"`{method}`" for method in row["methods"])
+        lines.append(f"| {name} | {errors[0]} | {row['share']:.0%} | {errors[1]} | {errors[2]} | {methods} |")
+    lines += ["", "Refused, before anything has changed:", ""]
+    lines += [f"- {reason}." for reason in refused]
     lines += [
         "",
         "## Pipelines",
@@ -164,7 +202,7 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(told, 1)), ""])
 
 
-PARTS = {"denoisers": denoisers, "slicing": slicing, "pipelines": pipelines}
+PARTS = {"denoisers": denoisers, "slicing": slicing, "language": language, "pipelines": pipelines}
 
 
 def main() -> None:

@@ -1,131 +1,26 @@
-"""What slicing saves and costs: peak bytes, time and error of one denoiser call, whole and in slices.
-
-The denoisers are UNetSpatioTemporalConditionModel (Stable Video Diffusion), UNetMotionModel (AnimateDiff) and
-WanTransformer3DModel with random weights, narrow enough that activations outweigh weights and a call takes seconds on
-one core. Peaks are of activations beside inputs and weights (`weight_bytes`), live tensor storages on the CPU and the
-allocator's bytes on a GPU. Slices may take a share of the whole peak (`max_bytes`). Whole and sliced calls take turns;
-the time ratio is the median of sliced over whole within a pair, in process CPU time on a CPU and wall time on a GPU.
-error: largest difference over largest value.
+"""What slicing saves and costs, as `evaluation/slicing.py` measures it, and write results/slicing.json.
 
 Usage: python scripts/measure_slicing.py [--pairs 3] [--shares 4 8] [--device cpu] [--dtype float32] [--out FILE]
 """
 
 import argparse
-import copy
 import json
-import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
 
-import diffusion_cache as dc
 from diffusion_cache.evaluation.environment import cpu_name, versions
-from diffusion_cache.measure import paired, peak_bytes
-
-TEXT = 64
-Draw = Callable[..., Tensor]
+from diffusion_cache.evaluation.slicing import SUBJECTS, measure
 
 
-def unet_spatio_temporal(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    config = {
-        "block_out_channels": (32, 64, 64, 64),
-        "num_attention_heads": (2, 4, 4, 4),
-        "cross_attention_dim": TEXT,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 24,
-    }
-    inputs = {
-        "sample": draw(1, 14, 8, 32, 32),
-        "encoder_hidden_states": draw(1, 1, TEXT),
-        "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]),
-    }
-    return "UNetSpatioTemporalConditionModel", config, inputs
-
-
-def unet_motion(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    config = {
-        "block_out_channels": (32, 64, 64, 64),
-        "num_attention_heads": 4,
-        "motion_num_attention_heads": 4,
-        "cross_attention_dim": TEXT,
-    }
-    return "UNetMotionModel", config, {"sample": draw(1, 4, 16, 32, 32), "encoder_hidden_states": draw(16, 77, TEXT)}
-
-
-def wan(draw: Draw) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    # a feed-forward 5.8 times as wide as the tokens, as in Wan 2.1 1.3B
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 128,
-        "num_layers": 2,
-        "ffn_dim": 1493,
-        "text_dim": TEXT,
-        "freq_dim": 32,
-    }
-    inputs = {"hidden_states": draw(1, 16, 5, 48, 64), "encoder_hidden_states": draw(1, 32, TEXT)}
-    return "WanTransformer3DModel", config, inputs
-
-
-SUBJECTS = (unet_spatio_temporal, unet_motion, wan)
-
-
-def error(output: Tensor, expected: Tensor) -> float:
-    return ((output - expected).abs().max() / expected.abs().max()).item()
-
-
-@torch.no_grad()
-def measure(
-    subject: Callable[[Draw], tuple[str, dict[str, Any], dict[str, Any]]],
-    device: str,
-    dtype: torch.dtype,
-    pairs: int,
-    shares: Sequence[int],
-) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    name, config, inputs = subject(lambda *shape: torch.randn(shape, generator=generator))
-    model: nn.Module = getattr(diffusers, name)(**config).eval().to(device, dtype)
-    twin = copy.deepcopy(model)
-    inputs = {key: value.to(device, dtype) for key, value in inputs.items()}
-    inputs["timestep"] = torch.tensor([500.0], device=device)
-
-    def whole() -> Tensor:
-        return model(**inputs, return_dict=False)[0]
-
-    def sliced() -> Tensor:
-        return twin(**inputs, return_dict=False)[0]
-
-    expected, peak = whole(), peak_bytes(whole, device)
-    rows = []
-    for share in shares:
-        with dc.slice_features(twin, max_bytes=peak // share):
-            first = sliced()  # measures what slices take
-            sliced_peak = peak_bytes(sliced, device)
-            timing = paired(sliced, whole, pairs)
-            worst = max(error(first, expected), error(sliced(), expected))
-        rows.append(
-            {
-                "model": name,
-                "weight_bytes": sum(p.nbytes for p in model.parameters()),
-                "max_bytes": peak // share,
-                "peak_bytes": peak,
-                "sliced_peak_bytes": sliced_peak,
-                "saved": 1 - sliced_peak / peak,
-                "time_ratio": timing.wall_ratio if device == "cuda" else timing.cpu_ratio,
-                "whole_seconds": timing.b_seconds if device == "cuda" else statistics.median(timing.b_cpu),
-                "error": worst,
-            }
-        )
-        print(
-            f"{name:34} max {peak // share / 2**20:6.1f} MiB  peak {peak / 2**20:7.1f} -> {sliced_peak / 2**20:6.1f} "
-            f"MiB ({rows[-1]['saved']:.0%} less)  time x{rows[-1]['time_ratio']:.3f}  error {worst:.1e}",
-            flush=True,
-        )
-    return rows
+def shown(row: dict[str, Any]) -> str:
+    limit, peak, sliced = (row[name] / 2**20 for name in ("max_bytes", "peak_bytes", "sliced_peak_bytes"))
+    return (
+        f"{row['model']:34} max {limit:6.1f} MiB  peak {peak:7.1f} -> {sliced:6.1f} MiB ({row['saved']:.0%} less)  "
+        f"time x{row['time_ratio']:.3f}  error {row['error']:.1e}"
+    )
 
 
 def main() -> None:
@@ -138,11 +33,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.logging.set_verbosity_error()
-    rows = [
-        row
-        for subject in SUBJECTS
-        for row in measure(subject, options.device, getattr(torch, options.dtype), options.pairs, options.shares)
-    ]
+    rows = []
+    for subject in SUBJECTS:
+        found = measure(subject, options.device, getattr(torch, options.dtype), options.pairs, options.shares)
+        print(*map(shown, found), sep="\n", flush=True)
+        rows += found
     report = {
         "device": cpu_name() if options.device == "cpu" else torch.cuda.get_device_name(),
         "dtype": options.dtype,

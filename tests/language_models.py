@@ -1,8 +1,10 @@
 """Small language models with random weights, of each kind of attention, for the tests of language caches."""
 
+from contextlib import contextmanager
+
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from diffusion_cache.language.masks import additive, sees
 
@@ -18,8 +20,8 @@ SIZES = dict(
 )
 
 
-class Llama(LlamaForCausalLM):
-    """Llama whose tokens see their block of `reach` tokens and those before, or every token where it is None."""
+class Seeing:
+    """A causal model whose tokens see their block of `reach` tokens and those before, or every token if it is None."""
 
     reach: int | None = BLOCK
 
@@ -30,16 +32,21 @@ class Llama(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
 
+class Llama(Seeing, LlamaForCausalLM):
+    pass
+
+
 def model(reach=BLOCK, cls=Llama, **sizes):
     """Weights are large enough for every token to depend on all that it sees, and the mask token is never predicted."""
     torch.manual_seed(0)
-    made = cls(LlamaConfig(**{**SIZES, **sizes})).eval()
+    made = cls(cls.config_class(**{**SIZES, **sizes})).eval()
     made.reach = reach
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
-        made.lm_head.weight[MASK] = made.lm_head.weight[:MASK].mean(dim=0)
+        head = made.get_output_embeddings().weight
+        head[MASK] = head[:MASK].mean(dim=0)
     return made
 
 
@@ -63,3 +70,25 @@ def call(samples=3, prompt=6, seed=0, **others):
         "output_type": "seq",
         **others,
     }
+
+
+@contextmanager
+def logits_seen(pipe):
+    """The logits that the pipeline's scheduler is given, step by step."""
+    seen, step = [], type(pipe.scheduler).step
+
+    def noted(self, *args, **kwargs):
+        seen.append(kwargs["model_output"].clone())
+        return step(self, *args, **kwargs)
+
+    type(pipe.scheduler).step = noted
+    try:
+        yield seen
+    finally:
+        type(pipe.scheduler).step = step
+
+
+def logits(pipe, **others):
+    with logits_seen(pipe) as seen:
+        pipe(**call(**others))
+    return seen

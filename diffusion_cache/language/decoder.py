@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffusionCacheError
 from ..models import unwrap
 from .masks import additive, sees
 from .store import Store
@@ -133,11 +133,17 @@ class Decoder:
         middle = length - self.reach if self.reach else 0
         store = Store(1, device, self.reach)
         store.grow(length)
-        found = []
-        with self.watched():
-            for part in (positions[:, :middle], positions[:, middle:]):
-                if part.numel():
-                    found.append(self._forward(tokens, part, positions, padding, store))
+        parts = [part for part in (positions[:, :middle], positions[:, middle:]) if part.numel()]
+        try:
+            with self.watched():
+                found = [self._forward(tokens, part, positions, padding, store) for part in parts]
+        except DiffusionCacheError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{self.name} cannot be run layer by layer ({type(error).__name__}: {error}): a language cache needs "
+                "layers that are given hidden states, an attention mask and positions, and keep keys and values"
+            ) from error
         difference = (torch.cat(found, dim=1) - expected).abs().max()
         if not difference <= precision**0.5 * scale:
             raise ConfigError(

@@ -2,12 +2,11 @@
 
 import copy
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
 from diffusers import LLaDA2Pipeline
-from language_models import BLOCK, call, model, pipeline
+from language_models import BLOCK, call, logits, logits_seen, model, pipeline
 from torch import nn
 
 import diffusion_cache as dc
@@ -29,28 +28,6 @@ def pipe():
 
 def sequences(pipe, **others):
     return pipe(**call(**others)).sequences
-
-
-@contextmanager
-def logits_seen(pipe):
-    """The logits that the pipeline's scheduler is given, step by step."""
-    seen, step = [], type(pipe.scheduler).step
-
-    def noted(self, *args, **kwargs):
-        seen.append(kwargs["model_output"].clone())
-        return step(self, *args, **kwargs)
-
-    type(pipe.scheduler).step = noted
-    try:
-        yield seen
-    finally:
-        type(pipe.scheduler).step = step
-
-
-def logits(pipe, **others):
-    with logits_seen(pipe) as seen:
-        pipe(**call(**others))
-    return seen
 
 
 def assert_same(found, expected):

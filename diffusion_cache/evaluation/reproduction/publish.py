@@ -18,10 +18,11 @@ from .claims import Claim, Outcome, SeedSet
 Progress = Callable[[str, int, int], None]
 HEAD = """# The published claims, checked here
 
-Each claim was checked on the shipped models with {sets} disjoint sets of seeds, at equal measured compute (the
-last column but one). It holds if it does on every set. These are small models: a claim that fails here may hold on the
-paper's, and the reason found is given; figures in reasons that the table lacks were read by hand, and no script prints
-them. `make reproduce` makes this page and `results/reproduction.json`.
+Each claim was checked on the shipped models (language caches with weights blurred until it errs; slicing with
+random weights) with {sets} disjoint sets of seeds, at equal measured compute (the last column but one). It holds if it
+does on every set. These are small models: a claim that fails here may hold on the paper's, and the reason found is
+given; figures in reasons that the table lacks were read by hand, and no script prints them. `make reproduce` makes this
+page and `results/reproduction.json`.
 
 | system | claim | published | ours, per set of seeds | equal compute | holds |
 | --- | --- | --- | --- | --- | --- |
@@ -55,6 +56,12 @@ def run(
     if problems:
         raise ConfigError("\n".join(problems))
     return rows
+
+
+def merged(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The published rows of all claims, in the order of their names, with these in the place of older ones."""
+    found = {row["name"]: row for row in (*published, *rows)}
+    return [found[name] for name in sorted(found)]
 
 
 def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> Outcome:

@@ -5,7 +5,7 @@ import pytest
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.reproduction import CLAIMS, Outcome, claim, claims, load_claims, seed_sets
 from diffusion_cache.evaluation.reproduction.bench import Bench
-from diffusion_cache.evaluation.reproduction.publish import markdown, run
+from diffusion_cache.evaluation.reproduction.publish import markdown, merged, run
 
 
 @pytest.fixture
@@ -93,3 +93,12 @@ def test_a_bench_profiles_its_fitting_samples():
     profile = bench.profile("denoiser", sensitivity_samples=0)
     assert [seed for _, seed in profile.samples] == list(seeds.fitting[:2])
     assert bench.profile("denoiser", sensitivity_samples=0) is profile
+
+
+def test_rows_are_put_beside_those_published():
+    published = [{"name": "a.one", "ours": 1}, {"name": "c.one", "ours": 1}]
+    assert merged(published, [{"name": "c.one", "ours": 2}, {"name": "b.one", "ours": 2}]) == [
+        {"name": "a.one", "ours": 1},
+        {"name": "b.one", "ours": 2},
+        {"name": "c.one", "ours": 2},
+    ]

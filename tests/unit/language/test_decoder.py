@@ -81,6 +81,16 @@ def test_models_whose_parts_give_other_logits_are_refused():
         Decoder(model(cls=Constant), BLOCK)
 
 
+def test_layers_that_fail_alone_are_refused(monkeypatch):
+    made = model()
+    monkeypatch.setattr(made.model.layers[1].self_attn, "forward", lambda hidden_states, **_: hidden_states[:, 3])
+    monkeypatch.setattr(made, "forward", model().forward)
+    with pytest.raises(
+        ConfigError, match=r"Llama cannot be run layer by layer \(ValueError: .*: a language cache needs"
+    ):
+        Decoder(made, BLOCK)
+
+
 def test_attention_that_gives_no_weights_is_refused_where_they_are_looked_at(monkeypatch):
     made = model()
     for layer in made.model.layers:
