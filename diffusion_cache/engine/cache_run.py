@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..chunks import Chunks
 from ..context import NoiseLevels, Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
 from ..policies import Guarded
 from ..signals import Grid
-from .clock import StepClock, noise_levels
+from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
 from .observer import Again
@@ -73,6 +74,7 @@ class CacheRun:
         self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
+        self.chunks: tuple[int, ...] | None = None  # of a stream, those that calls hold, where the user's loop tells
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         guarded = session.method.guarded
@@ -112,7 +114,7 @@ class CacheRun:
                     else:
                         self.spans.forget(visit.state)
                 # from the root, all computed: impure chains do not allow replaying single blocks
-                frame = self.frame = Frame(frame.step, frame.key, False, frame.batch, frame.position)
+                frame = self.frame = frame.again(False)
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
             elif (again := self.decisions.verified(frame)) is not None:
@@ -132,7 +134,7 @@ class CacheRun:
 
         def again(compute: bool = False, given: tuple[tuple, dict[str, Any]] | None = None) -> Any:
             taken, named = given or (args, kwargs)
-            outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
+            outer, self.frame = self.frame, called.again(False)
             self.frame.actions, self.frame.variant = (True,) if compute else called.actions, called.variant
             try:
                 with forked_rng():
@@ -160,7 +162,7 @@ class CacheRun:
     ) -> list[tuple[Visit, str]]:
         """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
         reuse = actions is None or not all(actions)
-        frame = Frame(computed.step, computed.key, not reuse, computed.batch, computed.position)
+        frame = computed.again(not reuse)
         outer, self.frame = self.frame, frame
         frame.actions, frame.poisoned = actions or (False,), reuse
         frame.variant = (*computed.variant[:2], actions)
@@ -196,7 +198,8 @@ class CacheRun:
             if clock.evaluation > 0:  # another loop of the same run: nothing is carried over
                 self.spans.release()
                 self.decisions.clear()
-            self._levels = self._noise_levels(clock.first_timestep)
+            if self.session.method.stream is None:  # whose chunks have each their own
+                self._levels = self._noise_levels(clock.first_timestep)
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
@@ -222,6 +225,7 @@ class CacheRun:
             frame.actions, frame.stores, frame.fills_cache = (True,), False, True
             frame.reason = "fills a cache of keys and values"
             return frame
+        frame.chunks = self._chunks(args, kwargs, batch)
         self.decisions.open(frame, clock.position)
         if frame.actions is not None and len(frame.actions) not in (1, len(spans)):
             count = len(frame.actions)
@@ -237,6 +241,17 @@ class CacheRun:
             )
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         return frame
+
+    def _chunks(self, args: tuple, kwargs: dict[str, Any], batch: int) -> Chunks | None:
+        """What a call of a stream holds; None where features are filed by steps."""
+        stream = self.session.method.stream
+        if stream is None:
+            return None
+        if self.pipe is None and self.chunks is None:
+            raise ConfigError("a stream in a loop of your own needs to know what each call holds: run.chunks(range(n))")
+        chunks = Chunks.of(timestep_of(args, kwargs), batch, self.chunks)
+        stream.check([unit.number for unit in chunks.units])
+        return chunks
 
     def _position_name(self, position: int) -> str:
         return self.guided[position] if position < len(self.guided) else str(position)
