@@ -8,7 +8,8 @@ their nodes are the levels that it had. Attention runs over all chunks, so that 
 each chunk of it is forecast from its own past.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,27 @@ class Unit(NamedTuple):
     number: int
 
 
+class Ladder:
+    """The levels that chunks of a stream were seen at, whichever chunks: a chunk's steps are counted on it.
+
+    Forecasts are polynomials in these steps. As functions of the level itself features bend more: samplers space their
+    levels so that about as much happens in every step.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[float] = []  # negated, so that they rise
+
+    def add(self, levels: Iterable[float]) -> None:
+        for level in set(levels):
+            place = bisect_left(self._levels, -level)
+            if self._levels[place : place + 1] != [-level]:
+                self._levels.insert(place, -level)
+
+    def step(self, level: float) -> int:
+        """How many of the levels are higher than this one."""
+        return bisect_left(self._levels, -level)
+
+
 @dataclass(frozen=True)
 class Chunks:
     """What a denoiser call holds: the chunks in each row, and the level of each, row after row."""
@@ -65,10 +87,11 @@ class Chunks:
     units: tuple[Unit, ...]
     levels: tuple[float, ...]
     rows: int
+    ladder: Ladder
 
     @classmethod
-    def of(cls, timestep: Any, rows: int, numbers: Sequence[int] | None = None) -> "Chunks":
-        """From a call's timestep [rows, chunks]; reads it back.
+    def of(cls, timestep: Any, rows: int, ladder: Ladder, numbers: Sequence[int] | None = None) -> "Chunks":
+        """From a call's timestep [rows, chunks], whose levels join the ladder; reads it back.
 
         A chunk is what one entry is for: a latent frame, or several that enter the model as one. numbers: of the
         chunks, None for 0, 1, ….
@@ -91,7 +114,9 @@ class Chunks:
                 f"run.chunks named {list(numbers)}, and the call has {count} noise levels: name each of its chunks once"
             )
         units = tuple(Unit(row, number) for row in range(rows) for number in numbers)
-        return cls(units, tuple(timestep.detach().double().flatten().tolist()), rows)
+        levels = tuple(timestep.detach().double().flatten().tolist())
+        ladder.add(levels)
+        return cls(units, levels, rows, ladder)
 
     @property
     def count(self) -> int:

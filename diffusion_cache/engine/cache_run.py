@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..chunks import Chunks
+from ..chunks import Chunks, Ladder
 from ..context import NoiseLevels, Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
@@ -75,6 +75,7 @@ class CacheRun:
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self.chunks: tuple[int, ...] | None = None  # of a stream, those that calls hold, where the user's loop tells
+        self._ladder = Ladder()
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         guarded = session.method.guarded
@@ -249,7 +250,7 @@ class CacheRun:
             return None
         if self.pipe is None and self.chunks is None:
             raise ConfigError("a stream in a loop of your own needs to know what each call holds: run.chunks(range(n))")
-        chunks = Chunks.of(timestep_of(args, kwargs), batch, self.chunks)
+        chunks = Chunks.of(timestep_of(args, kwargs), batch, self._ladder, self.chunks)
         stream.check([unit.number for unit in chunks.units])
         return chunks
 

@@ -120,6 +120,10 @@ class Frame:
         frame.chunks = self.chunks
         return frame
 
-    def target(self, lane: int) -> float:
-        """What a lane of a history is forecast at: the step, or the level of its chunk."""
-        return self.step.index if self.chunks is None else self.chunks.levels[lane]
+    def query(self, history: History, lane: int) -> tuple[tuple[float, ...], float]:
+        """The steps of a lane's features, and the one that they are forecast at: of the run, or of the lane's chunk."""
+        nodes = tuple(node for node, _ in history.lanes[lane])
+        if self.chunks is None:
+            return nodes, self.step.index
+        step = self.chunks.ladder.step
+        return tuple(map(step, nodes)), step(self.chunks.levels[lane])

@@ -362,7 +362,7 @@ class SpanCalls:
             return None, None
         (lane,) = state.history.lanes
         try:
-            table = self._branch_weights(frame, span, tuple(node for node, _ in lane), frame.target(0))
+            table = self._branch_weights(frame, span, *frame.query(state.history, 0))
             correction = self._correction(frame, span, state.history, always=True)
             slots = [slot for _, slot in lane]
             whole = [row.placed(slots, state.history.capacity).flat for row in table]
@@ -384,8 +384,7 @@ class SpanCalls:
         feature = history.slots[0][0]
         if len(history.lanes) == 1:
             (lane,) = history.lanes
-            nodes = tuple(node for node, _ in lane)
-            table = [row.flat for row in self._branch_weights(frame, span, nodes, frame.target(0))]
+            table = [row.flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
             slots = [slot for _, slot in lane]
             if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
                 return table[0], slots
@@ -395,10 +394,10 @@ class SpanCalls:
         slots = list(range(len(history.slots)))
         by_row = []
         for place, lane in enumerate(history.lanes):
-            nodes, target = tuple(node for node, _ in lane), frame.target(place)
-            if (nodes, target) not in known:
-                known[nodes, target] = self._branch_weights(frame, span, nodes, target)
-            table = known[nodes, target]
+            asked = frame.query(history, place)
+            if asked not in known:
+                known[asked] = self._branch_weights(frame, span, *asked)
+            table = known[asked]
             row = table[place * len(table) // len(history.lanes)]
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
