@@ -288,7 +288,13 @@ class Run:
         self._run.clock.next_step()
 
     def chunks(self, numbers: Iterable[int]) -> None:
-        """The next calls hold these chunks of the stream, in this order, counted from its start."""
+        """The next calls hold these chunks of the stream, in this order, counted from its start.
+
+        Raises:
+            ConfigError: if the run is none of a stream.
+        """
+        if self._session.method.stream is None:
+            raise ConfigError("chunks are told to a stream: run(…, stream=Stream())")
         self._run.chunks = tuple(numbers)
 
     def summary(self) -> "Summary":

@@ -126,7 +126,9 @@ class Chunks:
         """Whether a tensor's chunks are known: tokens [rows, chunks·n, dim] or a map [rows, dim, chunks, h, w]."""
         if len(tensor) != self.rows:
             return False
-        return tensor.ndim == 3 and tensor.shape[1] % self.count == 0 or tensor.ndim == 5 and tensor.shape[2] == self.count
+        if tensor.ndim == 3:
+            return tensor.shape[1] % self.count == 0
+        return tensor.ndim == 5 and tensor.shape[2] == self.count
 
     def apart(self, tensor: Tensor) -> Tensor:
         """Every chunk a row of its own: [rows·chunks, n, dim], or [rows·chunks, dim, h, w] of a map."""

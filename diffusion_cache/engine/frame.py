@@ -78,8 +78,8 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "fills_cache", "key",
-        "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
+        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "fills_cache",
+        "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
         "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 

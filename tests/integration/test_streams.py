@@ -111,6 +111,8 @@ def test_by_steps_a_moving_window_mixes_chunks():
     """What this is for: the same loop filed by steps is wrong."""
     model, sample = Whole(), video()
     with dc.run(model, scope="denoiser", **EVERY_THIRD) as run:
+        with pytest.raises(dc.ConfigError, match="told to a stream"):
+            run.chunks(range(5))
         for numbers, levels in windows(9):
             made = model(sample[:, :, numbers], timestep=levels)
             run.next_step()
@@ -217,7 +219,7 @@ def test_a_pipeline_without_levels_of_frames_is_refused_and_stays_usable():
 
 
 @pytest.mark.parametrize(
-    "options, match",
+    ("options", "match"),
     [
         (dict(policy="first_block"), "looks at no signals"),
         (dict(policy="interval", forecaster="hermite"), "by step numbers"),
@@ -232,7 +234,7 @@ def test_what_does_not_serve_a_stream_is_refused(options, match):
 
 
 @pytest.mark.parametrize(
-    "numbers, stream, match",
+    ("numbers", "stream", "match"),
     [
         (None, dc.Stream(), "run.chunks"),
         (range(4), dc.Stream(), "the call has 5 noise levels"),
