@@ -11,8 +11,8 @@ window: a video of 24 frames passes through a window of 7, one clean and six eac
 pipeline: diffusers' SkyReelsV2DiffusionForcingPipeline in its asynchronous mode, 7 frames each four steps behind.
 
 For each: executed operations and PSNR against the uncached output of the same seeds (mean and worst) of a stream, of
-the cache by steps, and of fewer sampler steps at the same number of denoiser calls; for streams, process CPU time of one
-sample beside uncached runs in turns. Rows of settings that are not asked for stay as they are. Prints the table of
+the cache by steps, and of fewer sampler steps at the same number of denoiser calls; for streams, process CPU time of
+one sample beside uncached runs in turns. Rows of settings that are not asked for stay as they are. Prints the table of
 docs/streams.md.
 """
 
@@ -117,7 +117,7 @@ def velocity(model: nn.Module, sample: Tensor, sigma: Tensor, labels: Tensor) ->
 def window(
     model: nn.Module, samples: int, run: Any = None, streams: bool = False, steps: int = STEPS, lag: int = LAG
 ) -> Tensor:
-    """Videos in [0, 1], [n, frames, 1, size, size], by Euler's method. run: told of steps, and if it streams of chunks."""
+    """Videos in [0, 1], [n, frames, 1, size, size], by Euler's method. run: told of steps, and chunks if it streams."""
     draws = [torch.Generator().manual_seed(FIRST_SEED + row) for row in range(samples)]
     shape = (1, FRAMES + WINDOW, data.VIDEO_SIZE, data.VIDEO_SIZE)
     video, labels = torch.stack([torch.randn(shape, generator=draw) for draw in draws]), torch.arange(samples) % 10
@@ -193,7 +193,8 @@ def measure(setting: str, samples: int, pairs: int, model: nn.Module) -> list[di
         flops = executed_flops(lambda: made.append(run(samples)))
         output, summary = made[0] if isinstance(made[0], tuple) else (made[0], None)
         found = quality(output, expected)
-        row = {"setting": setting, "method": method, "every": every, "executed": round(flops / whole, 4)}
+        row = {"setting": setting, "method": method, "every": every, "samples": samples}
+        row["executed"] = round(flops / whole, 4)
         row |= {"psnr": round(found.psnr_mean, 2), "psnr_worst": round(found.psnr_worst, 2)}
         if summary is not None:
             row |= {"calls": len(summary.records), "computed": summary.computed}
@@ -257,7 +258,6 @@ def main() -> None:
     rows.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
     report = {
         "model": f"{NAME}, {OPTIMIZER_STEPS} steps of diffusion forcing, batch {BATCH}, seeds from {FITTING_SEEDS}",
-        "samples": options.samples,
         "first_seed": FIRST_SEED,
         "steps": STEPS,
         "lag": LAG,
