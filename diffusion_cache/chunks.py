@@ -158,19 +158,18 @@ class ChunkHistory(History):
         super().clear()
         self.lanes = []
         self._places: dict[Unit, int] = {}  # those that were longest in no call first
-        self._like: list[Any] = []  # what chunks must have in common to be kept together
+        self._like: tuple[Any, ...] = ()  # what chunks must have in common to be kept together
 
     def reshaped(self) -> None:
         """Other shapes are other numbers of chunks, and their features stay."""
 
-    def observe_chunks(self, chunks: Chunks, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]) -> None:
-        """Store outputs[i] − bases[i], or outputs[i] where there is no base, for each chunk at its level.
+    def observe_chunks(self, chunks: Chunks, output: Tensor, base: Tensor | None) -> None:
+        """Store output − base, or the output where there is no base, for each chunk at its level.
 
         A feature of the same level is replaced: the chunk rests. Where its levels turn round it begins anew.
         """
-        outputs = [chunks.apart(output) for output in outputs]
-        bases = [None if base is None else chunks.apart(base) for base in bases]
-        like = [chunks.rows, *((output.shape[1:], output.dtype, output.device) for output in outputs)]
+        output, base = chunks.apart(output), None if base is None else chunks.apart(base)
+        like = chunks.rows, output.shape[1:], output.dtype, output.device
         try:
             if like != self._like:
                 self.clear()
@@ -179,7 +178,7 @@ class ChunkHistory(History):
             for place, level in zip(places, chunks.levels, strict=True):
                 if not continues(self.lanes[place], level):
                     self.lanes[place].clear()
-            self._observe_rows(chunks.levels, outputs, bases, places)
+            self._observe_rows(chunks.levels, [output], [base], places)
         except BaseException:
             self.clear()
             raise

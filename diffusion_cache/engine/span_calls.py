@@ -323,7 +323,7 @@ class SpanCalls:
             frame.reason = "not finite"
             return False
         try:
-            history = state.history if frame.chunks is None else state.history.of(frame.chunks)
+            history = _held(state.history, frame.chunks)
             if history is None:
                 frame.reason = "new chunks"
                 return False
@@ -573,7 +573,8 @@ class SpanCalls:
             if frame.chunks is None:
                 state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
             elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
-                state.history.observe_chunks(frame.chunks, tensors, bases)
+                assert isinstance(state.history, ChunkHistory)
+                state.history.observe_chunks(frame.chunks, tensors[0], bases[0])
             else:
                 self.give_up(state, span, f"does not return the {frame.chunks.count} chunks of a call side by side")
                 return None
@@ -714,6 +715,14 @@ class SpanCalls:
         self._compared.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+
+
+def _held(history: History, chunks: Chunks | None) -> History | None:
+    """What a history holds for a call, rows in the call's order; None where it has nothing of a chunk."""
+    if chunks is None:
+        return history
+    assert isinstance(history, ChunkHistory)
+    return history.of(chunks)
 
 
 def _forecast(

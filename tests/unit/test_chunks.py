@@ -14,7 +14,7 @@ def call(numbers, levels, ladder=None, rows=1):
 def observe(history, numbers, levels):
     """Store the chunk's number plus its level as its feature."""
     features = torch.tensor([[[number + level] for number, level in zip(numbers, levels, strict=True)]])
-    history.observe_chunks(call(numbers, levels), [features], [None])
+    history.observe_chunks(call(numbers, levels), features, None)
 
 
 def held(history, number, level=0.0):
@@ -99,7 +99,7 @@ def test_without_a_capacity_calls_and_sinks_are_kept():
 def test_another_number_of_rows_or_size_begins_anew():
     history = ChunkHistory(1, Stream(sinks=3))
     observe(history, [0, 1], [50.0, 100.0])
-    history.observe_chunks(call([0], [40.0], rows=2), [torch.zeros(2, 3, 1)], [None])
+    history.observe_chunks(call([0], [40.0], rows=2), torch.zeros(2, 3, 1), None)
     assert held(history, 1) is None
     assert history.nbytes == 2 * 3 * 4
 
