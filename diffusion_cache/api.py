@@ -139,8 +139,8 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
-    how["stream"] = stream
+    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
+    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
@@ -335,8 +335,8 @@ def run(
         raise ConfigError(f"num_steps must be at least 1, not {num_steps!r}")
     if noise_levels is not None and num_steps is not None and len(noise_levels) != num_steps:
         raise ConfigError(f"{len(noise_levels)} noise_levels for {num_steps} steps: give one for each")
-    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
-    how["stream"] = stream
+    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
+    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)

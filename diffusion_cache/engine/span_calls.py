@@ -397,8 +397,8 @@ class SpanCalls:
             asked = frame.query(history, place)
             if asked not in known:
                 known[asked] = self._branch_weights(frame, span, *asked)
-            table = known[asked]
-            row = table[place * len(table) // len(history.lanes)]
+            rows = known[asked]
+            row = rows[place * len(rows) // len(history.lanes)]
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 

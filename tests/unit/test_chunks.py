@@ -28,6 +28,7 @@ def test_a_ladder_counts_the_levels_of_all_chunks():
     ladder.add([1000.0, 1000.0, 400.0])
     assert [ladder.step(level) for level in (1000.0, 400.0)] == [0, 1]
     ladder.add([900.0, 0.0])
+    ladder.add([1000.0, 900.0])
     assert [ladder.step(level) for level in (1000.0, 900.0, 400.0, 0.0)] == [0, 1, 2, 3]
 
 
@@ -50,10 +51,10 @@ def test_features_are_found_by_chunk_wherever_it_is_in_the_call():
     history = ChunkHistory(2, Stream())
     observe(history, [0, 1, 2], [10.0, 20.0, 30.0])
     observe(history, [1, 2, 3], [10.0, 20.0, 30.0])
-    found = history.of(call([3, 1, 2], [30.0, 5.0, 10.0]))
-    assert [[node for node, _ in lane] for lane in found.lanes] == [[30.0], [20.0, 10.0], [30.0, 20.0]]
+    found = history.of(call([2, 3, 1], [10.0, 30.0, 5.0]))
+    assert [[node for node, _ in lane] for lane in found.lanes] == [[30.0, 20.0], [30.0], [20.0, 10.0]]
     stored = [[found.slots[slot][0][row].item() for _, slot in lane] for row, lane in enumerate(found.lanes)]
-    assert stored == [[33.0], [21.0, 11.0], [32.0, 22.0]]
+    assert stored == [[32.0, 22.0], [33.0], [21.0, 11.0]]
 
 
 def test_a_chunk_that_rests_keeps_one_feature_of_its_level():
@@ -96,12 +97,13 @@ def test_without_a_capacity_calls_and_sinks_are_kept():
     assert history.nbytes == 3 * 4
 
 
-def test_another_number_of_rows_or_size_begins_anew():
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 1), (1, 3)])
+def test_another_number_of_rows_or_size_begins_anew(rows, tokens):
     history = ChunkHistory(1, Stream(sinks=3))
     observe(history, [0, 1], [50.0, 100.0])
-    history.observe_chunks(call([0], [40.0], rows=2), torch.zeros(2, 3, 1), None)
+    history.observe_chunks(call([0], [40.0], rows=rows), torch.zeros(rows, tokens, 1), None)
     assert held(history, 1) is None
-    assert history.nbytes == 2 * 3 * 4
+    assert history.nbytes == rows * tokens * 4
 
 
 @pytest.mark.parametrize("options", [dict(capacity=0), dict(capacity=2.0), dict(capacity=True), dict(sinks=-1)])
