@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from . import forecasters, policies, reference, registry
     from .advice import recommend
     from .api import cached, disable, enable, inspect, run, summary, tune
+    from .chunks import Stream
     from .slicing import slice_features
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = {
+_HOMES = {
     **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
+    "Stream": ".chunks",
     "recommend": ".advice",
     "slice_features": ".slicing",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "DiffusionCacheError",
     "DiffusionCacheWarning",
     "NoSpansError",
+    "Stream",
     "cached",
     "disable",
     "enable",
@@ -48,8 +51,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch and diffusers take seconds to import; `import diffusion_cache` does not
-    if name in _FUNCTIONS:
-        return getattr(import_module(_FUNCTIONS[name], __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

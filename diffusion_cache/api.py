@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import published
+from .chunks import Stream
 from .context import SCOPES, Corrector, Forecaster, Needs, NoiseLevels, Policy
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
@@ -87,6 +88,7 @@ def enable(
     sync: str = "immediate",
     cache_dtype: str = "model",
     max_cache_bytes: int | None = None,
+    stream: Stream | None = None,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Session | LanguageSession:
@@ -125,6 +127,9 @@ def enable(
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
             quality. float64 and whole numbers are stored as they are.
         max_cache_bytes: the most that features may take; spans whose features would not fit are computed, told once.
+        stream: for videos whose latent frames are denoised at noise levels of their own: how features of each are kept,
+            and forecast from the levels that it had, `Stream()` or one with a capacity and sinks. With policies that
+            look at no signals, and forecasters "taylor", "taylor_paper" or "reuse".
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
@@ -136,7 +141,8 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
+    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
+    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
@@ -287,6 +293,16 @@ class Run:
         """The next call of the denoiser belongs to the next step. For loops without a diffusers scheduler."""
         self._run.clock.next_step()
 
+    def chunks(self, numbers: Iterable[int]) -> None:
+        """The next calls hold these chunks of the stream, in this order, counted from its start.
+
+        Raises:
+            ConfigError: if the run is none of a stream.
+        """
+        if self._session.method.stream is None:
+            raise ConfigError("chunks are told to a stream: run(…, stream=Stream())")
+        self._run.chunks = tuple(numbers)
+
     def summary(self) -> "Summary":
         """What has happened so far."""
         return _summarise(self._session, self._run)
@@ -307,13 +323,15 @@ def run(
     sync: str = "immediate",
     cache_dtype: str = "model",
     max_cache_bytes: int | None = None,
+    stream: Stream | None = None,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
     """One generation of a bare denoiser, cached. Options and errors as for `enable`.
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
-    at another timestep counts as the next step. num_steps: needed by policies that place their computed steps
+    at another timestep counts as the next step. With a stream, whose run it is, `run.chunks(numbers)` says before a
+    call which chunks it holds. num_steps: needed by policies that place their computed steps
     relative to the end. noise_levels: log-SNR log(α²/σ²) of each step, needed by policies and guards that go by it;
     forecasters that integrate like the sampler need `context.NoiseLevels`, which say in which variable.
     """
@@ -324,7 +342,8 @@ def run(
     levels = _noise_levels(noise_levels)
     if noise_levels is not None and num_steps is not None and len(levels) != num_steps:
         raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
-    how = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype, "max_cache_bytes": max_cache_bytes}
+    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
+    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
@@ -612,6 +631,9 @@ def _method(
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"max_cache_bytes must be a whole number of at least 1, not {limit!r}")
     remaining = dict(options)
+    stream = how.get("stream")
+    if stream is not None and not isinstance(stream, Stream):
+        raise ConfigError(f"stream takes a diffusion_cache.Stream(…), not {stream!r}")
     guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
     built_policy = _build(policy_registry, policy, Policy, remaining)
     built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
@@ -627,7 +649,7 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for {named}. "
-            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'max_cache_bytes', 'group'])}"
+            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'max_cache_bytes', 'stream', 'group'])}"
         )
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
@@ -705,6 +727,7 @@ def _system(
                 "ignore",
                 *HOW,
                 "max_cache_bytes",
+                "stream",
             ]
             raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
     found = None

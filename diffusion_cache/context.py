@@ -331,13 +331,15 @@ class Forecaster(ABC):
     any grid once enough features are stored; None for none. feature: what is stored, residual (output − input),
     output, or auto (residual for stacks and blocks where shapes match, else output).
     scopes: kinds of span that it may forecast. static: whether weights are all of it, and depend on steps and noise
-    levels alone. keeps_inputs: whether with each feature the input is stored that the output continues (a history
-    takes as many bytes more), to be weighed by `input_weights`.
+    levels alone. scale_free: whether weights stay the same where all steps are scaled and shifted alike, as those of a
+    stream's chunks (`chunks`) are known but for that. keeps_inputs: whether with each feature the input is stored that
+    the output continues (a history takes as many bytes more), to be weighed by `input_weights`.
     """
 
     name: ClassVar[str]
     scopes: ClassVar[frozenset[str]] = frozenset(SCOPES)
     static: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
     keeps_inputs: ClassVar[bool] = False
     feature: Feature
 

@@ -75,7 +75,8 @@ class History:
                 old = self.slots[slot] if slot < len(self.slots) else []
                 self.slots[slot : slot + 1] = [self._stored(outputs, bases, old)]
             else:
-                self._observe_rows(node, outputs, bases, range(len(self.lanes)) if rows is None else rows)
+                rows = range(len(self.lanes)) if rows is None else rows
+                self._observe_rows([node] * len(rows), outputs, bases, rows)
         except BaseException:
             self.clear()
             raise
@@ -137,10 +138,14 @@ class History:
         return slot
 
     def _observe_rows(
-        self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], rows: Sequence[int]
+        self,
+        nodes: Sequence[float],
+        outputs: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        rows: Sequence[int],
     ) -> None:
         by_slot: dict[int, list[int]] = {}
-        for position, row in enumerate(rows):
+        for position, (row, node) in enumerate(zip(rows, nodes, strict=True)):
             by_slot.setdefault(self._claim(self.lanes[row], node), []).append(position)
         features = self._stored(outputs, bases, [])
         while len(self.slots) <= max(by_slot):
@@ -152,6 +157,14 @@ class History:
                 source = torch.tensor(positions, device=feature.device)
                 target = torch.tensor([rows[position] for position in positions], device=feature.device)
                 into.index_copy_(0, target, feature.index_select(0, source))
+
+    def taken(self, rows: Sequence[int]) -> "History":
+        """A copy of these rows alone, each with its lane, in this order."""
+        copy = History(self.capacity, self.dtype)
+        copy.lanes, copy._coded = [self.lanes[row] for row in rows], self._coded
+        index = torch.tensor(rows, device=self.slots[0][0].device)
+        copy.slots = [[tensor.index_select(0, index) for tensor in feature] for feature in self.slots]
+        return copy
 
     def at(self, node: float) -> list[Tensor] | None:
         """The feature of a step as it is stored; zero in rows that do not hold it, None where none does."""
@@ -187,6 +200,10 @@ class History:
     def clear(self) -> None:
         self.lanes = [[]]
         self.slots.clear()
+
+    def reshaped(self) -> None:
+        """The span's calls have other shapes from now on, which no feature fits."""
+        self.clear()
 
     @property
     def nbytes(self) -> int:

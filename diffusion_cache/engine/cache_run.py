@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..chunks import Chunks, Ladder
 from ..context import NoiseLevels, Step
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..models import Span, fills_cache
 from ..policies import Guarded
 from ..signals import Grid
-from .clock import StepClock, noise_levels
+from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
 from .observer import Again
@@ -75,6 +76,8 @@ class CacheRun:
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self._passes: Counter[tuple[str, str]] = Counter()  # of this step so far, by denoiser and name
+        self.chunks: tuple[int, ...] | None = None  # of a stream, those that calls hold, where the user's loop tells
+        self._ladder = Ladder()
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
         guarded = session.method.guarded
@@ -114,7 +117,7 @@ class CacheRun:
                     else:
                         self.spans.forget(visit.state)
                 # from the root, all computed: impure chains do not allow replaying single blocks
-                frame = self.frame = Frame(frame.step, frame.key, False, frame.batch, frame.position)
+                frame = self.frame = frame.again(False)
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
             elif (again := self.decisions.verified(frame)) is not None:
@@ -134,7 +137,7 @@ class CacheRun:
 
         def again(compute: bool = False, given: tuple[tuple, dict[str, Any]] | None = None) -> Any:
             taken, named = given or (args, kwargs)
-            outer, self.frame = self.frame, Frame(called.step, called.key, False, called.batch, called.position)
+            outer, self.frame = self.frame, called.again(False)
             self.frame.actions, self.frame.variant = (True,) if compute else called.actions, called.variant
             try:
                 with forked_rng():
@@ -162,7 +165,7 @@ class CacheRun:
     ) -> list[tuple[Visit, str]]:
         """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
         reuse = actions is None or not all(actions)
-        frame = Frame(computed.step, computed.key, not reuse, computed.batch, computed.position)
+        frame = computed.again(not reuse)
         outer, self.frame = self.frame, frame
         frame.actions, frame.poisoned = actions or (False,), reuse
         frame.variant = (*computed.variant[:2], actions)
@@ -198,7 +201,8 @@ class CacheRun:
             if clock.evaluation > 0:  # another loop of the same run: nothing is carried over
                 self.spans.release()
                 self.decisions.clear()
-            self._levels = self._noise_levels(clock.first_timestep)
+            if self.session.method.stream is None:  # whose chunks have each their own
+                self._levels = self._noise_levels(clock.first_timestep)
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = method.forecaster.for_run(levels)
@@ -225,6 +229,7 @@ class CacheRun:
             frame.actions, frame.stores, frame.fills_cache = (True,), False, True
             frame.reason = "fills a cache of keys and values"
             return frame
+        frame.chunks = self._chunks(args, kwargs, batch)
         self.decisions.open(frame, clock.position)
         if frame.actions is not None and len(frame.actions) not in (1, len(spans)):
             count = len(frame.actions)
@@ -249,6 +254,17 @@ class CacheRun:
         self._passes[denoiser, name] += counted
         count = self._passes[denoiser, name]
         return name if count < 2 else f"{name}.{count}"
+
+    def _chunks(self, args: tuple, kwargs: dict[str, Any], batch: int) -> Chunks | None:
+        """What a call of a stream holds; None where features are filed by steps."""
+        stream = self.session.method.stream
+        if stream is None:
+            return None
+        if self.pipe is None and self.chunks is None:
+            raise ConfigError("a stream in a loop of your own needs to know what each call holds: run.chunks(range(n))")
+        chunks = Chunks.of(timestep_of(args, kwargs), batch, self._ladder, self.chunks)
+        stream.check([unit.number for unit in chunks.units])
+        return chunks
 
     def _rows(self, batch: int) -> tuple[slice, ...]:
         groups = self._groups if batch == self._grouped_batch else 1

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..chunks import Chunks
 from ..context import Step, Verdict
 from ..history import History
 from ..models import Called, Span
@@ -77,8 +78,8 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "apart", "asking", "batch", "called", "compared", "computed", "counts", "fills_cache", "key",
-        "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
+        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "fills_cache",
+        "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
         "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 
@@ -88,6 +89,7 @@ class Frame:
         self.position = position  # of the call in its step
         self.stores = stores
         self.batch = batch  # rows of the sample
+        self.chunks: Chunks | None = None  # of a stream, whose features are filed by the levels of each
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
         self.apart = False  # whether some samples can be computed and others not
         self.fills_cache = False  # of keys and values: no part of any history
@@ -111,3 +113,17 @@ class Frame:
         self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
         self.poisoned = False
         self.trace: list[Called] | None = None  # members in the order they are called
+
+    def again(self, stores: bool) -> "Frame":
+        """The same call, about to be made once more."""
+        frame = Frame(self.step, self.key, stores, self.batch, self.position)
+        frame.chunks = self.chunks
+        return frame
+
+    def query(self, history: History, lane: int) -> tuple[tuple[float, ...], float]:
+        """The steps of a lane's features, and the one that they are forecast at: of the run, or of the lane's chunk."""
+        nodes = tuple(node for node, _ in history.lanes[lane])
+        if self.chunks is None:
+            return nodes, self.step.index
+        step = self.chunks.ladder.step
+        return tuple(map(step, nodes)), step(self.chunks.levels[lane])

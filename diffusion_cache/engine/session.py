@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..chunks import Stream
 from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..fingerprint import Fingerprint
@@ -52,10 +53,10 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, max_cache_bytes: see `diffusion_cache.enable`.
+    cache_dtype, max_cache_bytes, stream: see `diffusion_cache.enable`.
 
     Raises:
-        ConfigError: if both the forecaster and the corrector scale outputs.
+        ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream.
     """
 
     guarded: Guarded
@@ -67,8 +68,11 @@ class Method:
     corrector: Corrector | None = None
     cache_dtype: str = "model"
     max_cache_bytes: int | None = None
+    stream: Stream | None = None
 
     def __post_init__(self) -> None:
+        if self.stream is not None:
+            self._check_stream()
         if self.corrector is not None and self.corrector.corrected_channels and self.forecaster.corrected_channels:
             raise ConfigError(
                 f"forecaster {self.forecaster.name!r} scales outputs itself: leave corrector {self.corrector.name!r} "
@@ -80,9 +84,26 @@ class Method:
             fields = ", ".join(f"{key}={value!r}" for key, value in vars(part).items() if not key.startswith("_"))
             return f"{part.name}({fields})"
 
-        where = self.scope or "default scope"
+        where = f"{self.scope or 'default scope'}{', each chunk by itself' * (self.stream is not None)}"
         parts = [self.guarded.policy, self.forecaster, *([self.corrector] if self.corrector is not None else [])]
         return f"{' + '.join(map(text, parts))} on {where}"
+
+    def _check_stream(self) -> None:
+        policy, forecaster = self.guarded.policy, self.forecaster
+        if not self.guarded.planned:
+            raise ConfigError(
+                f"policy {policy.name!r} compares one step with another, between which the window of a stream may have "
+                "moved: take one that looks at no signals, such as 'interval'"
+            )
+        if not forecaster.scale_free:
+            raise ConfigError(
+                f"forecaster {forecaster.name!r} goes by step numbers, and chunks of a stream by their noise levels: "
+                "take 'taylor' or 'reuse'"
+            )
+        if self.corrector is not None:
+            raise ConfigError(f"corrector {self.corrector.name!r} goes by step numbers: leave it out of a stream")
+        if self.max_cache_bytes is not None:
+            raise ConfigError("the memory of a stream is limited by its capacity: leave max_cache_bytes out")
 
     @property
     def history(self) -> int:
@@ -146,6 +167,11 @@ class Method:
                 "cache_dtype and max_cache_bytes are not for a denoiser compiled as a whole, which takes its features "
                 "as they are, and all of them: compile its blocks instead (compile_repeated_blocks), or use scope "
                 "'denoiser'"
+            )
+        if self.is_traced(denoiser, scope) and self.stream is not None:
+            raise ConfigError(
+                "a stream is not for a denoiser compiled as a whole: compile its blocks instead "
+                "(compile_repeated_blocks), or use scope 'denoiser'"
             )
         if needs.rollback and self.sync == "lagged":
             raise ConfigError(f"policy {policy.name!r} waits for each step's signal to roll it back: not sync='lagged'")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..chunks import ChunkHistory, Chunks
 from ..context import Blend, Correction, NonLinear, Query, Signals
 from ..errors import ConfigError
 from ..history import History, is_finite
@@ -191,7 +192,7 @@ class SpanCalls:
         if state.unusable or not (visit.stores or watched):
             return None
         if state.template is not None and state.signature != visit.entered:
-            self.forget(state)  # its members return other shapes as well
+            self._reshape(state)
         if self._tries_rows(frame, span, visit.entered):
             visit.independent = True
         if len(span.members) > 1:
@@ -213,10 +214,14 @@ class SpanCalls:
     def state(self, key: PassKey, span: Span, count: int) -> SpanState:
         state = self._states.get((key, span, count))
         if state is None:
-            state = self._states[key, span, count] = SpanState(History(self._run.history, self._method.cache_dtype))
+            state = self._states[key, span, count] = SpanState(self._history())
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
+
+    def _history(self) -> History:
+        stream, kept, dtype = self._method.stream, self._run.history, self._method.cache_dtype
+        return History(kept, dtype) if stream is None else ChunkHistory(kept, stream, dtype)
 
     def _note_first_pass(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
         if self._relates_passes and frame.position == 0:
@@ -255,7 +260,7 @@ class SpanCalls:
             if tail.history and tail.history.slots[0][0].shape != given.shape:
                 tail.history.clear()
             if frame.reused and tail.history:
-                weights, slots = self._weights(frame, frame.reused[-1].span, tail)
+                weights, slots = self._weights(frame, frame.reused[-1].span, tail.history)
                 features = self._features(frame, frame.reused[-1].span, tail.history, 0, slots)
                 frame.signals["tail_forecast"] = ops.forecast(None, features, weights)
             if not frame.reused:
@@ -308,7 +313,7 @@ class SpanCalls:
             return False
         if state.signature != visit.entered:
             frame.reason = "other shapes"
-            self.forget(state)
+            self._reshape(state)
             return False
         if frame.rows is not None and not (
             self._run.session.independent.get((span, visit.entered)) and len(state.passthrough) == len(span.members) - 1
@@ -318,19 +323,23 @@ class SpanCalls:
             frame.reason = "not finite"
             return False
         try:
-            weights, slots = self._weights(frame, span, state)
-            correction = self._correction(frame, span, state.history)
+            history = _held(state.history, frame.chunks)
+            if history is None:
+                frame.reason = "new chunks"
+                return False
+            weights, slots = self._weights(frame, span, history)
+            correction = self._correction(frame, span, history)
             leaves = state.template.leaves
-            visit.forecast = []
+            forecast = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
-                features = self._features(frame, span, state.history, i, slots, inputs)
-                visit.forecast.append(ops.forecast(base, features, weights, correction))
+                features = self._features(frame, span, history, i, slots, inputs)
+                forecast.append(_forecast(frame.chunks, base, features, weights, correction))
+            visit.forecast = forecast
             visit.rows = frame.rows
             return True
         except Exception as error:
-            visit.forecast = None
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
@@ -353,7 +362,7 @@ class SpanCalls:
             return None, None
         (lane,) = state.history.lanes
         try:
-            table = self._branch_weights(frame, span, tuple(node for node, _ in lane))
+            table = self._branch_weights(frame, span, *frame.query(state.history, 0))
             correction = self._correction(frame, span, state.history, always=True)
             slots = [slot for _, slot in lane]
             whole = [row.placed(slots, state.history.capacity).flat for row in table]
@@ -368,28 +377,28 @@ class SpanCalls:
         # the same shape whether branches differ or not: another one would be compiled anew
         return _tensor(_spread(whole, len(feature)), feature), correction
 
-    def _weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Sequence[float] | Tensor, list[int]]:
+    def _weights(self, frame: Frame, span: Span, history: History) -> tuple[Sequence[float] | Tensor, list[int]]:
         """A weight for the feature of each of the slots named, for their inputs where those are kept, and for what is
         forecast otherwise; [rows, weights] where rows differ in theirs.
         """
-        history = state.history
         feature = history.slots[0][0]
         if len(history.lanes) == 1:
             (lane,) = history.lanes
-            table = [row.flat for row in self._branch_weights(frame, span, tuple(node for node, _ in lane))]
+            table = [row.flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
             slots = [slot for _, slot in lane]
             if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
                 return table[0], slots
             return _table(_spread(table, len(feature)), feature), slots
         # rows that were computed at the same steps share what the forecaster says
-        known: dict[tuple[float, ...], list[Row]] = {}
+        known: dict[tuple[tuple[float, ...], float], list[Row]] = {}
         slots = list(range(len(history.slots)))
         by_row = []
         for place, lane in enumerate(history.lanes):
-            nodes = tuple(node for node, _ in lane)
-            if nodes not in known:
-                known[nodes] = self._branch_weights(frame, span, nodes)
-            row = known[nodes][place * len(known[nodes]) // len(history.lanes)]
+            asked = frame.query(history, place)
+            if asked not in known:
+                known[asked] = self._branch_weights(frame, span, *asked)
+            rows = known[asked]
+            row = rows[place * len(rows) // len(history.lanes)]
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 
@@ -417,7 +426,7 @@ class SpanCalls:
         whole = torch.empty_like(stored[0])
         for lane, rows in rows_of.items():
             lane = lane[-forecaster.history :]
-            (query,) = self._queries(frame, span, tuple(node for node, _ in lane))
+            (query,) = self._queries(frame, span, tuple(node for node, _ in lane), frame.step.index)
             index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
             features = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
             made = features[-1]
@@ -443,7 +452,7 @@ class SpanCalls:
         found: list[Correction | None] = []
         seen = forecaster.history if corrects is forecaster else history.capacity
         for place, lane in enumerate(history.lanes):
-            asked = self._queries(frame, span, tuple(node for node, _ in lane[-seen:]))
+            asked = self._queries(frame, span, tuple(node for node, _ in lane[-seen:]), frame.step.index)
             if len(history.lanes) > 1:
                 asked = [asked[place * len(asked) // len(history.lanes)]]
             found += [corrects.correction(query) for query in asked]
@@ -455,12 +464,12 @@ class SpanCalls:
         rows = len(feature) if len(history.lanes) > 1 or forecaster.row_passes > 1 else 1
         return _tensor(_spread([one or neutral for one in found], rows), feature)
 
-    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> "list[Row]":
+    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...], target: float) -> "list[Row]":
         """Mended weights, once for all rows or once for each guidance branch that is stacked in the rows."""
         forecaster, corrector = self._run.forecaster, self._method.corrector
         own = nodes[-forecaster.history :]  # of those kept, what this forecaster goes by
         older = (0.0,) * (len(nodes) - len(own))
-        queries = self._queries(frame, span, own)
+        queries = self._queries(frame, span, own, target)
         frame.note = forecaster.note(queries[0])
         signals = self._signals(frame, nodes)
         table = []
@@ -477,7 +486,7 @@ class SpanCalls:
             return table  # rows differ
         return table[:1] if all(row == table[0] for row in table[1:]) else table
 
-    def _queries(self, frame: Frame, span: Span, nodes: tuple[float, ...]) -> list[Query]:
+    def _queries(self, frame: Frame, span: Span, nodes: tuple[float, ...], target: float) -> list[Query]:
         """One for all rows, or one for each guidance branch that is stacked in the rows."""
         forecaster = self._run.forecaster
         count = forecaster.row_passes
@@ -489,7 +498,7 @@ class SpanCalls:
             count = 1
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
-        return [Query(nodes, frame.step.index, index, first + i, frame.step.total) for i in range(count)]
+        return [Query(nodes, target, index, first + i, frame.step.total) for i in range(count)]
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -539,13 +548,13 @@ class SpanCalls:
         residual = span.stores_residual if feature == "auto" else feature == "residual"
         keeps = self._run.forecaster.keeps_inputs
         if state.template is None or state.signature != visit.entered:
-            self.forget(state, structure=False)
+            self._reshape(state, members=False)
             # kept over runs: to tell which input an output continues may take reading them back
             known = self._run.session.templates.get((span, frame.counts[span], visit.entered))
             state.template, state.signature = known, visit.entered
         tensors = state.template.split(output) if state.template else None
         if tensors is None:
-            self.forget(state, structure=False)
+            self._reshape(state, members=False)
             if (residual or keeps) and len(visit.unchanged_inputs()) < len(visit.inputs):
                 self._run.session.written.add(span)  # where it began is not known any more; copied from now on
                 return None
@@ -561,7 +570,14 @@ class SpanCalls:
         kept = _kept(state.template, visit.inputs)
         if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
-            state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
+            if frame.chunks is None:
+                state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
+            elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
+                assert isinstance(state.history, ChunkHistory)
+                state.history.observe_chunks(frame.chunks, tensors[0], bases[0])
+            else:
+                self.give_up(state, span, f"does not return the {frame.chunks.count} chunks of a call side by side")
+                return None
             state.unchecked = True
         return tensors
 
@@ -658,11 +674,16 @@ class SpanCalls:
             f"{span.name} {why}, so it cannot be cached as one and is computed; try scope 'block' or 'denoiser'"
         )
 
-    def forget(self, state: SpanState, structure: bool = True) -> None:
-        self._count_bytes()
+    def forget(self, state: SpanState) -> None:
+        self._reshape(state)
         state.history.clear()
+
+    def _reshape(self, state: SpanState, members: bool = True) -> None:
+        """What the span returns has another structure from now on, and what its members return as well."""
+        self._count_bytes()
+        state.history.reshaped()
         state.template = None
-        if structure:
+        if members:
             state.passthrough.clear()
 
     @property
@@ -694,6 +715,27 @@ class SpanCalls:
         self._compared.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+
+
+def _held(history: History, chunks: Chunks | None) -> History | None:
+    """What a history holds for a call, rows in the call's order; None where it has nothing of a chunk."""
+    if chunks is None:
+        return history
+    assert isinstance(history, ChunkHistory)
+    return history.of(chunks)
+
+
+def _forecast(
+    chunks: Chunks | None,
+    base: Tensor | None,
+    features: Sequence[Tensor],
+    weights: Sequence[float] | Tensor,
+    correction: Tensor | None,
+) -> Tensor:
+    """`ops.forecast`, of features that are rows of chunks where there are any."""
+    if chunks is None:
+        return ops.forecast(base, features, weights, correction)
+    return chunks.together(ops.forecast(None if base is None else chunks.apart(base), features, weights, correction))
 
 
 def _spread(table: Sequence[Any], rows: int) -> list[Any]:

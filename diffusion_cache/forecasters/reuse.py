@@ -13,6 +13,8 @@ class Reuse(Forecaster):
 
     feature: Feature = "auto"
 
+    scale_free = True
+
     @property
     def history(self) -> int:
         return 1

@@ -23,6 +23,8 @@ class Taylor(Forecaster):
     order: int = 1
     feature: Feature = "auto"
 
+    scale_free = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.order, int) or not 0 <= self.order <= 7:

@@ -61,11 +61,21 @@ def digits_of(labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return images[[int(found[seed % len(found)]) for found, seed in zip(places, seeds, strict=True)]]
 
 
-def _textures(n: int, generator: torch.Generator) -> Tensor:
+def textures(n: int, generator: torch.Generator) -> Tensor:
     """Smooth random backgrounds [n, 1, size, size] around -0.6, in about [-1, -0.2]."""
     coarse = torch.randn(n, 1, 5, 5, generator=generator)
     fine = F.interpolate(coarse, size=(VIDEO_SIZE, VIDEO_SIZE), mode="bicubic", align_corners=False)
     return (-0.6 + 0.17 * fine).clamp(-1, -0.1)
+
+
+def opacity_of(digits: Tensor, corner: Tensor) -> Tensor:
+    """Where digits [n, 1, 10, 10] with their top left at corner [n, 2] (y, x), in pixels, cover a frame: 0 to 1."""
+    # output pixel p reads the digit at p - corner; grid_sample wants [-1, 1] over the digit's extent
+    pixels = torch.arange(VIDEO_SIZE, dtype=torch.float32)
+    ys = 2 * (pixels[None] - corner[:, :1] + 0.5) / VIDEO_DIGIT - 1
+    xs = 2 * (pixels[None] - corner[:, 1:] + 0.5) / VIDEO_DIGIT - 1
+    grid = torch.stack([xs[:, None, :].expand(-1, VIDEO_SIZE, -1), ys[:, :, None].expand(-1, -1, VIDEO_SIZE)], dim=-1)
+    return F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def sample_moving_digits(n: int, generator: torch.Generator) -> MovingDigits:
@@ -80,19 +90,11 @@ def sample_moving_digits(n: int, generator: torch.Generator) -> MovingDigits:
     angle = 2 * torch.pi * torch.rand(n, generator=generator)
     speed = 0.4 + 0.7 * torch.rand(n, generator=generator)
     velocity = speed[:, None] * torch.stack([angle.sin(), angle.cos()], dim=1)
-    background = _textures(n, generator)
+    background = textures(n, generator)
 
     frames, masks = [], []
     for frame in range(VIDEO_FRAMES):
-        corner = centre + (frame - VIDEO_FRAMES // 2) * velocity  # top left of the digit, (y, x), in pixels
-        # output pixel p reads the digit at p - corner; grid_sample wants [-1, 1] over the digit's extent
-        pixels = torch.arange(VIDEO_SIZE, dtype=torch.float32)
-        ys = 2 * (pixels[None] - corner[:, :1] + 0.5) / VIDEO_DIGIT - 1
-        xs = 2 * (pixels[None] - corner[:, 1:] + 0.5) / VIDEO_DIGIT - 1
-        grid = torch.stack(
-            [xs[:, None, :].expand(-1, VIDEO_SIZE, -1), ys[:, :, None].expand(-1, -1, VIDEO_SIZE)], dim=-1
-        )
-        opacity = F.grid_sample(digits, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        opacity = opacity_of(digits, centre + (frame - VIDEO_FRAMES // 2) * velocity)
         frames.append(background * (1 - opacity) + opacity)
         masks.append(opacity > 0.25)
     return MovingDigits(torch.stack(frames, dim=2), labels[index], torch.stack(masks, dim=2))

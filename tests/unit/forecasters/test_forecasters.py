@@ -213,3 +213,15 @@ def test_history_is_one_more_than_the_order(order):
     assert Taylor(order).history == TaylorPaper(order).history == order + 1
     assert (Reuse().history, Reuse().exact_degree) == (1, 0)
     assert (Taylor(order).exact_degree, TaylorPaper(order).exact_degree) == (order, min(order, 1))
+
+
+@pytest.mark.parametrize("forecaster", [*LINEAR, *INEXACT], ids=str)
+def test_scale_free_weights_do_not_change_with_the_scale_of_steps(forecaster):
+    def weights(scale):
+        nodes = [scale * node + scale for node in (0.0, 1.0, 3.0, 4.0)[-forecaster.history :]]
+        return forecaster.weights(Query(nodes, scale * 6.0 + scale, total=10))
+
+    scaled = [weights(scale) for scale in (1.0, 2.0, -3.0)]
+    same = all(other == pytest.approx(scaled[0]) for other in scaled[1:])
+    assert same or not forecaster.scale_free
+    assert forecaster.scale_free == (type(forecaster).name in ("reuse", "taylor", "taylor_paper"))
