@@ -108,6 +108,10 @@ def test_it_computes_where_the_change_is_not_below_the_threshold():
         {"input_norm": (1.0, 2.0)},
         {"time_norm": (1.0, 2.0, 3.0), "levels": (0.0, 1.0)},
         {"time_norm": float("nan")},
+        {"input_norm": True},
+        {"input_norm": ()},
+        {"levels": "x"},
+        {"levels": (float("nan"),)},
     ],
 )
 def test_options_that_cannot_be(options):
