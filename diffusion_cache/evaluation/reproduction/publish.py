@@ -18,7 +18,7 @@ from .claims import Claim, Outcome, SeedSet
 Progress = Callable[[str, int, int], None]
 HEAD = """# The published claims, checked here
 
-Each claim was checked on the shipped models (language caches with weights blurred until it errs; slicing with
+Each claim was checked on the shipped models (language caches with weights blurred until the model errs; slicing with
 random weights) with {sets} disjoint sets of seeds, at equal measured compute (the last column but one). It holds if it
 does on every set. These are small models: a claim that fails here may hold on the paper's, and the reason found is
 given; figures in reasons that the table lacks were read by hand, and no script prints them. `make reproduce` makes this
