@@ -53,11 +53,16 @@ class Periodic(LanguageCache):
         return view.unsettled if view.age + 1 >= self.refresh else first | view.changed
 
 
+Noted = tuple[Tensor, Tensor, Tensor]
+
+
 class Noting(BlockRefinementScheduler):
     """Keeps of every refinement the block's tokens, which of them it decoded, and their logits."""
 
+    noted: list[Noted]
+
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
-        output = super().step(model_output, timestep, sample, **options)
+        output = super().step(model_output, timestep, sample, **options)  # type: ignore[misc]  # diffusers is not typed
         self.noted.append((sample.clone(), output.transfer_index, model_output.clone()))
         return output
 
@@ -82,7 +87,7 @@ class Bench:
         with torch.no_grad():
             for weight in self.model.parameters():
                 if weight.ndim == 2:
-                    weight += BLUR * weight.std() * torch.randn(weight.shape, generator=generator)
+                    weight.add_(torch.randn(weight.shape, generator=generator), alpha=BLUR * float(weight.std()))
         self.problems = [seed + STRIDE * place for place in range(1, PER_SEED + 1) for seed in seeds.reporting]
         self.pipe = fill_forward.pipeline(self.model)
         self.pipe.scheduler = Noting(block_length=BLOCK)
@@ -95,7 +100,7 @@ class Bench:
         return Decoded(solved, error, divergence, work, torch.cat([part.answers for part in found]))
 
     def _decode(self, method: LanguageCache | None, problems: list[int]) -> Decoded:
-        self.pipe.scheduler.noted = noted = []
+        noted = self._noted()
         call = fill_forward.inputs(problems)
         with nullcontext() if method is None else api.cached(self.pipe, method=method):
             answers = self.pipe(**call).sequences
@@ -103,8 +108,13 @@ class Bench:
         error, divergence = self._deviation(noted, torch.cat([call["input_ids"], answers], dim=1))
         return Decoded(fill_forward.exact(problems, answers).float().mean().item(), error, divergence, work, answers)
 
+    def _noted(self) -> list[Noted]:
+        """What the next call's refinements are noted in."""
+        self.pipe.scheduler.noted = noted = list[Noted]()
+        return noted
+
     @torch.no_grad()
-    def _deviation(self, noted: list[tuple[Tensor, Tensor, Tensor]], tokens: Tensor) -> tuple[float, float]:
+    def _deviation(self, noted: list[Noted], tokens: Tensor) -> tuple[float, float]:
         """noted: of all refinements, BLOCK a block. tokens: prompts and answers [n, 2·DIGITS]."""
         errors, divergences = [], []
         for place in range(0, len(noted), BLOCK):
@@ -128,7 +138,7 @@ class Bench:
             for module in seen
         ]
         try:
-            self.pipe.scheduler.noted = noted = []
+            noted = self._noted()
             self.pipe(**fill_forward.inputs(self.problems))
         finally:
             for hook in hooks:
