@@ -2,7 +2,7 @@ TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-planned evaluate-full ablation coverage publish-demo reproduce routers shipped-routers train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,9 +47,10 @@ bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up 
 bench-kernels: venv ## time every kernel on a GPU against a copy of the same bytes (up to 10 minutes)
 	$(PYTHON) scripts/bench_kernels.py
 
-evaluate: venv ## compare all methods and rivals on the shipped models and publish the report
+evaluate: venv ## compare all methods and rivals on the shipped models, publish the report and what `recommend` says
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
+	cp results/reference_all/advice.json diffusion_cache/advice.json
 
 reproduce: venv ## check the published systems' claims on the shipped models
 	$(PYTHON) scripts/reproduce.py
@@ -57,15 +58,10 @@ reproduce: venv ## check the published systems' claims on the shipped models
 profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
 	$(PYTHON) scripts/make_profiles.py
 
-# the first line has the same runs as `evaluate`, so what is finished there need not be made again
-evaluate-planned: venv ## compare plans with all methods and rivals, with every sampler; renew what `recommend` says
-	mkdir -p outputs/evaluate/planned
-	-cp -rn outputs/evaluate/reference_all/runs outputs/evaluate/reference_all/references outputs/evaluate/planned/
-	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits,unet-digits,flux-digits,wan-moving-digits launcher=joblib -m
-	.venv/bin/diffusion-cache evaluate experiment=planned model=dit-digits sampler=dpmpp launcher=joblib -m
-	.venv/bin/diffusion-cache evaluate experiment=planned model=wan-moving-digits sampler=unipc launcher=joblib -m
-	.venv/bin/diffusion-cache report outputs/evaluate/planned --out results/planned
-	cp results/planned/advice.json diffusion_cache/advice.json
+evaluate-samplers: venv ## the same with the second samplers of the shipped models, where `evaluate` is finished
+	.venv/bin/diffusion-cache evaluate experiment=methods model=dit-digits sampler=dpmpp launcher=joblib -m
+	.venv/bin/diffusion-cache evaluate experiment=methods model=wan-moving-digits sampler=unipc launcher=joblib -m
+	$(MAKE) evaluate
 
 ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m

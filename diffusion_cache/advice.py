@@ -38,7 +38,8 @@ PICKS = Path(__file__).with_name("advice.json")
 @dataclass(frozen=True)
 class Figures:
     """What a run measured. mean, p5: PSNR against the uncached output, in dB. work: denoiser evaluations as a share of
-    the uncached run's. speed: wall time of the uncached run over this one's, if it was timed."""
+    the uncached run's. speed: time of the uncached run over this one's, if it was timed: wall time on a GPU, else the
+    process's."""
 
     mean: float
     p5: float
@@ -75,7 +76,7 @@ class Pick:
     """What to take of the methods that need no profile, and what it is based on.
 
     kind, scheduler: the pipelines that it is for, see `kind_of`; None for any. equal: what `speedup` is of, work
-    ("nfe") or wall time ("speed"). by: the statistic of PSNR, "mean" or "p5", that it is best by; on several models it
+    ("nfe") or time ("speed"). by: the statistic of PSNR, "mean" or "p5", that it is best by; on several models it
     is the one whose greatest loss against the best of each is least. call: arguments of `enable`.
     """
 
@@ -160,7 +161,7 @@ def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Reco
     denoiser is spared; the time that is saved depends on the machine. In order: nothing for few-step models; a shipped
     profile of these very weights and this sampler; what was published for this very model; else, of the methods that
     need no profile, what was best for 95% of samples on the small models that are most like it, as in the table of
-    `results/planned/report.md`.
+    `results/reference_all/report.md`.
 
     Raises:
         ConfigError: if this is no diffusers pipeline, for steps below 1, or another speedup.
@@ -337,7 +338,7 @@ def _measured(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup
     pick = table[place, "nfe", "p5"]
     others = {
         "better on average": table.get((place, "nfe", "mean")),
-        f"{speedup:g}× as fast in wall time, too": table.get((place, "speed", "p5")),
+        f"{speedup:g}× as fast in time, too": table.get((place, "speed", "p5")),
     }
 
     reason = f"{_likeness(pick)} {_figures(pick)}"

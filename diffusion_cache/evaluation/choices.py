@@ -72,7 +72,7 @@ def _kind(subject: Subject) -> tuple[str, str]:
 
 
 def _saves(run: Run, equal: str, speedup: float) -> bool:
-    nfe, speed = run.costs["nfe_ratio"], run.costs["speed_ratio"]
+    nfe, speed = run.costs["nfe_ratio"], run.speed
     saved = speed if equal == "speed" else 1 / nfe if nfe else None
     return saved is not None and saved * TOLERANCE >= speedup
 
@@ -132,7 +132,7 @@ def _best(runs: Sequence[Run], by: str) -> Figures | None:
 
 def _figures(run: Run) -> Figures:
     mean, p5 = _psnr(run)
-    return Figures(mean, p5, run.costs["nfe_ratio"], run.costs["speed_ratio"])  # type: ignore[arg-type]
+    return Figures(mean, p5, run.costs["nfe_ratio"], run.speed)  # type: ignore[arg-type]
 
 
 def _psnr(run: Run) -> list[float | None]:

@@ -47,13 +47,14 @@ MARGINS_NOTE = (
     "PSNR in dB, mean / 5th percentile. Others are all that follow no plan, baselines and our own methods as well as "
     "rivals, and of each the best setting, which may be another one for the 5th percentile. At equal NFE all may "
     f"exceed the budget by {TOLERANCE - 1:.0%}, but the plan behind a margin spends no more than the other (and need "
-    "not be the plan shown); at equal speed others are at least as fast as the plan shown, whatever their NFE. "
+    "not be the plan shown); at equal speed others are at least as fast as the plan shown, whatever their NFE. Speeds "
+    "are compared by wall time on a GPU, and by this process's time on a CPU. "
     "Margin: the plan's PSNR less the other's."
 )
 
 CHOICES_NOTE = (
     "Baselines and methods of this package that need no profile: of each model the one that is best by the statistic "
-    f"named, within a limit of work (NFE) or of wall time that all may miss by {TOLERANCE - 1:.0%}; settings were "
+    f"named, within a limit of work (NFE) or of time that all may miss by {TOLERANCE - 1:.0%}; settings were "
     "chosen on the samples shown. PSNR in dB, mean / 5th percentile. Where a grid had thresholds, the call names the "
     "share of steps that was reused: `target_reuse` finds the threshold for it on the user's own model, with a few "
     "generations, once. Fewer steps: the best of the sampler without a cache within the limit. Plan: the best of the "
@@ -211,10 +212,10 @@ def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list
         for name, ratio in budgets.items():
             made = [run for run in ranked if run.is_plan and _spends_at_most(ratio * TOLERANCE, run)]
             plan = best_of(made)
-            speed = None if plan is None else plan.costs["speed_ratio"]
+            speed = None if plan is None else plan.speed
             pools = {
                 "nfe": [run for run in others if _spends_at_most(ratio * TOLERANCE, run)],
-                "speed": [run for run in others if speed is not None and (run.costs["speed_ratio"] or 0.0) >= speed],
+                "speed": [run for run in others if speed is not None and (run.speed or 0.0) >= speed],
             }
             best = {(equal, by): _best_by(by, pools[equal]) for equal in EQUALS for by in STATISTICS}
             plans = {key: plan if key[0] == "speed" else _matching(made, other) for key, other in best.items()}
@@ -283,7 +284,7 @@ def csv_text(runs: Sequence[Run]) -> str:
 
 def margins_text(found: Sequence[Margin]) -> str:
     """Margins as CSV, a row for each of the four others."""
-    sides = ("kind", "method", "settings", "nfe_ratio", "speed_ratio", "psnr", "run")
+    sides = ("kind", "method", "settings", "nfe_ratio", "speed", "psnr", "run")
     names = ["model", "sampler", "budget", "equal", "statistic", "margin"]
     names += [f"{side}_{name}" for side in ("plan", "other") for name in sides]
     rows = []
@@ -298,7 +299,7 @@ def _side(run: Run | None, statistic: str) -> list[Any]:
     if run is None:
         return [None] * 7
     told = [run.kind, run.method, json.dumps(run.settings, sort_keys=True)]
-    return [*told, run.costs["nfe_ratio"], run.costs["speed_ratio"], psnr_of(run, statistic), run.folder.name]
+    return [*told, run.costs["nfe_ratio"], run.speed, psnr_of(run, statistic), run.folder.name]
 
 
 def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -329,6 +330,10 @@ def _speed(run: Run) -> str:
     if median is None:
         return ABSENT
     return f"{median:.2f}×" + ("" if low is None or high is None else f" ({low:.2f}–{high:.2f})")
+
+
+def _times(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}×"
 
 
 def _share(value: float | None) -> str:
@@ -393,7 +398,7 @@ def margins_table(found: Sequence[Margin]) -> str:
     """Of each model, sampler and budget, the plan and the best others by mean and p5; "" if there are no plans."""
     if not found:
         return ""
-    names = ["model", "budget", "plan", "NFE", "speed (wall)", "PSNR"]
+    names = ["model", "budget", "plan", "NFE", "speed", "PSNR"]
     names += ["best other at equal NFE", "margin", "best other at equal speed", "margin"]
     lines = ["| " + " | ".join(names) + " |", "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | --- | ---: |"]
     for margin in found:
@@ -402,7 +407,7 @@ def margins_table(found: Sequence[Margin]) -> str:
         if plan is None:
             cells += [ABSENT] * 4
         else:
-            cells += [markdown_text(str(plan.settings["plan"])), _share(plan.costs["nfe_ratio"]), _speed(plan)]
+            cells += [markdown_text(str(plan.settings["plan"])), _share(plan.costs["nfe_ratio"]), _times(plan.speed)]
             cells.append(_both(psnr_of(plan, statistic) for statistic in STATISTICS))
         for equal in EQUALS:
             cells.append(_others(margin, equal))
@@ -421,7 +426,7 @@ def _others(margin: Margin, equal: str) -> str:
     told = []
     for run in found.values():
         if run is not None:
-            cost = _share(run.costs["nfe_ratio"]) if equal == "nfe" else f"{run.costs['speed_ratio']:.2f}×"
+            cost = _share(run.costs["nfe_ratio"]) if equal == "nfe" else _times(run.speed)
             told.append(f"{markdown_text(run.method)} {cost}")
     psnr = _both(psnr_of(run, statistic) for statistic, run in found.items())
     return f"{psnr}: {'; '.join(dict.fromkeys(told))}" if told else ABSENT
@@ -436,9 +441,9 @@ class ChoicesTable(NamedTuple):
 
 
 def choices_tables(runs: Sequence[Run]) -> list[ChoicesTable]:
-    """What to take for each model and for several at once, at equal work and at equal wall time; none that is empty."""
+    """What to take for each model and for several at once, at equal work and at equal time; none that is empty."""
     found, tables = picks(runs), []
-    for equal, limit in (("nfe", "so much less work"), ("speed", "so much less wall time")):
+    for equal, limit in (("nfe", "so much less work"), ("speed", "so much less time")):
         at_equal = sorted((pick for pick in found if pick.equal == equal), key=_choices_order)
         each = [pick for pick in at_equal if pick.kind is not None and len(pick.measured) == 1]
         shared = [pick for pick in at_equal if pick not in each]
@@ -449,7 +454,7 @@ def choices_tables(runs: Sequence[Run]) -> list[ChoicesTable]:
 
 CALL = "call"
 _CHOICE = ("speedup", "best by", "method", CALL)
-EACH = ("model", *_CHOICE, "NFE", "speed (wall)", "PSNR", "fewer steps", "plan", "short of the plan")
+EACH = ("model", *_CHOICE, "NFE", "speed", "PSNR", "fewer steps", "plan", "short of the plan")
 SHARED = ("model is", *_CHOICE, "greatest loss", "PSNR on each model (and loss)")
 
 
@@ -465,7 +470,7 @@ def _choice(pick: Pick) -> list[str]:
 def _choice_for_one(pick: Pick) -> list[str]:
     (one,) = pick.measured
     chosen, plan = one.chosen, one.plan
-    speed = ABSENT if chosen.speed is None else f"{chosen.speed:.2f}×"
+    speed = _times(chosen.speed)
     psnr = [_both((run.mean, run.p5)) if run else ABSENT for run in (chosen, one.fewer_steps, plan)]
     short = ABSENT if plan is None else _decibels(loss(plan, chosen, pick.by))
     return [f"{one.model}, {one.sampler}", *_choice(pick), _share(chosen.work), speed, *psnr, short]

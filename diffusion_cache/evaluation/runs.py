@@ -22,7 +22,7 @@ RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
 RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
 SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
-EQUALS = ("nfe", "speed")  # what runs are compared at: work, or wall time
+EQUALS = ("nfe", "speed")  # what runs are compared at: work, or time (`Run.speed`)
 STATISTICS = ("mean", "p5")  # of a run's PSNR
 
 
@@ -77,6 +77,7 @@ class Run:
     heatmap: Mapping[str, Any] | None
     samples: Samples
     environment: Mapping[str, Any]
+    on_gpu: bool
     pictures: bool
 
     @property
@@ -97,6 +98,11 @@ class Run:
     def is_fewer_steps(self) -> bool:
         """Whether it is the uncached sampler with fewer steps."""
         return self.kind == "baseline" and self.settings.keys() == {"steps"}
+
+    @property
+    def speed(self) -> float | None:
+        """What runs are compared by: wall time on a GPU; this process's time on a CPU, which others may share."""
+        return self.costs["speed_ratio" if self.on_gpu else "cpu_ratio"]
 
     @property
     def reused(self) -> float:
@@ -125,8 +131,7 @@ class Run:
         if not self.correct:
             return None
         if self.random_weights:
-            speed = self.costs["speed_ratio"]
-            return None if speed is None else (speed, 0.0)
+            return None if self.speed is None else (self.speed, 0.0)
         psnr = self.score("psnr")
         return None if psnr.mean is None else (psnr.mean, -math.inf if psnr.p5 is None else psnr.p5)
 
@@ -249,6 +254,7 @@ def read_run(folder: Path) -> Run:
             heatmap=_heatmap(summary.get("heatmap")),
             samples=_samples(folder / ROWS),
             environment=environment,
+            on_gpu=_on_gpu(folder / ENVIRONMENT, environment),
             pictures=not random_weights and _pictures(folder / IMAGES),
         )
     except KeyError as error:
@@ -256,6 +262,13 @@ def read_run(folder: Path) -> Run:
     except (TypeError, ValueError, AttributeError) as error:
         raise _DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
     return run
+
+
+def _on_gpu(path: Path, environment: Mapping[str, Any]) -> bool:
+    try:
+        return bool(environment["hardware"]["gpus"])
+    except (KeyError, TypeError):
+        raise _DamagedError(f"{path} does not tell the hardware") from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -153,5 +153,5 @@ def test_the_tables(tmp_path):
     assert f"| dit-digits, ddim | 2× | p5 | {row}" in lines
     both = "dit-digits, ddim 29.0 / 29.0 (0.0); flux-digits, ddim 50.0 / 50.0 (0.0)"
     assert f"| like none of these | 2× | p5 | none is good; a\\|b, every=2 | {call} | 0.0 | {both} |" in lines
-    assert "### Several models, so much less wall time" in lines
+    assert "### Several models, so much less time" in lines
     assert report.choices_section([]) == []

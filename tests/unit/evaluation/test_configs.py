@@ -85,9 +85,9 @@ def test_the_experiments_sweep_over_everything():
         routers = compose("evaluate", ["experiment=routers"], return_hydra_config=True)
     assert (routers.steps, routers.hydra.sweeper.params.method.split(",")[-1]) == (20, "router")  # they are of as many
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
-        planned = compose("evaluate", ["experiment=planned"], return_hydra_config=True)
-    assert dict(planned.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers
-    assert planned.name == "planned"
+        given = compose("evaluate", ["experiment=methods"], return_hydra_config=True)
+    assert dict(given.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers
+    assert given.name == config.name == "reference_all"
 
 
 @pytest.mark.parametrize("name", reference.MODELS)

@@ -188,6 +188,19 @@ def test_margins_of_perfect_runs_and_of_none(tmp_path):
     assert report.margins_table([]) == ""
 
 
+def test_on_a_cpu_speeds_are_compared_by_its_time(tmp_path):
+    """Wall time says how busy the machine was as well: here the rival, 1.76 times as fast in CPU time, is slower."""
+    on_cpu = {**ENVIRONMENT, "hardware": {"cpu": "A processor", "gpus": []}}
+    plan = {"nfe": 0.5, "speed": 1.8, "settings": {"nfe": 10, "plan": "half"}, "environment": on_cpu}
+    write_plan(tmp_path, psnr=same(50), **plan)
+    rival = write_run(tmp_path, kind="rival", method="x", nfe=0.6, psnr=same(60), speed=2.4, environment=on_cpu)
+    summary = json.loads((rival / "summary.json").read_text())
+    (rival / "summary.json").write_text(json.dumps({**summary, "cpu_ratio": 1.76}))
+    runs = read_experiment(tmp_path).runs
+    assert {run.method: run.speed for run in runs} == {"plan": pytest.approx(1.8 * 0.98), "x": 1.76}
+    assert report.margins(runs)[0].others["speed", "mean"] is None
+
+
 def test_margins_in_the_report(tmp_path):
     pytest.importorskip("plotly")
     write_plan(tmp_path, nfe=0.5, psnr=[50, 52, 54, 56], speed=1.8, settings={"nfe": 10, "plan": "a|b"})
@@ -199,7 +212,7 @@ def test_margins_in_the_report(tmp_path):
         text.index("best setting within") < text.index("## Plans against the best other") < text.index("## dit-digits")
     )
     table = markdown_cells(text[text.index("## Plans") : text.index("## dit-digits")])
-    first = ["dit-digits, ddim", "1/2", r"a\|b", "50%", "1.80× (1.73–1.89)", "53.0 / 50.0"]
+    first = ["dit-digits, ddim", "1/2", r"a\|b", "50%", "1.80×", "53.0 / 50.0"]
     first += [r"52.5 / 49.0: fewer steps 50%; x\|y 50%", "+0.5 / +1.0", r"49.0 / 49.0: x\|y 2.00×", "+4.0 / +1.0"]
     assert table[2] == first
     assert table[3] == ["dit-digits, ddim", "1/3", *["–"] * 4, "–", "– / –", "–", "– / –"]
@@ -214,7 +227,7 @@ def test_margins_in_the_report(tmp_path):
         ("speed", "p5", "1"),
     ]
     expected = {"model": "dit-digits", "budget": "1/2", "plan_psnr": "50", "plan_nfe_ratio": "0.5", "other_psnr": "49"}
-    expected |= {"other_kind": "rival", "other_method": "x|y", "other_speed_ratio": "2", "plan_method": "plan"}
+    expected |= {"other_kind": "rival", "other_method": "x|y", "other_speed": "2", "plan_method": "plan"}
     expected |= {"plan_settings": '{"nfe": 10, "plan": "a|b"}', "other_settings": "{}"}
     assert {key: rows[1][key] for key in expected} == expected
     assert {rows[1][f"{side}_run"] for side in ("plan", "other")} < {
@@ -504,6 +517,7 @@ DAMAGE = {
     "cut config": ("config.json", cut, "config.json is damaged"),
     "no contender": ("config.json", lambda path: without(path, "contender"), "config.json lacks 'contender'"),
     "a contender that is none": ("config.json", lambda path: replaced(path, contender=[]), "config.json is damaged"),
+    "unknown hardware": ("environment.json", lambda path: path.write_text("{}"), "does not tell the hardware"),
     "not UTF-8": ("environment.json", lambda path: path.write_bytes(b'{"a": "\xff"}'), "environment.json is damaged"),
     "cut rows": ("rows.parquet", cut, "rows.parquet is damaged or missing"),
     "no rows": ("rows.parquet", Path.unlink, "rows.parquet is damaged or missing"),
