@@ -16,7 +16,8 @@ INJECTED_PROMPT = "</script><img src=x onerror=alert(1)>"
 INJECTED_LABEL = "<b>bold</b> | label"
 ENVIRONMENT = {
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
-    "hardware": {"cpu": "A processor", "gpus": ["An accelerator"]},
+    "cpu": "A processor",
+    "gpu": ["An accelerator"],
     "git": {"commit": "0123abc", "dirty": False},
     "threads": 1,
 }

@@ -266,9 +266,9 @@ def read_run(folder: Path) -> Run:
 
 def _on_gpu(path: Path, environment: Mapping[str, Any]) -> bool:
     try:
-        return bool(environment["hardware"]["gpus"])
-    except (KeyError, TypeError):
-        raise _DamagedError(f"{path} does not tell the hardware") from None
+        return bool(environment["gpu"])
+    except KeyError:
+        raise _DamagedError(f"{path} does not tell the GPUs") from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_margins_of_perfect_runs_and_of_none(tmp_path):
 
 def test_on_a_cpu_speeds_are_compared_by_its_time(tmp_path):
     """Wall time says how busy the machine was as well: here the rival, 1.76 times as fast in CPU time, is slower."""
-    on_cpu = {**ENVIRONMENT, "hardware": {"cpu": "A processor", "gpus": []}}
+    on_cpu = {**ENVIRONMENT, "gpu": []}
     plan = {"nfe": 0.5, "speed": 1.8, "settings": {"nfe": 10, "plan": "half"}, "environment": on_cpu}
     write_plan(tmp_path, psnr=same(50), **plan)
     rival = write_run(tmp_path, kind="rival", method="x", nfe=0.6, psnr=same(60), speed=2.4, environment=on_cpu)
@@ -465,7 +465,10 @@ def test_environments_are_merged(tmp_path):
     write_run(tmp_path, settings={"k": 3}, environment=changed)
     found = report.merged_environments(read_experiment(tmp_path).runs)
     assert found["runs"] == 3
-    assert found["environment"] == {"versions": ENVIRONMENT["versions"], "hardware": ENVIRONMENT["hardware"]}
+    assert found["environment"] == {
+        "versions": ENVIRONMENT["versions"],
+        **{key: ENVIRONMENT[key] for key in ("cpu", "gpu")},
+    }
     assert found["varies"]["threads"] == [{"value": 1, "runs": 2}, {"value": 2, "runs": 1}]
     assert found["varies"]["git.commit"] == [{"value": "0123abc", "runs": 2}]
     assert found["varies"]["git"] == [{"value": None, "runs": 1}]
@@ -517,7 +520,7 @@ DAMAGE = {
     "cut config": ("config.json", cut, "config.json is damaged"),
     "no contender": ("config.json", lambda path: without(path, "contender"), "config.json lacks 'contender'"),
     "a contender that is none": ("config.json", lambda path: replaced(path, contender=[]), "config.json is damaged"),
-    "unknown hardware": ("environment.json", lambda path: path.write_text("{}"), "does not tell the hardware"),
+    "unknown GPUs": ("environment.json", lambda path: path.write_text("{}"), "does not tell the GPUs"),
     "not UTF-8": ("environment.json", lambda path: path.write_bytes(b'{"a": "\xff"}'), "environment.json is damaged"),
     "cut rows": ("rows.parquet", cut, "rows.parquet is damaged or missing"),
     "no rows": ("rows.parquet", Path.unlink, "rows.parquet is damaged or missing"),
