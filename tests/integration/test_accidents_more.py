@@ -1092,11 +1092,11 @@ def test_no_room_where_only_some_samples_are_computed(name, nth, monkeypatch):
     dc.enable(pipe, **PARTLY[name])
     observe_rows, failed = history.History._observe_rows, []
 
-    def fails(self, node, *args):
-        if node == step and not failed:
-            failed.append(node)
+    def fails(self, nodes, *args):
+        if nodes[0] == step and not failed:
+            failed.append(step)
             raise torch.OutOfMemoryError("no room")
-        return observe_rows(self, node, *args)
+        return observe_rows(self, nodes, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(history.History, "_observe_rows", fails)

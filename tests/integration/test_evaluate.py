@@ -108,8 +108,8 @@ def test_uncached_is_identical_to_itself(tmp_path):
 
 def test_fewer_steps_spend_their_share(tmp_path):
     summaries = made(tmp_path, "method=fewer_steps")
-    assert [summary["steps"] for summary in summaries] == [3, 2, 2, 1]
-    assert [summary["flops_ratio"] for summary in summaries] == pytest.approx([1 / 2, 1 / 3, 1 / 3, 1 / 6])
+    assert [summary["steps"] for summary in summaries] == [4, 3, 2, 2, 1]
+    assert [summary["flops_ratio"] for summary in summaries] == pytest.approx([2 / 3, 1 / 2, 1 / 3, 1 / 3, 1 / 6])
 
 
 def test_plans_are_compared_like_any_method(tmp_path):
