@@ -1,7 +1,8 @@
 """Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt l2c]`.
 
 Each row of the table is kept in outputs/routers when it is finished, and a training's checkpoints with it, so that a
-run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there.
+run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there, and what they
+say of the papers' claims goes into docs/reproduction.md.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from diffusion_cache.cli.progress import announcing
 from diffusion_cache.cli.train_router import clean_latents, training_samples
 from diffusion_cache.evaluation.accounting import Accountant
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
+from diffusion_cache.evaluation.reproduction.publish import markdown, merged
+from diffusion_cache.evaluation.reproduction.routers import checked
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
 from diffusion_cache.measure import psnr
 from diffusion_cache.plan import Plan
@@ -187,8 +190,8 @@ def make_row(out: Path, setting: Setting, method: str) -> None:
     console.print(f"{setting}, {method}: error {figures['error']:.4f} at {figures['compute']:.3f} of the FLOPs")
 
 
-def write_table(out: Path, results: Path) -> int:
-    """All rows that are there; how many."""
+def write_table(out: Path, results: Path) -> list[dict[str, Any]]:
+    """All rows that are there."""
     rows = [
         json.loads(path.read_text())
         for setting, methods in settings().items()
@@ -200,7 +203,15 @@ def write_table(out: Path, results: Path) -> int:
         table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
-    return len(rows)
+    return rows
+
+
+def publish_claims(rows: list[dict[str, Any]]) -> None:
+    """What the rows say of the claims, beside what is published of the others."""
+    published = HOME / "results" / "reproduction.json"
+    claims = merged(json.loads(published.read_text()), checked(rows))
+    published.write_text(json.dumps(claims, indent=2) + "\n")
+    (HOME / "docs" / "reproduction.md").write_text(markdown(claims))
 
 
 def _short(value: Any) -> Any:
@@ -228,7 +239,9 @@ def main() -> None:
             if subprocess.run([sys.executable, __file__, *told]).returncode:
                 raise SystemExit(1)
     if not options.here:
-        print(f"{write_table(options.out, HOME / 'results' / 'routers')} rows in results/routers/summary.csv")
+        rows = write_table(options.out, HOME / "results" / "routers")
+        print(f"{len(rows)} rows in results/routers/summary.csv")
+        publish_claims(rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from diffusion_cache.cli.interrupts import kept_interrupts
 from diffusion_cache.cli.progress import announcing
 from diffusion_cache.evaluation.reproduction import load_claims, seed_sets
 from diffusion_cache.evaluation.reproduction.publish import markdown, merged, run
+from diffusion_cache.evaluation.reproduction.routers import is_of_routers
 from diffusion_cache.evaluation.subjects import quieten_libraries
 
 HOME = Path(__file__).parents[1]
@@ -38,8 +39,7 @@ def main() -> None:
         console.print(Markdown(markdown(rows)))
         return
     published = HOME / "results" / "reproduction.json"
-    if options.merge:
-        rows = merged(json.loads(published.read_text()), rows)
+    rows = merged([row for row in json.loads(published.read_text()) if options.merge or is_of_routers(row)], rows)
     (HOME / "docs" / "reproduction.md").write_text(markdown(rows))
     published.write_text(json.dumps(rows, indent=2) + "\n")
     console.print(f"{len(rows)} claims, {sum(row['holds'] for row in rows)} hold: docs/reproduction.md")
