@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import count_sketch
 from .errors import ConfigError, DiffusionCacheWarning
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -143,6 +144,18 @@ def relative_change(current: Tensor, previous: Tensor, measure: str = "l1") -> T
     if _has_kernel(current.dtype, current, previous) and current.dtype == previous.dtype:
         return _relative_l1(current, previous, measure)
     return _relative(current, previous, measure)
+
+
+def add_sketch(sums: Tensor, flat: Tensor, run: int, first: int, seed: int) -> None:
+    """Add features [batch, elements] to their count-sketches [batch, width], float32, in place.
+
+    Each element goes to one of the sums with a sign, as hashes of its index say (`diffusion_cache.count_sketch`).
+    run: of the whole feature's runs of `width` elements, the one that these begin with. first: the number of the first
+    sample; samples of different numbers have signs of their own. width: a power of two.
+    """
+    keys = count_sketch.keys_of(seed, first, len(sums))
+    add = _count_sketch if flat.shape[1] and _has_kernel(flat.dtype, flat) else count_sketch.add
+    add(sums, flat, run, first, *keys)
 
 
 def channel_axis(feature: Tensor) -> int:
@@ -354,6 +367,12 @@ _store_residual = _operator(
     ("codes", "scales"),
 )
 _relative_l1 = _operator(_relative, "relative_l1", "(Tensor current, Tensor previous, str measure) -> Tensor")
+_count_sketch = _operator(
+    count_sketch.add,
+    "count_sketch",
+    "(Tensor(a!) sums, Tensor flat, int run, int first, int[] stages, int[] signs) -> ()",
+    ("sums",),
+)
 
 
 @_forecast_residual.register_fake
@@ -388,3 +407,8 @@ def _(codes: Tensor, scales: Tensor, out: Tensor, base: Tensor | None) -> None:
 @_relative_l1.register_fake
 def _(current: Tensor, previous: Tensor, measure: str) -> Tensor:
     return current.new_empty(len(current), dtype=torch.float32)
+
+
+@_count_sketch.register_fake
+def _(sums: Tensor, flat: Tensor, run: int, first: int, stages: Sequence[int], signs: Sequence[int]) -> None:
+    return None

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cache import ops
+from diffusion_cache.count_sketch import keys_of
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -214,12 +215,40 @@ def relative_l1(name: str, sizes: tuple, dtype: str, code: str, slots: int, devi
     )
 
 
+def count_sketch(name: str, sizes: tuple, dtype: str, code: str, slots: int, device: torch.device) -> Case:
+    op = _kernel("count_sketch")
+    flat = _random(sizes, dtype, device).flatten(1)
+    sums = torch.randn(len(flat), op.WIDTH, device=device)
+    given = (flat, 3, 20, *keys_of(0, 20, len(flat)))
+
+    def check() -> bool:
+        found = sums.clone()
+        op.launch(found, *given)
+        return _close(found, op.reference(sums, *given), op.TOLERANCE[DTYPES[dtype]])
+
+    return Case(
+        "count_sketch",
+        name,
+        sizes,
+        dtype,
+        code,
+        slots,
+        _bytes(flat, sums),
+        lambda config: op.launch(sums, *given, config),
+        ops.count_sketch.add,
+        (sums, *given),
+        check,
+        op.CONFIGS,
+    )
+
+
 # what makes an op's cases, and the codes and numbers of slots that it is timed with
 MAKERS: dict[str, tuple[Callable[..., Case], tuple[tuple[str, int], ...]]] = {
     "forecast_residual": (forecast_residual, (("", 1), ("", 3), ("fp8", 3), ("int8", 3), ("", 8))),
     "store_residual": (store_residual, (("fp8", 1), ("int8", 1))),
     "relative_l1": (relative_l1, (("", 0),)),
     "gated_residual": (gated_residual, (("", 1), ("", 3), ("fp8", 3))),
+    "count_sketch": (count_sketch, (("", 0),)),
 }
 
 
@@ -241,7 +270,6 @@ def timed(run: Callable[[], Any], flush: Tensor) -> float:
 
 def measured(case: Case, flush: Tensor) -> dict[str, Any]:
     """The times of one case, all taken now."""
-    # half of the bytes are read and half are written
     # half of the bytes are read and half are written
     source, target = torch.empty(2, case.bytes // 2, dtype=torch.uint8, device=flush.device)
     torch._dynamo.reset()  # or the shapes before would count as recompilations

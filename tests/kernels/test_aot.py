@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from cubins import compiled
-from diffusion_cache.kernels import forecast_residual, gated_residual, relative_l1, store_residual
+from diffusion_cache.kernels import count_sketch, forecast_residual, gated_residual, relative_l1, store_residual
 from diffusion_cache.kernels.codes import DTYPES
 
 ARCHITECTURES = (80, 90, 100)
@@ -123,6 +123,17 @@ def test_relative_l1(dtype, code, architecture, shape):
         machine, end = compiled(relative_l1, architecture, partial(relative_l1.launch, *given, measure))
         assert_fast(machine, {128: 2 * relative_l1.PARTS}, {32: 2}, narrow=0)
         assert (end.stack, end.local) == (0, 0)
+
+
+@pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(count_sketch.SHAPES, codes=("",)))
+def test_count_sketch(dtype, code, architecture, shape):
+    """Its loads are of one element each, for it gathers."""
+    flat, sums = (
+        meta((shape[0], shape[1] * shape[2]), DTYPE[dtype]),
+        meta((shape[0], count_sketch.WIDTH), torch.float32),
+    )
+    (machine,) = compiled(count_sketch, architecture, partial(count_sketch.launch, sums, flat, 3, 0, [1] * 6, [1]))
+    assert_fast(machine, {}, {128: 1}, narrow=count_sketch.CONFIGS[0][0])
 
 
 def test_narrow_loads_would_be_seen():

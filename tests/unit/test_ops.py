@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_cache import ops
+from diffusion_cache.count_sketch import keys_of
 from diffusion_cache.errors import ConfigError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -205,6 +206,7 @@ def operator_calls():
     yield ops._gated_residual, (features[0], features[1][:, :1], features, [], table[0], None)
     yield ops._store_residual, (codes[0].clone(), scales[0].clone(), features[0], features[1])
     yield ops._relative_l1, (features[0], features[1], "l2")
+    yield ops._count_sketch, (torch.zeros(2, 16), features[0].flatten(1), 3, 23, *keys_of(5, 23, 2))
 
 
 @pytest.mark.parametrize(("operator", "arguments"), list(operator_calls()))

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import DEVICE, INTERPRETED
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_kernels.py"
-OPS = ("forecast_residual", "store_residual", "relative_l1", "gated_residual")
+OPS = ("forecast_residual", "store_residual", "relative_l1", "gated_residual", "count_sketch")
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from diffusion_cache import count_sketch
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.profiling import sketch as module
 from diffusion_cache.profiling.sketch import DEFAULT_WIDTH, CountSketch, Exact, make_sketch
 from diffusion_cache.reference import inputs, load
 
@@ -36,12 +36,17 @@ def drifting(steps, elements, seed, channels=1024):
     return angle.cos() * ends[0] + angle.sin() * ends[1] + 0.1 * angle * ends[2]
 
 
+def permutation(seed):
+    """Of 20 runs of 256 elements."""
+    return count_sketch.permutation(torch.arange(20)[:, None], 256, count_sketch.keys_of(seed, 0, 1).stages)
+
+
 def test_every_run_of_elements_is_permuted():
     order = torch.arange(256)
-    rows = CountSketch(256, seed=3)._permutation(torch.arange(20)[:, None])
+    rows = permutation(seed=3)
     assert torch.equal(rows.sort(dim=1).values, order.expand(20, -1))
     assert len({tuple(row.tolist()) for row in rows}) == 20
-    assert not torch.equal(rows, CountSketch(256, seed=4)._permutation(torch.arange(20)[:, None]))
+    assert not torch.equal(rows, permutation(seed=4))
 
 
 @pytest.mark.parametrize("elements", [1, 63, 64])
@@ -125,7 +130,7 @@ def test_batch_leaves_and_chunks_do_not_matter(monkeypatch):
     whole = sketch(leaves, first=20)
     parts = [sketch([leaf[i : i + 7] for leaf in leaves], first=20 + i) for i in range(0, 30, 7)]
     torch.testing.assert_close(torch.cat(parts), whole)
-    monkeypatch.setattr(module, "CHUNK", 64 * 3 * 30)
+    monkeypatch.setattr(count_sketch, "CHUNK", 64 * 3 * 30)
     torch.testing.assert_close(sketch(leaves, first=20), whole)
     # leaves do not share signs and buckets with one another
     swapped = sketch([leaves[0], leaves[0][:, :1, :70]], first=20) - sketch([leaves[0]], first=20)
