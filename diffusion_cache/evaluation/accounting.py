@@ -39,6 +39,16 @@ class Observed:
     def block_flops(self) -> int:
         return sum(sum(work.block_flops or ()) for work in self.steps)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain values, for a file."""
+        return {"reads": self.reads, "steps": [list(work) for work in self.steps]}
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> "Observed":
+        works = (StepWork(tuple(pattern), flops, tuple(blocks)) for pattern, flops, blocks in facts["steps"])
+        return cls(list(works), facts["reads"])
+
 
 class Accountant:
     """Counts what one pipeline's denoisers execute.

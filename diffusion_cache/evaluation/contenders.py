@@ -6,11 +6,14 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from .. import api, reference, registry
 from ..context import SCOPES, Policy
@@ -28,6 +31,7 @@ from .prompts import FITTING_SEEDS
 from .subjects import Subject, batches_of
 
 PROFILED = 16  # samples
+STRUCTURE = ("policy", "forecaster", "corrector", "depth", "feature", "cache_dtype")
 MAKE = "`diffusion-cache profile` makes one, and `diffusion-cache plan` its plans"
 
 
@@ -74,6 +78,11 @@ class Contender(ABC):
 
     def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any] | None:
         """The same, but reusing nothing; None where that means nothing."""
+        return None
+
+    @property
+    def control_key(self) -> Hashable:
+        """What `never` depends on: contenders of a method that have it in common reuse nothing in the same way."""
         return None
 
     def steps(self, steps: int) -> int:
@@ -141,6 +150,11 @@ class Ours(Contender):
     def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
         return api.cached(subject.pipe, **self.control)
 
+    @property
+    def control_key(self) -> Hashable:
+        """Which spans there are, and what is kept of them: not when, nor with which weights."""
+        return self.scope, *(self.options.get(name) for name in STRUCTURE)
+
     def cache_bytes(self, subject: Subject) -> int | None:
         return api.summary(subject.pipe).cache_bytes
 
@@ -184,7 +198,9 @@ class Published(Contender):
         profile: Any = None
         if self.system.needs_profile:
             scope = self.profile_scope or min(self.system.scopes)
-            profile = self.profile or measured_profile(subject, steps, scope, self.system.foreground)
+            profile = self.profile or measured_profile(
+                subject, steps, scope, self.system.sensitivity, self.system.foreground
+            )
         return api.cached(subject.pipe, method=self.system, profile=profile, **{**self.guards, **more})
 
     def cache_bytes(self, subject: Subject) -> int | None:
@@ -199,10 +215,12 @@ class Published(Contender):
 
 
 @lru_cache(maxsize=2)
-def measured_profile(subject: Subject, steps: int, scope: str, foreground: bool = False) -> Profile:
+def measured_profile(
+    subject: Subject, steps: int, scope: str, sensitivity: bool = False, foreground: bool = False
+) -> Profile:
     """A profile of PROFILED samples of a model that takes class labels, kept for the next contender.
 
-    foreground: with attention against what moves.
+    sensitivity: with that of the output, which takes most of the time. foreground: with attention against what moves.
 
     Raises:
         ConfigError: for a model that takes text, whose prompts nobody has chosen.
@@ -210,8 +228,18 @@ def measured_profile(subject: Subject, steps: int, scope: str, foreground: bool 
     if not subject.classes:
         raise ConfigError(f"{subject.name} needs a profile at scope {scope}: give its folder, method.profile=…. {MAKE}")
     drawn = [(str(number % 10), FITTING_SEEDS + number) for number in range(PROFILED)]
-    options = Options(scope=scope, attention=foreground)
-    profile = measure(batches_of(subject, steps), drawn, options, foreground="motion" if foreground else None)
+    samples = Options.sensitivity_samples if sensitivity else 0
+    options = Options(scope=scope, sensitivity_samples=samples, attention=foreground)
+    wanted = {"sensitivity": sensitivity, "foreground": foreground}
+    name = "-".join([scope, str(steps), *(what for what, is_wanted in wanted.items() if is_wanted)])
+    with ExitStack() as stack:
+        folder = None
+        if subject.profiles is not None:
+            folder = subject.profiles / name
+            subject.profiles.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{folder}.lock"))  # whoever comes second has it measured
+        motion = "motion" if foreground else None
+        profile = measure(batches_of(subject, steps), drawn, options, foreground=motion, folder=folder)
     assert profile is not None
     return profile
 
@@ -224,6 +252,10 @@ class Rival(Contender):
     @property
     def batchable(self) -> bool:  # type: ignore[override]
         return peer(self.peer).batchable
+
+    @property
+    def control_key(self) -> Hashable:
+        return json.dumps(peer(self.peer).never(self.options), sort_keys=True)
 
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
         return peer(self.peer).apply(subject.pipe, self.options, steps)

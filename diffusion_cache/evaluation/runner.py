@@ -1,11 +1,12 @@
 """Jobs: one contender on one model, with every choice of its settings, each a run of its own."""
 
+import dataclasses
 import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from getpass import getuser
@@ -79,25 +80,31 @@ class Job:
             prompts["sha256"] = hashlib.sha256(Path(prompts["path"]).read_bytes()).hexdigest()
         return prompts
 
+    @property
+    def subject_key(self) -> dict[str, Any]:
+        """What determines the pipeline, and what it makes of a sample."""
+        keys = ("model", "sampler", "threads")
+        return {**{key: self.config[key] for key in keys}, "versions": environment.versions()}
+
     def reference_key(self, steps: int) -> dict[str, Any]:
         """What determines the uncached outputs that this process compares with."""
-        keys = ("model", "sampler", "batch", "threads")
         return {
-            **{key: self.config[key] for key in keys},
+            **self.subject_key,
+            "batch": self.config["batch"],
             "prompts": self._prompts,
-            "versions": environment.versions(),
             "steps": steps,
             "share": [self.ranks.index, self.ranks.count],
         }
 
 
 class Generated(NamedTuple):
-    """works: of each sample. cache_bytes: of features, for one sample, if known; reads: values read back for one."""
+    """works: of each sample. cache_bytes: of features, for one sample, if known. timed: facts of the timing."""
 
     output: Output
     works: list[Observed]
     cache_bytes: int | None
-    reads: int
+    reads: int  # values read back from tensors for one sample
+    timed: dict[str, Any]
 
 
 class Worker:
@@ -107,6 +114,7 @@ class Worker:
         torch.set_num_threads(job.config["threads"])
         self.job, self.store, self.progress = job, store, progress
         self.subject: Subject = subject(job.config["model"], job.config["sampler"])
+        self.subject.profiles = store.profiles(job.subject_key)
         self.steps = job.config["steps"] or self.subject.steps
         chosen = samples(job.config["prompts"], self.subject.classes, self.subject.video)
         self.first, self.samples = chosen[0], job.ranks.share(chosen)
@@ -121,8 +129,8 @@ class Worker:
             distribution.check(self.subject.name, self.settings)
         # now, while nothing has touched the pipeline yet
         self.alone = {steps: self._generate([self.first], steps)[0].images for steps in (self.steps, FEW_STEPS)}
-        self.plain = self._generate([self.first], self.steps, flops=True)[1]
-        self.uncached = self._uncached()
+        self.uncached, self.plain = self._uncached()
+        self._faults: dict[Hashable, str | None] = {}
 
     def why_not(self, node: Mapping[str, Any]) -> str | None:
         """Why a contender cannot run on this subject at all, if so."""
@@ -137,39 +145,49 @@ class Worker:
             output = self.subject.generate(samples, steps)
         return output, observed
 
-    def generate(self, what: Contender, label: str) -> Generated:
-        """This share's outputs, in order."""
+    def generate(self, what: Contender, label: str, pairs: int = 0) -> Generated:
+        """This share's outputs, in order, and what that many timed pairs of runs tell.
+
+        Samples are generated one by one for the timing and for counting operations, and the others in batches.
+        """
         steps = what.steps(self.steps)
         size = self.job.config["batch"] if what.batchable else 1
-        batches = [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
-        outputs, works = [], []
         self.accountant.forget_prices()
-        with what.applied(self.subject, self.steps):
-            counted = self._generate([self.first], steps, flops=True)[1]
+        with ExitStack() as setting:
+            timed, outputs = self._timed(what, setting, pairs, label)
+            if not pairs:
+                setting.enter_context(what.applied(self.subject, self.steps))
+            places = [place for place in range(len(self.samples)) if place not in outputs] or [0]
+            output, counted = self._generate([self.samples[places[0]]], steps, flops=True)
             bytes_ = what.cache_bytes(self.subject)
+            works = dict.fromkeys((*outputs, places[0]), counted)
+            outputs[places[0]] = output
+            batches = [places[i : i + size] for i in range(1, len(places), size)]
             for done, batch in enumerate(batches):
                 self.progress(label, done, len(batches))
-                output, observed = self._generate(batch, steps)
+                output, observed = self._generate([self.samples[place] for place in batch], steps)
                 priced = self.accountant.priced(observed)
-                if priced is None:  # a kind of step that the first sample had not
-                    self._generate(batch[:1], steps, flops=True)
+                if priced is None:  # a kind of step that the sample before had not
+                    self._generate([self.samples[batch[0]]], steps, flops=True)
                     priced = self.accountant.priced(observed)
                 if priced is None:
                     raise RuntimeError("the work of a batch is not that of its samples")
-                outputs.append(output)
-                works += [priced] * len(batch)
-        whole = Output(torch.cat([o.images for o in outputs]), torch.cat([o.latents for o in outputs]))
-        return Generated(whole, works, bytes_, counted.reads or 0)
+                works |= dict.fromkeys(batch, priced)
+                outputs |= zip(batch, output.each(), strict=True)
+        ordered = [outputs[place] for place in range(len(self.samples))]
+        whole = Output(torch.cat([o.images for o in ordered]), torch.cat([o.latents for o in ordered]))
+        return Generated(whole, [works[place] for place in range(len(ordered))], bytes_, counted.reads or 0, timed)
 
-    def _uncached(self) -> Output:
-        """This share's uncached outputs."""
+    def _uncached(self) -> tuple[Output, Observed]:
+        """This share's uncached outputs, and the work of one of them."""
         path = self.store.reference(self.job.reference_key(self.steps))
         found = read_tensors(path)
-        if found is not None:
-            return Output(found[0]["images"], found[0]["latents"])
-        output = self.generate(Uncached("baseline", "uncached"), "uncached outputs").output
-        write_tensors(path, output._asdict())
-        return output
+        if found is not None and found[1]:
+            return Output(found[0]["images"], found[0]["latents"]), Observed.of_facts(found[1])
+        made = self.generate(Uncached("baseline", "uncached"), "uncached outputs")
+        plain = dataclasses.replace(made.works[0], reads=made.reads)
+        write_tensors(path, made.output._asdict(), plain.facts)
+        return made.output, plain
 
     # runs
 
@@ -196,8 +214,6 @@ class Worker:
         try:
             facts["problem"] = self.fault(what)
             images = self._fill(what, label, facts)
-            if facts["problem"] is None and self.job.ranks.index == 0:
-                facts |= self._timed(what, label)
         except DiffusionCacheError as error:
             if what.kind != "rival":
                 raise
@@ -212,7 +228,15 @@ class Worker:
         write_tensors(path, images or {"none": torch.zeros(0)}, facts)
 
     def fault(self, what: Contender) -> str | None:
-        """What is wrong with a contender even where it reuses nothing, or after it is taken off."""
+        """What is wrong with a contender even where it reuses nothing, or after it is taken off.
+
+        Found out once for all settings that reuse nothing in the same way.
+        """
+        if what.control_key not in self._faults:
+            self._faults[what.control_key] = self._fault(what)
+        return self._faults[what.control_key]
+
+    def _fault(self, what: Contender) -> str | None:
         control = what.never(self.subject, self.steps)
         if control is None:
             return None
@@ -230,7 +254,9 @@ class Worker:
 
     def _fill(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
         """Rows, work and the images of this share."""
-        output, works, bytes_, reads = self.generate(what, label)
+        timing = facts["problem"] is None and self.job.ranks.index == 0 and not isinstance(what, Uncached)
+        pairs = self.job.config["timing"]["pairs"] if timing else 0
+        output, works, bytes_, reads, timed = self.generate(what, label, pairs)
         trace = self._trace()
         if trace is not None:
             facts["problem"] = trace
@@ -244,6 +270,7 @@ class Worker:
             "cache_bytes": bytes_,
             "host_syncs": reads - (self.plain.reads or 0),
             "heatmap": self._heatmap(works),
+            **timed,
         }
         images = {"candidate": output.images.half(), "reference": self.uncached.images.half()}
         return images | self._features(output)
@@ -288,42 +315,54 @@ class Worker:
         computed = [[round(share, 4) for share in shares] for shares in self._shares(works)]
         return {"rows": list(self.subject.blocks), "computed": computed}
 
-    def _timed(self, what: Contender, label: str) -> dict[str, Any]:
-        """Paired timing of single samples' generations, each pair's of another one, with the device to itself.
+    def _timed(
+        self, what: Contender, setting: ExitStack, pairs: int, label: str
+    ) -> tuple[dict[str, Any], dict[int, Output]]:
+        """Facts of paired timing of single samples' generations, and outputs of it by the sample's place.
 
-        Before each, the same runs untimed: what a cache learns, or compiles, in its first run is told apart.
+        The cache is put on anew for every pair, and left on after the last. Before each timed run goes an untimed one:
+        a few steps uncached, and with the cache another sample, for what it learns or compiles in its first run is told
+        apart. Outputs are those of contenders whose work is the same for all samples: nothing is counted here.
         """
-        pairs = self.job.config["timing"]["pairs"]
-        if not pairs or isinstance(what, Uncached):
-            return {}
+        if not pairs:
+            return {}, {}
         first_runs: list[float] = []
+        outputs: dict[int, Output] = {}
+        place = 0
         peak = None
-        setting = ExitStack()
-        sample = [self.samples[0]]
 
         def plain() -> None:
-            self.subject.call(sample, self.steps)
+            self.subject.generate([self.samples[place]], self.steps)
 
         def cached() -> None:
-            self.subject.call(sample, what.steps(self.steps))
+            outputs[place] = self.subject.generate([self.samples[place]], what.steps(self.steps))
 
         def take_off() -> None:
+            nonlocal place
             setting.close()
-            sample[0] = self.samples[len(first_runs) % len(self.samples)]
-            plain()
+            self.subject.generate([self.first], FEW_STEPS)
+            place = (2 * len(first_runs)) % len(self.samples)
 
         def put_on() -> None:
+            nonlocal place
+            timed, place = place, (place + 1) % len(self.samples)
             setting.enter_context(what.applied(self.subject, self.steps))
             first_runs.append(elapsed(cached)[0])
+            place = timed
 
         self.progress(f"{label}: timing", 0, 1)
-        with self.lock.write_lock(), setting:
+        with self.timing_lock():
             timing = paired(plain, cached, pairs, warmup=0, before_a=take_off, before_b=put_on)
             if torch.cuda.is_initialized():
                 torch.cuda.reset_peak_memory_stats()
                 cached()
                 peak = torch.cuda.max_memory_allocated()
-        return {"timing": timing_facts(timing), "peak_memory": peak, "first_run_seconds": first_runs[0]}
+        facts = {"timing": timing_facts(timing), "peak_memory": peak, "first_run_seconds": first_runs[0]}
+        return facts, outputs if what.batchable else {}
+
+    def timing_lock(self) -> AbstractContextManager[Any]:
+        """The device for this process alone; processes that share a CPU have a core each, and compare its time."""
+        return self.lock.read_lock() if self.subject.device == "cpu" else self.lock.write_lock()
 
 
 def timing_facts(timing: PairedTiming) -> dict[str, Any]:

@@ -102,8 +102,9 @@ class Store:
         self.folder = folder
         self.runs = folder / "runs"
         self.references = folder / "references"
+        self.measured = folder / "profiles"
         self.locks = folder / ".locks"
-        for path in (self.runs, self.references, self.locks):
+        for path in (self.runs, self.references, self.measured, self.locks):
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -171,3 +172,7 @@ class Store:
     def reference(self, key: Mapping[str, Any]) -> Path:
         """The file that a model's uncached outputs are kept in."""
         return self.references / f"{fingerprint(key)}.safetensors"
+
+    def profiles(self, key: Mapping[str, Any]) -> Path:
+        """The folder that profiles are kept in which published systems had measured of a model."""
+        return self.measured / fingerprint(key)

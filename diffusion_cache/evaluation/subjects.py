@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +29,17 @@ class Output(NamedTuple):
     images: Tensor
     latents: Tensor
 
+    def each(self) -> list["Output"]:
+        """The outputs one by one."""
+        return [Output(*pair) for pair in zip(self.images.split(1), self.latents.split(1), strict=True)]
+
 
 class Subject(ABC):
-    """A pipeline and how it is called. classes: it takes class labels, not text; video: it makes videos."""
+    """A pipeline and how it is called.
+
+    classes: it takes class labels, not text. video: it makes videos. profiles: the folder that profiles of it are kept
+    in, if they are.
+    """
 
     name: str
     pipe: Any
@@ -39,6 +48,7 @@ class Subject(ABC):
     sampler: str
     classes: bool
     video: bool
+    profiles: Path | None = None
 
     @abstractmethod
     def inputs(self, samples: Sequence[Sample], steps: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class System(ABC):
 
     paper: name and number of the paper. scopes: of the spans it caches; a profile for it must have one of them.
     denoisers: the kinds it serves, of "transformer" and "unet". needs_profile: whether it plans from measurements,
-    foreground: of attention against a foreground among them.
+    sensitivity: of the output to errors among them, foreground: of attention against a foreground among them.
 
     One that needs a profile defines `plan`, any other `parts`.
     """
@@ -41,6 +41,7 @@ class System(ABC):
     scopes: ClassVar[frozenset[str]]
     denoisers: ClassVar[frozenset[str]] = frozenset(DENOISER_KINDS)
     needs_profile: ClassVar[bool] = True
+    sensitivity: ClassVar[bool] = False
     foreground: ClassVar[bool] = False
 
     def plan(self, profile: Profile) -> Plan:

@@ -34,6 +34,7 @@ class Laptop(System):
 
     paper = "LAPTOP-Diff (arXiv 2404.11098)"
     scopes = frozenset({"block"})
+    sensitivity = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

@@ -34,6 +34,7 @@ class Optimal(System):
     order: int = 1
 
     scopes = frozenset(SCOPES)
+    sensitivity = True
 
     def __post_init__(self) -> None:
         if self.order not in (0, 1):

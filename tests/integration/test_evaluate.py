@@ -185,10 +185,10 @@ def test_outputs_that_are_not_finite_get_no_figures(tmp_path, monkeypatch):
 def test_a_setting_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     original = runner.Worker.generate
 
-    def generate(self, what, label):
+    def generate(self, what, label, pairs=0):
         if what.settings.get("every") == 3:
             raise ZeroDivisionError("by chance")
-        return original(self, what, label)
+        return original(self, what, label, pairs)
 
     monkeypatch.setattr(runner.Worker, "generate", generate)
     with pytest.warns(DiffusionCacheWarning, match="ZeroDivisionError: by chance"):
