@@ -148,6 +148,47 @@ def test_timing_is_paired_and_told_with_its_spread(tmp_path):
     assert summary["speed_ratio"] > 1.1
 
 
+def test_samples_are_the_same_whether_they_were_timed_counted_or_in_a_batch(tmp_path):
+    sweep = ["method=interval", "prompts.n=4", "steps=3"]
+    (timed,) = made(tmp_path, *sweep, "timing.pairs=1")  # two by the timing, one counted, one alone in its batch
+    (batched,) = made(tmp_path, *sweep)
+    (alone,) = made(tmp_path, *sweep, "batch=1")
+    for summary in (batched, alone):
+        for name in ("psnr", "flops", "nfe"):
+            values = [row[name] for row in rows(summary)]
+            assert values == pytest.approx([row[name] for row in rows(timed)], abs=1e-2, rel=0), name
+        assert summary["heatmap"] == timed["heatmap"]
+
+
+def test_settings_that_reuse_nothing_in_the_same_way_are_checked_once(tmp_path, monkeypatch):
+    checked = []
+    original = runner.Worker._fault
+    monkeypatch.setattr(
+        runner.Worker,
+        "_fault",
+        lambda self, what: checked.append((what.scope, what.settings["every"])) or original(self, what),
+    )
+    made(
+        tmp_path,
+        "method=interval",
+        "steps=2",
+        "prompts.n=1",
+        "+method.grid={policy.every: [2, 3], scope: [stack, denoiser]}",
+    )
+    assert checked == [("stack", 2), ("denoiser", 2)]
+
+
+def test_a_profile_that_systems_need_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "PROFILED", 2)
+    sweep = ["method=system/smooth_cache", "steps=2", "prompts.n=1"]
+    first = made(tmp_path, *sweep, "method.grid={system.alpha: [0.1], system.max_lag: [3]}")
+    (measured,) = tmp_path.glob("profiles/*/branch-2/profile.json")
+    written = measured.stat().st_mtime_ns
+    second = made(tmp_path, *sweep, "method.grid={system.alpha: [0.3], system.max_lag: [3]}")
+    assert [summary["correct"] for summary in first + second] == [True, True]
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("profiles/*/*/profile.json")] == [written]
+
+
 def test_adaptive_methods_are_judged_sample_by_sample(tmp_path):
     (summary,) = made(tmp_path, "method=first_block", "method.policy.threshold=0.3", "steps=12")
     (alone,) = made(tmp_path, "method=first_block", "method.policy.threshold=0.3", "steps=12", "prompts.n=1")
