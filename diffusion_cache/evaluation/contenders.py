@@ -238,8 +238,8 @@ def measured_profile(
             folder = subject.profiles / name
             subject.profiles.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{folder}.lock"))  # whoever comes second has it measured
-        motion = "motion" if foreground else None
-        profile = measure(batches_of(subject, steps), drawn, options, foreground=motion, folder=folder)
+        batches = batches_of(subject, steps)
+        profile = measure(batches, drawn, options, foreground="motion" if foreground else None, folder=folder)
     assert profile is not None
     return profile
 
