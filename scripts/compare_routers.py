@@ -38,7 +38,8 @@ from diffusion_cache.routers.training import Settings, last_error, plan_method, 
 from diffusion_cache.schedule import spaced
 
 HOME = Path(__file__).parents[1]
-SCOPES = {"unet-digits": "block"}  # branch elsewhere
+# what lies outside branches is half of flux-digits, whose single blocks have none
+SCOPES = {"unet-digits": "block", "flux-digits": "block"}  # branch elsewhere
 GIVEN_PROMPTS = {"kind": "classes", "n": None, "n_video": None, "first_seed": 0}
 PROFILED, FITTED, TUNED = (FITTING_SEEDS + offset for offset in (50_000, 60_000, 70_000))
 REPORTED = 32  # samples, of the seeds from 0 on
