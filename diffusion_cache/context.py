@@ -15,6 +15,7 @@ from .schedule import Schedule
 
 Feature = Literal["auto", "residual", "output"]
 Form = Literal["flow", "epsilon", "v_prediction", "other"]
+TIMED: tuple[Form, ...] = ("flow", "epsilon", "v_prediction")  # whose samplers' variable is known, `NoiseLevels.times`
 SCOPES = ("denoiser", "stack", "block", "branch", "cut")
 CROSS = re.compile(r"attn2|cross|_ca\b")
 ATTENTION = re.compile(r"att", re.IGNORECASE)
@@ -250,17 +251,17 @@ class NoiseLevels(list[float]):
         super().__init__(levels)
         self.form = form
 
-    def times(self, method: str) -> tuple[float, ...]:
+    def times(self, method: str, forms: Sequence[Form] = TIMED) -> tuple[float, ...]:
         """The variable that the sampler integrates in, at each step and after the last one, where it is 0.
 
         Raises:
-            ConfigError: naming the method that asks, where the sampler tells no noise levels, integrates in none of
-                these variables, or does not go through falling finite levels.
+            ConfigError: naming the method that asks, where the sampler tells no noise levels, is of none of the forms,
+                or does not go through falling finite levels.
         """
-        if not self or self.form == "other":
+        if not self or self.form not in forms:
             raise ConfigError(
-                f"{method} goes by the noise levels of the sampler's steps, which this run does not tell: use it on a "
-                "pipeline with a flow sampler or one that predicts noise or v, or take forecaster='taylor'"
+                f"{method} goes by the noise levels of the steps of a sampler of form {' or '.join(forms)}, which this "
+                "run does not tell: use it on a pipeline with such a sampler, or take forecaster='taylor'"
             )
         times = (*(_time(level, self.form) for level in self), 0.0)
         if not math.isfinite(times[0]) or any(late >= early for early, late in pairwise(times)):
@@ -296,7 +297,8 @@ class Query(NamedTuple):
     """nodes: steps of the stored features, oldest first; target: the step to forecast.
 
     span: position of the span among its denoiser's; pass_index: position of the guidance branch in its step.
-    total: steps of the run, if known. signals: by name, those that a corrector needs.
+    total: steps of the run, if known. signals: by name, those that a corrector needs. times: for a forecaster that is
+    `timed`, the variable that the sampler integrates in, at each step of the run and after the last one.
     """
 
     nodes: Sequence[float]
@@ -305,6 +307,18 @@ class Query(NamedTuple):
     pass_index: int = 0
     total: int | None = None
     signals: Mapping[str, Signals] | None = None
+    times: tuple[float, ...] = ()
+
+    def in_time(self) -> tuple[list[float], float, float]:
+        """The nodes in the sampler's variable, and where in it the step to forecast starts and ends.
+
+        Raises:
+            ConfigError: where that is not known.
+        """
+        if not self.times:
+            raise ConfigError("a forecaster that goes by the sampler's steps has weights within a run only")
+        step = int(self.target)
+        return [self.times[int(node)] for node in self.nodes], self.times[step], self.times[step + 1]
 
 
 class Blend(NamedTuple):
@@ -332,7 +346,8 @@ class Forecaster(ABC):
     output, or auto (residual for stacks and blocks where shapes match, else output).
     scopes: kinds of span that it may forecast. static: whether weights are all of it, and depend on steps and noise
     levels alone. scale_free: whether weights stay the same where all steps are scaled and shifted alike, as those of a
-    stream's chunks (`chunks`) are known but for that. keeps_inputs: whether with each feature the input is stored that
+    stream's chunks (`chunks`) are known but for that. timed: forms of the samplers in whose variable it forecasts (see
+    `Query.times`); other samplers are then refused. keeps_inputs: whether with each feature the input is stored that
     the output continues (a history takes as many bytes more), to be weighed by `input_weights`.
     """
 
@@ -340,6 +355,7 @@ class Forecaster(ABC):
     scopes: ClassVar[frozenset[str]] = frozenset(SCOPES)
     static: ClassVar[bool] = True
     scale_free: ClassVar[bool] = False
+    timed: ClassVar[tuple[Form, ...]] = ()
     keeps_inputs: ClassVar[bool] = False
     feature: Feature
 

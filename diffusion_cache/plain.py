@@ -1,7 +1,8 @@
 """Plain values: made to be stored as JSON, and read back with checks that name the place."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 from .errors import ConfigError
@@ -28,6 +29,21 @@ def plain_json(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain_json(value.tolist())
     return type(value).__name__
+
+
+def numbers(
+    wanted: str, given: Any, holds: Callable[[float], bool] = math.isfinite, least: int = 1
+) -> tuple[float, ...]:
+    """An option that is one number or a list of them, as a tuple.
+
+    Raises:
+        ConfigError: saying what was `wanted`, unless there are at least so many and `holds` is true of each.
+    """
+    listed = tuple(given) if isinstance(given, Iterable) else (given,)
+    sound = all(isinstance(one, Real) and not isinstance(one, bool) and holds(one) for one in listed)
+    if not sound or len(listed) < least:
+        raise ConfigError(f"{wanted}, not {given!r}")
+    return tuple(map(float, listed))
 
 
 class Fields:

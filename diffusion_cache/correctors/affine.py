@@ -1,10 +1,10 @@
 """A constant scale and bias of every forecast output. (A plan carries its own, fitted step by step.)"""
 
-import math
 from dataclasses import dataclass
 
 from ..context import Correction, Corrector, Query
 from ..errors import ConfigError
+from ..plain import numbers
 from ..registry import correctors
 
 
@@ -33,7 +33,4 @@ class Affine(Corrector):
 
 
 def _numbers(name: str, given: float | tuple[float, ...]) -> tuple[float, ...]:
-    numbers = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    if not numbers or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-        raise ConfigError(f"affine: {name} must be a finite number, or a list of one for each channel, not {given!r}")
-    return tuple(map(float, numbers))
+    return numbers(f"affine: {name} must be a finite number, or a list of one for each channel", given)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..context import Blend, Corrector, Query
 from ..errors import ConfigError
+from ..plain import numbers
 from ..registry import correctors
 
 
@@ -20,9 +21,8 @@ class Magnitude(Corrector):
     ratios: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        if not all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in self.ratios):
-            raise ConfigError(f"magnitude: ratios must be one number above 0 for each step, not {self.ratios!r}")
+        wanted = "magnitude: ratios must be one number above 0 for each step"
+        object.__setattr__(self, "ratios", numbers(wanted, self.ratios, lambda ratio: 0 < ratio < math.inf))
 
     def blend(self, query: Query) -> Blend:
         """Raises ConfigError in a run of another length than the ratios are for."""

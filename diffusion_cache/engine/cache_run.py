@@ -64,6 +64,7 @@ class CacheRun:
         self.layouts = dict(session.layouts)
         self.clock = clock
         self.forecaster = session.method.forecaster
+        self.times: tuple[float, ...] = ()  # the sampler's variable at each step, for a forecaster that goes by it
         self.history = session.method.history  # features kept of each span
         self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
         self.spans = SpanCalls(self)
@@ -205,7 +206,9 @@ class CacheRun:
                 self._levels = self._noise_levels(clock.first_timestep)
             method = self.session.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
-            self.forecaster = method.forecaster.for_run(levels)
+            self.forecaster = forecaster = method.forecaster.for_run(levels)
+            timed = forecaster.timed
+            self.times = levels.times(f"forecaster {forecaster.name!r}", timed) if timed else ()
             self.history = replace(method, forecaster=self.forecaster).history
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
             self.decisions.begin_loop(guarded, self.history)

@@ -498,7 +498,8 @@ class SpanCalls:
             count = 1
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
-        return [Query(nodes, target, index, first + i, frame.step.total) for i in range(count)]
+        query = Query(nodes, target, index, total=frame.step.total, times=self._run.times)
+        return [query._replace(pass_index=first + i) for i in range(count)]
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]

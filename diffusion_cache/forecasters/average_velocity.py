@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..context import Feature, Forecaster, NoiseLevels, Query
+from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
 
@@ -24,6 +24,7 @@ class AverageVelocity(Forecaster):
 
     scopes = frozenset({"denoiser"})
     keeps_inputs = True
+    timed = ("flow",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,14 +32,6 @@ class AverageVelocity(Forecaster):
             raise ConfigError(f"average_velocity: lag must be at least 2 computed steps, not {self.lag}")
         if self.feature == "residual":
             raise ConfigError("average_velocity: feature must be output or auto, as velocities are averaged")
-
-    def for_run(self, noise_levels: NoiseLevels) -> "Averaged":
-        if noise_levels and noise_levels.form != "flow":
-            raise ConfigError(
-                "forecaster 'average_velocity' is for flow samplers, whose denoiser gives a velocity, and this run has "
-                "another: take forecaster='sampler' or 'taylor'"
-            )
-        return Averaged(self.lag, self.feature, noise_levels.times("forecaster 'average_velocity'"))
 
     @property
     def history(self) -> int:
@@ -49,33 +42,23 @@ class AverageVelocity(Forecaster):
         return None
 
     def weights(self, query: Query) -> tuple[float, ...]:
-        raise ConfigError("forecaster 'average_velocity' has weights within a run only, from for_run")
-
-
-@dataclass(frozen=True)
-class Averaged(AverageVelocity):
-    """`AverageVelocity` in one run; sigmas: of each step and after the last one."""
-
-    sigmas: tuple[float, ...] = ()
-
-    name = "average_velocity"
-
-    def weights(self, query: Query) -> tuple[float, ...]:
-        if len(query.nodes) == 1:
-            return (1.0,)
-        reach, _ = self._reach(query)
-        return (-reach, *self._between(query), 1.0)
+        reach, _ = _reach(query)
+        return _at_ends(query, -reach, 1.0)
 
     def input_weights(self, query: Query) -> tuple[float, ...]:
-        if len(query.nodes) == 1:
-            return (0.0,)
-        reach, apart = self._reach(query)
-        return (-reach / apart, *self._between(query), reach / apart)
+        reach, apart = _reach(query)
+        return _at_ends(query, -reach / apart, reach / apart)
 
-    def _reach(self, query: Query) -> tuple[float, float]:
-        """(s − t)/(t − r), and t − r."""
-        r, t = self.sigmas[int(query.nodes[0])], self.sigmas[int(query.nodes[-1])]
-        return (self.sigmas[int(query.target) + 1] - t) / (t - r), t - r
 
-    def _between(self, query: Query) -> tuple[float, ...]:
-        return (0.0,) * (len(query.nodes) - 2)
+def _reach(query: Query) -> tuple[float, float]:
+    """(s − t)/(t − r), and t − r; no reach with one node, which says nothing of the path."""
+    points, _, s = query.in_time()
+    r, t = points[0], points[-1]
+    return ((s - t) / (t - r), t - r) if len(points) > 1 else (0.0, 1.0)
+
+
+def _at_ends(query: Query, first: float, last: float) -> tuple[float, ...]:
+    weights = [0.0] * len(query.nodes)
+    weights[0] += first
+    weights[-1] += last
+    return tuple(weights)

@@ -1,16 +1,11 @@
 """Spectrum (arXiv 2603.01623): a ridge regression on Chebyshev polynomials over the whole run, blended with a line."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
-from numpy.polynomial.chebyshev import chebvander
 
 from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
-from .taylor import polynomial_weights
+from .weights import polynomial_weights, ridge_weights
 
 
 @forecasters.register("chebyshev")
@@ -59,11 +54,3 @@ class Chebyshev(Forecaster):
             spectral[-1] += 1.0 - sum(spectral)
         line = polynomial_weights(query.nodes, query.target, 1)
         return tuple((1 - self.blend) * a + self.blend * b for a, b in zip(line, spectral, strict=True))
-
-
-@lru_cache(maxsize=1024)  # spans and guidance branches ask alike
-def ridge_weights(nodes: Sequence[float], target: float, total: int, degree: int, ridge: float) -> tuple[float, ...]:
-    """Of each node's feature in the regression's value at the target."""
-    design = chebvander(2 * np.array([*nodes, target]) / max(total - 1, 1) - 1, degree)
-    known = design[:-1]
-    return tuple((design[-1] @ np.linalg.solve(known.T @ known + ridge * np.eye(degree + 1), known.T)).tolist())

@@ -10,7 +10,7 @@ from typing import cast
 from ..context import Correction, Feature, Forecaster, Query
 from ..fingerprint import same_levels
 from ..plan import Plan
-from .taylor import polynomial_weights
+from .weights import polynomial_weights
 
 UNFITTED = "Taylor"
 ANY_PASS = -1

@@ -4,18 +4,17 @@ The paper leaves low frequencies as they are, and extrapolates high ones to seco
 it is the polynomial through the features. Where the bands part is ours.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..context import Feature, NonLinear, Query
 from ..errors import ConfigError
 from ..registry import forecasters
-from .taylor import polynomial_weights
+from ..signals.bands import low_pass
+from .weights import polynomial_weights
 
 
 @forecasters.register("frequency")
@@ -55,20 +54,3 @@ class Frequency(NonLinear):
             for order in (self.low, self.high)
         )
         return high + low_pass(low - high, self.cutoff)
-
-
-def low_pass(feature: Tensor, cutoff: float) -> Tensor:
-    """What of it has frequencies up to the cutoff."""
-    grid = feature
-    if feature.ndim == 3:
-        rows, tokens, channels = feature.shape
-        side = math.isqrt(tokens)
-        grid = feature.reshape(rows, side, side, channels) if side**2 == tokens else feature
-    axes = range(1, grid.ndim - 1) if feature.ndim <= 3 else range(2, grid.ndim)
-    if not axes:
-        return feature
-    spectrum = torch.fft.fftn(grid, dim=tuple(axes))
-    for axis in axes:
-        frequencies = torch.fft.fftfreq(grid.shape[axis], device=grid.device).abs()
-        spectrum = spectrum * (frequencies <= 0.5 * cutoff).reshape(-1, *[1] * (grid.ndim - 1 - axis))
-    return torch.fft.ifftn(spectrum, dim=tuple(axes)).real.reshape(feature.shape)

@@ -6,7 +6,7 @@ from math import factorial
 from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
-from .taylor_paper import expansion_weights
+from .weights import expansion_weights, hermite_polynomials
 
 
 @forecasters.register("hermite")
@@ -40,11 +40,3 @@ class Hermite(Forecaster):
     def weights(self, query: Query) -> tuple[float, ...]:
         values = hermite_polynomials(self.sigma * (query.target - query.nodes[-1]), len(query.nodes))
         return expansion_weights(query.nodes, [self.sigma**i * value / factorial(i) for i, value in enumerate(values)])
-
-
-def hermite_polynomials(x: float, count: int) -> list[float]:
-    """H_0(x), H_1(x), … of the physicists' kind: H_{i+1} = 2x·H_i − 2i·H_{i−1}."""
-    values = [1.0, 2.0 * x]
-    for i in range(1, count):
-        values.append(2.0 * x * values[i] - 2.0 * i * values[i - 1])
-    return values[:count]

@@ -14,7 +14,7 @@ from .. import ops
 from ..context import Feature, NonLinear, Query
 from ..errors import ConfigError
 from ..registry import forecasters
-from .taylor import polynomial_weights
+from .weights import polynomial_weights
 
 
 @forecasters.register("rfc")

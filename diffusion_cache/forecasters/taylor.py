@@ -4,12 +4,12 @@ TaylorSeer (arXiv 2503.06923) forecasts features by a Taylor expansion with fini
 `taylor_paper`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
+from .weights import polynomial_weights
 
 
 @forecasters.register("taylor")
@@ -40,17 +40,3 @@ class Taylor(Forecaster):
 
     def weights(self, query: Query) -> tuple[float, ...]:
         return polynomial_weights(query.nodes, query.target, self.order)
-
-
-def polynomial_weights(nodes: Sequence[float], target: float, order: int) -> tuple[float, ...]:
-    """One per node: the polynomial of at most that degree through the last order + 1 nodes, read at the target."""
-    used = nodes[-order - 1 :]
-    weights = [0.0] * (len(nodes) - len(used))
-    # Lagrange's form of the same polynomial gives the weights directly
-    for a, node in enumerate(used):
-        weight = 1.0
-        for b, other in enumerate(used):
-            if b != a:
-                weight *= (target - other) / (node - other)
-        weights.append(weight)
-    return tuple(weights)

@@ -1,12 +1,12 @@
 """TaylorSeer's recursion as published (arXiv 2503.06923, equations 2 and 4; kept for comparison with `taylor`)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import factorial
 
 from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
+from .weights import expansion_weights
 
 
 @forecasters.register("taylor_paper")
@@ -39,19 +39,3 @@ class TaylorPaper(Forecaster):
         ahead = query.target - query.nodes[-1]
         terms = [ahead**i / factorial(i) for i in range(len(query.nodes))]
         return expansion_weights(query.nodes, terms)
-
-
-def expansion_weights(nodes: Sequence[float], terms: Sequence[float]) -> tuple[float, ...]:
-    """One per node: of each node's feature in Σ_i terms[i]·D_i, for as many terms as there are nodes."""
-    count = len(nodes)
-    # derivatives[i][j]: weight of feature j in D_i, kept for the newest node handled so far
-    derivatives: list[list[float]] = []
-    for newest in range(count):
-        previous = derivatives
-        derivatives = [[float(j == newest) for j in range(count)]]
-        for older in previous:
-            gap = nodes[newest] - nodes[newest - 1]
-            derivatives.append([(a - b) / gap for a, b in zip(derivatives[-1], older, strict=True)])
-    return tuple(
-        sum(term * derivative[j] for term, derivative in zip(terms, derivatives, strict=True)) for j in range(count)
-    )

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
-import torch
-
 from ..context import SCOPES, PassState, Policy, Step, Verdict
 from ..errors import ConfigError
+from ..plain import numbers
 from ..plan import positions
 from ..profile import Profile
 from ..registry import policies
 from ..schedule import Schedule, accumulated_ratios
+from .ratios import Streams, ratios_of, streams_of
 
 
 @policies.register("magcache")
@@ -43,43 +43,29 @@ class MagCache(Policy):
     tuned = "threshold"
 
     def __post_init__(self) -> None:
-        given: list[Any] = list(self.ratios)
-        streams = [list(one) for one in given] if given and isinstance(given[0], Sequence) else [given]
-        sound = all(isinstance(ratio, (int, float)) and 0 < ratio < math.inf for one in streams for ratio in one)
-        if not sound or not streams[0] or len({len(one) for one in streams}) > 1:
-            raise ConfigError(f"magcache: ratios must be numbers above 0, one a step, not {self.ratios!r}")
-        if len(self.levels) not in (0, len(streams[0])):
-            raise ConfigError(f"magcache: {len(self.levels)} levels for {len(streams[0])} ratios")
+        streams = streams_of("magcache", self.ratios)
+        levels = numbers("magcache: levels must be numbers (log-SNR)", self.levels, lambda x: not math.isnan(x), 0)
+        if len(levels) not in (0, len(streams[0])):
+            raise ConfigError(f"magcache: {len(levels)} levels for {len(streams[0])} ratios")
         if not (self.threshold >= 0 and self.max_skip >= 0 and 0 <= self.retention <= 1 and self.max_deviation >= 0):
             raise ConfigError("magcache: threshold, max_skip and max_deviation must be ≥ 0, and retention from 0 to 1")
         if not all(isinstance(step, Integral) for step in self.always):
             raise ConfigError(f"magcache: always must be a list of steps, whole numbers, not {self.always!r}")
-        for name, value in {"ratios": tuple(map(tuple, streams)), "levels": tuple(self.levels)}.items():
+        for name, value in {"ratios": streams, "levels": levels, "always": tuple(self.always)}.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "always", tuple(self.always))
 
     @classmethod
     def from_profile(cls, profile: Profile, **options: Any) -> "MagCache":
-        """With the ratios that a profile has measured; of several spans, each step's ratio that is furthest from 1.
-
-        Raises:
-            ConfigError: for a profile without them.
-        """
-        if "norm_ratio" not in profile.arrays:
-            raise ConfigError("magcache: the profile holds no norm_ratio: profile again, at scope stack or denoiser")
-        measured = profile.arrays["norm_ratio"].double().nan_to_num(1.0)  # [spans, passes, steps]
-        furthest = measured.log().abs().argmax(0, keepdim=True)
-        ratios = torch.take_along_dim(measured, furthest, 0)[0].tolist()
-        return cls(tuple(map(tuple, ratios[:: profile.row_passes])), levels=profile.noise_levels, **options)
+        """With the ratios that a profile has measured (`ratios.ratios_of`, which may raise)."""
+        return cls(ratios_of(profile, "magcache"), levels=profile.noise_levels, **options)
 
     @property
-    def streams(self) -> tuple[tuple[float, ...], ...]:
+    def streams(self) -> Streams:
         """The ratios of each guidance branch."""
-        return cast(tuple[tuple[float, ...], ...], self.ratios)
+        return cast(Streams, self.ratios)
 
     def for_run(self, noise_levels: Sequence[float]) -> "MagCache":
-        known = bool(noise_levels and self.levels)
-        return self._resampled(self.levels, noise_levels) if known else self
+        return self._resampled(self.levels, noise_levels) if noise_levels and self.levels else self
 
     def _resampled(self, own: Sequence[float], levels: Sequence[float]) -> "MagCache":
         nearest = [round(place) for place in positions(own, levels, len(self.streams[0]))]
@@ -91,9 +77,8 @@ class MagCache(Policy):
         if total != len(self.streams[0]):
             return self._resampled((), (0.0,) * total).schedule(total)
         kept = {0, *self.always, *range(int(self.retention * total + 0.5))}
-        masks = [
-            accumulated_ratios(one, kept, self.threshold, self.max_skip, self.max_deviation) for one in self.streams
-        ]
+        limits = self.threshold, self.max_skip, self.max_deviation
+        masks = [accumulated_ratios(one, kept, *limits) for one in self.streams]
         return Schedule(tuple(tuple((computed,) for computed in step) for step in zip(*masks, strict=True)))
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..context import Needs, PassState, Past, Policy, Step, Verdict, noise_share
 from ..errors import ConfigError
+from ..plain import numbers
 from ..registry import policies
 
 
@@ -37,18 +38,14 @@ class SenCache(Policy):
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ConfigError(f"sencache: threshold must be a number ≥ 0, not {self.threshold}")
-        levels = tuple(self.levels)
-        if not all(_is_number(level) and not math.isnan(level) for level in levels):
-            raise ConfigError(f"sencache: levels must be numbers (log-SNR), not {self.levels!r}")
+        levels = numbers("sencache: levels must be numbers (log-SNR)", self.levels, lambda x: not math.isnan(x), 0)
         object.__setattr__(self, "levels", levels)
         for name in ("input_norm", "time_norm"):
-            given = getattr(self, name)
-            listed = tuple(given) if isinstance(given, Sequence) else (given,)
-            if not listed or not all(_is_number(norm) and 0 <= norm < math.inf for norm in listed):
-                raise ConfigError(f"sencache: {name} must be a number ≥ 0, or one a noise level, not {given!r}")
-            if len(listed) not in (1, len(levels)):
-                raise ConfigError(f"sencache: {len(listed)} of {name} for {len(levels)} levels")
-            object.__setattr__(self, name, listed)
+            wanted = f"sencache: {name} must be a number ≥ 0, or one a noise level"
+            norms = numbers(wanted, getattr(self, name), lambda norm: 0 <= norm < math.inf)
+            if len(norms) not in (1, len(levels)):
+                raise ConfigError(f"sencache: {len(norms)} of {name} for {len(levels)} levels")
+            object.__setattr__(self, name, norms)
 
     @property
     def needs(self) -> Needs:
@@ -67,10 +64,6 @@ class SenCache(Policy):
         if value is None:
             return Verdict(True, "nothing to compare with")
         return Verdict(not value < self.threshold, f"change {value:.3g}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,6 @@ With m what the first attention receives, A += p(L1r(m_s, m_{s−1})) at every s
 polynomial p turns a change of the input into the change of the output that goes with it, in this model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +11,7 @@ from functools import reduce
 from torch import Tensor
 
 from ..context import Needs, Past
-from ..errors import ConfigError
+from ..plain import numbers
 from ..registry import policies
 from ..signals import relative_l1
 from .accumulate import Accumulate
@@ -34,11 +33,8 @@ class TeaCache(Accumulate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.coefficients
-        numbers = [value for value in given if isinstance(value, (int, float)) and math.isfinite(value)]
-        if isinstance(given, str) or not numbers or len(numbers) < len(given):
-            raise ConfigError(f"teacache: coefficients must be finite numbers, highest power first, not {given!r}")
-        object.__setattr__(self, "coefficients", tuple(map(float, given)))
+        given = numbers("teacache: coefficients must be finite numbers, highest power first", self.coefficients)
+        object.__setattr__(self, "coefficients", given)
 
     @property
     def needs(self) -> Needs:

@@ -118,5 +118,5 @@ class ProfilingDiT(System):
         if not names:
             raise ConfigError("profiling_dit: no block is a background block, so there is nothing to reuse: raise tau")
         refreshed = set(self.refreshed(profile.total))
-        mask = "".join(str(int(step in refreshed)) for step in range(profile.total))
+        mask = [int(step in refreshed) for step in range(profile.total)]
         return Parts(Mask(mask, names), Reuse(), "block", None)

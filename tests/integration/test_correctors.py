@@ -214,7 +214,7 @@ def test_a_loop_of_ones_own_says_in_which_variable_it_integrates(flux):
 def test_a_run_that_cannot_be_forecast_ends_and_the_pipeline_stays_usable(dit):
     expected = generate("dit-digits", dit)
     dc.enable(dit, policy="interval", forecaster="average_velocity", scope="denoiser")
-    with pytest.raises(ConfigError, match="is for flow samplers"):
+    with pytest.raises(ConfigError, match="a sampler of form flow"):
         generate("dit-digits", dit)
     dc.disable(dit)
     assert torch.equal(generate("dit-digits", dit), expected)

@@ -10,7 +10,7 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import AverageVelocity
 
 SIGMAS = (1.0, 0.8, 0.65, 0.5, 0.2, 0.0)
-FLOW = NoiseLevels([2 * (math.log(max(1 - s, 1e-30)) - math.log(s)) for s in SIGMAS[:-1]], "flow")
+TIMES = NoiseLevels([2 * (math.log(max(1 - s, 1e-30)) - math.log(s)) for s in SIGMAS[:-1]], "flow").times("x")
 
 
 def forecast(forecaster, query, velocities, inputs):
@@ -25,7 +25,7 @@ def test_is_the_formula():
     velocities, inputs = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
     r, t, s = SIGMAS[0], SIGMAS[2], SIGMAS[4]
     expected = velocities[2] + (s - t) * (inputs[2] - inputs[0] - (t - r) * velocities[0]) / (t - r) ** 2
-    found = forecast(AverageVelocity().for_run(FLOW), Query([0, 1, 2], 3), velocities, inputs)
+    found = forecast(AverageVelocity(), Query([0, 1, 2], 3, times=TIMES), velocities, inputs)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -35,34 +35,34 @@ def test_is_the_mean_velocity_where_velocities_change_evenly(target, end):
     a, b = 0.7, -1.3
     times = SIGMAS[:3]
     velocities, inputs = [a + 2 * b * x for x in times], [2 + a * x + b * x**2 for x in times]
-    found = forecast(AverageVelocity().for_run(FLOW), Query([0, 1, 2], target), velocities, inputs)
+    found = forecast(AverageVelocity(), Query([0, 1, 2], target, times=TIMES), velocities, inputs)
     assert found == pytest.approx(a + b * (end + times[2]))
 
 
 def test_one_node_is_reused():
-    forecaster = AverageVelocity().for_run(FLOW)
-    assert forecaster.weights(Query([1], 2)) == (1.0,)
-    assert forecaster.input_weights(Query([1], 2)) == (0.0,)
+    forecaster = AverageVelocity()
+    assert forecaster.weights(Query([1], 2, times=TIMES)) == (1.0,)
+    assert forecaster.input_weights(Query([1], 2, times=TIMES)) == (0.0,)
 
 
 def test_goes_back_by_its_lag():
     """The steps between are stored, and have no part in it."""
-    forecaster = AverageVelocity(lag=3).for_run(FLOW)
+    forecaster = AverageVelocity(lag=3)
     assert forecaster.history == 4
-    query = Query([0, 1, 2, 3], 4)
+    query = Query([0, 1, 2, 3], 4, times=TIMES)
     assert forecaster.weights(query)[1:3] == forecaster.input_weights(query)[1:3] == (0.0, 0.0)
     assert forecaster.weights(query)[0] == pytest.approx(-(0.0 - 0.5) / (0.5 - 1.0))
 
 
 @pytest.mark.parametrize("form", ["epsilon", "v_prediction", "other"])
 def test_other_samplers_are_refused(form):
-    with pytest.raises(ConfigError, match=r"is for flow samplers.*take forecaster='sampler' or 'taylor'"):
-        AverageVelocity().for_run(NoiseLevels([-1.0, 1.0], form))
+    with pytest.raises(
+        ConfigError, match=r"a sampler of form flow, which this run does not tell.*take forecaster='taylor'"
+    ):
+        NoiseLevels([-1.0, 1.0], form).times("forecaster 'average_velocity'", AverageVelocity.timed)
 
 
 def test_bad_options_and_use_outside_of_a_run():
-    with pytest.raises(ConfigError, match="noise levels"):
-        AverageVelocity().for_run(NoiseLevels())
     with pytest.raises(ConfigError, match=r"^average_velocity: lag must be at least 2"):
         AverageVelocity(1)
     with pytest.raises(ConfigError, match=r"^average_velocity: feature must be output"):

@@ -23,7 +23,7 @@ from diffusion_cache.forecasters import (
     TaylorPaper,
 )
 
-LEVELS = NoiseLevels([0.3 * step - 4 + 0.02 * step**2 for step in range(24)], "flow")
+TIMES = NoiseLevels([0.3 * step - 4 + 0.02 * step**2 for step in range(24)], "flow").times("x")
 LINEAR = [
     Reuse(),
     *(Taylor(order) for order in range(5)),
@@ -31,10 +31,10 @@ LINEAR = [
     *(Hermite(order) for order in range(4)),
     Chebyshev(anchored=True),
     Chebyshev(blend=0.0),
-    *(Sampler(order).for_run(LEVELS) for order in (1, 2, 3)),
+    *(Sampler(order) for order in (1, 2, 3)),
 ]
 NONLINEAR = [RFC(), RFC(2), Frequency(), Frequency(1, 3, 0.6), Frequency(0, 1, 0.1)]
-INEXACT = [Chebyshev(), AverageVelocity().for_run(LEVELS)]
+INEXACT = [Chebyshev(), AverageVelocity()]
 UNEVEN = [0.0, 1.0, 4.0, 6.0, 7.0, 12.0, 15.0]
 
 
@@ -43,10 +43,14 @@ def test_every_forecaster_is_tested_here():
     assert all(forecaster.exact_degree is None for forecaster in INEXACT)
 
 
+def query_of(nodes, target, total=None):
+    return Query(nodes, target, total=total, times=TIMES)
+
+
 def forecast(forecaster, nodes, values, target):
     """The scalar forecast from the last `history` nodes."""
     nodes, values = nodes[-forecaster.history :], values[-forecaster.history :]
-    weights = forecaster.weights(Query(nodes, target))
+    weights = forecaster.weights(query_of(nodes, target))
     assert len(weights) == len(nodes)
     return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
@@ -72,7 +76,7 @@ def test_no_higher_degree_is_exact(forecaster):
 
 def made(forecaster, nodes, features, target):
     """The forecast feature, from as many features as the forecaster keeps."""
-    query, features = Query(nodes[-forecaster.history :], target), features[-forecaster.history :]
+    query, features = query_of(nodes[-forecaster.history :], target), features[-forecaster.history :]
     if isinstance(forecaster, NonLinear):
         return forecaster.forecast(query, features)
     return ops.forecast(None, features, forecaster.weights(query))
@@ -113,21 +117,21 @@ def test_one_feature_is_reused_as_it_is_by_non_linear_ones(forecaster):
     feature = torch.randn(2, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(made(forecaster, [3.0], [feature], 9.0), feature, rtol=1e-12, atol=1e-12)
     with pytest.raises(TypeError, match="no weighted sum"):
-        forecaster.weights(Query([3.0], 9.0))
+        forecaster.weights(query_of([3.0], 9.0))
 
 
 @pytest.mark.parametrize("forecaster", LINEAR, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_weights_sum_to_one(forecaster, count):
     nodes = UNEVEN[-min(count, forecaster.history) :]
-    weights = forecaster.weights(Query(nodes, 18.0))
+    weights = forecaster.weights(query_of(nodes, 18.0))
     assert len(weights) == len(nodes)
     assert sum(weights) == pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("forecaster", LINEAR, ids=str)
 def test_one_feature_is_reused_as_it_is(forecaster):
-    assert forecaster.weights(Query([3.0], 9.0)) == pytest.approx((1.0,), abs=1e-15)
+    assert forecaster.weights(query_of([3.0], 9.0)) == pytest.approx((1.0,), abs=1e-15)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -219,7 +223,7 @@ def test_history_is_one_more_than_the_order(order):
 def test_scale_free_weights_do_not_change_with_the_scale_of_steps(forecaster):
     def weights(scale):
         nodes = [scale * node + scale for node in (0.0, 1.0, 3.0, 4.0)[-forecaster.history :]]
-        return forecaster.weights(Query(nodes, scale * 6.0 + scale, total=10))
+        return forecaster.weights(query_of(nodes, scale * 6.0 + scale, total=10))
 
     scaled = [weights(scale) for scale in (1.0, 2.0, -3.0)]
     same = all(other == pytest.approx(scaled[0]) for other in scaled[1:])

@@ -8,7 +8,7 @@ from numpy.polynomial.hermite import hermval
 from diffusion_cache.context import Query
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Hermite, TaylorPaper
-from diffusion_cache.forecasters.hermite import hermite_polynomials
+from diffusion_cache.forecasters.weights import hermite_polynomials
 
 
 @pytest.mark.parametrize("x", [-1.3, 0.0, 0.5, 2.0])

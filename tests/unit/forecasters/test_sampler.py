@@ -10,7 +10,7 @@ from numpy.polynomial import Polynomial
 from diffusion_cache.context import NoiseLevels, Query
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Sampler
-from diffusion_cache.forecasters.sampler import mean_weights
+from diffusion_cache.forecasters.weights import mean_weights
 
 FLOW = NoiseLevels([2 * (math.log(1 - s) - math.log(s)) for s in (0.9, 0.7, 0.6, 0.35, 0.1)], "flow")
 
@@ -30,9 +30,9 @@ def test_polynomials_in_the_samplers_variable_are_integrated_exactly(order):
     polynomial = Polynomial(np.random.default_rng(order).normal(size=order))
     times = (0.9, 0.7, 0.6, 0.35, 0.1, 0.0)
     nodes = list(range(order)) if order < 4 else [0, 1, 2, 3]
-    forecaster = Sampler(order).for_run(FLOW)
+    assert FLOW.times("x") == pytest.approx(times)
     for target in range(nodes[-1] + 1, 5):
-        weights = forecaster.weights(Query(nodes, target))
+        weights = Sampler(order).weights(Query(nodes, target, times=FLOW.times("x")))
         forecast = sum(weight * polynomial(times[node]) for weight, node in zip(weights, nodes, strict=True))
         start, end = times[target], times[target + 1]
         mean = (polynomial.integ()(end) - polynomial.integ()(start)) / (end - start)
@@ -54,7 +54,10 @@ def test_the_variable_is_the_samplers():
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        (NoiseLevels(), "noise levels of the sampler's steps, which this run does not tell"),
+        (
+            NoiseLevels(),
+            "a sampler of form flow or epsilon or v_prediction, which this run does not tell",
+        ),
         (NoiseLevels([-1.0, 1.0]), "does not tell"),  # of a form that is not known
         (NoiseLevels([-1.0, -1.0, 1.0], "flow"), "fall from step to step"),
         (NoiseLevels([-math.inf, 1.0], "epsilon"), "finite"),
@@ -62,7 +65,7 @@ def test_the_variable_is_the_samplers():
 )
 def test_levels_that_cannot_be_gone_by(levels, message):
     with pytest.raises(ConfigError, match=f"^forecaster 'sampler' .*{message}"):
-        Sampler().for_run(levels)
+        levels.times("forecaster 'sampler'", Sampler.timed)
 
 
 def test_bad_options_and_use_outside_of_a_run():
@@ -71,4 +74,4 @@ def test_bad_options_and_use_outside_of_a_run():
             Sampler(order)
     with pytest.raises(ConfigError, match="within a run only"):
         Sampler().weights(Query([0], 1))
-    assert Sampler(3).history == Sampler(3).for_run(FLOW).history == 3
+    assert Sampler(3).history == 3
