@@ -31,9 +31,7 @@ def plain_json(value: Any) -> Any:
     return type(value).__name__
 
 
-def numbers(
-    wanted: str, given: Any, holds: Callable[[float], bool] = math.isfinite, least: int = 1
-) -> tuple[float, ...]:
+def numbers(wanted: str, given: Any, holds: Callable[[Any], bool] = math.isfinite, least: int = 1) -> tuple[float, ...]:
     """An option that is one number or a list of them, as a tuple.
 
     Raises:

@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -441,12 +442,20 @@ def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
 
 
 def row_groups(args: tuple, kwargs: dict[str, Any]) -> int:
-    """How many guidance branches are stacked in a batch: the parts of the sample that are equal. Reads back."""
-    sample = sample_of(args, kwargs)
-    batch = batch_size(args, kwargs)
+    """How many guidance branches are stacked in a batch: parts with the same sample under different conditions.
+
+    Parts that are alike in all tensors are samples of one seed and prompt. Reads back.
+    """
+    sample, batch = sample_of(args, kwargs), batch_size(args, kwargs)
+    if not isinstance(sample, Tensor):
+        return 1
+    inputs = [tensor for tensor in tensor_inputs(args, kwargs).values() if tensor.ndim and len(tensor) % batch == 0]
     for groups in range(MAX_ROW_GROUPS, 1, -1):
-        if isinstance(sample, Tensor) and batch % groups == 0:
+        if batch % groups == 0:
             parts = sample.chunk(groups)
-            if all(torch.equal(parts[0], part) for part in parts[1:]):
+            branches = [*zip(*(tensor.chunk(groups) for tensor in inputs), strict=True)]
+            if all(torch.equal(parts[0], part) for part in parts[1:]) and not any(
+                all(map(torch.equal, *pair)) for pair in combinations(branches, 2)
+            ):
                 return groups
     return 1

@@ -10,21 +10,23 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine import Method, Observer, Session
+from ..engine import CacheRun, Method, Observer, Session
 from ..engine.frame import Frame
 from ..engine.structure import forked_rng
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..fingerprint import Fingerprint
 from ..measure.timing import paired
 from ..models import find_denoisers
+from ..models.calls import LABELS
 from ..plain import plain_json
 from ..policies import Guarded, Interval
 from ..registry import check_options
@@ -35,6 +37,7 @@ CALLS = 3  # generations that a value is judged by
 MOST_TRIED = 14
 STEPS_OFF = 0.5  # from the target, in steps: good enough
 NO_FINER = 1.005  # values that differ by less than this factor are one
+UNTOLD = object()
 PAIRS = 3  # of timed generations, uncached and cached
 
 
@@ -87,7 +90,7 @@ class Tuner:
     def tuned(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Tuned:
         """What was found for such a call, before or now."""
         call = arguments_of(pipe, args, kwargs)
-        kind = _digest([_kind_of(call), _sampler_of(pipe)])
+        kind = _digest([kind_of(call), _sampler_of(pipe)])
         if kind not in self._found:
             key = self._key(pipe, call)
             found = kept(key) if key is not None else None
@@ -115,7 +118,7 @@ class Tuner:
         made = self.with_value(0.0)
         device = _device_name(pipe) if self.target.speedup else ""
         facts = replace(fingerprint, versions={}).to_json()
-        return _digest([facts, _kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device])
+        return _digest([facts, kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device])
 
     def _search(self, session: Session, pipe: Any, call: Mapping[str, Any]) -> Tuned:
         count = Counted()
@@ -131,18 +134,19 @@ class Tuner:
                     "device (diffusion_cache.tune), and give it"
                 )
 
-        def share(value: float) -> float:
+        def seen(value: float) -> float:
             session.observer = count.again()
-            for index in range(CALLS):
+            for index in range(1 if self.method.guarded.planned else CALLS):
                 run(self.with_value(value), FIRST_SEED + 1000 * index)
             return count.share
 
-        most = share(math.inf)
+        most = seen(math.inf)
         if not count.steps or not most:
             raise ConfigError(
                 f"policy {self.method.guarded.policy.name!r} reuses nothing of this call, whatever its {self.field}: "
                 "there are too few steps, or the guards leave none"
             )
+        share = self._scheduled(session.last_run) or seen
         wished = self.target.reuse
         if wished is None:
             uncached = replace(self.method, guarded=Guarded(Interval(1)))
@@ -164,6 +168,22 @@ class Tuner:
             off = abs(found[1] - wished) * count.steps
             self._warn_unless(off <= 1, f"target_reuse={self.target.reuse:g}", f"{found[1]:.3g}")
         return Tuned(found[0], found[1], count.steps, tried)
+
+    def _scheduled(self, run: CacheRun | None) -> Callable[[float], float] | None:
+        """The share by the schedule of runs like this one, where that is known beforehand."""
+        if not self.method.guarded.planned or run is None or run.clock.total is None:
+            return None
+        total, levels = run.clock.total, run.noise_levels
+        passes = range(len({record.pass_name for record in run.records}))
+        spans = [span.name for layout in run.layouts.values() for span in layout.spans]
+
+        def share(value: float) -> float:
+            schedule = self.with_value(value).guarded.for_run(levels, spans).schedule(total)
+            assert schedule is not None  # of a planned policy
+            rows = [schedule.row(step, position) for step in range(total) for position in passes]
+            return sum(row.count(False) / len(row) for row in rows) / len(rows)
+
+        return share
 
     def _warn_unless(self, met: bool, target: str, closest: str) -> None:
         if not met:
@@ -272,19 +292,26 @@ def quiet(pipe: Any) -> Any:
             vars(pipe)["_progress_bar_config"] = own
 
 
-def _kind_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a call tells its steps, size and guidance: numbers and switches, and the shapes of what it is given."""
-    kind: dict[str, Any] = {}
-    for name, value in call.items():
-        if value is None or isinstance(value, (bool, int, float)):
-            kind[name] = value
-        elif isinstance(value, Tensor):
-            kind[name] = list(value.shape[1:])
-        elif name in ("timesteps", "sigmas"):
-            kind[name] = list(value)
-        elif isinstance(getattr(value, "size", None), tuple):  # an image
-            kind[name] = list(value.size)
-    return kind
+def kind_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a call tells its steps, size and guidance: numbers and switches, sizes of tensors and images, and these
+    in lists and dicts. Neither prompts nor class labels, and so not how many samples there are.
+    """
+    told = {name: _told(value) for name, value in call.items() if name not in LABELS}
+    return {name: value for name, value in told.items() if value is not UNTOLD}
+
+
+def _told(value: Any) -> Any:
+    if value is None or isinstance(value, Real):
+        return value
+    if isinstance(value, Tensor):
+        return list(value.shape[1:])
+    if isinstance(getattr(value, "size", None), tuple):  # an image
+        return list(value.size)
+    if isinstance(value, Mapping):
+        return kind_of(value)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [told for told in map(_told, value) if told is not UNTOLD] or UNTOLD
+    return UNTOLD
 
 
 def _sampler_of(pipe: Any) -> list[Any]:

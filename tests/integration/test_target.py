@@ -97,6 +97,22 @@ def test_what_was_found_is_kept_by_model_sampler_steps_and_policy(pipe, tmp_path
         assert len(list(tmp_path.iterdir())) == files + 1
 
 
+def test_a_schedule_tells_what_it_reuses_after_one_generation(pipe, monkeypatch):
+    """Of a planned policy: from its schedule at the run's own noise levels, which the generation then goes by."""
+    calls, original = [], type(pipe).encode_prompt
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *args, **kw: calls.append(1) or original(*args, **kw))
+    ratios = [1.0, *(1 + 0.01 * step for step in range(1, STEPS))]
+    levels = [-5.0 + step for step in range(STEPS)]
+    options = dict(ratios=ratios, levels=levels, max_skip=STEPS, retention=0.0, warmup=2)
+    found = dc.tune(pipe, call(), "magcache", target_reuse=0.5, **options)
+    assert len(calls) == 1
+    assert found.tried > 1
+    assert abs(found.reuse - 0.5) <= 1 / STEPS
+    with dc.cached(pipe, "magcache", threshold=found.value, **options):
+        generate(pipe)
+        assert dc.summary(pipe).reused == round(found.reuse * STEPS)
+
+
 def test_one_search_for_each_kind_of_call(pipe, capsys):
     dc.enable(pipe, "first_block", target_reuse=0.5)
     generate(pipe, steps=4)

@@ -135,3 +135,10 @@ def test_an_order_of_passes_that_says_otherwise_is_refused(pipe):
         denoiser.cache_context("uncond"),
     ):
         denoiser(torch.zeros(1, 1, 2, 8, 8), torch.tensor([1]), torch.zeros(1, 1, 1))
+
+
+def test_the_same_sample_twice_is_no_stack_of_guidance_branches(pipe):
+    inputs = reference.inputs(NAME, (3, 3), (5, 5), 3)
+    with dc.cached(pipe, policy="interval", every=1, unconditional_every=2):
+        pipe(**inputs)
+        assert list(computed(pipe).values()) == [[0, 1, 2], [0, 2]]

@@ -1,4 +1,4 @@
-"""Runs over a denoiser that is compiled as a whole: what is not reached is said, and what can be cached is."""
+"""Runs over a denoiser compiled as a whole: what is not reached is said; and guidance branches stacked in a batch."""
 
 import warnings
 
@@ -7,6 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import diffusion_cache as dc
+from diffusion_cache.engine.cache_run import row_groups
 from diffusion_cache.engine.intercept import ATTRIBUTE
 
 
@@ -59,3 +60,24 @@ def test_compiled_denoiser_is_cached_as_one(compiled):
     assert (summary.computed, summary.reused) == (2, 2)
     assert summary.cache_bytes == outputs[0].nbytes == 64
     assert vars(compiled)[ATTRIBUTE] is inner
+
+
+@pytest.mark.parametrize(
+    ("seeds", "labels", "groups"),
+    [
+        ([1, 2, 1, 2], [3, 4, 9, 9], 2),  # two samples with guidance
+        ([1, 1, 1, 1], [3, 3, 9, 9], 2),  # the same sample twice
+        ([1, 1, 1], [3, 4, 9], 3),
+        ([1, 1], [3, 3], 1),  # the same sample twice, without guidance
+        ([1, 2], [3, 3], 1),
+        ([1, 1, 2, 2], [3, 3, 9, 9], 1),
+    ],
+)
+def test_guidance_branches_are_told_from_samples_that_are_alike(seeds, labels, groups):
+    torch.manual_seed(0)
+    noise, embeddings = torch.randn(10, 2, 3), torch.randn(10, 5)
+    timestep = torch.tensor(500)
+    given = {"timestep": timestep, "added": {"text": embeddings[labels]}}
+    assert row_groups((noise[seeds],), given) == groups
+    assert row_groups((), {"sample": noise[seeds], "class_labels": torch.tensor(labels)}) == groups
+    assert row_groups(([*noise[seeds]],), given) == 1  # a list of samples has no rows

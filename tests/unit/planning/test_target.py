@@ -18,6 +18,7 @@ from diffusion_cache.planning.target import (
     Tuner,
     arguments_of,
     from_other_noise,
+    kind_of,
     nearest,
     reuse_for,
 )
@@ -46,6 +47,36 @@ def test_a_share_that_jumps_over_the_target_ends_the_search():
     assert len(tried) <= MOST_TRIED
     below, above = max(v for v, s in tried.items() if s == 0.2), min(v for v, s in tried.items() if s == 0.8)
     assert below < 1 <= above < 1.1 * below
+
+
+def test_the_kind_of_a_call_is_told_by_lists_too():
+    """But not by prompts, labels and generators, however many."""
+    call = {
+        "prompt": ["a cat", "a dog"],
+        "class_labels": [3, 5],
+        "generator": [torch.Generator()],
+        "latents": torch.zeros(2, 4, 8),
+        "num_inference_steps": 20,
+        "guidance_scale": [1.5, 2.0],
+        "size": (512, 768),
+        "image": [SimpleNamespace(size=(64, 32))],
+        "kwargs": {"scale": 0.5, "name": "x"},
+        "none": None,
+    }
+    kind = kind_of(call)
+    assert kind == {
+        "latents": [4, 8],
+        "num_inference_steps": 20,
+        "guidance_scale": [1.5, 2.0],
+        "size": [512, 768],
+        "image": [[64, 32]],
+        "kwargs": {"scale": 0.5},
+        "none": None,
+    }
+    other = {"prompt": ["a cat"], "class_labels": [4], "generator": torch.Generator(), "latents": torch.ones(1, 4, 8)}
+    assert kind_of({**call, **other}) == kind
+    for changed in ({"guidance_scale": [1.5, 2.5]}, {"size": (512, 512)}, {"kwargs": {"scale": 0.6}}):
+        assert kind_of({**call, **changed}) != kind
 
 
 def test_time_falls_in_proportion_to_what_is_reused():
