@@ -673,6 +673,7 @@ def _planned(
     if profile is not None:
         found = _profile(profile)
         found.check(pipe, denoisers, ignore)
+        how = {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
     method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
@@ -736,6 +737,7 @@ def _system(
     if profile is not None:
         found = _profile(profile)
         found.check(pipe, denoisers, ignore)
+        how = {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
     parts = built.made_for(denoisers, found)
     return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
 

@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..chunks import Stream
 from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..fingerprint import Fingerprint
+from ..fingerprint import MEANINGS, Fingerprint
 from ..models import (
     Called,
     Layout,
@@ -53,7 +53,8 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, max_cache_bytes, stream: see `diffusion_cache.enable`.
+    cache_dtype, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it was planned,
+    None where that does not matter or is not known.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream.
@@ -69,6 +70,7 @@ class Method:
     cache_dtype: str = "model"
     max_cache_bytes: int | None = None
     stream: Stream | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.stream is not None:
@@ -227,7 +229,7 @@ class Session(Attached):
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
-        self._told_samplers: set[str] = set()
+        self._told: set[str] = set()  # warnings
 
     # attaching
 
@@ -401,7 +403,9 @@ class Session(Attached):
 
         self.agree = agreement(self.denoisers.values(), self.group)
         run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
-        run.guidance = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
+        scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
+        run.guidance = next(iter(scales), None)
+        self._check_guidance(scales)
         if self.observer is not None:
             self.observer.run_began(run)
         return run
@@ -421,15 +425,26 @@ class Session(Attached):
         if self._sampler is None:
             return
         found = [str(one) for one in self._sampler.differences(Fingerprint.of(pipe, {})) if one.strict]
-        told = "; ".join(found)
-        if found and told not in self._told_samplers:
-            self._told_samplers.add(told)
-            warnings.warn(
-                f"the sampler is not the one that a plan was enabled for, and its stated quality does not hold: "
-                f"{told}. Enable a plan made for this sampler",
-                DiffusionCacheWarning,
-                stacklevel=4,
+        if found:
+            self._tell(
+                "the sampler is not the one that a plan was enabled for, and its stated quality does not hold: "
+                f"{'; '.join(found)}. Enable a plan made for this sampler"
             )
+
+    def _check_guidance(self, scales: Collection[float]) -> None:
+        """Tell once where a call's guidance is not the one that its plan was made at, by either scale."""
+        planned = self.method.guidance
+        if planned is not None and scales and planned not in scales:
+            self._tell(
+                f"the plan was made at guidance {planned:g}, and this call is at {max(scales):g}: "
+                f"{MEANINGS['guidance']}, and the plan's stated quality does not hold. Make a profile at this guidance"
+            )
+
+    def _tell(self, message: str) -> None:
+        """Once while enabled."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, DiffusionCacheWarning, stacklevel=5)
 
     def _refresh(self, pipe: Any) -> None:
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""

@@ -28,19 +28,19 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     return caches is not None and getattr(caches[0], "mode", None) == "write"
 
 
-def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> float | None:
-    """The scale of classifier-free guidance that a pipeline is called with, or has by default; None if that is unknown.
+def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, ...]:
+    """The guidance scales that a pipeline is called with, or has by default; that of classifier-free guidance first.
 
     By the arguments in use: true_cfg_scale, of pipelines whose guidance_scale is an input of the denoiser (the FLUX
-    family, QwenImage), else guidance_scale.
+    family, QwenImage), then guidance_scale. Empty if neither is known.
     """
     try:
         bound = inspect.signature(call).bind_partial(*args, **kwargs)
     except (TypeError, ValueError):
-        return None  # the call itself will tell what is wrong with its arguments
+        return ()  # the call itself will tell what is wrong with its arguments
     bound.apply_defaults()
     given = (bound.arguments.get(name) for name in ("true_cfg_scale", "guidance_scale"))
-    return next((float(scale) for scale in given if isinstance(scale, (int, float))), None)
+    return tuple(float(scale) for scale in given if isinstance(scale, (int, float)))
 
 
 def unconditional_last(kwargs: Mapping[str, Any]) -> bool:

@@ -131,7 +131,8 @@ def measure(
         progress("looking at the pipeline", 0, len(samples))
         place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "p"
         with surveyed(first, options.scope, options.depth, options.feature) as (session, survey):
-            found = looked_at(first, survey, guidance)
+            assert session.last_run is not None
+            found = looked_at(first, survey, session.last_run.guidance if guidance is None else guidance)
             run = _Run(
                 make_batch, samples, options, foreground, settings or {}, survey, found, place, (rank, world), progress
             )
@@ -485,10 +486,7 @@ class Cells(dict[str, float]):
 
 
 def looked_at(batch: Batch, survey: Survey, guidance: float | None) -> Fingerprint:
-    """The fingerprint of what a batch's pipeline has just run. guidance: default what the pipeline says."""
-    if guidance is None:
-        told = getattr(batch.pipe, "guidance_scale", None)
-        guidance = float(told) if isinstance(told, (int, float)) else None
+    """The fingerprint of what a batch's pipeline has just run, at this scale of guidance."""
     return Fingerprint.of(
         batch.pipe,
         find_denoisers(batch.pipe),

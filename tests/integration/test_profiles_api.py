@@ -73,6 +73,24 @@ def test_a_sampler_that_is_swapped_is_told_once(pipe):
     assert "prediction_type=sample" in message
 
 
+@pytest.mark.parametrize("given", ["profile", "method"])
+def test_another_guidance_than_the_profiles_is_told_once(found, pipe, given):
+    def told(**call):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe(**reference.inputs(NAME, (3,), (5,), STEPS, **call))
+        return [str(warning.message) for warning in caught if "made at guidance" in str(warning.message)]
+
+    assert found.fingerprint.guidance == reference.spec(NAME).guidance == 1.5
+    dc.enable(pipe, profile=found, **({"nfe": 3} if given == "profile" else {"method": "dpcache", "nfe": 3}))
+    assert told() == []
+    (message,) = told(guidance=3.0)
+    assert message.startswith("the plan was made at guidance 1.5, and this call is at 3: features are taken to change")
+    assert told(guidance=3.0) == told() == []
+    (message,) = told(guidance=1.0)
+    assert "this call is at 1:" in message
+
+
 def kept(count=4):
     return plans.drawn(300, count)
 
