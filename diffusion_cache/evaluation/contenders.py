@@ -22,7 +22,8 @@ from ..models import default_scope
 from ..planning.choose import choose
 from ..policies import Guards
 from ..profile import JSON_FILE, Profile, shipped_profiles
-from ..profiling.measure import Options, measure
+from ..profiling.jacobian import Norms, norms
+from ..profiling.measure import Given, Options, measure
 from ..registry import check_options, suggest
 from ..schedule import spaced
 from ..systems import System
@@ -176,6 +177,26 @@ class Adaptive(Ours):
 
 
 @dataclass(frozen=True)
+class ByNorms(Adaptive):
+    """Decides by how sensitive the denoiser is to its inputs, which is measured first (`profiling.jacobian`)."""
+
+    @property
+    def call(self) -> Call | None:
+        return None
+
+    def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return api.cached(subject.pipe, **self.options, **vars(measured_norms(subject, steps)))
+
+    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
+        return api.cached(subject.pipe, **self.control, **vars(measured_norms(subject, steps)))
+
+    def why_not(self, subject: Subject) -> str | None:
+        if not subject.classes:
+            return f"its norms are measured on classes, and {subject.name} takes prompts, which nobody has chosen"
+        return super().why_not(subject)
+
+
+@dataclass(frozen=True)
 class Published(Contender):
     """A published system as this package has it; profile: by name or folder, None for one that is measured first."""
 
@@ -227,7 +248,6 @@ def measured_profile(
     """
     if not subject.classes:
         raise ConfigError(f"{subject.name} needs a profile at scope {scope}: give its folder, method.profile=…. {MAKE}")
-    drawn = [(str(number % 10), FITTING_SEEDS + number) for number in range(PROFILED)]
     samples = Options.sensitivity_samples if sensitivity else 0
     options = Options(scope=scope, sensitivity_samples=samples, attention=foreground)
     wanted = {"sensitivity": sensitivity, "foreground": foreground}
@@ -239,9 +259,21 @@ def measured_profile(
             subject.profiles.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{folder}.lock"))  # whoever comes second has it measured
         batches = batches_of(subject, steps)
-        profile = measure(batches, drawn, options, foreground="motion" if foreground else None, folder=folder)
+        profile = measure(batches, _drawn(), options, foreground="motion" if foreground else None, folder=folder)
     assert profile is not None
     return profile
+
+
+@lru_cache(maxsize=2)
+def measured_norms(subject: Subject, steps: int) -> Norms:
+    """Of the same samples, for policy sencache."""
+    make = batches_of(subject, steps)
+    return norms([make([sample]) for sample in _drawn()])
+
+
+def _drawn() -> list[Given]:
+    """Samples to fit on: classes with seeds that nothing is reported of."""
+    return [(str(number % 10), FITTING_SEEDS + number) for number in range(PROFILED)]
 
 
 @dataclass(frozen=True)
@@ -272,7 +304,8 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
 
     grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
     models: by model name, another grid and points. A node of a plan (`share`) or of a policy that has a `profile`
-    comes back with the profile's name or folder and its digest, so that another profile makes another run.
+    comes back with the profile's name or folder and its digest, so that another profile makes another run. norms: of a
+    node of policy sencache, whether they are measured first.
 
     Raises:
         ConfigError: for a grid that is not of that form or names a key that the method does not have, or no profile.
@@ -498,7 +531,9 @@ def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) ->
     told |= {"forecaster": predictor_name, **predictor, **mending}
     told = {key: round(value, 4) if isinstance(value, float) else value for key, value in told.items()}
     label = node.get("label") or ", ".join(filter(None, (name, predictor_name, corrector_name)))
-    form = Adaptive if made.needs.signals else Ours
+    form: type[Ours] = Adaptive if made.needs.signals else Ours
+    if node.get("norms"):
+        form, told = ByNorms, {**told, "norms": "measured"}
     return form(node["kind"], label, told, scope=node.get("scope") or "", options=options, control=control,
                 scopes=made.scopes, profile=profile, tuned=cls.tuned)  # fmt: skip
 

@@ -16,6 +16,7 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation import contenders
 from diffusion_cache.evaluation.contenders import (
     Adaptive,
+    ByNorms,
     FewerSteps,
     Ours,
     Rival,
@@ -23,6 +24,7 @@ from diffusion_cache.evaluation.contenders import (
     call_of,
     contender,
     expand,
+    measured_norms,
     measured_profile,
     spaced_mask,
 )
@@ -393,6 +395,29 @@ def test_a_policy_takes_what_it_can_from_a_profile(tmp_path):
     (other,) = expand({**node, "policy": {"name": "interval", "every": 2}}, "dit-digits")
     with pytest.raises(ConfigError, match=r"interval takes nothing from a profile: leave method\.profile out"):
         contender(other, TAYLOR, 6)
+
+
+def test_norms_are_measured_first_on_samples_that_are_not_reported(monkeypatch):
+    monkeypatch.setattr(contenders, "PROFILED", 2)
+    node = {**NODE, "policy": {"name": "sencache", "threshold": 0.15}, "guards": {}, "norms": True}
+    what = contender(node, {"name": "reuse"}, 3)
+    assert (type(what), what.call) == (ByNorms, None)
+    assert what.settings == {"threshold": 0.15, "forecaster": "reuse", "norms": "measured"}
+    subject = Shipped("dit-digits")
+    seeds, inputs = [], subject.inputs
+    subject.inputs = lambda samples, steps: seeds.extend(s.seed for s in samples) or inputs(samples, steps)
+    found = measured_norms(subject, 3)
+    assert seeds == [FITTING_SEEDS, FITTING_SEEDS + 1]
+    for made, computed in ((what.applied, None), (what.never, 3)):
+        with made(subject, 3):
+            policy = session_of(subject.pipe).method.guarded.policy
+            assert vars(policy) == {"threshold": 0.15, **vars(found)}
+            subject.call([Sample(0, 3, 0)], 3)
+            assert computed in (None, api.summary(subject.pipe).computed)
+    assert len(seeds) == 4  # measured once
+    assert type(contender({**node, "norms": False}, TAYLOR, 3)) is Adaptive
+    subject.classes = False
+    assert "takes prompts" in what.why_not(subject)
 
 
 # published systems
