@@ -187,9 +187,6 @@ class ByNorms(Adaptive):
     def applied(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
         return api.cached(subject.pipe, **self.options, **vars(measured_norms(subject, steps)))
 
-    def never(self, subject: Subject, steps: int) -> contextlib.AbstractContextManager[Any]:
-        return api.cached(subject.pipe, **self.control, **vars(measured_norms(subject, steps)))
-
     def why_not(self, subject: Subject) -> str | None:
         if not subject.classes:
             return f"its norms are measured on classes, and {subject.name} takes prompts, which nobody has chosen"
