@@ -138,14 +138,16 @@ SPECTRAL, LINE = Chebyshev(blend=1.0, anchored=True), Taylor(order=1)
 
 def _disagreement(entry: Entry) -> Tensor:
     step, state = entry.frame.step, entry.run.spans.state(entry.frame.key, entry.span, 0)
-    history, rows = state.history, len(entry.stream)
-    if not history or state.template is None:
+    rows = len(entry.stream)
+    if not state.history or state.template is None:
         return torch.full((rows,), math.nan, device=entry.stream.device)
+    history = entry.run.spans.held(state.history)
+    assert history is not None
     spectral, line = weights = torch.zeros(2, len(history.lanes), len(history.slots))
     for row, lane in enumerate(history.lanes):
         query = Query([node for node, _ in lane], step.index, total=step.total)
         for into, forecaster in zip(weights, (SPECTRAL, LINE), strict=True):
-            into[row, [slot for _, slot in lane]] = torch.tensor(forecaster.weights(query))
+            into[row, [slot for _, slot in lane]] = torch.tensor(history.combined(forecaster.weights(query)))
     leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
     leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
     difference, whole = torch.stack([spectral - line, spectral]).to(entry.stream.device)

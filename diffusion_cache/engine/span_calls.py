@@ -10,9 +10,11 @@ from torch import Tensor
 from .. import ops
 from ..chunks import ChunkHistory, Chunks
 from ..context import Blend, Correction, NonLinear, Query, Signals
+from ..differences import DIFFERENCES, DifferenceHistory
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
+from ..offload import Offload
 from .frame import Frame, PassKey, SpanState, Visit
 from .signals import take
 from .structure import (
@@ -56,6 +58,10 @@ class Row(NamedTuple):
         inputs, forecast = (tuple(blend.keep * w for w in part) for part in (self.inputs, self.forecast))
         return Row(features, inputs, forecast)
 
+    def held(self, history: History) -> "Row":
+        """Weights of what the slots of a history hold."""
+        return Row(history.combined(self.features), history.combined(self.inputs), self.forecast)
+
     def placed(self, slots: Sequence[int], count: int) -> "Row":
         """With a weight for each of `count` slots: of those named, in the weights' order, theirs, else 0."""
 
@@ -73,6 +79,8 @@ class SpanCalls:
         self._run = run
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
+        self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
+        self._offload = Offload() if self._method.cache_device == "cpu" else None
         self._tails: dict[PassKey, SpanState] = {}  # of the blocks after the spans: to be compared, never reused
         self._compared: dict[PassKey, History] = {}  # the corrector's signals at the steps of the features
         self._peak_bytes = 0
@@ -132,7 +140,10 @@ class SpanCalls:
                 visit.finished = True
                 assert visit.state.template is not None
                 self._note_first_pass(frame, visit, visit.forecast)
-                return visit.state.template.join(visit.forecast)
+                output = visit.state.template.join(visit.forecast)
+                if frame.deferred:
+                    visit.forecast = []  # what the block lets go of needs no making
+                return output
             known = visit.state.passthrough.get(member)
             return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
         output = inner(*args, **kwargs)
@@ -182,7 +193,9 @@ class SpanCalls:
         assert frame.actions is not None
         reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
         visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
-        if reuse and self._forecast(frame, visit):
+        forecast = reuse and self._forecast(frame, visit)
+        self._prefetch(frame.key, state.place + 1, frame.actions)
+        if forecast:
             frame.reused.append(visit)
             frame.computed += visit.rows is not None
             frame.visits[span] = visit
@@ -215,13 +228,19 @@ class SpanCalls:
         state = self._states.get((key, span, count))
         if state is None:
             state = self._states[key, span, count] = SpanState(self._history())
+            order = self._order.setdefault(key, [])
+            state.place = len(order)
+            order.append((span, state))
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
 
     def _history(self) -> History:
         stream, kept, dtype = self._method.stream, self._run.history, self._method.cache_dtype
-        return History(kept, dtype) if stream is None else ChunkHistory(kept, stream, dtype)
+        if stream is not None:
+            return ChunkHistory(kept, stream, dtype)
+        code = DIFFERENCES.get(dtype)
+        return History(kept, dtype) if code is None else DifferenceHistory(kept, code)
 
     def _note_first_pass(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
         if self._relates_passes and frame.position == 0:
@@ -323,19 +342,22 @@ class SpanCalls:
             frame.reason = "not finite"
             return False
         try:
-            history = _held(state.history, frame.chunks)
+            history = self.held(state.history, frame.chunks)
             if history is None:
                 frame.reason = "new chunks"
                 return False
             weights, slots = self._weights(frame, span, history)
             correction = self._correction(frame, span, history)
             leaves = state.template.leaves
-            forecast = []
+            forecast: list[Tensor] = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
                 features = self._features(frame, span, history, i, slots, inputs)
-                forecast.append(_forecast(frame.chunks, base, features, weights, correction))
+                if base is None and self._defers(frame, span, features):
+                    forecast.append(frame.defer(features, weights, correction))
+                else:
+                    forecast.append(_forecast(frame.chunks, base, features, weights, correction))
             visit.forecast = forecast
             visit.rows = frame.rows
             return True
@@ -344,6 +366,18 @@ class SpanCalls:
             self.forget(state)
             frame.reason = "failure"
             return False
+
+    def held(self, history: History, chunks: Chunks | None = None) -> History | None:
+        """What a history holds for a call, on its device and rows in the call's order; None: nothing of a chunk."""
+        if chunks is not None:
+            assert isinstance(history, ChunkHistory)
+            return history.of(chunks)
+        return history if self._offload is None else self._offload.held(history)
+
+    def _defers(self, frame: Frame, span: Span, features: Sequence[Tensor | ops.Coded]) -> bool:
+        """Whether a forecast is left to the block that asks for it, which may do more in the same pass over memory."""
+        whole = span.kind == "branch" and frame.rows is None and frame.chunks is None
+        return whole and not torch.is_grad_enabled() and ops.fuses(features)
 
     def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Tensor | None, Tensor | None]:
         """What a span whose every slot is taken is forecast with; weights None: it is computed.
@@ -384,7 +418,7 @@ class SpanCalls:
         feature = history.slots[0][0]
         if len(history.lanes) == 1:
             (lane,) = history.lanes
-            table = [row.flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
+            table = [row.held(history).flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
             slots = [slot for _, slot in lane]
             if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
                 return table[0], slots
@@ -398,7 +432,7 @@ class SpanCalls:
             if asked not in known:
                 known[asked] = self._branch_weights(frame, span, *asked)
             rows = known[asked]
-            row = rows[place * len(rows) // len(history.lanes)]
+            row = rows[place * len(rows) // len(history.lanes)].held(history)
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 
@@ -428,7 +462,8 @@ class SpanCalls:
             lane = lane[-forecaster.history :]
             (query,) = self._queries(frame, span, tuple(node for node, _ in lane), frame.step.index)
             index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
-            features = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
+            held = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
+            features = history.restored(held)
             made = features[-1]
             if made.is_floating_point():
                 made = forecaster.forecast(query, [ops.wide(feature) for feature in features]).to(whole.dtype)
@@ -529,7 +564,7 @@ class SpanCalls:
         self._note_first_pass(frame, visit, whole)
         try:
             kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
-            state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)], rows, frame.batch)
+            self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)], rows)
             state.unchecked = True
         except Exception as error:
             self.forget(state)
@@ -572,7 +607,7 @@ class SpanCalls:
         if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
             if frame.chunks is None:
-                state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
+                self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)])
             elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
                 assert isinstance(state.history, ChunkHistory)
                 state.history.observe_chunks(frame.chunks, tensors[0], bases[0])
@@ -582,13 +617,58 @@ class SpanCalls:
             state.unchecked = True
         return tensors
 
+    def _observe(
+        self,
+        frame: Frame,
+        history: History,
+        outputs: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        if self._offload is None:
+            history.observe(frame.step.index, outputs, bases, rows, frame.batch)
+        else:
+            self._offload.observe(history, frame.step.index, outputs, bases, rows, frame.batch)
+
+    # bringing back what waits on the host
+
+    def prefetch_first(self, frame: Frame) -> None:
+        """At the start of a call: what its first span will be forecast from, if it is or may be."""
+        self._prefetch(frame.key, 0, frame.actions)
+
+    def prefetch_next(self, frame: Frame) -> None:
+        """At the end of a call: the same of the call that follows, where the policy knows it already."""
+        if self._offload is None:
+            return
+        keys = [key for key in self._order if key[0] == frame.key[0]]
+        place = keys.index(frame.key) + 1 if frame.key in keys else 0
+        wraps = place >= len(keys)
+        schedule = self._run.decisions.schedule(frame.step.total)
+        step = frame.step.index + wraps
+        if schedule is not None and keys and step < len(schedule.compute):
+            self._prefetch(keys[0 if wraps else place], 0, schedule.row(step, 0 if wraps else frame.position + 1))
+
+    def _prefetch(self, key: PassKey, place: int, actions: tuple[bool, ...] | None) -> None:
+        """The features of the span that is entered at that place of a pass, unless it is going to be computed."""
+        order = self._order.get(key, ())
+        if self._offload is None or place >= len(order):
+            return
+        span, state = order[place]
+        index = self._run.session.span_index.get(span, 0)
+        if actions is None or not actions[index if len(actions) > 1 else 0]:
+            try:
+                self._offload.fetch(state.history)
+            except Exception as error:
+                self._run.warn_failure("bringing back features", error)
+                self.forget(state)
+
     def _fits(self, state: SpanState, outputs: Sequence[Tensor]) -> bool:
         """Whether a full history of such features is within `max_cache_bytes` with the others; told once if not."""
         limit = self._method.max_cache_bytes
         if limit is None or state.history:
             return True
         histories = [other.history for other in self._states.values() if other.history]
-        taken = self._first_bytes + sum(history.capacity * history.feature_bytes for history in histories)
+        taken = self._first_bytes + sum(history.full_bytes for history in histories)
         if taken + state.history.bytes_of(outputs) <= limit:
             return True
         state.unusable = "does not fit into max_cache_bytes"
@@ -659,7 +739,7 @@ class SpanCalls:
         Reading back is free on the CPU. Elsewhere it would stall, and ranks would decide apart: those runs look once,
         at their end.
         """
-        here = state.history.on_host and self._run.session.agree is None
+        here = self._offload is None and state.history.on_host and self._run.session.agree is None
         if state.unchecked and here and not is_finite(state.history.tensors()):
             self.forget(state)
             self._run.warn(f"{span.name} produced values that are not finite; they are not reused")
@@ -682,6 +762,8 @@ class SpanCalls:
     def _reshape(self, state: SpanState, members: bool = True) -> None:
         """What the span returns has another structure from now on, and what its members return as well."""
         self._count_bytes()
+        if self._offload is not None:
+            self._offload.drop(state.history)
         state.history.reshaped()
         state.template = None
         if members:
@@ -693,37 +775,40 @@ class SpanCalls:
         self._count_bytes()
         return self._peak_bytes
 
+    @property
+    def resident_bytes(self) -> int:
+        """The most bytes that features have taken on the denoiser's device so far."""
+        return self.peak_bytes if self._offload is None else self._first_bytes + self._offload.resident_bytes
+
     def _count_bytes(self) -> None:
         histories = sum(state.history.nbytes for state in self._states.values())
         self._peak_bytes = max(self._peak_bytes, self._first_bytes + histories)
 
     def feature_bytes(self) -> dict[str, int]:
-        """Bytes of one stored feature of each span, summed over passes."""
+        """Bytes of one stored feature of each span, on average over those of a full history, summed over passes."""
         sizes: dict[str, int] = {}
         for (_, span, _), state in self._states.items():
             if state.history:
-                sizes[span.name] = sizes.get(span.name, 0) + state.history.feature_bytes
+                sizes[span.name] = sizes.get(span.name, 0) + math.ceil(
+                    state.history.full_bytes / state.history.capacity
+                )
         return sizes
 
     def release(self) -> None:
         """Let go of every feature, telling of those that could not be checked on the way."""
         self._count_bytes()
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
-        unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
+        if self._offload is not None:
+            self._offload.finish()
+        late = [(span, history) for span, history in newest if self._offload is not None or not history.on_host]
+        unchecked = [span for span, history in late if not is_finite(history.tensors())]
         self._states.clear()
+        self._order.clear()
         self._first.clear()
         self._tails.clear()
         self._compared.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
-
-
-def _held(history: History, chunks: Chunks | None) -> History | None:
-    """What a history holds for a call, rows in the call's order; None where it has nothing of a chunk."""
-    if chunks is None:
-        return history
-    assert isinstance(history, ChunkHistory)
-    return history.of(chunks)
 
 
 def _forecast(
