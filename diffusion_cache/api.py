@@ -22,6 +22,7 @@ from .engine.structure import forked_rng
 from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
+from .language import Planned as PlannedText
 from .models import find_denoisers, unwrap
 from .ops import CODES
 from .plan import GUARD_SIGNALS, Plan
@@ -104,7 +105,8 @@ def enable(
 
     Args:
         pipe: any diffusers pipeline with a transformer or UNet; or one that decodes masked tokens of text, which takes
-            a method for that (see `diffusion-cache list languages`; default "prefix", which is exact) and its options.
+            a method for that (see `diffusion-cache list languages`; default "prefix", which is exact) and its options,
+            or a profile and which of its plans (see `planning.refinements`).
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
             "select" is the system of that name.
         corrector: what mends each forecast, by name (see `diffusion-cache list correctors`) or instance; None for
@@ -159,13 +161,14 @@ def enable(
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
         others: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
-        others |= {"profile": profile, "speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
-        others |= {"ignore": ignore or None, "depth": depth, "group": group, **watch}
+        others |= {"min_psnr": min_psnr, "target_reuse": target_reuse, "depth": depth, "group": group, **watch}
         others |= {name: value for name, value in how.items() if value != defaults.get(name)}
         for name, value in others.items():
             if value is not None:
-                raise ConfigError(f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give method alone")
-        return _language(pipe, "prefix" if method is None else method, options)
+                raise ConfigError(
+                    f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give a method, or a profile"
+                )
+        return _language(pipe, method, profile, {"speedup": speedup, "nfe": nfe, "plan": plan}, ignore, options)
     if policy == Select.name:
         method, policy = policy, None
     if method is not None:
@@ -204,8 +207,29 @@ def enable(
     return _attached(pipe, made, group, tuner)
 
 
-def _language(pipe: Any, method: Any, options: dict[str, Any]) -> LanguageSession:
-    built = _build(language_registry, method, LanguageCache, options)
+def _language(
+    pipe: Any,
+    method: Any,
+    profile: "str | Path | Profile | None",
+    wish: Mapping[str, Any],
+    ignore: Collection[str],
+    options: dict[str, Any],
+) -> LanguageSession:
+    if profile is not None:
+        if method is not None:
+            raise ConfigError("a method comes from the profile: give method or profile, not both")
+        found = _profile(profile)
+        found.check(pipe, {"model": pipe.model}, ignore)
+        given = wish["plan"]
+        method = PlannedText(given if isinstance(given, Plan) else choose(found.plans, **wish))
+    else:
+        if isinstance(wish["plan"], Plan):
+            method = PlannedText.name if method is None else method
+            options["plan"], wish = wish["plan"], {**wish, "plan": None}
+        for name, value in {**wish, "ignore": ignore or None}.items():
+            if value is not None:
+                raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
+    built = _build(language_registry, "prefix" if method is None else method, LanguageCache, options)
     if options:
         name, known = next(iter(options)), [field.name for field in dataclasses.fields(built)]
         raise ConfigError(f"Unknown option {name!r} for language cache {built.name!r}. {suggest(name, known)}")

@@ -89,7 +89,7 @@ class DenoiserFacts:
         """
         model = getattr(model, "_orig_mod", model)
         base, adapters = _split_adapters(model)
-        config = {key: value for key, value in dict(getattr(model, "config", {}) or {}).items() if key[:1] != "_"}
+        config = {key: value for key, value in _config(model).items() if key[:1] != "_"}
         active = sorted(adapters)
         count: Counter[str] = Counter()
         for _, parameter in base:
@@ -369,6 +369,12 @@ def _active(module: Any) -> list[str]:
     parts = [getattr(module, part, None) for part in _adapter_parts(module)]
     present = {key for part in parts if part is not None for key in part}
     return [key for key in getattr(module, "active_adapters", ()) if key in present and key not in merged]
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """How a model of diffusers or of transformers is configured."""
+    config: Any = getattr(model, "config", None) or {}
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def _prefixes(name: str) -> Iterable[str]:

@@ -81,6 +81,49 @@ def pipeline(case: Any) -> dict[str, Any]:
     return row
 
 
+def streams() -> dict[str, Any]:
+    """Which pipelines run as a stream: their calls, how many are reused, and the noise levels in one call."""
+    import pipeline_zoo
+
+    rows, refused = {}, {}
+    for case in track(pipeline_zoo.cases(), "streams"):
+        try:
+            rows[case.id] = stream(case)
+        except dc.DiffusionCacheError as error:
+            refused[case.id] = str(error)
+    return {"rows": rows, "refused": refused}
+
+
+def stream(case: Any) -> dict[str, Any]:
+    from pipeline_zoo import equal, tensors
+
+    pipe, levels = case.build(), [0]
+    options: dict[str, Any] = {"policy": "interval", "stream": dc.Stream()}
+
+    def seen(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        levels.append(max(len(row.unique()) for row in kwargs["timestep"]))
+
+    with dc.cached(pipe, every=2, **options), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", dc.DiffusionCacheWarning)
+        pipe(**case.call())
+        summary = dc.summary(pipe)
+    hooks = [model.register_forward_pre_hook(seen, with_kwargs=True) for model in models.find_denoisers(pipe).values()]
+    uncached = tensors(pipe(**case.call()))
+    for hook in hooks:
+        hook.remove()
+    with dc.cached(pipe, every=1, **options):
+        computed = tensors(pipe(**case.call()))
+    return {
+        "class": case.name,
+        "calls": len(summary.records),
+        "reused": summary.reused,
+        "levels": max(levels),
+        "reason": "; ".join(str(w.message) for w in caught if issubclass(w.category, dc.DiffusionCacheWarning)),
+        "identical": equal(computed, uncached),
+        "restored": equal(tensors(pipe(**case.call())), uncached),
+    }
+
+
 def declared() -> list[str]:
     """The families of which something had to be declared in diffusion_cache/models."""
     return sorted({*models.DENOISERS, *models.LOOKING_INSIDE})
@@ -199,10 +242,34 @@ def page(report: dict[str, Any]) -> str:
                 " ".join(str(x) for x in (count, f"[{told.index(why) + 1}]" if why else None) if x is not None)
             )
         lines.append(f"| {name} | {row['calls']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(told, 1)), ""])
+    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(told, 1)), "", *streams_page(report)])
 
 
-PARTS = {"denoisers": denoisers, "slicing": slicing, "language": language, "pipelines": pipelines}
+def streams_page(report: dict[str, Any]) -> list[str]:
+    found, refused = report["streams"]["rows"], report["streams"]["refused"].values()
+    single = sum("the noise level of each latent frame" in why for why in refused)
+    lines = [
+        "## Streams",
+        "",
+        "The pipelines whose calls have a noise level for each latent frame (or token), with `stream=dc.Stream()`, "
+        "`interval` and `taylor`: denoiser calls in one generation, how many of them are reused with every second one "
+        "computed, and the most different levels in a call. With all computed the output was bit-identical, and as "
+        f"before when the cache is off. Of the other configurations above, {single} have one level a call and "
+        f"are refused with an error that says so; {len(refused) - single} are refused for what they are.",
+        "",
+        "| pipeline | denoiser calls | reused | levels |",
+        "|---|---:|---:|---:|",
+    ]
+    told = list(dict.fromkeys(row["reason"] for row in found.values() if row["reason"]))
+    for name, row in found.items():
+        if not (row["identical"] and row["restored"]):
+            raise SystemExit(f"{name} as a stream is not as before: no page")
+        note = f" [{told.index(row['reason']) + 1}]" if row["reason"] else ""
+        lines.append(f"| {name} | {row['calls']} | {row['reused']}{note} | {row['levels']} |")
+    return [*lines, "", *(f"{i}. {note}" for i, note in enumerate(told, 1)), ""]
+
+
+PARTS = {"denoisers": denoisers, "slicing": slicing, "language": language, "pipelines": pipelines, "streams": streams}
 
 
 def main() -> None:

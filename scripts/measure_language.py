@@ -1,15 +1,18 @@
 """Measure the caches for language models on the shipped one, and write results/language.json.
 
-Usage: python scripts/measure_language.py [--samples 200] [--pairs 5] [--out results/language.json]
+Usage: python scripts/measure_language.py [--methods dkv planned …] [--samples 200] [--pairs 5] [--out FILE]
 
 For every method: decoded tokens per second of process CPU time, with and without it in turns; tokens run through the
-model; the share of problems solved in every digit, and of answers that are those of no cache. The problems are none
-that the model was trained or judged on. Prints the table of docs/language.md.
+model; the share of problems solved in every digit, and of answers that are those of no cache. "planned" are schedules
+of COUNTS refinements from a profile, and as many evenly spaced ones, where a refinement decodes one token. The problems
+are none that the model was trained or judged on, and none that were profiled. Rows of methods that are not asked for
+stay as they are. Prints the table of docs/language.md.
 """
 
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,16 +21,36 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache.evaluation.environment import cpu_name, versions
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.language import LanguageCache, Planned
 from diffusion_cache.measure.timing import paired
+from diffusion_cache.planning.refinements import candidates
+from diffusion_cache.profiling import refinements
 from diffusion_cache.reference import fill_forward
 
 FIRST_SEED = 70_000
 BATCH = 20
 METHODS = ("prefix", "dkv", "sub_block", "elastic")
 DECODING = {"one token a refinement": 2.0, "all above 0.9": 0.9}  # thresholds
+COUNTS, CANDIDATES = (6, 4), ("sum", "even")  # of plans: computed refinements of a block's eight, and schedules
+PROFILED = range(FITTING_SEEDS + 70_000, FITTING_SEEDS + 70_000 + 2 * BATCH)
 
 
-def measure(method: str, decoding: str, samples: int, pairs: int) -> dict[str, Any]:
+def wanted(methods: Sequence[str]) -> list[tuple[str | LanguageCache, str]]:
+    """The methods asked for, each with how it decodes."""
+    found: list[tuple[str | LanguageCache, str]] = [
+        (method, decoding) for decoding in DECODING for method in METHODS if method in methods
+    ]
+    return found + [(plan, next(iter(DECODING))) for plan in (plans() if "planned" in methods else [])]
+
+
+def plans() -> list[LanguageCache]:
+    profile = refinements.measure(fill_forward.pipeline(), [fill_forward.inputs(list(PROFILED))])
+    made = [plan for count in COUNTS for plan in candidates(profile, count)]
+    return [Planned(plan) for plan in made if plan.name in CANDIDATES]
+
+
+def measure(method: str | LanguageCache, decoding: str, samples: int, pairs: int) -> dict[str, Any]:
     """One method's row: the same problems without it, with it, and with it again in timed pairs."""
 
     def generate(pipe: Any, seeds: list[int]) -> torch.Tensor:
@@ -92,11 +115,18 @@ def table(report: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = (*METHODS, "planned")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/language.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    rows = [measure(*each, options.samples, options.pairs) for each in wanted(options.methods)]
+    if options.out.exists():
+        before = json.loads(options.out.read_text())["results"]
+        rows += [row for row in before if row["method"].partition("(")[0] not in options.methods]
+    rows.sort(key=lambda row: (list(DECODING).index(row["decoding"]), names.index(row["method"].partition("(")[0])))
     report = {
         "model": fill_forward.NAME,
         "pipeline": "LLaDA2Pipeline",
@@ -107,9 +137,7 @@ def main() -> None:
         "clock": "process CPU time, one thread",
         "hardware": f"CPU {platform.machine()}, {cpu_name()}",
         "versions": versions(),
-        "results": [
-            measure(method, decoding, options.samples, options.pairs) for decoding in DECODING for method in METHODS
-        ],
+        "results": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")

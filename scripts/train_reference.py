@@ -192,7 +192,13 @@ def fill_forward() -> Bare:
     return Bare(module.FillForward, module.loss, module.__doc__, "exact_match", module.exact_match, module.GATE)
 
 
-BARE = {"reacher": reacher, "fill-forward": fill_forward}
+def rolling() -> Bare:
+    from diffusion_cache.reference import rolling as module
+
+    return Bare(module.build, module.loss, module.__doc__, "class_accuracy", module.recognised, module.GATE)
+
+
+BARE = {"reacher": reacher, "fill-forward": fill_forward, "rolling-digits": rolling}
 
 
 def make_bare(bare: Bare, cfg: DictConfig, run_dir: Path) -> None:

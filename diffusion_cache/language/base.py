@@ -14,7 +14,7 @@ class View:
     masked: whether it is still to be decoded; was_masked: whether it was at the refinement before. changed: whether it
     is another than the one whose keys and values are kept. unsettled: whether what is kept of it can differ from what
     computing everything would give; a *refresh* computes all of these. age: refinements between the last refresh and
-    this one.
+    this one. refinement: which of its block's this is, counted from 0.
     """
 
     masked: Tensor
@@ -22,6 +22,7 @@ class View:
     changed: Tensor
     unsettled: Tensor
     age: int
+    refinement: int
 
 
 class Watcher(ABC):
@@ -58,12 +59,17 @@ class LanguageCache(ABC):
     paper: ClassVar[str]
     exact: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        fields = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        return f"{self.name}({fields})"
+
     @abstractmethod
     def rows(self, view: View) -> Tensor:
         """The tokens to compute, bool [n, tokens]. Keys and values of all others are as they were computed last.
 
         It is asked at every refinement but the first of each block, which is a refresh. Tokens that are settled are not
-        computed, whatever it says. A masked token that is not computed cannot be decoded by this refinement.
+        computed, whatever it says. A masked token that is not computed is not decoded by this refinement, unless no
+        masked one of its sample is.
         """
 
     def watcher(self) -> Watcher | None:

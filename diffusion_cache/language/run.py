@@ -135,10 +135,11 @@ class LanguageRun:
         places = torch.arange(length, device=tokens.device)
         unsettled = (places >= store.settled(*window)).expand(samples, -1)
         masked = tokens.eq(self.mask_token)
-        view = View(masked, store.masked, tokens.ne(store.tokens), unsettled, store.age)
+        view = View(masked, store.masked, tokens.ne(store.tokens), unsettled, store.age, store.refinement)
         rows = unsettled if grown else self._chosen(view)
         refresh = bool((rows == unsettled).all())
         store.age += 1
+        store.refinement += 1
         computed, executed = rows, 0.0
         if rows.any():
             with self.decoder.watched():
@@ -150,8 +151,9 @@ class LanguageRun:
         self.records.append(Refinement(tokens.numel(), executed, refresh))
         self.cache_bytes = max(self.cache_bytes, store.nbytes)
         assert store.logits is not None
-        # a sampler takes the most confident token: let it be one that was computed
-        held = (masked & unsettled & ~computed)[:, -self.block :, None]
+        # a sampler takes the most confident token: let it be one that was computed, where any was
+        fresh = masked & computed
+        held = (masked & unsettled & ~fresh & fresh.any(dim=1, keepdim=True))[:, -self.block :, None]
         return torch.where(held, store.logits * HELD, store.logits)
 
     def _chosen(self, view: View) -> Tensor:

@@ -2,12 +2,13 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ..engine.attached import Attached, bracket
+from ..engine.attached import Attached, bracket, session_of
 from ..engine.intercept import intercept, is_intercepted, release
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from .base import LanguageCache
@@ -23,6 +24,31 @@ def serves(pipe: Any) -> bool:
     return {"mask_token_id", "block_length"} <= set(inspect.signature(type(pipe).__call__).parameters)
 
 
+def decoding(pipe: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Tokens in a block, and the mask token, of a call of the pipeline with these arguments."""
+    given = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
+    mask_token = given.get("mask_token_id")
+    block = given.get("block_length") or pipe.scheduler.config.block_length
+    return block, pipe.mask_token_id if mask_token is None else mask_token
+
+
+@contextmanager
+def enabled(pipe: Any, method: LanguageCache | None) -> Iterator[None]:
+    """This method (None for no cache) inside the block; what was enabled before comes back."""
+    before = session_of(pipe)
+    if method is not None:
+        LanguageSession(method).attach_pipeline(pipe)
+    elif before is not None:
+        before.detach_pipeline(pipe)
+    try:
+        yield
+    finally:
+        if method is not None:
+            session_of(pipe).detach_pipeline(pipe)
+        if before is not None:
+            before.attach_pipeline(pipe)
+
+
 class LanguageSession(Attached):
     """An interceptor on the pipeline's model and a bracket on its class, installed together and removed exactly."""
 
@@ -33,8 +59,7 @@ class LanguageSession(Attached):
         self.decoder: Decoder | None = None
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{key}={value!r}" for key, value in vars(self.method).items())
-        return f"{self.method.name}({fields})"
+        return str(self.method)
 
     def attach_pipeline(self, pipe: Any) -> None:
         """Attach to a pipeline's model, which is tried out before anything changes.
@@ -59,11 +84,8 @@ class LanguageSession(Attached):
                     stacklevel=4,
                 )
                 return None
-        given = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
-        block = given.get("block_length") or pipe.scheduler.config.block_length
-        mask_token = given.get("mask_token_id")
         assert self.decoder is not None
-        return LanguageRun(self, self.decoder, pipe, block, pipe.mask_token_id if mask_token is None else mask_token)
+        return LanguageRun(self, self.decoder, pipe, *decoding(pipe, args, kwargs))
 
     def finish(self, run: LanguageRun) -> None:
         self.last_run = run

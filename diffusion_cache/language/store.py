@@ -12,6 +12,7 @@ class Store:
 
     tokens: those that keys and values were computed from, -1 for none [n, tokens]. hidden: what entered each layer
     [n, tokens, channels], kept where single layers are refreshed. logits: of the current block [n, block, vocabulary].
+    age, refinement: see `View`.
     """
 
     def __init__(self, samples: int, device: torch.device, reach: int | None):
@@ -20,7 +21,7 @@ class Store:
         self.masked = self.tokens.bool()
         self.hidden: dict[int, Tensor] = {}
         self.logits: Tensor | None = None
-        self.age = 0
+        self.age = self.refinement = 0
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._places = self.tokens  # of the tokens that the model is being given
@@ -62,6 +63,7 @@ class Store:
             for kept in (self._keys, self._values, self.hidden):
                 kept.update({layer: F.pad(tensor, (0, 0, 0, more)) for layer, tensor in kept.items()})
             self.logits = None
+            self.refinement = 0
         return bool(more)
 
     def given(self, places: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .data import IMAGE_SIZE, VIDEO_FRAMES, VIDEO_SIZE
 
-BARE = ("reacher", "fill-forward")  # shipped beside MODELS, with modules of their own
+BARE = ("reacher", "fill-forward", "rolling-digits")  # shipped beside MODELS, with modules of their own
 NULL_CLASS = 10
 DIT_NULL_CLASS = 1000  # hard-coded in DiTPipeline
 EMBEDDING_TOKENS, EMBEDDING_DIM = 4, 64

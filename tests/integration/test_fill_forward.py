@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.profile import Profile
 from diffusion_cache.reference import fill_forward
 from diffusion_cache.reference.fill_forward import BLOCK, DIGITS, MASK
 
@@ -98,13 +99,15 @@ def test_approximate_caches_run_fewer_tokens_and_solve_most_problems(pipe, metho
     assert fill_forward.exact(SEEDS, found).sum() >= 8
 
 
-def test_every_line_of_the_page_runs(capsys):
+def test_every_line_of_the_page_runs(capsys, monkeypatch, tmp_path):
     page = (ROOT / "docs" / "language.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    example = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(example, "language.md", "exec"), names)
     assert "prefix(): " in capsys.readouterr().out
     assert names["approximate"].shape == names["answers"].shape
+    assert [plan.name for plan in Profile.load(tmp_path / "profiles" / "fill-forward").plans] == ["nfe-4", "nfe-6"]
 
 
 def test_the_page_shows_what_was_measured():
@@ -115,7 +118,7 @@ def test_the_page_shows_what_was_measured():
     report = json.loads((ROOT / "results" / "language.json").read_text())
     page = (ROOT / "docs" / "language.md").read_text().splitlines()
     lines = script.table(report)
-    assert len(lines) == 2 + len(script.METHODS) * len(script.DECODING)
+    assert len(lines) == 2 + len(script.METHODS) * len(script.DECODING) + len(script.COUNTS) * len(script.CANDIDATES)
     assert set(lines) <= set(page)
     assert report["samples"] >= 200
 

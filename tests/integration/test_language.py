@@ -11,12 +11,15 @@ from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache.language import DelayedKV, Elastic, LanguageRun, SubBlock
+from diffusion_cache.plan import Plan
+from diffusion_cache.schedule import Schedule
 
 METHODS = {
     "prefix": {},
     "dkv": {"refresh": 3},
     "elastic": {"window": 2, "threshold": 0.995},
     "sub_block": {"size": 2},
+    "planned": {"plan": Plan("mine", "layer", None, "residual", Schedule.uniform([True, True, False]), ())},
 }
 EVERYTHING = [("dkv", {"refresh": 1}), ("sub_block", {"size": 1000}), ("elastic", {"window": 1000, "threshold": 1.0})]
 
@@ -216,7 +219,9 @@ def test_models_that_look_ahead_are_refused_by_prefix_alone():
         ({"method": "dkv", "refresh": "often"}, "refresh must be a whole number"),
         ({"method": DelayedKV(2), "refresh": 3}, "'refresh' belongs to the language cache"),
         ({"policy": "interval", "every": 2}, "policy is for denoisers"),
-        ({"method": "prefix", "speedup": 2.0}, "speedup is for denoisers"),
+        ({"method": "prefix", "speedup": 2.0}, "speedup needs a profile"),
+        ({"min_psnr": 30.0}, "min_psnr is for denoisers"),
+        ({"method": "planned", "plan": "mine"}, "plan needs a profile"),
         ({"method": "prefix", "granularity": "batch"}, "granularity is for denoisers"),
         ({"method": 3}, "must be a name or an instance"),
     ],

@@ -56,7 +56,7 @@ def test_keys_and_values_of_the_first_layer_do_not_drift(bench):
 
 def test_what_methods_without_delay_or_test_compute():
     masked, changed = torch.tensor([[0, 0, 1, 1]]).bool(), torch.tensor([[0, 1, 0, 0]]).bool()
-    view = View(masked, masked, changed, torch.tensor([[0, 1, 1, 1]]).bool(), age=1)
+    view = View(masked, masked, changed, torch.tensor([[0, 1, 1, 1]]).bool(), age=1, refinement=1)
     assert torch.equal(Immediate(refresh=3).rows(view), masked)
     assert torch.equal(Periodic(window=1, refresh=3).rows(view), torch.tensor([[0, 1, 1, 0]]).bool())
     for method in (Immediate(refresh=2), Periodic(window=1, refresh=2)):

@@ -4,24 +4,28 @@ import pytest
 import torch
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.language import DelayedKV, Elastic, Prefix, SubBlock, View
+from diffusion_cache.language import DelayedKV, Elastic, Planned, Prefix, SubBlock, View
 from diffusion_cache.language.elastic import Drift
 from diffusion_cache.language.run import places_of
+from diffusion_cache.plan import Plan
 from diffusion_cache.registry import languages
+from diffusion_cache.schedule import Schedule
 
 
 def bits(*rows):
     return torch.tensor([[char == "1" for char in row] for row in rows])
 
 
-def view(masked, was_masked=None, changed=None, unsettled=None, age=1):
+def view(masked, was_masked=None, changed=None, unsettled=None, age=1, refinement=1):
     none = ["0" * len(masked[0])] * len(masked)
     unsettled = unsettled or ["1" * len(masked[0])] * len(masked)
-    return View(bits(*masked), bits(*(was_masked or masked)), bits(*(changed or none)), bits(*unsettled), age)
+    return View(
+        bits(*masked), bits(*(was_masked or masked)), bits(*(changed or none)), bits(*unsettled), age, refinement
+    )
 
 
 def test_all_are_registered():
-    assert languages.names() == ["dkv", "elastic", "prefix", "sub_block"]
+    assert languages.names() == ["dkv", "elastic", "planned", "prefix", "sub_block"]
 
 
 def test_prefix_computes_what_is_not_settled():
@@ -33,6 +37,22 @@ def test_dkv_computes_the_masked_and_the_just_decoded_and_refreshes():
     assert torch.equal(DelayedKV(refresh=3).rows(seen), bits("001101"))
     assert torch.equal(DelayedKV(refresh=2).rows(seen), bits("011111"))
     assert torch.equal(DelayedKV(refresh=1).rows(view(["01"], age=0)), bits("11"))
+
+
+def test_planned_computes_what_is_not_settled_or_nothing():
+    method = Planned(plan(True, False, True))
+    for refinement, expected in {1: "000000", 2: "000111", 3: "000111"}.items():
+        assert torch.equal(method.rows(view(["000011"], unsettled=["000111"], refinement=refinement)), bits(expected))
+    assert str(method) == "planned('two': 2 of 3 refinements)"
+
+
+def plan(*computed, scope="layer"):
+    return Plan("two", scope, None, "residual", Schedule.uniform(computed), ())
+
+
+def test_a_plan_for_a_denoiser_is_refused():
+    with pytest.raises(ConfigError, match="at scope stack; one for text decides for all layers at once"):
+        Planned(plan(True, scope="stack"))
 
 
 def test_sub_block_computes_the_part_that_is_decoded_and_all_at_a_new_part():
