@@ -84,16 +84,12 @@ def settings() -> dict[Setting, tuple[str, ...]]:
         "sdt",
         "planned",
         "annealed",
-        "reusing",
     )
     found: dict[Setting, tuple[str, ...]] = {}
     for seed in range(SEEDS):
-        found[Setting("dit-digits", 20, 0.5, seed)] = (*every, "single", "chosen")
-    for compute in (0.75, 0.7):  # at 25 % and 30 % cached
-        for seed in range(SEEDS):
-            found[Setting("dit-digits", 20, compute, seed)] = ("l2c", *every[:9])
+        found[Setting("dit-digits", 20, 0.5, seed)] = (*every, "reusing", "fitted", "single", "chosen")
     for seed in range(SEEDS):
-        found[Setting("dit-digits", 20, 0.25, seed)] = every[:9]
+        found[Setting("dit-digits", 20, 0.75, seed)] = ("l2c", *every)  # l2c caches half at most
     for model, steps in (("dit-digits", 10), ("dit-digits", 50), ("unet-digits", 20), ("flux-digits", 20)):
         found[Setting(model, steps, 0.5, 0)] = FEWER
     return found
