@@ -113,8 +113,8 @@ CLAIMS = (
         "harmonica",
         "Step-wise training alone finds a better mask than a random one.",
         "SDT < random",
-        "With seed 0 at 50% no router that SDT found in its 40 trajectories (the paper has 2,000) was better on held-out "
-        "samples than the random logits it starts from, and the best one is kept.",
+        "With seed 0 at 50% no router that SDT found in its 40 trajectories (the paper has 2,000) was better on "
+        "held-out samples than the random logits it starts from, and the best one is kept.",
         ("sdt", "random"),
         (HALF, QUARTER_CACHED),
         _ordered("sdt", "random"),
