@@ -67,8 +67,6 @@ def _demo(
     pairs: Annotated[int, typer.Option(help="Timed pairs of runs per row.")] = 2,
 ) -> None:
     """Measure speed and quality of caching on the shipped models, and draw what comes out."""
-    import torch
-
     from .. import reference
     from ..evaluation.subjects import quieten_libraries
     from .demo import Settings, run_demo
@@ -76,9 +74,7 @@ def _demo(
     quieten_libraries()
     names = [reference.spec(name).name for name in model or reference.MODELS]
     settings = Settings(samples=samples, seed=seed, steps=steps, pairs=pairs)
-    if threads < 1:
-        raise ConfigError(f"threads must be at least 1, not {threads}")
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     run_demo(names, out, settings, Console())
 
 
@@ -151,8 +147,6 @@ def _plan(
     out: Annotated[Path | None, typer.Option(help="Where to store profile and plans. Default: PROFILE.")] = None,
 ) -> None:
     """Make plans from a profile, to a speed, a number of evaluations or a quality, and store them with it."""
-    import torch
-
     from .interrupts import kept_interrupts
     from .plan import Settings, Wishes, arguments, make_plans, numbers
 
@@ -171,15 +165,56 @@ def _plan(
         offload=offload,
         call=arguments(call or ()),
     )
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     try:
         with kept_interrupts():
             make_plans(profile, model, wishes, settings, out, Console())
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. Finished plans are kept; the same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+@app.command("select")
+def _select(
+    profile: Annotated[Path, typer.Argument(help="The folder of a profile with plans.")],
+    out: Annotated[Path, typer.Option(help="Where to store the profile with its groups of plans.")],
+    nfe: Annotated[str, typer.Option(help="Start from its plans of at most so many denoiser evaluations: 25,17.")],
+    model: Annotated[
+        str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="Plans to choose among, of each number of evaluations.")] = 4,
+    fitting: Annotated[int, typer.Option(help="Samples of each prompt to fit on.")] = 8,
+    tuning: Annotated[int, typer.Option(help="Samples of each prompt to learn the choice from.")] = 4,
+    held_out: Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")] = 64,
+    batch: Annotated[int, typer.Option(help="Held-out samples in one call.")] = 8,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")] = None,
+    device: Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")] = "auto",
+    offload: Annotated[str, typer.Option(help="none, model or sequential; not for shipped models.")] = "none",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Fit plans to kinds of prompts and learn which suits a prompt, for enable(policy="select")."""
+    from .interrupts import kept_interrupts
+    from .plan import Settings, arguments, numbers
+    from .select import Wish, make_selector
+
+    wish = Wish(numbers(nfe, "--nfe"), keep)
+    settings = Settings(
+        fitting=fitting,
+        tuning=tuning,
+        held_out=held_out,
+        batch=batch,
+        prompts=prompts,
+        device=device,
+        offload=offload,
+        call=arguments(call or ()),
+    )
+    _set_threads(threads)
+    try:
+        with kept_interrupts():
+            make_selector(profile, model, wish, settings, out, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. Nothing was stored.")
         raise typer.Exit(130) from None
 
 
@@ -329,6 +364,17 @@ def _env() -> None:
         table.add_row("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     table.add_row("GPU", ", ".join(environment.gpu_names()) or "none found")
     Console().print(table)
+
+
+def _set_threads(threads: int | None) -> None:
+    """None leaves torch's number of CPU threads as it is."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def main() -> None:

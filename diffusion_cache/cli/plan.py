@@ -111,7 +111,7 @@ def make_plans(
         if stored.fingerprint != profile.fingerprint:
             raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
         profile = profile.with_plans(stored.plans)
-    source = _source(profile, model, settings)
+    source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
     with announcing(console, "plan") as progress:
         work = _Work(profile, _planner(profile, source, settings, progress), out, progress)
@@ -248,7 +248,7 @@ def _ladder(steps: int, least: int) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where samples come from. make: a batch of them, each a prompt and a seed."""
 
     pipe: Any
@@ -256,7 +256,7 @@ class _Source:
     make: Callable[[Sequence[Sample]], Batch]
 
 
-def _planner(profile: Profile, source: _Source, settings: Settings, progress: Progress) -> Planner:
+def _planner(profile: Profile, source: Source, settings: Settings, progress: Progress) -> Planner:
     search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     taken = {seed for _, seed in profile.samples}
     counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
@@ -282,7 +282,8 @@ def _planner(profile: Profile, source: _Source, settings: Settings, progress: Pr
     return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress)
 
 
-def _source(profile: Profile, model: str | None, settings: Settings) -> _Source:
+def source_of(profile: Profile, model: str | None, settings: Settings) -> Source:
+    """The pipeline that a profile is of, and what it is asked to generate."""
     steps = profile.total
     subject: Subject
     extra: dict[str, Any] = {}
@@ -309,7 +310,7 @@ def _source(profile: Profile, model: str | None, settings: Settings) -> _Source:
 
         return Batch(subject.pipe, call, subject.images, len(samples))
 
-    return _Source(subject.pipe, prompts, make)
+    return Source(subject.pipe, prompts, make)
 
 
 def _shipped_model(fingerprint: Fingerprint) -> str:

@@ -195,12 +195,16 @@ class ByNorms(Adaptive):
 
 @dataclass(frozen=True)
 class Published(Contender):
-    """A published system as this package has it; profile: by name or folder, None for one that is measured first."""
+    """A published system as this package has it; profile: itself, its name or folder, None to measure one first."""
 
     system: System = None  # type: ignore[assignment]  # always given
     guards: Mapping[str, Any] = field(default_factory=dict)
-    profile: str | None = None
+    profile: str | Profile | None = None
     profile_scope: str | None = None
+
+    @property
+    def batchable(self) -> bool:  # type: ignore[override]
+        return not self.system.by_prompt
 
     @property
     def call(self) -> Call | None:
@@ -225,6 +229,11 @@ class Published(Contender):
         return api.summary(subject.pipe).cache_bytes
 
     def why_not(self, subject: Subject) -> str | None:
+        if self.system.by_prompt and self.profile is None:
+            return (
+                f"no profile that has learned to choose by the prompt comes with the package for {subject.name} with "
+                f"{subject.sampler}: `diffusion-cache select` makes one, method.profile=…"
+            )
         if self.system.foreground and not self.profile and not subject.video:
             return (
                 f"{self.system.name} looks for what moves, and images do not: it needs a profile with a foreground mask"
@@ -300,9 +309,9 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     """A `method` configuration without its grid, once for every combination of the grid's values.
 
     grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
-    models: by model name, another grid and points. A node of a plan (`share`) or of a policy that has a `profile`
-    comes back with the profile's name or folder and its digest, so that another profile makes another run. norms: of a
-    node of policy sencache, whether they are measured first.
+    models: by model name, another grid and points. A node of a plan (`share`), of a policy that has a `profile` or of
+    a system that has a `variant` of shipped profiles comes back with the profile's name or folder and its digest, so
+    that another profile makes another run. norms: of a node of policy sencache, whether they are measured first.
 
     Raises:
         ConfigError: for a grid that is not of that form or names a key that the method does not have, or no profile.
@@ -321,8 +330,11 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
         names = list(grid)
         choices += [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
     found = [_with(node, choice) for choice in choices]
-    profiled = "share" in node or ("policy" in node and "profile" in node)
-    return [_with_profile(one, model) if profiled else one for one in found]
+    if "share" in node or ("policy" in node and "profile" in node):
+        return [_with_profile(one, _profile_name(one, model)) for one in found]
+    if "variant" in node:  # a system, which says itself why it cannot run without a profile
+        return [_with_profile(one, _shipped_name(one, model)) for one in found]
+    return found
 
 
 def _with(node: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,16 +368,28 @@ def _keys(node: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _with_profile(node: Mapping[str, Any], model: str) -> dict[str, Any]:
+def _with_profile(node: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     """A node with its profile named and told from others; without `sampler` and `variant`, which were for that."""
     rest = {key: value for key, value in node.items() if key not in ("sampler", "variant")}
-    name = node["profile"]
-    if name is None:
-        if model not in reference.MODELS:
-            raise ConfigError(f"no profile of {model} comes with the package: give a folder, method.profile=…. {MAKE}")
-        parts = model, node.get("sampler") or reference.MODELS[model].samplers[0], node.get("variant")
-        name = "-".join(filter(None, parts))
-    return {**rest, "profile": str(name), "digest": _digest(_profile_folder(str(name)))}
+    return rest if name is None else {**rest, "profile": name, "digest": _digest(_profile_folder(name))}
+
+
+def _profile_name(node: Mapping[str, Any], model: str) -> str:
+    """The profile that a node names, else what that of the package for the model and sampler is called."""
+    if node["profile"] is not None:
+        return str(node["profile"])
+    if model not in reference.MODELS:
+        raise ConfigError(f"no profile of {model} comes with the package: give a folder, method.profile=…. {MAKE}")
+    parts = model, node.get("sampler") or reference.MODELS[model].samplers[0], node.get("variant")
+    return "-".join(filter(None, parts))
+
+
+def _shipped_name(node: Mapping[str, Any], model: str) -> str | None:
+    """The same; None where the package has none for the model and sampler."""
+    if node["profile"] is None and model not in reference.MODELS:
+        return None
+    name = _profile_name(node, model)
+    return name if node["profile"] is not None or name in shipped_profiles() else None
 
 
 def _profile_folder(name: str) -> Path:
@@ -474,10 +498,14 @@ def _published(node: Mapping[str, Any], steps: int) -> Contender:
     if scope is not None and scope not in system.scopes:
         raise ConfigError(f"{cls.name} needs a profile at scope {' or '.join(sorted(system.scopes))}, not {scope!r}")
     told = {key: value for key, value in options.items() if value != usual[key]} | guards
-    told |= {"profile": node["profile"]} if node["profile"] else {}
+    profile = node["profile"]
+    if "digest" in node:
+        profile = _profile(profile, node["digest"])
+    elif profile:
+        told["profile"] = profile
     label, place = node.get("label") or cls.name, scope or ", ".join(sorted(system.scopes))
     return Published(node["kind"], label, told, scope=place, system=system, guards=guards,
-                     profile=node["profile"], profile_scope=scope)  # fmt: skip
+                     profile=profile, profile_scope=scope)  # fmt: skip
 
 
 def _part(steps: int, name: str, share: Any) -> int:

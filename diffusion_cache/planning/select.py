@@ -1,11 +1,12 @@
-"""Learning which of a profile's plans suits a prompt: scores that are linear in its embedding, by ridge regression."""
+"""Plans for kinds of prompts, and learning which of them suits a prompt: scores by ridge regression."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..context import Condition
@@ -13,106 +14,201 @@ from ..engine import Method, Observer
 from ..errors import ConfigError
 from ..forecasters.fitted import Fitted
 from ..models import condition_of, find_denoisers
-from ..plan import Plan
+from ..plan import Plan, Quality
 from ..policies import Guarded, Planned
-from ..policies.select import embedded
+from ..policies.select import Select, embedded
 from ..profile import Profile
+from ..profiling import trajectory
 from ..profiling.generation import Teacher, attached
-from .build import psnr
+from .build import as_tensors, psnr
 
 ALPHAS = np.logspace(-2, 6, 25)  # strengths of the ridge; the last one leaves nothing of the embedding
 
 
-def with_selector(profile: Profile, teachers: Sequence[Teacher], names: Sequence[str] = ()) -> Profile:
-    """The profile with scores for its plans, for system "select".
+class Seen(NamedTuple):
+    """What plans make of samples. conditions: of each sample, a row per guidance branch. values: PSNR in dB, [n, K]."""
 
-    teachers: uncached runs of calibration prompts, apart from those the plans state their quality on; a few for each
-    kind of prompt. names: of the plans to choose from, of about equal NFE (or the most expensive one would always be
-    best); () for all. The score of a plan is how much better its PSNR is than the mean of the plans' on that prompt.
-    The ridge's strength is chosen by leave-one-out error: where prompts tell nothing, the best plan on average is left.
+    plans: tuple[Plan, ...]
+    conditions: tuple[Condition, ...]
+    values: NDArray[np.float64]
+
+    def only(self, places: Sequence[int]) -> "Seen":
+        """The same of some of the plans."""
+        return Seen(tuple(self.plans[place] for place in places), self.conditions, self.values[:, list(places)])
+
+
+def see(teachers: Sequence[Teacher], plans: Sequence[Plan]) -> Seen:
+    """Run each plan on each teacher's batch.
 
     Raises:
-        ConfigError: for fewer than two plans, plans of different scopes, or prompts that all look the same.
+        ConfigError: for a denoiser that is given no prompt embedding or class label that is known.
     """
-    known = {plan.name: plan for plan in profile.plans}
-    names = tuple(names) or tuple(known)
-    missing = [name for name in names if name not in known]
-    if missing or len(set(names)) < 2:
-        raise ConfigError(f"select needs the names of two or more of the profile's plans: {', '.join(known)}")
-    plans = [known[name] for name in names]
-    if len({(plan.scope, plan.depth) for plan in plans}) > 1:
-        raise ConfigError("select cannot change the scope from run to run: choose plans of one scope and depth")
-    seen = [_seen(teacher, plans) for teacher in teachers]
-    counts = [teacher.batch.count for teacher in teachers]
-    source, labels, inputs = _inputs([condition for condition, _ in seen], counts)
-    values = np.concatenate([values for _, values in seen])  # [n, K]
-    weights, bias = scores(inputs.double().numpy(), values - values.mean(1, keepdims=True))
-    facts = {
-        "plans": list(names),
-        "source": source,
-        "labels": list(labels),
-        "fallback": names[int(values.mean(0).argmax())],
-        "samples": len(values),
-    }
+    conditions: list[Condition] = []
+    values: list[NDArray[np.float64]] = []
+    for teacher in teachers:
+        first, by_plan = None, []
+        for plan in plans:
+            first, of_plan = _run(teacher, plan)
+            by_plan.append(of_plan)
+        conditions += _by_sample(first, teacher)
+        values.append(np.array(by_plan).T)
+    return Seen(tuple(plans), tuple(conditions), np.concatenate(values))
+
+
+def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
+    """The plan with weights fitted to a teacher's samples, of one kind of prompt, in place of its own.
+
+    Its schedule and its settings of the fit stay; what was measured of it is left out.
+    """
+    regressors = plan.facts.get("regressors") or ()
+    settings = trajectory.Settings(
+        scope=plan.scope,
+        depth=plan.depth,
+        history=plan.history,
+        ridge=plan.facts.get("ridge", trajectory.Settings.ridge),
+        feature=plan.feature,  # type: ignore[arg-type]  # one of FEATURES
+        groups=tuple(range(plan.spans)) if plan.spans > 1 else (),
+        scale="scale" in regressors,
+        bias="bias" in regressors,
+    )
+    bare = replace(plan, nodes=None, weights=None, correction=None, guard=None)
+    result = trajectory.fit(teacher, Planned(bare), settings)
+    nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
+    facts = {**plan.facts, "refitted_on": teacher.batch.count}
+    return replace(
+        bare, name=name, nodes=nodes, weights=weights, correction=correction, facts=facts, quality=None, speed=None
+    )
+
+
+def best_together(values: NDArray[np.float64], count: int) -> list[int]:
+    """Of plans with PSNRs [kinds of prompts, K], the first and those that gain most beside it, one after another.
+
+    What counts is the mean over the kinds of the best of the chosen plans. Ends early where no plan gains anything.
+    """
+    chosen = [0]
+    best = values[:, 0]
+    while len(chosen) < count:
+        gains = np.maximum(values - best[:, None], 0).mean(0)
+        place = int(gains.argmax())
+        if gains[place] <= 0:
+            break
+        chosen.append(place)
+        best = np.maximum(best, values[:, place])
+    return chosen
+
+
+def with_selector(
+    profile: Profile, choices: Sequence[Seen], held_out: Sequence[Seen] = (), seeds: Sequence[int] = ()
+) -> Profile:
+    """The profile with scores for some of its plans, for system "select".
+
+    choices: groups of plans to choose among, each of about equal NFE (or the most expensive one would always be best),
+    seen on the same calibration prompts, a few samples for each kind of prompt, apart from those that the plans state
+    their quality on. held_out: the same groups, in order, on samples that nothing was fitted to or chosen by, with
+    their seeds, to state what the choice reaches there. The score of a plan is how much better its PSNR is than the
+    mean of its group on that prompt. The ridge's strength is chosen by leave-one-out error: where prompts tell
+    nothing, the best plan on average is left.
+
+    Raises:
+        ConfigError: for a group of fewer than two plans, of plans that the profile does not have, or of different
+            scopes; and for prompts that all look the same.
+    """
+    known = [plan.name for plan in profile.plans]
+    for seen in choices:
+        names = [plan.name for plan in seen.plans]
+        if len(set(names)) < 2 or not set(names) <= set(known):
+            raise ConfigError(
+                f"select needs two or more of the profile's plans to choose among, not {', '.join(names) or 'none'}: "
+                f"it has {', '.join(known) or 'none'}"
+            )
+        if len({(plan.scope, plan.depth) for plan in seen.plans}) > 1:
+            raise ConfigError("select cannot change the scope from run to run: choose plans of one scope and depth")
+    source, labels, inputs = _inputs(choices[0].conditions)
+    policies = [_learned(seen, source, labels, inputs) for seen in choices]
+    facts: list[dict[str, Any]] = [
+        {"plans": [plan.name for plan in seen.plans], "fallback": seen.plans[policy.fallback].name}
+        for seen, policy in zip(choices, policies, strict=True)
+    ]
+    for fact, policy, seen in zip(facts, policies, held_out, strict=False):
+        fact["held_out"] = Quality.of("psnr", reached(policy, seen), seeds).to_json()
     arrays = {
-        "select_weights": torch.from_numpy(weights).float(),
-        "select_bias": torch.from_numpy(bias).float(),
+        "select_weights": torch.cat([policy.weights for policy in policies]),
+        "select_bias": torch.cat([policy.bias for policy in policies]),
     }
-    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, "select": facts})
+    selector = {"source": source, "labels": list(labels), "samples": len(inputs), "choices": facts}
+    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, "select": selector})
 
 
-def scores(inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def reached(policy: Select, seen: Seen) -> list[float]:
+    """The PSNR of each sample under the plan that the policy chooses for it alone, in dB."""
+    names = [plan.name for plan in seen.plans]
+    chosen = [policy.choose(condition, None)[0].plan.name for condition in seen.conditions]
+    return [float(row[names.index(name)]) for row, name in zip(seen.values, chosen, strict=True)]
+
+
+def scores(inputs: NDArray[np.float64], targets: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
     """Ridge regression of targets [n, K] on inputs [n, D]: weights [K, D] and bias [K]; one strength for all."""
     from sklearn.linear_model import RidgeCV
 
     fitted = RidgeCV(ALPHAS).fit(inputs, targets)
-    return np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    return torch.from_numpy(np.atleast_2d(fitted.coef_)).float(), torch.from_numpy(
+        np.atleast_1d(fitted.intercept_)
+    ).float()
 
 
-def _seen(teacher: Teacher, plans: Sequence[Plan]) -> tuple[Condition, np.ndarray]:
-    """What the batch's first call is conditioned on, and the PSNR of each sample under each plan, [n, K]."""
-    batch, first, values = teacher.batch, [], []
+def _learned(seen: Seen, source: str, labels: tuple[int, ...], inputs: Tensor) -> Select:
+    """The policy that chooses among a group of plans."""
+    weights, bias = scores(inputs.double().numpy(), seen.values - seen.values.mean(1, keepdims=True))
+    fallback = int(seen.values.mean(0).argmax())
+    forecasters = tuple(map(Fitted.of, seen.plans))
+    return Select(tuple(map(Planned, seen.plans)), forecasters, weights, bias, source, labels, fallback)
+
+
+def _run(teacher: Teacher, plan: Plan) -> tuple[Condition | None, list[float]]:
+    """What the plan's run of a batch is conditioned on at its first call, and each sample's PSNR."""
+    batch = teacher.batch
+    first: list[Condition | None] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         first.append(condition_of(kwargs))
 
-    for plan in plans:
-        method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
-        handles = [
-            denoiser.register_forward_pre_hook(note, with_kwargs=True)
-            for denoiser in find_denoisers(batch.pipe).values()
-        ]
-        try:
-            with attached(batch.pipe, method, Observer()):
-                images = batch.images(batch.call()).detach().float()
-        finally:
-            for handle in handles:
-                handle.remove()
-        values.append(psnr(images, teacher.images))
-    if not first or first[0] is None:
+    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
+    handles = [
+        denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in find_denoisers(batch.pipe).values()
+    ]
+    try:
+        with attached(batch.pipe, method, Observer()):
+            images = batch.images(batch.call()).detach().float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first[0] if first else None, psnr(images, teacher.images)
+
+
+def _by_sample(condition: Condition | None, teacher: Teacher) -> list[Condition]:
+    """The condition of each sample of a batch: its rows, one for each guidance branch."""
+    batch = teacher.batch
+    if condition is None:
         raise ConfigError(
             f"{type(batch.pipe).__name__}'s denoiser is given no prompt embedding or class label that is known, so "
             "that no plan can be chosen by it"
         )
-    return first[0], np.array(values).T
+    rows = condition.values.cpu().unflatten(0, (-1, batch.count))
+    return [Condition(condition.name, rows[:, sample]) for sample in range(batch.count)]
 
 
-def _inputs(conditions: Sequence[Condition], counts: Sequence[int]) -> tuple[str, tuple[int, ...], Tensor]:
+def _inputs(conditions: Sequence[Condition]) -> tuple[str, tuple[int, ...], Tensor]:
     """The argument's name, the classes (or () for embeddings), and each sample's condition as it is scored, [n, D]."""
     source = conditions[0].name
-    # [guidance branches, n, …] each
-    by_sample = [item.values.cpu().unflatten(0, (-1, count)) for item, count in zip(conditions, counts, strict=True)]
-    if conditions[0].values.ndim > 1:
-        rows = torch.cat([values.mean(0) for values in by_sample])
-        labels: tuple[int, ...] = ()
-    else:
-        whole = torch.cat(by_sample, dim=1)
+    labels: tuple[int, ...] = ()
+    width = conditions[0].values.shape[-1]
+    if conditions[0].values.ndim == 1:
+        whole = torch.stack([condition.values for condition in conditions], dim=1)  # [guidance branches, n]
         varying = whole[(whole != whole[:, :1]).any(1)]  # the class that stands for none is the same for all
         labels = tuple(varying.unique().tolist())
-        rows = torch.zeros(0, 0)
-        if labels:
-            parts = [embedded(Condition(source, sample), source, labels, len(labels)) for sample in whole.T]
-            rows = torch.stack([part.mean(0) for part in parts if part is not None])
+        width = len(labels)
+    found = [embedded(condition, source, labels, width) for condition in conditions] if width else []
+    rows = torch.stack([values.mean(0) for values in found if values is not None]) if found else torch.zeros(0, 0)
     if not len(rows) or bool((rows == rows[0]).all()):
         raise ConfigError(
             f"the first call's {source} is the same for all calibration prompts (the branch without a prompt may come "

@@ -32,6 +32,7 @@ class System(ABC):
     paper: name and number of the paper. scopes: of the spans it caches; a profile for it must have one of them.
     denoisers: the kinds it serves, of "transformer" and "unet". needs_profile: whether it plans from measurements,
     sensitivity: of the output to errors among them, foreground: of attention against a foreground among them.
+    by_prompt: whether what it does depends on the prompt, so that a batch's samples are not independent.
 
     One that needs a profile defines `plan`, any other `parts`.
     """
@@ -43,6 +44,7 @@ class System(ABC):
     needs_profile: ClassVar[bool] = True
     sensitivity: ClassVar[bool] = False
     foreground: ClassVar[bool] = False
+    by_prompt: ClassVar[bool] = False
 
     def plan(self, profile: Profile) -> Plan:
         """The schedule, and what else is static, for the profiled model and sampler.

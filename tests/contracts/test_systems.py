@@ -11,7 +11,7 @@ from cases import STEPS, Subject
 import diffusion_cache as dc
 from diffusion_cache import reference, registry
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.planning.select import with_selector
+from diffusion_cache.planning.select import see, with_selector
 from diffusion_cache.planning.static import static_plan
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.profiling.measure import Options, measure
@@ -62,7 +62,7 @@ def choosing(model, scope):
     every = np.arange(STEPS)
     made = [static_plan(found, f"1 in {n}", every % n == 0, order=1) for n in (2, 3)]
     teachers = [teach(plans.batch(reference.load(model), model, plans.drawn(50, 4), STEPS))]
-    return found.with_plans(made), with_selector(found.with_plans(made), teachers)
+    return found.with_plans(made), with_selector(found.with_plans(made), [see(teachers, made)])
 
 
 def arguments(name, model):

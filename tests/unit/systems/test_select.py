@@ -14,13 +14,14 @@ from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.models import condition_of
 from diffusion_cache.plan import Plan
-from diffusion_cache.planning.select import scores, with_selector
+from diffusion_cache.planning.select import Seen, best_together, reached, refitted, scores, see, with_selector
 from diffusion_cache.policies import Planned
 from diffusion_cache.policies.select import Select
 from diffusion_cache.profile import Profile
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.schedule import Schedule
 from diffusion_cache.systems import Selection
+from diffusion_cache.systems.select import Selector
 
 STEPS = plans.STEPS
 
@@ -117,7 +118,9 @@ def learned(name):
     found = found.with_plans([plan("early", "11111000", levels), plan("late", "10001111", levels)])
     pipe = reference.load(name)
     samples = [("3", 1), ("8", 2), ("3", 3), ("8", 4)]
-    learnt = with_selector(found, [teach(plans.batch(pipe, name, part)) for part in (samples[:2], samples[2:])])
+    teachers = [teach(plans.batch(pipe, name, part)) for part in (samples[:2], samples[2:])]
+    seen = see(teachers, found.plans)
+    learnt = with_selector(found, [seen], [seen], [seed for _, seed in samples])
     wanted = torch.tensor([[1.0], [-1.0]])
     rows = {"class_labels": torch.eye(2), "encoder_hidden_states": reference.class_embeddings()[[3, 8]].mean(1)}
     source = learnt.facts["select"]["source"]
@@ -136,7 +139,9 @@ def strip(pipe):
 @pytest.mark.parametrize("name", ["dit-digits", "wan-moving-digits"])
 def test_a_pipeline_runs_the_plan_of_its_prompt(name, tmp_path):
     learnt, reversed_ = learned(name)
-    assert learnt.facts["select"]["plans"] == ["early", "late"]
+    selector = Selector.of(learnt)
+    assert [plan.name for plan in selector.choices[0].plans] == ["early", "late"]
+    assert selector.choices[0].held_out.seeds == (1, 2, 3, 4)
     assert learnt.facts["select"]["samples"] == 4
     reversed_.save(tmp_path)
     stored = Profile.load(tmp_path)
@@ -164,8 +169,58 @@ def test_scores_follow_the_measured_psnr():
     assert learnt.facts["select"]["labels"] == [3, 8]
     means = weights @ torch.eye(2) + bias[:, None]
     assert torch.allclose(means.sum(0), torch.zeros(2), atol=1e-4)  # PSNR over the mean of both plans
-    fallback = learnt.facts["select"]["plans"].index(learnt.facts["select"]["fallback"])
-    assert fallback == int(means.mean(1).argmax())
+    assert Selector.of(learnt).choices[0].fallback == int(means.mean(1).argmax())
+
+
+def seen(values, *names, classes=(3, 8)):
+    """Plans of one evaluation less each, with these PSNRs of samples of the classes in turn."""
+    made = [plan(name, "1" * (4 - place) + "0" * (4 + place)) for place, name in enumerate(names)]
+    conditions = [labels(classes[sample % len(classes)], 1000) for sample in range(len(values))]
+    return Seen(tuple(made), tuple(conditions), np.array(values, dtype=float))
+
+
+def test_each_group_is_chosen_from_by_its_own_scores():
+    """Two groups with opposite preferences; `nfe` takes the group of most evaluations that it allows."""
+    dear = seen([[40, 30], [30, 42]] * 4, "a", "b")
+    cheap = seen([[20, 26], [25, 20]] * 4, "c", "d")
+    cheap = cheap._replace(plans=tuple(plan(made.name, "11000000") for made in cheap.plans))
+    found = plans.profile("dit-digits").with_plans([*dear.plans, *cheap.plans])
+    learnt = with_selector(found, [dear, cheap], [dear, cheap], range(8))
+    policies = {nfe: Selection(nfe=nfe).parts(learnt).policy for nfe in (None, 4, 3.5, 2)}
+    assert {nfe: [chosen(policy, labels(digit)) for digit in (3, 8)] for nfe, policy in policies.items()} == {
+        None: ["a", "b"],
+        4: ["a", "b"],
+        3.5: ["d", "c"],
+        2: ["d", "c"],
+    }
+    choices = Selector.of(learnt).choices
+    assert [choice.plans[choice.fallback].name for choice in choices] == ["b", "d"]
+    assert [choice.held_out.mean for choice in choices] == [41, 25.5]
+    assert reached(policies[None], cheap._replace(plans=dear.plans)) == [20] * 8
+    with pytest.raises(ConfigError, match=r"take 1 evaluations or fewer; there are 4, 2"):
+        Selection(nfe=1).parts(learnt)
+
+
+def test_plans_that_do_best_together():
+    values = np.array([[10.0, 14, 10, 13], [10, 8, 12, 12], [10, 9, 12, 12]])
+    assert best_together(values, 2) == [0, 3]  # +3, +2, +2 against +4 for one kind alone
+    assert best_together(values, 3) == [0, 3, 1]
+    assert best_together(values, 4) == [0, 3, 1]  # nothing is left to gain
+    assert best_together(values[:, :1], 2) == [0]
+
+
+def test_a_plan_is_refitted_to_other_samples():
+    """Its schedule and settings stay, and on the samples it is fitted to it does better than before."""
+    name = "flux-digits"
+    start = plan("start", "10100100", plans.profile(name).noise_levels)
+    teacher = teach(plans.batch(reference.load(name), name, [("3", 1), ("3", 2)]))
+    made = refitted(replace(start, facts={"ridge": 1e-2}), teacher, "for threes")
+    assert made.name == "for threes"
+    assert made.schedule == start.schedule
+    assert made.facts == {"ridge": 1e-2, "refitted_on": 2}
+    found = see([teacher], [start, made])
+    assert (found.values[:, 1] > found.values[:, 0] + 0.5).all()
+    assert np.isnan(refitted(made, teacher, "again").weights[2].numpy()).all()  # step 2 is computed
 
 
 def test_what_cannot_be_selected():
@@ -175,12 +230,14 @@ def test_what_cannot_be_selected():
         dc.enable(pipe, policy="select", profile=plans.profile("dit-digits"))
     with pytest.raises(ConfigError, match="plans from measurements"):
         dc.enable(pipe, policy="select")
-    with pytest.raises(ConfigError, match="nfe comes from the method"):
-        dc.enable(pipe, policy="select", profile=learnt, nfe=4)
+    with pytest.raises(ConfigError, match="min_psnr comes from the method"):
+        dc.enable(pipe, policy="select", profile=learnt, min_psnr=40)
     with pytest.raises(ConfigError, match=r"for the plans early, late, and it has late: learn them again"):
         Selection().parts(learnt.with_plans(learnt.plans[1:]))
-    teacher = teach(plans.batch(pipe, "dit-digits", [("3", 1), ("3", 2)]))
+    alike = seen([[40, 30]] * 2, "early", "late", classes=(3,))
     with pytest.raises(ConfigError, match="is the same for all calibration prompts"):
-        with_selector(learnt, [teacher])
-    with pytest.raises(ConfigError, match="two or more"):
-        with_selector(learnt, [teacher], ["early"])
+        with_selector(learnt, [alike])
+    with pytest.raises(ConfigError, match="two or more of the profile's plans to choose among, not early: it has"):
+        with_selector(learnt, [alike.only([0])])
+    with pytest.raises(ConfigError, match="not early, other: it has early, late"):
+        with_selector(learnt, [seen([[40, 30]] * 2, "early", "other")])

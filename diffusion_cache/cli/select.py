@@ -1,0 +1,143 @@
+"""`diffusion-cache select`: plans for kinds of prompts, and scores that choose among them by the prompt."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import ConfigError
+from ..evaluation.prompts import Sample
+from ..evaluation.subjects import quieten_libraries
+from ..models import find_denoisers
+from ..plan import Plan, Quality
+from ..planning.choose import choose
+from ..planning.select import Seen, best_together, refitted, see, with_selector
+from ..profile import Profile
+from ..profiling.generation import Teacher, teach
+from ..systems.select import Choice, Selector
+from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of
+from .progress import announcing
+from .show import print_plans
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Groups of `keep` plans, one for each of the profile's plans of at most so many evaluations."""
+
+    nfes: tuple[float, ...]
+    keep: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.nfes:
+            raise ConfigError("say of how many evaluations the plans to choose among shall be: --nfe 25,17")
+        if self.keep < 2:
+            raise ConfigError(f"--keep must be at least 2, or there is nothing to choose, not {self.keep}")
+
+
+def make_selector(
+    folder: Path, model: str | None, wish: Wish, settings: Settings, out: Path, console: Console
+) -> Profile:
+    """Refit plans to each kind of prompt, keep those that do best together, learn to choose, and store all in `out`.
+
+    settings: `fitting` and `tuning` are samples of each prompt.
+
+    Raises:
+        ConfigError: for a profile that is not of this model or has no such plan, too many samples, prompts that all
+            look the same, and a group of which no second plan gains anything.
+    """
+    quieten_libraries()
+    profile = Profile.load(folder)
+    starts = list(dict.fromkeys(choose(profile.plans, nfe=nfe) for nfe in wish.nfes))
+    source = source_of(profile, model, settings)
+    profile.check(source.pipe, find_denoisers(source.pipe))
+    prompts, taken = source.prompts, {seed for _, seed in profile.samples}
+    held_out = _drawn([prompts[i % len(prompts)] for i in range(settings.held_out)], HELD_OUT, taken)
+    with announcing(console, "select") as progress:
+        candidates = _candidates(starts, _taught(source, settings.fitting, FITTED, taken, progress), progress)
+        tuning = _taught(source, settings.tuning, TUNED, taken, progress)
+        choices = [_kept(plans, tuning, wish.keep, progress) for plans in candidates]
+        batches = [held_out[i : i + settings.batch] for i in range(0, len(held_out), settings.batch)]
+        progress("uncached held-out runs", 0, 0)
+        apart = [teach(source.make(batch)) for batch in batches]
+        reported = [_measured(choice.plans, apart, progress) for choice in choices]
+    seeds = [sample.seed for sample in held_out]
+    plans = {plan.name: plan for seen in reported for plan in _stated(seen, seeds)}
+    made = profile.with_plans(sorted(plans.values(), key=lambda plan: -plan.nfe))
+    made = with_selector(made, choices, reported, seeds)
+    made.save(out)
+    print_plans(made.plans, console)
+    for choice in Selector.of(made).choices:
+        console.print(f"{escape(str(out))}: {escape(_told(choice))}", soft_wrap=True)
+    return made
+
+
+def _drawn(prompts: Sequence[str | int], first: int, taken: Collection[int]) -> list[Sample]:
+    """A sample of each of the prompts, with seeds from `first` on that are not taken."""
+    if len(prompts) > MOST_SAMPLES:
+        raise ConfigError(
+            f"{len(prompts)} samples are more than the {MOST_SAMPLES} that there are seeds for: give fewer prompts, "
+            "or a lower --fitting, --tuning or --held-out"
+        )
+    seeds = (seed for seed in range(first, first + 2 * MOST_SAMPLES) if seed not in taken)
+    return [Sample(index, prompt, seed) for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))]
+
+
+def _taught(source: Source, count: int, first: int, taken: Collection[int], progress: Progress) -> list[Teacher]:
+    """Uncached runs of `count` samples of each prompt, one batch for each."""
+    drawn = _drawn([prompt for prompt in source.prompts for _ in range(count)], first, taken)
+    teachers = []
+    for start in range(0, len(drawn), count):
+        progress("uncached runs", start, len(drawn))
+        teachers.append(teach(source.make(drawn[start : start + count])))
+    return teachers
+
+
+def _candidates(starts: Sequence[Plan], teachers: Sequence[Teacher], progress: Progress) -> list[list[Plan]]:
+    """Each plan, followed by what becomes of it when it is fitted to one prompt."""
+    found = []
+    for start in starts:
+        group = [start]
+        for number, teacher in enumerate(teachers):
+            progress(f"{start.name}: fitting to each prompt", number, len(teachers))
+            group.append(refitted(start, teacher, f"{start.name}-for-{number}"))
+        found.append(group)
+    return found
+
+
+def _kept(plans: Sequence[Plan], tuning: Sequence[Teacher], count: int, progress: Progress) -> Seen:
+    """The plans of a group that do best together on samples of each prompt."""
+    seen = _measured(plans, tuning, progress)
+    by_prompt = seen.values.reshape(len(tuning), -1, len(plans)).mean(1)
+    places = best_together(by_prompt, count)
+    if len(places) < 2:
+        raise ConfigError(
+            f"{plans[0].name} is best for each of the prompts, so that there is nothing to choose: fit to more samples "
+            "with --fitting, or use the plan as it is"
+        )
+    return seen.only(places)
+
+
+def _measured(plans: Sequence[Plan], teachers: Sequence[Teacher], progress: Progress) -> Seen:
+    progress(f"{plans[0].name}: measuring {len(plans)} plans", 0, 0)
+    return see(teachers, plans)
+
+
+def _stated(seen: Seen, seeds: Sequence[int]) -> list[Plan]:
+    """The plans with their quality on held-out samples."""
+    return [
+        replace(plan, quality=Quality.of("psnr", values, seeds))
+        for plan, values in zip(seen.plans, seen.values.T.tolist(), strict=True)
+    ]
+
+
+def _told(choice: Choice) -> str:
+    assert choice.held_out is not None
+    reached, alone = choice.held_out, choice.plans[choice.fallback].quality
+    assert alone is not None
+    return (
+        f"choosing among {len(choice.plans)} plans of {choice.nfe:.4g} evaluations by the prompt reaches "
+        f"{reached.mean:.1f} dB on {reached.n} held-out samples, and {reached.p5:.1f} dB or more for 95% of them; "
+        f"{choice.plans[choice.fallback].name} alone {alone.mean:.1f} and {alone.p5:.1f} dB"
+    )
