@@ -45,7 +45,7 @@ def make_selector(
 
     Raises:
         ConfigError: for a profile that is not of this model or has no such plan, too many samples, prompts that all
-            look the same, and a group of which no second plan gains anything.
+            look the same, and plans that are best for every prompt as they are.
     """
     quieten_libraries()
     profile = Profile.load(folder)
@@ -57,7 +57,9 @@ def make_selector(
     with announcing(console, "select") as progress:
         candidates = _candidates(starts, _taught(source, settings.fitting, FITTED, taken, progress), progress)
         tuning = _taught(source, settings.tuning, TUNED, taken, progress)
-        choices = [_kept(plans, tuning, wish.keep, progress) for plans in candidates]
+        found = [_kept(plans, tuning, wish.keep, progress) for plans in candidates]
+        choices = [choice for choice in found if len(choice.plans) > 1]
+        _tell_left_out(found, console)
         batches = [held_out[i : i + settings.batch] for i in range(0, len(held_out), settings.batch)]
         progress("uncached held-out runs", 0, 0)
         apart = [teach(source.make(batch)) for batch in batches]
@@ -110,13 +112,20 @@ def _kept(plans: Sequence[Plan], tuning: Sequence[Teacher], count: int, progress
     """The plans of a group that do best together on samples of each prompt."""
     seen = _measured(plans, tuning, progress)
     by_prompt = seen.values.reshape(len(tuning), -1, len(plans)).mean(1)
-    places = best_together(by_prompt, count)
-    if len(places) < 2:
-        raise ConfigError(
-            f"{plans[0].name} is best for each of the prompts, so that there is nothing to choose: fit to more samples "
-            "with --fitting, or use the plan as it is"
-        )
-    return seen.only(places)
+    return seen.only(best_together(by_prompt, count))
+
+
+def _tell_left_out(found: Sequence[Seen], console: Console) -> None:
+    """Groups of which no second plan gains anything; an error where that is so of all."""
+    alone = [choice.plans[0].name for choice in found if len(choice.plans) < 2]
+    told = (
+        f"{', '.join(alone)}: best for each of the prompts as it is, so that there is nothing to choose. Fit to more "
+        "samples with --fitting, or use the plan as it is"
+    )
+    if len(alone) == len(found):
+        raise ConfigError(told)
+    if alone:
+        console.print(escape(told), soft_wrap=True)
 
 
 def _measured(plans: Sequence[Plan], teachers: Sequence[Teacher], progress: Progress) -> Seen:
