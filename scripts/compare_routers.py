@@ -144,7 +144,7 @@ class Bench:
     def suited(self, plans: Sequence[Plan]) -> tuple[list[int], int]:
         """The plan that is chosen for each reported sample by its class, and the one that is best on average."""
         seen = see([teach(self.make_batch(self.drawn(CHOSEN, CHOOSING)))], plans)
-        policy = Selection().parts(with_selector(self.profile.with_plans(plans), [seen])).policy
+        policy = Selection().parts(with_selector(self.profile.with_plans(plans), seen)).policy
         assert isinstance(policy, Select)
         reported = see([self.reported], plans[:1]).conditions
         return [policy.plans.index(policy.choose(condition, None)[0]) for condition in reported], policy.fallback

@@ -39,7 +39,7 @@ class Wish:
 def make_selector(
     folder: Path, model: str | None, wish: Wish, settings: Settings, out: Path, console: Console
 ) -> Profile:
-    """Refit plans to each kind of prompt, keep those that do best together, learn to choose, and store all in `out`.
+    """Refit plans to each prompt, keep those that do best together, learn to choose, and store each group in `out`.
 
     settings: `fitting` and `tuning` are samples of each prompt.
 
@@ -53,25 +53,36 @@ def make_selector(
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
     prompts, taken = source.prompts, {seed for _, seed in profile.samples}
+    fitting = _drawn(_each(prompts, settings.fitting), FITTED, taken)
+    tuned = _drawn(_each(prompts, settings.tuning), TUNED, taken)
     held_out = _drawn([prompts[i % len(prompts)] for i in range(settings.held_out)], HELD_OUT, taken)
-    with announcing(console, "select") as progress:
-        candidates = _candidates(starts, _taught(source, settings.fitting, FITTED, taken, progress), progress)
-        tuning = _taught(source, settings.tuning, TUNED, taken, progress)
-        found = [_kept(plans, tuning, wish.keep, progress) for plans in candidates]
-        choices = [choice for choice in found if len(choice.plans) > 1]
-        _tell_left_out(found, console)
-        batches = [held_out[i : i + settings.batch] for i in range(0, len(held_out), settings.batch)]
-        progress("uncached held-out runs", 0, 0)
-        apart = [teach(source.make(batch)) for batch in batches]
-        reported = [_measured(choice.plans, apart, progress) for choice in choices]
     seeds = [sample.seed for sample in held_out]
-    plans = {plan.name: plan for seen in reported for plan in _stated(seen, seeds)}
-    made = profile.with_plans(sorted(plans.values(), key=lambda plan: -plan.nfe))
-    made = with_selector(made, choices, reported, seeds)
-    made.save(out)
+    made, alone = profile.with_plans(()), []
+    with announcing(console, "select") as progress:
+        fitted = _taught(source, fitting, settings.fitting, progress)
+        tuning = _taught(source, tuned, settings.tuning, progress)
+        apart = _taught(source, held_out, settings.batch, progress)
+        for start in starts:
+            seen = _kept(_candidates(start, fitted, progress), tuning, wish.keep, progress)
+            if len(seen.plans) < 2:
+                alone.append(start.name)
+                continue
+            reported = _measured(seen.plans, apart, progress)
+            plans = sorted([*made.plans, *_stated(reported, seeds)], key=lambda plan: -plan.nfe)
+            made = with_selector(made.with_plans(plans), seen, reported, seeds)
+            made.save(out)
+            progress(f"{out}: {_told(Selector.of(made).choices[-1])}", 0, 0)
+    told = (
+        f"{', '.join(alone)}: best for each of the prompts as it is, so that there is nothing to choose. Fit to more "
+        "samples with --fitting, or use the plan as it is"
+    )
+    if len(alone) == len(starts):
+        raise ConfigError(told)
     print_plans(made.plans, console)
     for choice in Selector.of(made).choices:
         console.print(f"{escape(str(out))}: {escape(_told(choice))}", soft_wrap=True)
+    if alone:
+        console.print(escape(told), soft_wrap=True)
     return made
 
 
@@ -86,25 +97,26 @@ def _drawn(prompts: Sequence[str | int], first: int, taken: Collection[int]) -> 
     return [Sample(index, prompt, seed) for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))]
 
 
-def _taught(source: Source, count: int, first: int, taken: Collection[int], progress: Progress) -> list[Teacher]:
-    """Uncached runs of `count` samples of each prompt, one batch for each."""
-    drawn = _drawn([prompt for prompt in source.prompts for _ in range(count)], first, taken)
+def _each(prompts: Sequence[str | int], count: int) -> list[str | int]:
+    """Every prompt so many times, one prompt after another."""
+    return [prompt for prompt in prompts for _ in range(count)]
+
+
+def _taught(source: Source, samples: Sequence[Sample], together: int, progress: Progress) -> list[Teacher]:
+    """Uncached runs of the samples, so many in a batch."""
     teachers = []
-    for start in range(0, len(drawn), count):
-        progress("uncached runs", start, len(drawn))
-        teachers.append(teach(source.make(drawn[start : start + count])))
+    for start in range(0, len(samples), together):
+        progress("uncached runs", start, len(samples))
+        teachers.append(teach(source.make(samples[start : start + together])))
     return teachers
 
 
-def _candidates(starts: Sequence[Plan], teachers: Sequence[Teacher], progress: Progress) -> list[list[Plan]]:
-    """Each plan, followed by what becomes of it when it is fitted to one prompt."""
-    found = []
-    for start in starts:
-        group = [start]
-        for number, teacher in enumerate(teachers):
-            progress(f"{start.name}: fitting to each prompt", number, len(teachers))
-            group.append(refitted(start, teacher, f"{start.name}-for-{number}"))
-        found.append(group)
+def _candidates(start: Plan, teachers: Sequence[Teacher], progress: Progress) -> list[Plan]:
+    """A plan, followed by what becomes of it when it is fitted to each prompt."""
+    found = [start]
+    for number, teacher in enumerate(teachers):
+        progress(f"{start.name}: fitting to each prompt", number, len(teachers))
+        found.append(refitted(start, teacher, f"{start.name}-for-{number}"))
     return found
 
 
@@ -113,19 +125,6 @@ def _kept(plans: Sequence[Plan], tuning: Sequence[Teacher], count: int, progress
     seen = _measured(plans, tuning, progress)
     by_prompt = seen.values.reshape(len(tuning), -1, len(plans)).mean(1)
     return seen.only(best_together(by_prompt, count))
-
-
-def _tell_left_out(found: Sequence[Seen], console: Console) -> None:
-    """Groups of which no second plan gains anything; an error where that is so of all."""
-    alone = [choice.plans[0].name for choice in found if len(choice.plans) < 2]
-    told = (
-        f"{', '.join(alone)}: best for each of the prompts as it is, so that there is nothing to choose. Fit to more "
-        "samples with --fitting, or use the plan as it is"
-    )
-    if len(alone) == len(found):
-        raise ConfigError(told)
-    if alone:
-        console.print(escape(told), soft_wrap=True)
 
 
 def _measured(plans: Sequence[Plan], teachers: Sequence[Teacher], progress: Progress) -> Seen:

@@ -97,46 +97,40 @@ def best_together(values: NDArray[np.float64], count: int) -> list[int]:
     return chosen
 
 
-def with_selector(
-    profile: Profile, choices: Sequence[Seen], held_out: Sequence[Seen] = (), seeds: Sequence[int] = ()
-) -> Profile:
-    """The profile with scores for some of its plans, for system "select".
+def with_selector(profile: Profile, seen: Seen, held_out: Seen | None = None, seeds: Sequence[int] = ()) -> Profile:
+    """The profile with scores for a group of its plans, for system "select", beside the groups that it has.
 
-    choices: groups of plans to choose among, each of about equal NFE (or the most expensive one would always be best),
-    seen on the same calibration prompts, a few samples for each kind of prompt, apart from those that the plans state
-    their quality on. held_out: the same groups, in order, on samples that nothing was fitted to or chosen by, with
-    their seeds, to state what the choice reaches there. The score of a plan is how much better its PSNR is than the
-    mean of its group on that prompt. The ridge's strength is chosen by leave-one-out error: where prompts tell
-    nothing, the best plan on average is left.
+    seen: plans to choose among, of about equal NFE (or the most expensive one would always be best), on calibration
+    prompts, a few samples for each kind of prompt, apart from those that the plans state their quality on. held_out:
+    the same plans on samples that nothing was fitted to or chosen by, with their seeds, to state what the choice
+    reaches there. The score of a plan is how much better its PSNR is than the mean of its group on that prompt. The
+    ridge's strength is chosen by leave-one-out error: where prompts tell nothing, the best plan on average is left.
 
     Raises:
-        ConfigError: for a group of fewer than two plans, of plans that the profile does not have, or of different
-            scopes; and for prompts that all look the same.
+        ConfigError: for fewer than two plans, plans that the profile does not have, or of different scopes; for prompts
+            that all look the same, or are of other classes than those of the groups that there are.
     """
-    known = [plan.name for plan in profile.plans]
-    for seen in choices:
-        names = [plan.name for plan in seen.plans]
-        if len(set(names)) < 2 or not set(names) <= set(known):
-            raise ConfigError(
-                f"select needs two or more of the profile's plans to choose among, not {', '.join(names) or 'none'}: "
-                f"it has {', '.join(known) or 'none'}"
-            )
-        if len({(plan.scope, plan.depth) for plan in seen.plans}) > 1:
-            raise ConfigError("select cannot change the scope from run to run: choose plans of one scope and depth")
-    source, labels, inputs = _inputs(choices[0].conditions)
-    policies = [_learned(seen, source, labels, inputs) for seen in choices]
-    facts: list[dict[str, Any]] = [
-        {"plans": [plan.name for plan in seen.plans], "fallback": seen.plans[policy.fallback].name}
-        for seen, policy in zip(choices, policies, strict=True)
-    ]
-    for fact, policy, seen in zip(facts, policies, held_out, strict=False):
-        fact["held_out"] = Quality.of("psnr", reached(policy, seen), seeds).to_json()
-    arrays = {
-        "select_weights": torch.cat([policy.weights for policy in policies]),
-        "select_bias": torch.cat([policy.bias for policy in policies]),
-    }
-    selector = {"source": source, "labels": list(labels), "samples": len(inputs), "choices": facts}
-    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, "select": selector})
+    names, known = [plan.name for plan in seen.plans], [plan.name for plan in profile.plans]
+    if len(set(names)) < 2 or not set(names) <= set(known):
+        raise ConfigError(
+            f"select needs two or more of the profile's plans to choose among, not {', '.join(names) or 'none'}: "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    if len({(plan.scope, plan.depth) for plan in seen.plans}) > 1:
+        raise ConfigError("select cannot change the scope from run to run: choose plans of one scope and depth")
+    policy, samples = _learned(seen), len(seen.values)
+    group: dict[str, Any] = {"plans": names, "fallback": names[policy.fallback], "samples": samples}
+    if held_out is not None:
+        group["held_out"] = Quality.of("psnr", reached(policy, held_out), seeds).to_json()
+    arrays = {"select_weights": policy.weights, "select_bias": policy.bias}
+    told = {"source": policy.source, "labels": list(policy.labels), "choices": [group]}
+    before = profile.facts.get("select")
+    if before is not None:
+        if any(before[name] != told[name] for name in ("source", "labels")):
+            raise ConfigError("the profile's groups of plans were learned for other prompts: learn all of them again")
+        arrays = {name: torch.cat([profile.arrays[name], array]) for name, array in arrays.items()}
+        told["choices"] = [*before["choices"], group]
+    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, "select": told})
 
 
 def reached(policy: Select, seen: Seen) -> list[float]:
@@ -156,8 +150,9 @@ def scores(inputs: NDArray[np.float64], targets: NDArray[np.float64]) -> tuple[T
     ).float()
 
 
-def _learned(seen: Seen, source: str, labels: tuple[int, ...], inputs: Tensor) -> Select:
-    """The policy that chooses among a group of plans."""
+def _learned(seen: Seen) -> Select:
+    """The policy that chooses among the plans."""
+    source, labels, inputs = _inputs(seen.conditions)
     weights, bias = scores(inputs.double().numpy(), seen.values - seen.values.mean(1, keepdims=True))
     fallback = int(seen.values.mean(0).argmax())
     forecasters = tuple(map(Fitted.of, seen.plans))

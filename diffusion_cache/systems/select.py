@@ -79,6 +79,7 @@ def _read_choice(value: Any, where: str, known: Sequence[Plan]) -> tuple[tuple[P
     fields = Fields(value, where)
     names, fallback = fields("plans", tuple_of(text)), fields("fallback", text)
     held_out = fields.maybe("held_out", Quality.from_json)
+    fields("samples", integer)
     fields.end()
     by_name = {plan.name: plan for plan in known}
     if not names or not {*names, fallback} <= set(by_name) or fallback not in names:

@@ -62,7 +62,7 @@ def choosing(model, scope):
     every = np.arange(STEPS)
     made = [static_plan(found, f"1 in {n}", every % n == 0, order=1) for n in (2, 3)]
     teachers = [teach(plans.batch(reference.load(model), model, plans.drawn(50, 4), STEPS))]
-    return found.with_plans(made), with_selector(found.with_plans(made), [see(teachers, made)])
+    return found.with_plans(made), with_selector(found.with_plans(made), see(teachers, made))
 
 
 def arguments(name, model):

@@ -37,7 +37,7 @@ def selected_against_best_single(seeds: SeedSet) -> Outcome:
         for exponent in EXPONENTS
     ]
     teachers = [teach(bench.batch(_of_each_class(seeds, call))) for call in range(CALLS)]
-    learned = with_selector(profile.with_plans(plans), [see(teachers, plans)])
+    learned = with_selector(profile.with_plans(plans), see(teachers, plans))
     policy = Selection().parts(learned).policy
     assert isinstance(policy, Select)
     runs = [bench.run(profile=learned, plan=plan.name) for plan in plans]

@@ -6,11 +6,13 @@ from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from evaluation_profile import plan, write_profile
 
 from diffusion_cache import api, reference, registry
+from diffusion_cache.context import Condition
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation import contenders
@@ -32,6 +34,7 @@ from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
 from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.subjects import Shipped
 from diffusion_cache.forecasters import Taylor
+from diffusion_cache.planning.select import Seen, with_selector
 from diffusion_cache.policies import Interval
 from diffusion_cache.systems import Parts, System
 
@@ -485,6 +488,35 @@ def test_a_system_that_looks_for_motion_is_for_videos():
     assert "needs a profile with a foreground mask" in contender(node, TAYLOR, 6).why_not(Shipped("dit-digits"))
     assert contender(node, TAYLOR, 6).why_not(Shipped("wan-moving-digits")) is None
     assert contender({**node, "profile": "mine"}, TAYLOR, 6).why_not(Shipped("dit-digits")) is None
+
+
+def test_selection_takes_the_shipped_profile_that_has_learned_to_choose(shipped, systems):
+    node = {**system_node("select"), "variant": "select", "sampler": None, "of_steps": {"nfe": 0.5}}
+    (without,) = expand(node, "dit-digits")
+    reason = contender(without, TAYLOR, 6).why_not(SimpleNamespace(name="dit-digits", sampler="ddim"))
+    assert reason.startswith("no profile that has learned to choose by the prompt comes with the package for dit-dig")
+    assert "`diffusion-cache select` makes one" in reason
+    (elsewhere,) = expand(node, "some/model")
+    assert "some/model with none" in contender(elsewhere, TAYLOR, 6).why_not(
+        SimpleNamespace(name="some/model", sampler="none")
+    )
+
+    found = write_profile(shipped / "dit-digits-ddim-select")
+    choices = [Condition("class_labels", torch.tensor([label])) for label in (3, 8)]
+    seen = Seen(found.plans[1:], tuple(choices), np.array([[20.0, 30], [30, 20]]))
+    with_selector(found, seen).save(shipped / "dit-digits-ddim-select")
+    (node,) = expand(node, "dit-digits")
+    assert node["profile"] == "dit-digits-ddim-select"
+    what = contender(node, TAYLOR, 6)
+    assert (what.settings, what.batchable) == ({"last": 1, "nfe": 3}, False)
+    subject = Shipped("dit-digits")
+    assert what.why_not(subject) is None
+    for digit, steps in ((3, [0, 5]), (8, [0, 3, 5])):
+        with what.applied(subject, 6):
+            subject.call([Sample(0, digit, 0)], 6)
+            records = api.summary(subject.pipe).records
+        assert [record.step for record in records if record.computed] == steps
+    assert contender(system_node("every_other"), TAYLOR, 6).batchable
 
 
 @pytest.mark.parametrize(

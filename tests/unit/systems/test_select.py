@@ -120,7 +120,7 @@ def learned(name):
     samples = [("3", 1), ("8", 2), ("3", 3), ("8", 4)]
     teachers = [teach(plans.batch(pipe, name, part)) for part in (samples[:2], samples[2:])]
     seen = see(teachers, found.plans)
-    learnt = with_selector(found, [seen], [seen], [seed for _, seed in samples])
+    learnt = with_selector(found, seen, seen, [seed for _, seed in samples])
     wanted = torch.tensor([[1.0], [-1.0]])
     rows = {"class_labels": torch.eye(2), "encoder_hidden_states": reference.class_embeddings()[[3, 8]].mean(1)}
     source = learnt.facts["select"]["source"]
@@ -142,7 +142,7 @@ def test_a_pipeline_runs_the_plan_of_its_prompt(name, tmp_path):
     selector = Selector.of(learnt)
     assert [plan.name for plan in selector.choices[0].plans] == ["early", "late"]
     assert selector.choices[0].held_out.seeds == (1, 2, 3, 4)
-    assert learnt.facts["select"]["samples"] == 4
+    assert learnt.facts["select"]["choices"][0]["samples"] == 4
     reversed_.save(tmp_path)
     stored = Profile.load(tmp_path)
     pipe = reference.load(name)
@@ -185,7 +185,7 @@ def test_each_group_is_chosen_from_by_its_own_scores():
     cheap = seen([[20, 26], [25, 20]] * 4, "c", "d")
     cheap = cheap._replace(plans=tuple(plan(made.name, "11000000") for made in cheap.plans))
     found = plans.profile("dit-digits").with_plans([*dear.plans, *cheap.plans])
-    learnt = with_selector(found, [dear, cheap], [dear, cheap], range(8))
+    learnt = with_selector(with_selector(found, dear, dear, range(8)), cheap, cheap, range(8))
     policies = {nfe: Selection(nfe=nfe).parts(learnt).policy for nfe in (None, 4, 3.5, 2)}
     assert {nfe: [chosen(policy, labels(digit)) for digit in (3, 8)] for nfe, policy in policies.items()} == {
         None: ["a", "b"],
@@ -236,8 +236,10 @@ def test_what_cannot_be_selected():
         Selection().parts(learnt.with_plans(learnt.plans[1:]))
     alike = seen([[40, 30]] * 2, "early", "late", classes=(3,))
     with pytest.raises(ConfigError, match="is the same for all calibration prompts"):
-        with_selector(learnt, [alike])
+        with_selector(learnt, alike)
     with pytest.raises(ConfigError, match="two or more of the profile's plans to choose among, not early: it has"):
-        with_selector(learnt, [alike.only([0])])
+        with_selector(learnt, alike.only([0]))
     with pytest.raises(ConfigError, match="not early, other: it has early, late"):
-        with_selector(learnt, [seen([[40, 30]] * 2, "early", "other")])
+        with_selector(learnt, seen([[40, 30]] * 2, "early", "other"))
+    with pytest.raises(ConfigError, match="were learned for other prompts"):
+        with_selector(learnt, seen([[40, 30]] * 2, "early", "late", classes=(3, 4)))
