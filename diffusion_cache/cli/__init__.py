@@ -214,7 +214,7 @@ def _select(
         with kept_interrupts():
             make_selector(profile, model, wish, settings, out, Console())
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. Nothing was stored.")
+        Console(stderr=True).print("Stopped. Groups of plans that were finished are stored.")
         raise typer.Exit(130) from None
 
 

@@ -13,13 +13,13 @@ from ..evaluation.subjects import quieten_libraries
 from ..models import find_denoisers
 from ..plan import Plan, Quality
 from ..planning.choose import choose
-from ..planning.select import Seen, best_together, refitted, see, with_selector
+from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
 from ..profile import Profile
 from ..profiling.generation import Teacher, teach
-from ..systems.select import Choice, Selector
+from ..systems.select import Selector
 from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of
 from .progress import announcing
-from .show import print_plans
+from .show import print_choices, print_plans, told_choice
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_selector(
     tuned = _drawn(_each(prompts, settings.tuning), TUNED, taken)
     held_out = _drawn([prompts[i % len(prompts)] for i in range(settings.held_out)], HELD_OUT, taken)
     seeds = [sample.seed for sample in held_out]
-    made, alone = profile.with_plans(()), []
+    made, alone = without_selector(profile).with_plans(()), []
     with announcing(console, "select") as progress:
         fitted = _taught(source, fitting, settings.fitting, progress)
         tuning = _taught(source, tuned, settings.tuning, progress)
@@ -71,7 +71,7 @@ def make_selector(
             plans = sorted([*made.plans, *_stated(reported, seeds)], key=lambda plan: -plan.nfe)
             made = with_selector(made.with_plans(plans), seen, reported, seeds)
             made.save(out)
-            progress(f"{out}: {_told(Selector.of(made).choices[-1])}", 0, 0)
+            progress(told_choice(Selector.of(made).choices[-1]), 0, 0)
     told = (
         f"{', '.join(alone)}: best for each of the prompts as it is, so that there is nothing to choose. Fit to more "
         "samples with --fitting, or use the plan as it is"
@@ -79,8 +79,7 @@ def make_selector(
     if len(alone) == len(starts):
         raise ConfigError(told)
     print_plans(made.plans, console)
-    for choice in Selector.of(made).choices:
-        console.print(f"{escape(str(out))}: {escape(_told(choice))}", soft_wrap=True)
+    print_choices(made, console)
     if alone:
         console.print(escape(told), soft_wrap=True)
     return made
@@ -138,14 +137,3 @@ def _stated(seen: Seen, seeds: Sequence[int]) -> list[Plan]:
         replace(plan, quality=Quality.of("psnr", values, seeds))
         for plan, values in zip(seen.plans, seen.values.T.tolist(), strict=True)
     ]
-
-
-def _told(choice: Choice) -> str:
-    assert choice.held_out is not None
-    reached, alone = choice.held_out, choice.plans[choice.fallback].quality
-    assert alone is not None
-    return (
-        f"choosing among {len(choice.plans)} plans of {choice.nfe:.4g} evaluations by the prompt reaches "
-        f"{reached.mean:.1f} dB on {reached.n} held-out samples, and {reached.p5:.1f} dB or more for 95% of them; "
-        f"{choice.plans[choice.fallback].name} alone {alone.mean:.1f} and {alone.p5:.1f} dB"
-    )

@@ -21,7 +21,9 @@ from .. import profiles
 from ..errors import ConfigError
 from ..fingerprint import Fingerprint
 from ..plan import Plan
+from ..planning.select import STORED
 from ..profile import Profile
+from ..systems.select import Choice, Selector
 
 _MANY = 40  # spans listed
 _DRAWN = 24  # plans drawn
@@ -47,6 +49,7 @@ def show(folder: Path, out: Path | None, console: Console) -> list[Path]:
     console.print(_fingerprint_table(profile))
     console.print(_span_table(profile))
     print_plans(profile.plans, console)
+    print_choices(profile, console)
     if out is None:
         out = _default_out(folder)
     paths = write_pictures(profile, out)
@@ -62,6 +65,26 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
         _print_strips(plans, console)
     else:
         console.print("No plans yet.")
+
+
+def print_choices(profile: Profile, console: Console) -> None:
+    """What choosing among plans by the prompt reaches, for a profile that has learned to."""
+    if STORED in profile.facts:
+        for choice in Selector.of(profile).choices:
+            console.print(Text(told_choice(choice)), soft_wrap=True)
+
+
+def told_choice(choice: Choice) -> str:
+    """A group of plans to choose among, and what was measured of the choice."""
+    alone = choice.plans[choice.fallback]
+    told = f"By the prompt, one of {len(choice.plans)} plans of {choice.nfe:.4g} evaluations"
+    if choice.held_out is None or alone.quality is None:
+        return told
+    reached = choice.held_out
+    return (
+        f"{told}: {reached.mean:.1f} dB on {reached.n} held-out samples, {reached.p5:.1f} dB or more for 95% of them; "
+        f"{_clean(alone.name)} alone {alone.quality.mean:.1f} and {alone.quality.p5:.1f} dB"
+    )
 
 
 def write_pictures(profile: Profile, out: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from ..profiling import trajectory
 from ..profiling.generation import Teacher, attached
 from .build import as_tensors, psnr
 
+STORED, ARRAYS = "select", ("select_weights", "select_bias")  # a fact and arrays of a profile
 ALPHAS = np.logspace(-2, 6, 25)  # strengths of the ridge; the last one leaves nothing of the embedding
 
 
@@ -71,13 +72,25 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
         scale="scale" in regressors,
         bias="bias" in regressors,
     )
-    bare = replace(plan, nodes=None, weights=None, correction=None, guard=None)
+    bare = Plan(
+        name,
+        plan.scope,
+        plan.depth,
+        plan.feature,
+        plan.schedule,
+        plan.noise_levels,
+        row_passes=plan.row_passes,
+        sigmas=plan.sigmas,
+        nfe=plan.nfe,
+    )
     result = trajectory.fit(teacher, Planned(bare), settings)
     nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
-    facts = {**plan.facts, "refitted_on": teacher.batch.count}
-    return replace(
-        bare, name=name, nodes=nodes, weights=weights, correction=correction, facts=facts, quality=None, speed=None
-    )
+    facts = {
+        **plan.facts,
+        "refitted_on": teacher.batch.count,
+        "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
+    }
+    return replace(bare, nodes=nodes, weights=weights, correction=correction, facts=facts)
 
 
 def best_together(values: NDArray[np.float64], count: int) -> list[int]:
@@ -122,15 +135,21 @@ def with_selector(profile: Profile, seen: Seen, held_out: Seen | None = None, se
     group: dict[str, Any] = {"plans": names, "fallback": names[policy.fallback], "samples": samples}
     if held_out is not None:
         group["held_out"] = Quality.of("psnr", reached(policy, held_out), seeds).to_json()
-    arrays = {"select_weights": policy.weights, "select_bias": policy.bias}
+    arrays = dict(zip(ARRAYS, (policy.weights, policy.bias), strict=True))
     told = {"source": policy.source, "labels": list(policy.labels), "choices": [group]}
-    before = profile.facts.get("select")
+    before = profile.facts.get(STORED)
     if before is not None:
         if any(before[name] != told[name] for name in ("source", "labels")):
             raise ConfigError("the profile's groups of plans were learned for other prompts: learn all of them again")
         arrays = {name: torch.cat([profile.arrays[name], array]) for name, array in arrays.items()}
         told["choices"] = [*before["choices"], group]
-    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, "select": told})
+    return replace(profile, arrays={**profile.arrays, **arrays}, facts={**profile.facts, STORED: told})
+
+
+def without_selector(profile: Profile) -> Profile:
+    """The profile without such groups; its plans stay."""
+    arrays = {name: array for name, array in profile.arrays.items() if name not in ARRAYS}
+    return replace(profile, arrays=arrays, facts={name: fact for name, fact in profile.facts.items() if name != STORED})
 
 
 def reached(policy: Select, seen: Seen) -> list[float]:

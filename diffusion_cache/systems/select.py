@@ -8,6 +8,7 @@ from ..errors import ConfigError
 from ..forecasters.fitted import Fitted
 from ..plain import Fields, integer, text, tuple_of
 from ..plan import Plan, Quality
+from ..planning.select import ARRAYS, STORED
 from ..policies import Planned
 from ..policies.select import Select
 from ..profile import Profile
@@ -50,16 +51,16 @@ class Selector:
         Raises:
             ConfigError: for a profile that holds none, or one that does not go with its plans.
         """
-        stored = profile.facts.get("select")
-        if stored is None or not {"select_weights", "select_bias"} <= set(profile.arrays):
+        stored = profile.facts.get(STORED)
+        if stored is None or not set(ARRAYS) <= set(profile.arrays):
             raise ConfigError(
                 f"this profile has not learned which of its plans suits a prompt: {MAKE}; or choose a plan with "
                 "enable(pipe, profile=…, plan=…)"
             )
-        fields = Fields(stored, "profile: facts.select")
+        fields = Fields(stored, f"profile: facts.{STORED}")
         source, labels = fields("source", text), fields("labels", tuple_of(integer))
         groups = fields("choices", tuple_of(lambda value, where: _read_choice(value, where, profile.plans)))
-        weights, bias = profile.arrays["select_weights"], profile.arrays["select_bias"]
+        weights, bias = (profile.arrays[name] for name in ARRAYS)
         counts = [len(plans) for plans, _, _ in groups]
         if not groups or sum(counts) != len(weights) or len(weights) != len(bias):
             raise ConfigError(
@@ -115,12 +116,13 @@ class Selection(System):
         selector = Selector.of(profile)
         choice = self._choice(selector.choices)
         rows = slice(choice.first, choice.first + len(choice.plans))
+        weights, bias = (profile.arrays[name][rows] for name in ARRAYS)
         forecasters = tuple(map(Fitted.of, choice.plans))
         policy = Select(
             tuple(map(Planned, choice.plans)),
             forecasters,
-            profile.arrays["select_weights"][rows],
-            profile.arrays["select_bias"][rows],
+            weights,
+            bias,
             selector.source,
             selector.labels,
             choice.fallback,

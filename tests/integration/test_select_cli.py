@@ -38,7 +38,7 @@ def profile(tmp_path):
 
 def test_a_profile_learns_to_choose_among_plans_of_its_prompts(profile, tmp_path):
     output = run("select", profile, "--nfe", "4.5", "--keep", 3, *SMALL, "--out", tmp_path / "made")
-    assert "choosing among 3 plans of 4 evaluations by the prompt reaches" in output
+    assert "By the prompt, one of 3 plans of 4 evaluations: " in output
     made = Profile.load(tmp_path / "made")
     (choice,) = Selector.of(made).choices
     names = [plan.name for plan in choice.plans]

@@ -189,6 +189,17 @@ CLAIMS = (
         (HALF,),
         _ordered("budgeted", "annealed"),
     ),
+    RouterClaim(
+        "ours_chosen_by_class",
+        "budgeted",
+        "(Ours.) Choosing one of two routers by the class ends nearer to the uncached output than the better one of "
+        "them for all.",
+        "",
+        "REASON",
+        ("chosen", "single"),
+        (HALF,),
+        _ordered("chosen", "single"),
+    ),
 )
 
 
