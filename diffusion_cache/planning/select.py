@@ -59,13 +59,13 @@ def see(teachers: Sequence[Teacher], plans: Sequence[Plan]) -> Seen:
 def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     """The plan with weights fitted to a teacher's samples, of one kind of prompt, in place of its own.
 
-    Its schedule and its settings of the fit stay; what was measured of it is left out.
+    Its schedule stays, and its settings of the fit where it was fitted; what was measured of it is left out.
     """
     regressors = plan.facts.get("regressors") or ()
     settings = trajectory.Settings(
         scope=plan.scope,
         depth=plan.depth,
-        history=plan.history,
+        history=plan.facts.get("history", trajectory.Settings.history),
         ridge=plan.facts.get("ridge", trajectory.Settings.ridge),
         feature=plan.feature,  # type: ignore[arg-type]  # one of FEATURES
         groups=tuple(range(plan.spans)) if plan.spans > 1 else (),
