@@ -23,6 +23,7 @@ from ..profiling.generation import Teacher, attached
 from .build import as_tensors, psnr
 
 STORED, ARRAYS = "select", ("select_weights", "select_bias")  # a fact and arrays of a profile
+SHARE = 0.5  # of the way to weights that were fitted to few samples
 ALPHAS = np.logspace(-2, 6, 25)  # strengths of the ridge; the last one leaves nothing of the embedding
 
 
@@ -57,9 +58,10 @@ def see(teachers: Sequence[Teacher], plans: Sequence[Plan]) -> Seen:
 
 
 def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
-    """The plan with weights fitted to a teacher's samples, of one kind of prompt, in place of its own.
+    """The plan with weights fitted to a teacher's samples, of one kind of prompt.
 
-    Its schedule stays, and its settings of the fit where it was fitted; what was measured of it is left out.
+    Its schedule stays, and its settings of the fit where it was fitted. Its own weights are moved SHARE of the way to
+    those of the samples, as these are few; where it has none, it gets those. What was measured of it is left out.
     """
     regressors = plan.facts.get("regressors") or ()
     settings = trajectory.Settings(
@@ -85,12 +87,19 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     )
     result = trajectory.fit(teacher, Planned(bare), settings)
     nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
+    if weights.shape == plan.weights.shape and torch.equal(nodes, plan.nodes):
+        weights, correction = _moved(plan.weights, weights), plan.correction
     facts = {
         **plan.facts,
         "refitted_on": teacher.batch.count,
         "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
     }
     return replace(bare, nodes=nodes, weights=weights, correction=correction, facts=facts)
+
+
+def _moved(own: Tensor, found: Tensor) -> Tensor:
+    """SHARE of the way from a plan's own weights to those found, where there are both; else its own."""
+    return torch.where(found.isfinite(), torch.lerp(own, found, SHARE), own)
 
 
 def best_together(values: NDArray[np.float64], count: int) -> list[int]:
