@@ -87,13 +87,11 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     )
     result = trajectory.fit(teacher, Planned(bare), settings)
     nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
+    facts = {**plan.facts, "refitted_on": teacher.batch.count}
     if weights.shape == plan.weights.shape and torch.equal(nodes, plan.nodes):
         weights, correction = _moved(plan.weights, weights), plan.correction
-    facts = {
-        **plan.facts,
-        "refitted_on": teacher.batch.count,
-        "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
-    }
+    else:
+        facts["left_to_taylor"] = {str(step): why for step, why in sorted(result.notes.items())}
     return replace(bare, nodes=nodes, weights=weights, correction=correction, facts=facts)
 
 

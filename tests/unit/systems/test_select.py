@@ -234,7 +234,12 @@ def test_a_plan_is_refitted_to_other_samples():
     assert (made.facts["ridge"], made.facts["refitted_on"]) == (1e-2, 2)
     found = see([teacher], [start, made])
     assert (found.values[:, 1] > found.values[:, 0] + 0.5).all()
-    assert np.isnan(refitted(made, teacher, "again").weights[2].numpy()).all()  # step 2 is computed
+    # a plan that has weights goes halfway to those of the samples
+    other = teach(plans.batch(reference.load(name), name, [("8", 3)]))
+    halfway = (made.weights + refitted(replace(start, facts={"ridge": 1e-2}), other, "for eights").weights) / 2
+    moved = refitted(made, other, "moved")
+    torch.testing.assert_close(moved.weights, halfway, equal_nan=True)
+    assert not torch.allclose(moved.weights, made.weights, equal_nan=True)
 
 
 def test_what_cannot_be_selected():
