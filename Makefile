@@ -1,7 +1,6 @@
 TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
-CHOICES := --fitting 5 --tuning 3 --held-out 32 --keep 3 --threads 1
 
 .PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 
@@ -88,9 +87,9 @@ shipped-routers: venv ## train the routers that come with the package and compar
 	.venv/bin/diffusion-cache evaluate experiment=routers -m
 	.venv/bin/diffusion-cache report outputs/evaluate/routers --out results/routers/report
 
-shipped-choices: venv ## fit plans that come with the package to each class, and learn to choose among them (15 minutes)
-	.venv/bin/diffusion-cache select profiles/dit-digits-ddim $(CHOICES) --nfe 12,17,25 --out profiles/dit-digits-ddim-select
-	.venv/bin/diffusion-cache select profiles/unet-digits-ddim $(CHOICES) --nfe 12,16,25 --out profiles/unet-digits-ddim-select
+shipped-choices: venv ## fit plans that come with the package to each class, and learn to choose among them
+	.venv/bin/diffusion-cache select profiles/dit-digits-ddim --nfe 12,17,25 --threads 1 --out profiles/dit-digits-ddim-select
+	.venv/bin/diffusion-cache select profiles/unet-digits-ddim --nfe 12,16,25 --threads 1 --out profiles/unet-digits-ddim-select
 
 coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py

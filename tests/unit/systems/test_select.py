@@ -11,14 +11,13 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import Condition
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
-from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.models import condition_of
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.select import Seen, best_together, reached, refitted, scores, see, with_selector
 from diffusion_cache.policies import Planned
 from diffusion_cache.policies.select import Select
-from diffusion_cache.profile import Profile, shipped_profiles
+from diffusion_cache.profile import Profile
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.schedule import Schedule
 from diffusion_cache.systems import Selection
@@ -200,19 +199,6 @@ def test_each_group_is_chosen_from_by_its_own_scores():
     assert reached(policies[None], cheap._replace(plans=dear.plans)) == [20] * 8
     with pytest.raises(ConfigError, match=r"take 1 evaluations or fewer; there are 4, 2"):
         Selection(nfe=1).parts(learnt)
-
-
-def test_the_shipped_choices_gain_on_samples_that_nothing_was_fitted_to():
-    found = {name: Profile.load(path) for name, path in shipped_profiles().items() if name.endswith("-select")}
-    assert found
-    for name, profile in found.items():
-        for choice in Selector.of(profile).choices:
-            alone = choice.plans[choice.fallback].quality
-            assert choice.held_out.mean > alone.mean, (name, choice.nfe)
-            assert choice.held_out.seeds == alone.seeds
-            assert min(alone.seeds) >= FITTING_SEEDS
-            assert not set(alone.seeds) & {seed for _, seed in profile.samples}
-            assert len({plan.nfe for plan in choice.plans}) == 1
 
 
 def test_plans_that_do_best_together():
