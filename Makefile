@@ -90,6 +90,7 @@ shipped-routers: venv ## train the routers that come with the package and compar
 shipped-choices: venv ## fit plans that come with the package to each class, and learn to choose among them
 	.venv/bin/diffusion-cache select profiles/dit-digits-ddim --nfe 12,17,25 --threads 1 --out profiles/dit-digits-ddim-select
 	.venv/bin/diffusion-cache select profiles/unet-digits-ddim --nfe 12,16,25 --threads 1 --out profiles/unet-digits-ddim-select
+	.venv/bin/diffusion-cache select profiles/flux-digits-flow-euler --nfe 10,13,20 --threads 1 --out profiles/flux-digits-flow-euler-select
 
 coverage: venv ## measure every denoiser and pipeline class and write docs/coverage.md
 	OMP_NUM_THREADS=1 $(PYTHON) scripts/coverage.py

@@ -11,13 +11,14 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import Condition
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.models import condition_of
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.select import Seen, best_together, reached, refitted, scores, see, with_selector
 from diffusion_cache.policies import Planned
 from diffusion_cache.policies.select import Select
-from diffusion_cache.profile import Profile
+from diffusion_cache.profile import Profile, shipped_profiles
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.schedule import Schedule
 from diffusion_cache.systems import Selection
@@ -199,6 +200,19 @@ def test_each_group_is_chosen_from_by_its_own_scores():
     assert reached(policies[None], cheap._replace(plans=dear.plans)) == [20] * 8
     with pytest.raises(ConfigError, match=r"take 1 evaluations or fewer; there are 4, 2"):
         Selection(nfe=1).parts(learnt)
+
+
+def test_shipped_choices_say_what_they_reach_on_samples_kept_apart():
+    found = {name: Profile.load(path) for name, path in shipped_profiles().items() if name.endswith("-select")}
+    assert "dit-digits-ddim-select" in found
+    for name, profile in found.items():
+        for choice in Selector.of(profile).choices:
+            assert len({plan.nfe for plan in choice.plans}) == 1
+            assert {plan.quality.seeds for plan in choice.plans} == {choice.held_out.seeds}, name
+            assert min(choice.held_out.seeds) >= FITTING_SEEDS
+            assert not set(choice.held_out.seeds) & {seed for _, seed in profile.samples}
+            rows = zip(*(plan.quality.values for plan in choice.plans), strict=True)
+            assert all(value in row for value, row in zip(choice.held_out.values, rows, strict=True))
 
 
 def test_plans_that_do_best_together():
