@@ -47,15 +47,15 @@ def none(self, prompt): ...
 @pytest.mark.parametrize(
     ("call", "args", "kwargs", "expected"),
     [
-        (plain, (None, "a"), {}, 7.5),
-        (plain, (None, "a"), {"guidance_scale": 2}, 2.0),
-        (plain, (None, "a", 3.0), {}, 3.0),
-        (distilled, (None,), {}, 1.0),
-        (distilled, (None,), {"true_cfg_scale": 5.0, "guidance_scale": 2.0}, 5.0),
-        (optional, (None,), {}, 4.0),
-        (plain, (None,), {"guidance_scale": [1.0, 2.0]}, None),
-        (plain, (None,), {"no_such_argument": 1}, None),
-        (none, (None,), {}, None),
+        (plain, (None, "a"), {}, (7.5,)),
+        (plain, (None, "a"), {"guidance_scale": 2}, (2.0,)),
+        (plain, (None, "a", 3.0), {}, (3.0,)),
+        (distilled, (None,), {}, (1.0, 3.5)),
+        (distilled, (None,), {"true_cfg_scale": 5.0, "guidance_scale": 2.0}, (5.0, 2.0)),
+        (optional, (None,), {}, (4.0,)),
+        (plain, (None,), {"guidance_scale": [1.0, 2.0]}, ()),
+        (plain, (None,), {"no_such_argument": 1}, ()),
+        (none, (None,), {}, ()),
     ],
 )
 def test_guidance_of(call, args, kwargs, expected):
