@@ -14,6 +14,7 @@ from torch import nn
 from . import published
 from .chunks import Stream
 from .context import SCOPES, Corrector, Forecaster, Needs, NoiseLevels, Policy
+from .differences import DIFFERENCES
 from .engine import CacheRun, Method, Session, StepRecord
 from .engine.patches import ACTIVE
 from .engine.session import session_of
@@ -22,6 +23,7 @@ from .errors import ConfigError
 from .forecasters.fitted import UNFITTED, Fitted
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
 from .models import find_denoisers, unwrap
+from .ops import CODES
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
 from .planning.kept import Tuned
@@ -62,7 +64,11 @@ __all__ = [
 DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
 PUBLISHED = "published/"
 # how samples are decided on, and what features are stored in: options of the engine, whatever the policy
-HOW = {"granularity": ("sample", "batch"), "sync": ("immediate", "lagged"), "cache_dtype": ("model", "fp8", "int8")}
+HOW = {
+    "granularity": ("sample", "batch"),
+    "sync": ("immediate", "lagged"),
+    "cache_dtype": ("model", *CODES, *DIFFERENCES),
+}
 
 
 def enable(
@@ -125,7 +131,8 @@ def enable(
             by that of the step before, which is on the host by then. The first steps, which have none, are computed.
         cache_dtype: what features are stored in: "model" for the model's own dtype; "fp8" (e4m3) or "int8" for one byte
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
-            quality. float64 and whole numbers are stored as they are.
+            quality; "int8-delta" or "fp8-delta" for the newest feature of each span as it is and each older one as its
+            difference to the next newer one, in such codes. float64 and whole numbers are stored as they are.
         max_cache_bytes: the most that features may take; spans whose features would not fit are computed, told once.
         stream: for videos whose latent frames are denoised at noise levels of their own: how features of each are kept,
             and forecast from the levels that it had, `Stream()` or one with a capacity and sinks. With policies that

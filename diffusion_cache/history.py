@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,15 +72,18 @@ class History:
             elif rows is not None:
                 self.lanes = [list(self.lanes[0]) for _ in range(batch)]
             if rows is None and len(self.lanes) == 1:
-                slot = self._claim(self.lanes[0], node)
-                old = self.slots[slot] if slot < len(self.slots) else []
-                self.slots[slot : slot + 1] = [self._stored(outputs, bases, old)]
+                self._observe_all(node, outputs, bases)
             else:
                 rows = range(len(self.lanes)) if rows is None else rows
                 self._observe_rows([node] * len(rows), outputs, bases, rows)
         except BaseException:
             self.clear()
             raise
+
+    def _observe_all(self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]) -> None:
+        slot = self._claim(self.lanes[0], node)
+        old = self.slots[slot] if slot < len(self.slots) else []
+        self.slots[slot : slot + 1] = [self._stored(outputs, bases, old)]
 
     def _stored(self, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], old: Sequence[Tensor]) -> list[Tensor]:
         """What a slot holds of a feature, written into what it held before where that serves."""
@@ -88,7 +92,7 @@ class History:
         for out, base, coded in zip(outputs, bases, self._coded, strict=True):
             here = old[len(parts) :]
             if coded is None:
-                parts.append(_store(out, base, here[0] if here else None))
+                parts.append(store(out, base, here[0] if here else None))
             else:
                 parts += _store_codes(out, base, self.dtype, here[:2])
         return parts
@@ -177,7 +181,15 @@ class History:
                 into[row] = tensor[row]
         return whole
 
-    def leaf(self, index: int) -> list[Tensor] | list[ops.Coded]:
+    def combined(self, weights: Sequence[Any]) -> tuple[Any, ...]:
+        """Weights of what the slots of a lane hold, oldest first, from those of its features."""
+        return tuple(weights)
+
+    def restored(self, held: Sequence[Tensor]) -> list[Tensor]:
+        """The features of a lane, oldest first, from what its slots hold."""
+        return list(held)
+
+    def leaf(self, index: int) -> Sequence[Tensor | ops.Coded]:
         """What the slots hold of one leaf."""
         coded = self._coded[index]
         place = sum(1 if before is None else 2 for before in self._coded[:index])
@@ -215,6 +227,11 @@ class History:
         return sum(tensor.nbytes for tensor in self.slots[0]) if self.slots else 0
 
     @property
+    def full_bytes(self) -> int:
+        """Of all slots once they are filled; 0 while there is nothing to tell from."""
+        return self.capacity * self.feature_bytes
+
+    @property
     def on_host(self) -> bool:
         return self.slots[0][0].device.type == "cpu"
 
@@ -234,7 +251,8 @@ def writable(tensor: Tensor) -> Tensor:
     return tensor if _is_writable(tensor) else tensor.clone()
 
 
-def _store(out: Tensor, base: Tensor | None, slot: Tensor | None) -> Tensor:
+def store(out: Tensor, base: Tensor | None, slot: Tensor | None = None) -> Tensor:
+    """out − base, or out where there is no base, in a tensor of its own: `slot` where that serves."""
     if torch.is_grad_enabled():
         out, base = out.detach(), None if base is None else base.detach()
     if slot is not None and not (

@@ -62,7 +62,7 @@ class Coded(NamedTuple):
 
 def forecast(
     base: Tensor | None,
-    features: Sequence[Tensor] | Sequence[Coded],
+    features: Sequence[Tensor | Coded],
     weights: Sequence[float] | Tensor,
     correction: Tensor | None = None,
 ) -> Tensor:
@@ -72,6 +72,11 @@ def forecast(
     number per feature, or a tensor [K] or [rows, K] for K features [rows, ...], each row with its own; features with
     zero weight must be finite then. correction: scale and bias, [rows or 1, 2, channels or 1]. None for 1 and 0.
     """
+    if len({isinstance(feature, Coded) for feature in features}) > 1:
+        codes = [j for j, feature in enumerate(features) if isinstance(feature, Coded)]
+        others = [j for j, feature in enumerate(features) if not isinstance(feature, Coded)]
+        base = forecast(base, [features[j] for j in others], _of(weights, others))
+        return forecast(base, [features[j] for j in codes], _of(weights, codes), correction)
     values, scales, dtype = _split(features)
     if not isinstance(weights, Tensor):
         if len(weights) != len(values):
@@ -86,24 +91,36 @@ def forecast(
     return _forecast(base, values, scales, weights, correction, dtype)
 
 
+def _of(weights: Sequence[float] | Tensor, chosen: list[int]) -> Sequence[float] | Tensor:
+    return weights[..., chosen] if isinstance(weights, Tensor) else [weights[j] for j in chosen]
+
+
 def gated_forecast(
     base: Tensor,
     gate: Tensor,
-    features: Sequence[Tensor] | Sequence[Coded],
-    weights: Tensor,
+    features: Sequence[Tensor | Coded],
+    weights: Sequence[float] | Tensor,
     correction: Tensor | None = None,
 ) -> Tensor:
     """base + gate · forecast(None, features, weights, correction), a branch that joins its block's stream; like base.
 
-    base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: [K] or [rows, K].
+    base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: as for `forecast`.
     """
     values, scales, _ = _split(features)
+    if not isinstance(weights, Tensor):
+        weights = _on_device(tuple(weights), values[0].device, _stream(values[0]))
     if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, weights, correction):
         return _gated_residual(base, gate, values, scales, weights, correction)
     return _gated(base, gate, values, scales, weights, correction)
 
 
-def _split(features: Sequence[Tensor] | Sequence[Coded]) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
+def fuses(features: Sequence[Tensor | Coded]) -> bool:
+    """Whether a sum of such features is better left to the operation that takes it further: both are one kernel."""
+    values, _, dtype = _split(features)
+    return values[0].ndim == 3 and len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, *values)
+
+
+def _split(features: Sequence[Tensor | Coded]) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
     """Numbers or codes, the scales of codes, and the dtype of the features."""
     coded = [feature for feature in features if isinstance(feature, Coded)]
     if len(coded) == len(features):

@@ -193,7 +193,9 @@ class CacheRun:
             return compiled.call(self, self.frame, inner, args, kwargs)
         if spans[0].kind == "denoiser":
             return self.spans.call(self.frame, spans[0], 0, inner, args, kwargs)
-        return inner(*args, **kwargs)
+        frame, output = self.frame, inner(*args, **kwargs)
+        frame.settle()
+        return output
 
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
         clock = self.clock

@@ -1,5 +1,7 @@
 """What is known of one denoiser call while it runs."""
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,8 @@ from ..chunks import Chunks
 from ..context import Step, Verdict
 from ..history import History
 from ..models import Called, Span
+from ..ops import Coded
+from .deferred import Deferred, Terms
 from .structure import Inputs, PassThrough, Template
 
 PassKey = tuple[str, str]  # denoiser, pass
@@ -78,9 +82,10 @@ class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
-        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "fills_cache",
-        "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input", "probe_version", "reason",
-        "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts", "visits",
+        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "deferred",
+        "fills_cache", "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input",
+        "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts",
+        "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -108,6 +113,7 @@ class Frame:
         self.counts: dict[Span, int] = {}
         self.reused: list[Visit] = []
         self.computed = 0
+        self.deferred: list[weakref.ref[Deferred]] = []  # forecasts that blocks were given
         self.open: Visit | None = None  # computed, and between its first and last member
         self.outputs: dict[Span, list[Tensor]] = {}  # while tracing: of each span's latest member
         self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
@@ -119,6 +125,19 @@ class Frame:
         frame = Frame(self.step, self.key, stores, self.batch, self.position)
         frame.chunks = self.chunks
         return frame
+
+    def defer(
+        self, features: Sequence[Tensor | Coded], weights: Sequence[float] | Tensor, correction: Tensor | None
+    ) -> Deferred:
+        """A forecast that is made where it is used, in this call."""
+        return Deferred(Terms(features, weights, correction, self.deferred), features[0].dtype)
+
+    def settle(self) -> None:
+        """Make what is left of the deferred forecasts: their features may be written into from now on."""
+        for reference in self.deferred:
+            forecast = reference()
+            if forecast is not None:
+                forecast.made()
 
     def query(self, history: History, lane: int) -> tuple[tuple[float, ...], float]:
         """The steps of a lane's features, and the one that they are forecast at: of the run, or of the lane's chunk."""

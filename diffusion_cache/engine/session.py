@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..chunks import Stream
 from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
+from ..differences import DIFFERENCES
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..fingerprint import MEANINGS, Fingerprint
 from ..models import (
@@ -104,6 +105,11 @@ class Method:
             )
         if self.corrector is not None:
             raise ConfigError(f"corrector {self.corrector.name!r} goes by step numbers: leave it out of a stream")
+        if self.cache_dtype in DIFFERENCES:
+            raise ConfigError(
+                f"cache_dtype={self.cache_dtype!r} stores differences to a span's newest feature, and a stream has one "
+                f"for each chunk: take {DIFFERENCES[self.cache_dtype]!r}"
+            )
         if self.max_cache_bytes is not None:
             raise ConfigError("the memory of a stream is limited by its capacity: leave max_cache_bytes out")
 

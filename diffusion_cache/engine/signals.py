@@ -145,7 +145,7 @@ def _disagreement(entry: Entry) -> Tensor:
     for row, lane in enumerate(history.lanes):
         query = Query([node for node, _ in lane], step.index, total=step.total)
         for into, forecaster in zip(weights, (SPECTRAL, LINE), strict=True):
-            into[row, [slot for _, slot in lane]] = torch.tensor(forecaster.weights(query))
+            into[row, [slot for _, slot in lane]] = torch.tensor(history.combined(forecaster.weights(query)))
     leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
     leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
     difference, whole = torch.stack([spectral - line, spectral]).to(entry.stream.device)

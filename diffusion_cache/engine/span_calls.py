@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..chunks import ChunkHistory, Chunks
 from ..context import Blend, Correction, NonLinear, Query, Signals
+from ..differences import DIFFERENCES, DifferenceHistory
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
@@ -55,6 +56,10 @@ class Row(NamedTuple):
         features = tuple(blend.keep * w + anchor for w, anchor in zip(self.features, blend.anchors, strict=True))
         inputs, forecast = (tuple(blend.keep * w for w in part) for part in (self.inputs, self.forecast))
         return Row(features, inputs, forecast)
+
+    def held(self, history: History) -> "Row":
+        """Weights of what the slots of a history hold."""
+        return Row(history.combined(self.features), history.combined(self.inputs), self.forecast)
 
     def placed(self, slots: Sequence[int], count: int) -> "Row":
         """With a weight for each of `count` slots: of those named, in the weights' order, theirs, else 0."""
@@ -132,7 +137,10 @@ class SpanCalls:
                 visit.finished = True
                 assert visit.state.template is not None
                 self._note_first_pass(frame, visit, visit.forecast)
-                return visit.state.template.join(visit.forecast)
+                output = visit.state.template.join(visit.forecast)
+                if frame.deferred:
+                    visit.forecast = []  # what the block lets go of needs no making
+                return output
             known = visit.state.passthrough.get(member)
             return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
         output = inner(*args, **kwargs)
@@ -221,7 +229,10 @@ class SpanCalls:
 
     def _history(self) -> History:
         stream, kept, dtype = self._method.stream, self._run.history, self._method.cache_dtype
-        return History(kept, dtype) if stream is None else ChunkHistory(kept, stream, dtype)
+        if stream is not None:
+            return ChunkHistory(kept, stream, dtype)
+        code = DIFFERENCES.get(dtype)
+        return History(kept, dtype) if code is None else DifferenceHistory(kept, code)
 
     def _note_first_pass(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
         if self._relates_passes and frame.position == 0:
@@ -335,7 +346,10 @@ class SpanCalls:
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
                 features = self._features(frame, span, history, i, slots, inputs)
-                forecast.append(_forecast(frame.chunks, base, features, weights, correction))
+                if base is None and self._defers(frame, span, features):
+                    forecast.append(frame.defer(features, weights, correction))
+                else:
+                    forecast.append(_forecast(frame.chunks, base, features, weights, correction))
             visit.forecast = forecast
             visit.rows = frame.rows
             return True
@@ -344,6 +358,11 @@ class SpanCalls:
             self.forget(state)
             frame.reason = "failure"
             return False
+
+    def _defers(self, frame: Frame, span: Span, features: Sequence[Tensor | ops.Coded]) -> bool:
+        """Whether a forecast is left to the block that asks for it, which may do more in the same pass over memory."""
+        whole = span.kind == "branch" and frame.rows is None and frame.chunks is None
+        return whole and not torch.is_grad_enabled() and ops.fuses(features)
 
     def slot_weights(self, frame: Frame, span: Span, state: SpanState) -> tuple[Tensor | None, Tensor | None]:
         """What a span whose every slot is taken is forecast with; weights None: it is computed.
@@ -384,7 +403,7 @@ class SpanCalls:
         feature = history.slots[0][0]
         if len(history.lanes) == 1:
             (lane,) = history.lanes
-            table = [row.flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
+            table = [row.held(history).flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
             slots = [slot for _, slot in lane]
             if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
                 return table[0], slots
@@ -398,7 +417,7 @@ class SpanCalls:
             if asked not in known:
                 known[asked] = self._branch_weights(frame, span, *asked)
             rows = known[asked]
-            row = rows[place * len(rows) // len(history.lanes)]
+            row = rows[place * len(rows) // len(history.lanes)].held(history)
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 
@@ -428,7 +447,8 @@ class SpanCalls:
             lane = lane[-forecaster.history :]
             (query,) = self._queries(frame, span, tuple(node for node, _ in lane), frame.step.index)
             index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
-            features = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
+            held = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
+            features = history.restored(held)
             made = features[-1]
             if made.is_floating_point():
                 made = forecaster.forecast(query, [ops.wide(feature) for feature in features]).to(whole.dtype)
@@ -588,7 +608,7 @@ class SpanCalls:
         if limit is None or state.history:
             return True
         histories = [other.history for other in self._states.values() if other.history]
-        taken = self._first_bytes + sum(history.capacity * history.feature_bytes for history in histories)
+        taken = self._first_bytes + sum(history.full_bytes for history in histories)
         if taken + state.history.bytes_of(outputs) <= limit:
             return True
         state.unusable = "does not fit into max_cache_bytes"

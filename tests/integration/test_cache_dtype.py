@@ -45,6 +45,22 @@ def test_codes_take_a_quarter_of_float32_and_change_little(case, code):
     assert psnr(coded_images, images).min() > psnr(images, uncached).min() + 3
 
 
+@pytest.mark.parametrize("case", METHODS)
+def test_differences_in_codes_change_far_less(case):
+    name, method = METHODS[case]
+    images, plain = cached(name, **method)
+    coded, _ = cached(name, cache_dtype="int8", **method)
+    differences, summary = cached(name, cache_dtype="int8-delta", **method)
+    assert [record.computed for record in summary.records] == [record.computed for record in plain.records]
+    if case == "cuts":  # one feature of each span, which stays as it is
+        assert torch.equal(differences, images)
+        assert summary.cache_bytes == plain.cache_bytes
+    else:
+        assert summary.cache_bytes < 0.7 * plain.cache_bytes
+        assert not torch.equal(differences, images)
+        assert psnr(differences, images).min() > psnr(coded, images).min() + 6
+
+
 @each_code
 def test_inspect_and_a_second_run(code):
     name, method = METHODS["stack"]
@@ -64,10 +80,11 @@ def test_always_computing_is_bit_identical(code):
     assert torch.equal(images, generate(reference.load(name), name))
 
 
-def test_samples_that_are_computed_apart_do_not_depend_on_each_other():
+@pytest.mark.parametrize("code", ["int8", "int8-delta"])
+def test_samples_that_are_computed_apart_do_not_depend_on_each_other(code):
     name, labels, seeds = "flux-digits", (3, 8, 1, 5), (5, 6, 7, 8)
     pipe = reference.load(name)
-    with dc.cached(pipe, policy="first_block", threshold=0.5, forecaster="taylor", cache_dtype="int8"):
+    with dc.cached(pipe, policy="first_block", threshold=0.5, forecaster="taylor", cache_dtype=code):
         together = generate(pipe, name, labels, seeds)
         assert any("of 4 samples" in record.reason for record in dc.summary(pipe).records)
         for row in (0, 2):
@@ -92,6 +109,7 @@ def test_values_that_are_not_finite_are_not_reused():
     ("options", "problem"),
     [
         (dict(cache_dtype="fp4"), "Unknown cache_dtype 'fp4'"),
+        (dict(cache_dtype="int8-delta", stream=dc.Stream(), forecaster="taylor"), "take 'int8'"),
         (dict(max_cache_bytes=0), "at least 1, not 0"),
         (dict(max_cache_bytes=1.5), "whole number"),
         (dict(max_cache_bytes=True), "whole number"),
@@ -112,8 +130,10 @@ def test_a_denoiser_compiled_as_a_whole_takes_features_as_they_are(options):
         dc.enable(pipe, "interval", "taylor", every=2, scope="stack", **options)
 
 
-def test_what_does_not_fit_is_computed_and_told_once():
-    name, method = "flux-digits", dict(policy="interval", forecaster="taylor", every=2, scope="block")
+@pytest.mark.parametrize("dtype", ["model", "int8-delta"])
+def test_what_does_not_fit_is_computed_and_told_once(dtype):
+    name = "flux-digits"
+    method = dict(policy="interval", forecaster="taylor", every=2, scope="block", cache_dtype=dtype)
     images, whole = cached(name, **method)
     pipe = reference.load(name)
     limit = whole.cache_bytes // 2
