@@ -68,6 +68,7 @@ HOW = {
     "granularity": ("sample", "batch"),
     "sync": ("immediate", "lagged"),
     "cache_dtype": ("model", *CODES, *DIFFERENCES),
+    "cache_device": ("model", "cpu"),
 }
 
 
@@ -93,6 +94,7 @@ def enable(
     granularity: str = "sample",
     sync: str = "immediate",
     cache_dtype: str = "model",
+    cache_device: str = "model",
     max_cache_bytes: int | None = None,
     stream: Stream | None = None,
     group: "ProcessGroup | None" = None,
@@ -133,7 +135,10 @@ def enable(
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
             quality; "int8-delta" or "fp8-delta" for the newest feature of each span as it is and each older one as its
             difference to the next newer one, in such codes. float64 and whole numbers are stored as they are.
-        max_cache_bytes: the most that features may take; spans whose features would not fit are computed, told once.
+        cache_device: where features are: "model" for the denoiser's device; "cpu" for host memory between the calls
+            that use them, from which those of the next span are brought back while the device works.
+        max_cache_bytes: the most that features may take, wherever they are; spans whose features would not fit are
+            computed, told once.
         stream: for videos whose latent frames are denoised at noise levels of their own: how features of each are kept,
             and forecast from the levels that it had, `Stream()` or one with a capacity and sinks. With policies that
             look at no signals, and forecasters "taylor", "taylor_paper" or "reuse".
@@ -149,7 +154,7 @@ def enable(
         NoSpansError: nothing to cache at the scope.
     """
     how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
-    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
+    how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
@@ -329,6 +334,7 @@ def run(
     granularity: str = "sample",
     sync: str = "immediate",
     cache_dtype: str = "model",
+    cache_device: str = "model",
     max_cache_bytes: int | None = None,
     stream: Stream | None = None,
     group: "ProcessGroup | None" = None,
@@ -350,7 +356,7 @@ def run(
     if noise_levels is not None and num_steps is not None and len(levels) != num_steps:
         raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
     how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
-    how |= {"max_cache_bytes": max_cache_bytes, "stream": stream}
+    how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
@@ -386,8 +392,8 @@ class Summary:
     """What one generation did.
 
     spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
-    none. hit_rate: share of span calls that were reused. cache_bytes: the most bytes that features took. total:
-    steps of the run, if known.
+    none. hit_rate: share of span calls that were reused. cache_bytes: the most bytes that features took, of which
+    resident_bytes at most were on the denoiser's device at once. total: steps of the run, if known.
     """
 
     method: str
@@ -396,6 +402,7 @@ class Summary:
     total: int | None
     records: tuple[StepRecord, ...]
     cache_bytes: int
+    resident_bytes: int
 
     @property
     def computed(self) -> int:
@@ -592,6 +599,7 @@ def _summarise(session: Session, cache_run: CacheRun) -> Summary:
         total=cache_run.clock.total,
         records=tuple(cache_run.records),
         cache_bytes=cache_run.cache_bytes,
+        resident_bytes=cache_run.resident_bytes,
     )
 
 

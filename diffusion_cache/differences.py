@@ -45,6 +45,9 @@ class DifferenceHistory(History):
     def full_bytes(self) -> int:
         return self.bytes_of(self.slots[NEWEST]) if self.slots else 0
 
+    def reads_to_observe(self, rows: Sequence[int] | None) -> bool:
+        return True
+
     def _difference(self, held: Sequence[Tensor], index: int) -> Tensor | ops.Coded:
         place = sum(1 if before is None else 2 for before in self._coded[:index])
         coded = self._coded[index]

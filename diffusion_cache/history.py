@@ -80,6 +80,10 @@ class History:
             self.clear()
             raise
 
+    def reads_to_observe(self, rows: Sequence[int] | None) -> bool:
+        """Whether a further feature, of these batch rows or of all, is stored with the help of those that are there."""
+        return rows is not None or len(self.lanes) > 1
+
     def _observe_all(self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]) -> None:
         slot = self._claim(self.lanes[0], node)
         old = self.slots[slot] if slot < len(self.slots) else []

@@ -73,7 +73,7 @@ class CacheRun:
         self.grids: dict[torch.Size, Grid | None] = {}  # of the tokens of spans' inputs, by shape
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
-        self._part_bytes = 0
+        self._part_bytes = self._part_resident = 0
         self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
@@ -250,6 +250,7 @@ class CacheRun:
                 frame.actions,
             )
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
+        self.spans.prefetch_first(frame)
         return frame
 
     def _name_pass(self, denoiser: str, position: int, counted: bool) -> str:
@@ -312,6 +313,7 @@ class CacheRun:
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
         self.spans.keep_compared(frame)
+        self.spans.prefetch_next(frame)
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
@@ -402,12 +404,18 @@ class CacheRun:
         """The most bytes that features have taken in this run."""
         return max(self.spans.peak_bytes, self._part_bytes)
 
+    @property
+    def resident_bytes(self) -> int:
+        """The most bytes that features have taken on the denoiser's device in this run."""
+        return max(self.spans.resident_bytes, self._part_resident)
+
     def finish(self) -> None:
         """Release every feature, then tell what could not be checked on the way."""
         self.sizes |= self.spans.feature_bytes()
         if self.whole is not None:
             self.whole.sizes |= self.sizes
             self.whole._part_bytes = max(self.whole._part_bytes, self.cache_bytes)
+            self.whole._part_resident = max(self.whole._part_resident, self.resident_bytes)
         self.spans.release()
         self.decisions.clear()
         # what is kept for summary must not keep the pipeline alive

@@ -20,13 +20,17 @@ PassKey = tuple[str, str]  # denoiser, pass
 
 @dataclass
 class SpanState:
-    """One span in one pass: its history, and the structure of its output and of its members' outputs."""
+    """One span in one pass: its history, and the structure of its output and of its members' outputs.
+
+    place: of the span in the order in which those of its pass were first entered.
+    """
 
     history: History
     template: Template | None = None
     signature: tuple = ()
     passthrough: dict[int, PassThrough] = field(default_factory=dict)
     unusable: str = ""
+    place: int = 0
     unchecked: bool = False  # whether the newest feature is not known to be finite
 
 

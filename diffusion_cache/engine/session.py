@@ -54,8 +54,8 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it was planned,
-    None where that does not matter or is not known.
+    cache_dtype, cache_device, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it was
+    planned, None where that does not matter or is not known.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream.
@@ -69,6 +69,7 @@ class Method:
     sync: str = "immediate"
     corrector: Corrector | None = None
     cache_dtype: str = "model"
+    cache_device: str = "model"
     max_cache_bytes: int | None = None
     stream: Stream | None = None
     guidance: float | None = None
@@ -110,6 +111,8 @@ class Method:
                 f"cache_dtype={self.cache_dtype!r} stores differences to a span's newest feature, and a stream has one "
                 f"for each chunk: take {DIFFERENCES[self.cache_dtype]!r}"
             )
+        if self.cache_device != "model":
+            raise ConfigError("the features of a stream stay on its device: leave cache_device out")
         if self.max_cache_bytes is not None:
             raise ConfigError("the memory of a stream is limited by its capacity: leave max_cache_bytes out")
 
@@ -170,11 +173,12 @@ class Method:
                 "as a whole takes: compile its blocks instead (compile_repeated_blocks), use scope 'denoiser', or "
                 "another forecaster such as 'taylor'"
             )
-        if self.is_traced(denoiser, scope) and (self.cache_dtype != "model" or self.max_cache_bytes is not None):
+        kept = self.cache_dtype, self.cache_device, self.max_cache_bytes
+        if self.is_traced(denoiser, scope) and kept != ("model", "model", None):
             raise ConfigError(
-                "cache_dtype and max_cache_bytes are not for a denoiser compiled as a whole, which takes its features "
-                "as they are, and all of them: compile its blocks instead (compile_repeated_blocks), or use scope "
-                "'denoiser'"
+                "cache_dtype, cache_device and max_cache_bytes are not for a denoiser compiled as a whole, which takes "
+                "its features as they are, where they are, and all of them: compile its blocks instead "
+                "(compile_repeated_blocks), or use scope 'denoiser'"
             )
         if self.is_traced(denoiser, scope) and self.stream is not None:
             raise ConfigError(

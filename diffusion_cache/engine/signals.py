@@ -138,9 +138,11 @@ SPECTRAL, LINE = Chebyshev(blend=1.0, anchored=True), Taylor(order=1)
 
 def _disagreement(entry: Entry) -> Tensor:
     step, state = entry.frame.step, entry.run.spans.state(entry.frame.key, entry.span, 0)
-    history, rows = state.history, len(entry.stream)
-    if not history or state.template is None:
+    rows = len(entry.stream)
+    if not state.history or state.template is None:
         return torch.full((rows,), math.nan, device=entry.stream.device)
+    history = entry.run.spans.held(state.history)
+    assert history is not None
     spectral, line = weights = torch.zeros(2, len(history.lanes), len(history.slots))
     for row, lane in enumerate(history.lanes):
         query = Query([node for node, _ in lane], step.index, total=step.total)

@@ -14,6 +14,7 @@ from ..differences import DIFFERENCES, DifferenceHistory
 from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
+from ..offload import Offload
 from .frame import Frame, PassKey, SpanState, Visit
 from .signals import take
 from .structure import (
@@ -78,6 +79,8 @@ class SpanCalls:
         self._run = run
         self._method = run.session.method
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
+        self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
+        self._offload = Offload() if self._method.cache_device == "cpu" else None
         self._tails: dict[PassKey, SpanState] = {}  # of the blocks after the spans: to be compared, never reused
         self._compared: dict[PassKey, History] = {}  # the corrector's signals at the steps of the features
         self._peak_bytes = 0
@@ -190,7 +193,9 @@ class SpanCalls:
         assert frame.actions is not None
         reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
         visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
-        if reuse and self._forecast(frame, visit):
+        forecast = reuse and self._forecast(frame, visit)
+        self._prefetch(frame.key, state.place + 1, frame.actions)
+        if forecast:
             frame.reused.append(visit)
             frame.computed += visit.rows is not None
             frame.visits[span] = visit
@@ -223,6 +228,9 @@ class SpanCalls:
         state = self._states.get((key, span, count))
         if state is None:
             state = self._states[key, span, count] = SpanState(self._history())
+            order = self._order.setdefault(key, [])
+            state.place = len(order)
+            order.append((span, state))
             if span in self._run.session.unusable:
                 self.give_up(state, span, self._run.session.unusable[span])
         return state
@@ -334,7 +342,7 @@ class SpanCalls:
             frame.reason = "not finite"
             return False
         try:
-            history = _held(state.history, frame.chunks)
+            history = self.held(state.history, frame.chunks)
             if history is None:
                 frame.reason = "new chunks"
                 return False
@@ -358,6 +366,13 @@ class SpanCalls:
             self.forget(state)
             frame.reason = "failure"
             return False
+
+    def held(self, history: History, chunks: Chunks | None = None) -> History | None:
+        """What a history holds for a call, on its device and rows in the call's order; None: nothing of a chunk."""
+        if chunks is not None:
+            assert isinstance(history, ChunkHistory)
+            return history.of(chunks)
+        return history if self._offload is None else self._offload.held(history)
 
     def _defers(self, frame: Frame, span: Span, features: Sequence[Tensor | ops.Coded]) -> bool:
         """Whether a forecast is left to the block that asks for it, which may do more in the same pass over memory."""
@@ -549,7 +564,7 @@ class SpanCalls:
         self._note_first_pass(frame, visit, whole)
         try:
             kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
-            state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)], rows, frame.batch)
+            self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)], rows)
             state.unchecked = True
         except Exception as error:
             self.forget(state)
@@ -592,7 +607,7 @@ class SpanCalls:
         if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
             if frame.chunks is None:
-                state.history.observe(frame.step.index, [*tensors, *kept], [*bases, *[None] * len(kept)])
+                self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)])
             elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
                 assert isinstance(state.history, ChunkHistory)
                 state.history.observe_chunks(frame.chunks, tensors[0], bases[0])
@@ -601,6 +616,51 @@ class SpanCalls:
                 return None
             state.unchecked = True
         return tensors
+
+    def _observe(
+        self,
+        frame: Frame,
+        history: History,
+        outputs: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        if self._offload is None:
+            history.observe(frame.step.index, outputs, bases, rows, frame.batch)
+        else:
+            self._offload.observe(history, frame.step.index, outputs, bases, rows, frame.batch)
+
+    # bringing back what waits on the host
+
+    def prefetch_first(self, frame: Frame) -> None:
+        """At the start of a call: what its first span will be forecast from, if it is or may be."""
+        self._prefetch(frame.key, 0, frame.actions)
+
+    def prefetch_next(self, frame: Frame) -> None:
+        """At the end of a call: the same of the call that follows, where the policy knows it already."""
+        if self._offload is None:
+            return
+        keys = [key for key in self._order if key[0] == frame.key[0]]
+        place = keys.index(frame.key) + 1 if frame.key in keys else 0
+        wraps = place >= len(keys)
+        schedule = self._run.decisions.schedule(frame.step.total)
+        step = frame.step.index + wraps
+        if schedule is not None and keys and step < len(schedule.compute):
+            self._prefetch(keys[0 if wraps else place], 0, schedule.row(step, 0 if wraps else frame.position + 1))
+
+    def _prefetch(self, key: PassKey, place: int, actions: tuple[bool, ...] | None) -> None:
+        """The features of the span that is entered at that place of a pass, unless it is going to be computed."""
+        order = self._order.get(key, ())
+        if self._offload is None or place >= len(order):
+            return
+        span, state = order[place]
+        index = self._run.session.span_index.get(span, 0)
+        if actions is None or not actions[index if len(actions) > 1 else 0]:
+            try:
+                self._offload.fetch(state.history)
+            except Exception as error:
+                self._run.warn_failure("bringing back features", error)
+                self.forget(state)
 
     def _fits(self, state: SpanState, outputs: Sequence[Tensor]) -> bool:
         """Whether a full history of such features is within `max_cache_bytes` with the others; told once if not."""
@@ -679,7 +739,7 @@ class SpanCalls:
         Reading back is free on the CPU. Elsewhere it would stall, and ranks would decide apart: those runs look once,
         at their end.
         """
-        here = state.history.on_host and self._run.session.agree is None
+        here = self._offload is None and state.history.on_host and self._run.session.agree is None
         if state.unchecked and here and not is_finite(state.history.tensors()):
             self.forget(state)
             self._run.warn(f"{span.name} produced values that are not finite; they are not reused")
@@ -702,6 +762,8 @@ class SpanCalls:
     def _reshape(self, state: SpanState, members: bool = True) -> None:
         """What the span returns has another structure from now on, and what its members return as well."""
         self._count_bytes()
+        if self._offload is not None:
+            self._offload.drop(state.history)
         state.history.reshaped()
         state.template = None
         if members:
@@ -712,6 +774,11 @@ class SpanCalls:
         """The most bytes that features have taken so far."""
         self._count_bytes()
         return self._peak_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """The most bytes that features have taken on the denoiser's device so far."""
+        return self.peak_bytes if self._offload is None else self._first_bytes + self._offload.resident_bytes
 
     def _count_bytes(self) -> None:
         histories = sum(state.history.nbytes for state in self._states.values())
@@ -729,21 +796,17 @@ class SpanCalls:
         """Let go of every feature, telling of those that could not be checked on the way."""
         self._count_bytes()
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
-        unchecked = [span for span, history in newest if not history.on_host and not is_finite(history.tensors())]
+        if self._offload is not None:
+            self._offload.finish()
+        late = [(span, history) for span, history in newest if self._offload is not None or not history.on_host]
+        unchecked = [span for span, history in late if not is_finite(history.tensors())]
         self._states.clear()
+        self._order.clear()
         self._first.clear()
         self._tails.clear()
         self._compared.clear()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
-
-
-def _held(history: History, chunks: Chunks | None) -> History | None:
-    """What a history holds for a call, rows in the call's order; None where it has nothing of a chunk."""
-    if chunks is None:
-        return history
-    assert isinstance(history, ChunkHistory)
-    return history.of(chunks)
 
 
 def _forecast(

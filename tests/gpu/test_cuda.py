@@ -43,6 +43,33 @@ def test_cached_on_the_gpu_is_what_it_is_on_the_cpu(name):
     assert (cached.cpu() - expected).abs().max() < 1e-2
 
 
+KEPT = (
+    dict(scope="branch"),
+    dict(cache_dtype="int8-delta"),
+    dict(scope="block", cache_device="cpu"),
+    dict(scope="branch", cache_device="cpu", cache_dtype="int8-delta"),
+)
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_features_are_the_same_however_they_are_kept(kept):
+    """Branches whose gate is part of the forecast, differences in codes, and features that wait on the host."""
+    name = "flux-digits"
+    on_cpu = reference.load(name)
+    with dc.cached(on_cpu, **OPTIONS, **kept):
+        expected = generate_on_cpu(on_cpu, name)
+    pipe = reference.load(name).to("cuda")
+    with dc.cached(pipe, **OPTIONS, **kept):
+        cached = generate(pipe, name)
+        summary = dc.summary(pipe)
+    assert summary.reused > 0
+    assert (cached.cpu() - expected).abs().max() < 1e-2
+    if "cache_device" in kept:
+        assert summary.resident_bytes < summary.cache_bytes / 2
+        with dc.cached(pipe, **OPTIONS, **{**kept, "cache_device": "model"}):
+            assert torch.equal(generate(pipe, name), cached)
+
+
 def generate_on_cpu(pipe, name):
     return reference.images(name, pipe(**reference.inputs(name, (3, 8), (5, 6), steps=STEPS)))
 

@@ -1,4 +1,4 @@
-"""Branches whose forecast is made where their block uses it, as on a GPU: the same outputs as when it is made at once."""
+"""Branches whose forecast is made where their block uses it, as on a GPU: the same outputs as when made at once."""
 
 import pytest
 import torch
@@ -59,7 +59,8 @@ def test_denoisers(case, counted):
 
     counts = counted(False)
     expected = outputs()
-    assert (counts["gated"], counts["plain"]) == (0, 2 * sum(ZOO[case]))
+    assert (counts["gated"], counts["added"]) == (0, 0)
+    assert counts["plain"] >= 2 * sum(ZOO[case])  # some that no one uses among them (SD3's last text stream)
     counts = counted(True)
     given = outputs()
     assert tuple(counts.values()) == tuple(2 * count for count in ZOO[case])
@@ -68,8 +69,9 @@ def test_denoisers(case, counted):
         assert (found - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("dtype", ["model", "int8-delta"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "model") for name in SHIPPED), ("flux-digits", "int8"), ("flux-digits", "int8-delta")]
+)
 def test_shipped_models(name, dtype, counted):
     def images():
         pipe = reference.load(name)

@@ -9,6 +9,7 @@ from diffusion_cache import ops, reference
 METHODS = {
     "several features": ("flux-digits", dict(policy="interval", every=3, forecaster="taylor", order=2, scope="stack")),
     "codes": ("unet-digits", dict(policy="interval", every=2, forecaster="reuse", scope="cut", cache_dtype="fp8")),
+    "branches": ("flux-digits", dict(policy="interval", every=2, forecaster="reuse", scope="branch")),
     "adaptive": ("wan-moving-digits", dict(policy="first_block", threshold=10.0, max_consecutive=2)),
 }
 
@@ -37,6 +38,7 @@ def test_images_are_the_same_with_kernels(case, monkeypatch):
     launched.clear()
     without = generate(name, method)
     assert not launched
-    assert used == {"forecast_residual"} | {"adaptive": {"relative_l1"}, "codes": {"store_residual"}}.get(case, set())
+    others = {"adaptive": {"relative_l1"}, "codes": {"store_residual"}, "branches": {"gated_residual"}}
+    assert used == {"forecast_residual"} | others.get(case, set())
     assert (with_kernels - without).abs().max() <= 1e-5
     assert torch.isfinite(with_kernels).all()

@@ -1,0 +1,174 @@
+"""Features that wait in host memory between the calls that use them.
+
+What a span stores is copied out as soon as it is stored, and brought back shortly before the span is reused, beside
+what the device is doing: by a stream of its own, which is waited for by events alone, never by the host. What was
+brought back is let go of as soon as it is used, so that only the features of the spans that run now and next are on
+the device.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .history import History
+
+
+class Carrier(ABC):
+    """Copies tensors from a device to the host and back, in the order of its calls and beside the device's own work."""
+
+    @abstractmethod
+    def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Host tensors that will hold what these hold now. They are not to be written into any more."""
+
+    @abstractmethod
+    def back(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Device tensors that will hold what these host tensors will, and the event to wait for before reading them."""
+
+    @abstractmethod
+    def wait(self, tensors: Sequence[Tensor], event: Any) -> None:
+        """Have the device's work from here on find these tensors, of `back`, filled."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait for all copies, so that the host may read what `out` gave."""
+
+
+class HostCarrier(Carrier):
+    """Plain copies, for a denoiser that is on the host itself."""
+
+    def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.clone() for tensor in tensors]
+
+    def back(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        return [tensor.clone() for tensor in tensors], None
+
+    def wait(self, tensors: Sequence[Tensor], event: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class CudaCarrier(Carrier):
+    """Copies between a CUDA device and pinned host memory, all on one side stream, so that they keep their order."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+            for into, tensor in zip(host, tensors, strict=True):
+                into.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)  # its memory is not given away before that copy
+        return host
+
+    def back(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        with torch.cuda.stream(self._stream):
+            return [tensor.to(self._device, non_blocking=True) for tensor in tensors], self._stream.record_event()
+
+    def wait(self, tensors: Sequence[Tensor], event: Any) -> None:
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(event)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+def carrier(device: torch.device) -> Carrier:
+    return CudaCarrier(device) if device.type == "cuda" else HostCarrier()
+
+
+class Arrival(NamedTuple):
+    """The slots of a history on the device, or on their way there until the event."""
+
+    slots: list[list[Tensor]]
+    event: Any
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for slot in self.slots for tensor in slot]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Offload:
+    """Where the features of one run are: their histories hold host tensors, and arrivals what was asked for of them.
+
+    resident_bytes: the most that features have taken on the device at once, those of the last span used among them.
+    """
+
+    def __init__(self) -> None:
+        self.resident_bytes = 0
+        self._carrier: Carrier | None = None
+        self._arrivals: dict[History, Arrival] = {}
+        self._used = 0  # bytes of what was handed out last
+
+    def observe(
+        self,
+        history: History,
+        node: float,
+        outputs: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        rows: Sequence[int] | None = None,
+        batch: int = 0,
+    ) -> None:
+        """`History.observe`, and what was stored on its way to the host."""
+        if self._carrier is None:
+            self._carrier = carrier(outputs[0].device)
+        waiting = history.slots
+        if history and history.reads_to_observe(rows):
+            history.slots = self.held(history).slots
+        else:
+            history.slots = [[] for _ in waiting]  # what is stored anew is not written over what waits
+        self.drop(history)
+        history.observe(node, outputs, bases, rows, batch)
+        self._used = history.nbytes
+        self._count()
+        history.slots = [self._carrier.out(slot) if slot else waiting[i] for i, slot in enumerate(history.slots)]
+        self._used = 0
+
+    def fetch(self, history: History) -> None:
+        """Have a history's features brought to the device, if they are not on their way."""
+        if self._carrier is None or not history or history in self._arrivals:
+            return
+        sizes = [len(slot) for slot in history.slots]
+        tensors, event = self._carrier.back(history.tensors())
+        self._arrivals[history] = Arrival([[tensors.pop(0) for _ in range(size)] for size in sizes], event)
+        self._count()
+
+    def held(self, history: History) -> History:
+        """What a history holds, on the device, for the work that is asked of it now."""
+        assert self._carrier is not None
+        self._used = 0
+        self.fetch(history)
+        arrival = self._arrivals.pop(history)
+        self._carrier.wait(arrival.tensors, arrival.event)
+        self._used = arrival.nbytes
+        here = copy.copy(history)
+        here.slots = arrival.slots
+        return here
+
+    def drop(self, history: History) -> None:
+        """What was asked for is of no use any more."""
+        self._arrivals.pop(history, None)
+
+    def finish(self) -> None:
+        """Bring all to rest, so that the host may read what histories hold."""
+        self._arrivals.clear()
+        if self._carrier is not None:
+            self._carrier.finish()
+
+    def _count(self) -> None:
+        taken = self._used + sum(arrival.nbytes for arrival in self._arrivals.values())
+        self.resident_bytes = max(self.resident_bytes, taken)
