@@ -92,7 +92,11 @@ def forecast(
 
 
 def _of(weights: Sequence[float] | Tensor, chosen: list[int]) -> Sequence[float] | Tensor:
-    return weights[..., chosen] if isinstance(weights, Tensor) else [weights[j] for j in chosen]
+    if isinstance(weights, Tensor):
+        return torch.stack(
+            [weights[..., j] for j in chosen], dim=-1
+        )  # a list as an index would be copied to the device
+    return [weights[j] for j in chosen]
 
 
 def gated_forecast(
@@ -106,9 +110,10 @@ def gated_forecast(
 
     base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: as for `forecast`.
     """
-    values, scales, _ = _split(features)
-    if not isinstance(weights, Tensor):
-        weights = _on_device(tuple(weights), values[0].device, _stream(values[0]))
+    used = None if isinstance(weights, Tensor) else [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
+    values, scales, _ = _split(features if used is None else [features[j] for j in used])
+    if used is not None:
+        weights = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
     if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, weights, correction):
         return _gated_residual(base, gate, values, scales, weights, correction)
     return _gated(base, gate, values, scales, weights, correction)

@@ -93,7 +93,8 @@ def _gated(a: Any, b: Any) -> Tensor | None:
     branch, gate = (a, b) if isinstance(a, Deferred) else (b, a)
     if not _is_open(branch, gate) or branch._gate is not None or gate.ndim > 3:
         return None
-    gate = gate[(None,) * (3 - gate.ndim)]
+    if gate.ndim < 3:
+        gate = gate[(None,) * (3 - gate.ndim)]
     if any(size not in (1, whole) for size, whole in zip(gate.shape, branch.shape, strict=True)):
         return None
     return Deferred(branch._terms, torch.promote_types(branch.dtype, gate.dtype), gate)
