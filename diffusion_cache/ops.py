@@ -110,13 +110,15 @@ def gated_forecast(
 
     base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: as for `forecast`.
     """
-    used = None if isinstance(weights, Tensor) else [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
-    values, scales, _ = _split(features if used is None else [features[j] for j in used])
-    if used is not None:
-        weights = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
-    if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, weights, correction):
-        return _gated_residual(base, gate, values, scales, weights, correction)
-    return _gated(base, gate, values, scales, weights, correction)
+    used = [j for j in range(len(features)) if isinstance(weights, Tensor) or weights[j] != 0.0] or [0]
+    values, scales, _ = _split([features[j] for j in used])
+    if isinstance(weights, Tensor):
+        table = weights
+    else:
+        table = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
+    if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, table, correction):
+        return _gated_residual(base, gate, values, scales, table, correction)
+    return _gated(base, gate, values, scales, table, correction)
 
 
 def fuses(features: Sequence[Tensor | Coded]) -> bool:

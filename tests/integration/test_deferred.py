@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache import ops, reference
@@ -86,3 +87,47 @@ def test_shipped_models(name, dtype, counted):
     found = images()
     assert counts[SHIPPED[name]] > 0
     assert (found - expected).abs().max() <= 1e-4
+
+
+class Keeping(nn.Module):
+    """A block that keeps what its branch gave, beside using it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.kept = []
+
+    def forward(self, x):
+        branch = self.ff(x)
+        self.kept += [branch, 0.5 * torch.ones(8) * branch]
+        return x + branch
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Keeping(), Keeping()])
+
+    def forward(self, x, timestep):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_what_a_block_keeps_does_not_change_with_later_features(counted):
+    torch.manual_seed(0)
+    model, inputs = Denoiser(), torch.randn(STEPS + 2, 1, 4, 8)
+
+    def kept():
+        model.blocks[0].kept.clear()
+        with torch.no_grad(), dc.run(model, "interval", "taylor", every=2, scope="branch", num_steps=STEPS + 2) as run:
+            for step, x in enumerate(inputs):
+                model(x, torch.tensor([step]))
+                run.next_step()
+        return [tensor.clone() for tensor in model.blocks[0].kept]
+
+    counted(False)
+    expected = kept()
+    counted(True)
+    for found, plain in zip(kept(), expected, strict=True):
+        assert torch.allclose(found, plain, atol=1e-6)
