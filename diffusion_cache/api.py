@@ -474,7 +474,10 @@ def summary(pipe: Any) -> Summary | LanguageSummary:
 
 @dataclass(frozen=True)
 class SpanInfo:
-    """One span. feature_bytes: of one stored feature over all passes, None until something was generated."""
+    """One span. feature_bytes: of one stored feature over all passes, None until something was generated.
+
+    Where the newest feature is stored otherwise than older ones ("int8-delta"), their mean.
+    """
 
     denoiser: str
     name: str

@@ -110,7 +110,8 @@ class Offload:
 
     def __init__(self) -> None:
         self.resident_bytes = 0
-        self._carrier: Carrier | None = None
+        self._carriers: dict[torch.device, Carrier] = {}
+        self._device: dict[History, torch.device] = {}
         self._arrivals: dict[History, Arrival] = {}
         self._used = 0  # bytes of what was handed out last
 
@@ -124,8 +125,9 @@ class Offload:
         batch: int = 0,
     ) -> None:
         """`History.observe`, and what was stored on its way to the host."""
-        if self._carrier is None:
-            self._carrier = carrier(outputs[0].device)
+        device = self._device[history] = outputs[0].device
+        if device not in self._carriers:
+            self._carriers[device] = carrier(device)
         waiting = history.slots
         if history and history.reads_to_observe(rows):
             history.slots = self.held(history).slots
@@ -135,25 +137,26 @@ class Offload:
         history.observe(node, outputs, bases, rows, batch)
         self._used = history.nbytes
         self._count()
-        history.slots = [self._carrier.out(slot) if slot else waiting[i] for i, slot in enumerate(history.slots)]
+        history.slots = [
+            self._carriers[device].out(slot) if slot else waiting[i] for i, slot in enumerate(history.slots)
+        ]
         self._used = 0
 
     def fetch(self, history: History) -> None:
         """Have a history's features brought to the device, if they are not on their way."""
-        if self._carrier is None or not history or history in self._arrivals:
+        if not history or history in self._arrivals:
             return
         sizes = [len(slot) for slot in history.slots]
-        tensors, event = self._carrier.back(history.tensors())
+        tensors, event = self._carriers[self._device[history]].back(history.tensors())
         self._arrivals[history] = Arrival([[tensors.pop(0) for _ in range(size)] for size in sizes], event)
         self._count()
 
     def held(self, history: History) -> History:
         """What a history holds, on the device, for the work that is asked of it now."""
-        assert self._carrier is not None
         self._used = 0
         self.fetch(history)
         arrival = self._arrivals.pop(history)
-        self._carrier.wait(arrival.tensors, arrival.event)
+        self._carriers[self._device[history]].wait(arrival.tensors, arrival.event)
         self._used = arrival.nbytes
         here = copy.copy(history)
         here.slots = arrival.slots
@@ -166,8 +169,8 @@ class Offload:
     def finish(self) -> None:
         """Bring all to rest, so that the host may read what histories hold."""
         self._arrivals.clear()
-        if self._carrier is not None:
-            self._carrier.finish()
+        for each in self._carriers.values():
+            each.finish()
 
     def _count(self) -> None:
         taken = self._used + sum(arrival.nbytes for arrival in self._arrivals.values())

@@ -785,11 +785,13 @@ class SpanCalls:
         self._peak_bytes = max(self._peak_bytes, self._first_bytes + histories)
 
     def feature_bytes(self) -> dict[str, int]:
-        """Bytes of one stored feature of each span, summed over passes."""
+        """Bytes of one stored feature of each span, on average over those of a full history, summed over passes."""
         sizes: dict[str, int] = {}
         for (_, span, _), state in self._states.items():
             if state.history:
-                sizes[span.name] = sizes.get(span.name, 0) + state.history.feature_bytes
+                sizes[span.name] = sizes.get(span.name, 0) + math.ceil(
+                    state.history.full_bytes / state.history.capacity
+                )
         return sizes
 
     def release(self) -> None:

@@ -61,7 +61,7 @@ def test_differences_in_codes_change_far_less(case):
         assert psnr(differences, images).min() > psnr(coded, images).min() + 6
 
 
-@each_code
+@pytest.mark.parametrize("code", [*CODES, "int8-delta"])
 def test_inspect_and_a_second_run(code):
     name, method = METHODS["stack"]
     pipe = reference.load(name)

@@ -64,7 +64,7 @@ def test_the_stand_in_notices_what_is_read_too_early(monkeypatch):
 def test_what_is_stored_goes_out_alone():
     carrier = LateCarrier()
     history, away = History(3), Offload()
-    away._carrier = carrier
+    away._carriers[torch.device("cpu")] = carrier
     for step in range(5):
         away.observe(history, step, [torch.full((2, 3), float(step))], [None])
     assert carrier.asked == 5  # one tensor for each feature; none came back to be stored beside
