@@ -83,15 +83,14 @@ class DifferenceHistory(History):
                 groups.setdefault((slot, replaces), []).append(position)
         for (slot, replaces), positions in sorted(groups.items()):
             before = self._second(slot) if replaces else self.slots[NEWEST]
-            place = torch.tensor(positions, device=newest[0].device)
-            row = torch.tensor([rows[position] for position in positions], device=newest[0].device)
-            parts = self._stored(
-                [t.index_select(0, row) for t in before], [t.index_select(0, place) for t in newest], []
-            )
+            given = torch.tensor(positions, device=newest[0].device)
+            target = torch.tensor([rows[position] for position in positions], device=newest[0].device)
+            older = [tensor.index_select(0, target) for tensor in before]
+            parts = self._stored(older, [tensor.index_select(0, given) for tensor in newest], [])
             if slot == len(self.slots):
                 # zeros: a row that has not filled a slot weighs it with zero, which must not meet a NaN
                 self.slots.append([part.new_zeros(len(self.lanes), *part.shape[1:]) for part in parts])
-            self._write(slot, row, parts)
+            self._write(slot, target, parts)
         self._write(NEWEST, torch.tensor(rows, device=newest[0].device), newest)
 
     def _write(self, slot: int, rows: Tensor, parts: Sequence[Tensor]) -> None:

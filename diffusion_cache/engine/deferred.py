@@ -60,7 +60,9 @@ class Deferred(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         fused = _FUSED.get(operator)
         result = None if fused is None else fused(*args, **(kwargs or {}))
         if result is not None:

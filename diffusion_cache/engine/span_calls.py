@@ -349,7 +349,7 @@ class SpanCalls:
             weights, slots = self._weights(frame, span, history)
             correction = self._correction(frame, span, history)
             leaves = state.template.leaves
-            forecast = []
+            forecast: list[Tensor] = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
