@@ -54,8 +54,8 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, cache_device, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it was
-    planned, None where that does not matter or is not known.
+    cache_dtype, cache_device, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it
+    was planned, None where that does not matter or is not known.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream.
