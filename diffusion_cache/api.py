@@ -220,6 +220,8 @@ def _language(
             raise ConfigError("a method comes from the profile: give method or profile, not both")
         found = _profile(profile)
         found.check(pipe, {"model": pipe.model}, ignore)
+        if not found.plans:
+            raise ConfigError("the profile holds no plans: make some with planning.refinements.planned")
         given = wish["plan"]
         method = PlannedText(given if isinstance(given, Plan) else choose(found.plans, **wish))
     else:

@@ -131,6 +131,8 @@ def test_a_profile_of_another_model_or_of_nothing_is_refused(plans):
     other = pipeline(model(num_hidden_layers=2))
     with pytest.raises(dc.ConfigError, match="not of this model"):
         dc.enable(other, profile=plans, plan="nfe-2")
+    with pytest.raises(dc.ConfigError, match=r"make some with planning\.refinements\.planned"):
+        dc.enable(pipeline(model()), profile=plans.with_plans([]), nfe=2)
     with pytest.raises(dc.ConfigError, match="at least one call"):
         measure(other, call())
     with pytest.raises(dc.ConfigError, match="decodes masked tokens block by block"):
