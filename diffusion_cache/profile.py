@@ -90,7 +90,7 @@ class Profile:
     - attention_received.<s> [T, N]: by each token, mean over queries and heads. foreground_share [S, T].
     - sensitivity [G, T]: relative error of the final latents per relative error of a group of spans at a step.
       sensitivity_sampled [G, T] uint8: 1 where it was measured, 0 where interpolated.
-    - select_weights [K, D], select_bias [K]: of system "select", see `planning.select`.
+    - select_weights [K, D], select_bias [K]: of system "select", see `planning.selector`.
     """
 
     fingerprint: Fingerprint

@@ -14,9 +14,9 @@ from ..models import find_denoisers
 from ..plan import Plan, Quality
 from ..planning.choose import choose
 from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
+from ..planning.selector import Selector
 from ..profile import Profile
 from ..profiling.generation import Teacher, teach
-from ..systems.select import Selector
 from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of
 from .progress import announcing
 from .show import print_choices, print_plans, told_choice

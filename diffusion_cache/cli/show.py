@@ -21,9 +21,8 @@ from .. import profiles
 from ..errors import ConfigError
 from ..fingerprint import Fingerprint
 from ..plan import Plan
-from ..planning.select import STORED
+from ..planning.selector import STORED, Choice, Selector
 from ..profile import Profile
-from ..systems.select import Choice, Selector
 
 _MANY = 40  # spans listed
 _DRAWN = 24  # plans drawn

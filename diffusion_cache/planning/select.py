@@ -21,8 +21,8 @@ from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Teacher, attached
 from .build import as_tensors, psnr
+from .selector import ARRAYS, STORED
 
-STORED, ARRAYS = "select", ("select_weights", "select_bias")  # a fact and arrays of a profile
 SHARE = 0.5  # of the way to weights that were fitted to few samples
 ALPHAS = np.logspace(-2, 6, 25)  # strengths of the ridge; the last one leaves nothing of the embedding
 

@@ -12,9 +12,9 @@ from diffusion_cache import reference
 from diffusion_cache.cli import app
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.plan import Plan
+from diffusion_cache.planning.selector import Selector
 from diffusion_cache.profile import Profile
 from diffusion_cache.schedule import Schedule
-from diffusion_cache.systems.select import Selector
 
 NAME = "flux-digits"
 SMALL = ("--fitting", 2, "--tuning", 1, "--held-out", 4, "--batch", 3)

@@ -16,13 +16,13 @@ from diffusion_cache.forecasters import Taylor
 from diffusion_cache.models import condition_of
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.select import Seen, best_together, reached, refitted, scores, see, with_selector
+from diffusion_cache.planning.selector import Selector
 from diffusion_cache.policies import Planned
 from diffusion_cache.policies.select import Select
 from diffusion_cache.profile import Profile, shipped_profiles
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.schedule import Schedule
 from diffusion_cache.systems import Selection
-from diffusion_cache.systems.select import Selector
 
 STEPS = plans.STEPS
 
