@@ -1056,7 +1056,7 @@ def test_no_room_for_one_feature(name, forecaster, monkeypatch):
     dc.enable(pipe, **method)
     before = generate(name, pipe)
     with monkeypatch.context() as patch:
-        patch.setattr(history, "_store", out_of_memory(history._store, missing))
+        patch.setattr(history, "store", out_of_memory(history.store, missing))
         with warned(1, "OutOfMemoryError: no room"):
             assert torch.equal(generate(name, pipe), expected)
     assert computed(pipe)[::per_step] == "101110"
@@ -1065,7 +1065,7 @@ def test_no_room_for_one_feature(name, forecaster, monkeypatch):
     assert torch.equal(generate(name, pipe), uncached(name))
 
 
-@pytest.mark.parametrize("what", [(history, "_store"), (ops, "forecast")], ids=["storing", "forecasting"])
+@pytest.mark.parametrize("what", [(history, "store"), (ops, "forecast")], ids=["storing", "forecasting"])
 @each_method
 @each_model
 def test_no_room_at_all(name, method, what, monkeypatch):

@@ -286,7 +286,9 @@ def test_a_rival_whose_settings_cannot_work_is_incorrect_and_said_so(tmp_path):
 def test_a_rival_ends_with_its_parent_and_nothing_is_taken_for_its_result(tmp_path):
     pytest.importorskip("DeepCache")
     rival = ["model=unet-digits", "method=peer/deepcache", "method.grid={interval: [2], branch: [0]}"]
-    process = started(*rival, f"out={tmp_path}", "name=orphan", "steps=50", "prompts.n=30", start_new_session=True)
+    # small batches, after each of which the rival tells its parent of it
+    size = "steps=20", "prompts.n=30", "batch=2"
+    process = started(*rival, f"out={tmp_path}", "name=orphan", *size, start_new_session=True)
     folder, group = tmp_path / "orphan", process.pid
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

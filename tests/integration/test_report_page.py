@@ -271,6 +271,10 @@ def test_dark_and_narrow(browser, folder):
     assert page.evaluate("document.getElementById('front').layout.font.color") == "#e6e6e3"
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     page.emulate_media(color_scheme="light")
-    page.wait_for_timeout(200)  # Playwright's own waiting would need `eval`, which the page's policy forbids
-    assert page.evaluate("document.getElementById('front').layout.font.color") == "#1c1e21"
+    color = "document.getElementById('front').layout.font.color"
+    for _ in range(50):  # Playwright's own waiting would need `eval`, which the page's policy forbids
+        if page.evaluate(color) == "#1c1e21":
+            break
+        page.wait_for_timeout(200)
+    assert page.evaluate(color) == "#1c1e21"
     context.close()
