@@ -10,6 +10,7 @@ from language_models import BLOCK, call, logits, logits_seen, model, pipeline
 from torch import nn
 
 import diffusion_cache as dc
+from diffusion_cache import registry
 from diffusion_cache.language import DelayedKV, Elastic, LanguageRun, SubBlock
 from diffusion_cache.plan import Plan
 from diffusion_cache.schedule import Schedule
@@ -27,6 +28,10 @@ EVERYTHING = [("dkv", {"refresh": 1}), ("sub_block", {"size": 1000}), ("elastic"
 @pytest.fixture(scope="module")
 def pipe():
     return pipeline(model())
+
+
+def test_the_contracts_are_of_all_methods():
+    assert set(METHODS) == set(registry.languages.names())
 
 
 def sequences(pipe, **others):

@@ -1,0 +1,58 @@
+"""Streams: every policy, and every forecaster, in diffusers' pipeline with a noise level for each latent frame.
+
+What does not serve a stream is refused and leaves the pipeline as it was. What does gives the uncached output where it
+reuses nothing, is alike in every generation, and leaves no trace.
+"""
+
+import pytest
+import torch
+from cases import COMPUTING, REUSING
+from pipelines_video import WAN_CASES
+
+import diffusion_cache as dc
+from diffusion_cache import registry
+
+POLICIES = registry.policies.names()
+FORECASTERS = registry.forecasters.names()
+# policies that look at no signals, with forecasters that go by nothing but noise levels
+SERVING = {"interval", "centered", "mask", "growing_window", "magcache", "pab"}, {"reuse", "taylor", "taylor_paper"}
+PAIRS = [(policy, "taylor") for policy in POLICIES] + [("interval", name) for name in FORECASTERS if name != "taylor"]
+
+
+@pytest.fixture(scope="module")
+def asynchronous():
+    case = next(case for case in WAN_CASES if case.variant == "asynchronous")
+    pipe = case.build()
+    return pipe, lambda: torch.as_tensor(pipe(**case.call()).frames)
+
+
+@pytest.fixture(scope="module")
+def uncached(asynchronous):
+    return asynchronous[1]()
+
+
+def state(pipe):
+    return {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()}
+
+
+@pytest.mark.filterwarnings("ignore::diffusion_cache.DiffusionCacheWarning")
+@pytest.mark.parametrize(("policy", "forecaster"), PAIRS)
+def test_streams(asynchronous, uncached, policy, forecaster):
+    pipe, generate = asynchronous
+    before = state(pipe)
+    scopes = registry.policies.get(policy).scopes
+    scope = "stack" if "stack" in scopes else min(scopes)
+    options = dict(policy=policy, forecaster=forecaster, scope=scope, stream=dc.Stream())
+    if policy not in SERVING[0] or forecaster not in SERVING[1]:
+        with pytest.raises(dc.ConfigError):
+            dc.enable(pipe, **options, **REUSING[policy])
+    else:
+        with dc.cached(pipe, **options, **COMPUTING[policy]):
+            assert torch.equal(generate(), uncached)
+        with dc.cached(pipe, **options, **REUSING[policy]):
+            first = generate()
+            assert torch.equal(generate(), first)
+            assert dc.summary(pipe).reused > 0
+        assert not torch.equal(first, uncached)
+    assert state(pipe) == before
+    assert torch.equal(generate(), uncached)
