@@ -17,7 +17,7 @@ test: venv ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope
 
 contracts: venv ## run the contract tests for every combination of methods, scopes and models
-	OMP_NUM_THREADS=1 DIFFUSION_CACHE_ALL_CASES=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope tests/contracts
+	OMP_NUM_THREADS=1 DIFFUSION_CACHE_ALL_CASES=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal tests/contracts
 
 aot: venv ## compile every kernel for GPUs that need not be here, and read the machine code
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_aot.py --full
