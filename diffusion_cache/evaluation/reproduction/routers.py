@@ -195,6 +195,16 @@ CLAIMS = (
         _ordered("fitted", "budgeted"),
     ),
     RouterClaim(
+        "ours_start",
+        "budgeted",
+        "(Ours.) Starting from the profile's schedules ends nearer to the uncached output than starting at random.",
+        "",
+        "",
+        ("budgeted", "random_start"),
+        (HALF,),
+        _ordered("budgeted", "random_start"),
+    ),
+    RouterClaim(
         "ours_hard_gates",
         "budgeted",
         "(Ours.) Hard gates with straight-through gradients end nearer to the uncached output than annealed ones.",
