@@ -208,7 +208,7 @@ def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list
     found = []
     for subject in dict.fromkeys(run.subject for run in runs if run.is_plan and not run.random_weights):
         ranked = [run for run in runs if run.subject == subject and run.rank is not None and not run.random_weights]
-        others = [run for run in ranked if not run.is_plan]
+        others = [run for run in ranked if not (run.is_plan or run.chooses_plans)]
         for name, ratio in budgets.items():
             made = [run for run in ranked if run.is_plan and _spends_at_most(ratio * TOLERANCE, run)]
             plan = best_of(made)

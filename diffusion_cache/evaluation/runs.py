@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from .. import registry
 from ..errors import ConfigError, DiffusionCacheWarning
 from .contenders import Call, call_of
 from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
@@ -93,6 +94,12 @@ class Run:
     def is_plan(self) -> bool:
         """Whether it followed a plan of a profile."""
         return self.kind == "ours" and "plan" in self.settings
+
+    @property
+    def chooses_plans(self) -> bool:
+        """Whether it took one of a profile's plans by the prompt."""
+        systems = registry.systems
+        return self.kind == "ours" and self.method in systems.names() and systems.get(self.method).by_prompt
 
     @property
     def is_fewer_steps(self) -> bool:

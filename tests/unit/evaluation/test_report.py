@@ -175,6 +175,14 @@ def test_a_plan_slower_than_the_uncached_run_has_that_beside_it(tmp_path):
     assert margin.decibels("nfe", "mean") is None
 
 
+def test_what_chooses_among_plans_is_no_other(tmp_path):
+    write_plan(tmp_path, nfe=0.5, psnr=same(50))
+    write_run(tmp_path, nfe=0.5, psnr=same(40))
+    write_run(tmp_path, method="select", nfe=0.5, psnr=same(60))
+    (margin,) = report.margins(read_experiment(tmp_path).runs, {"1/2": 0.5})
+    assert margin.decibels("nfe", "mean") == 10.0
+
+
 def test_margins_of_perfect_runs_and_of_none(tmp_path):
     write_plan(tmp_path, nfe=0.5, psnr=same(math.inf))
     write_run(tmp_path, nfe=0.5, psnr=same(math.inf))
