@@ -35,7 +35,7 @@ class DifferenceHistory(History):
 
     def leaf(self, index: int) -> Sequence[Tensor | ops.Coded]:
         newest, *differences = self.slots
-        return [newest[index], *(self._difference(held, index) for held in differences)]
+        return [newest[index], *(self._part(held, index) for held in differences)]
 
     def bytes_of(self, outputs: Sequence[Tensor]) -> int:
         differences = (self.capacity - 1) * super().bytes_of(outputs) // self.capacity
@@ -47,13 +47,6 @@ class DifferenceHistory(History):
 
     def reads_to_observe(self, rows: Sequence[int] | None) -> bool:
         return True
-
-    def _difference(self, held: Sequence[Tensor], index: int) -> Tensor | ops.Coded:
-        place = sum(1 if before is None else 2 for before in self._coded[:index])
-        coded = self._coded[index]
-        if coded is None:
-            return held[place]
-        return ops.Coded(held[place].view(ops.CODES[self.dtype]), held[place + 1], coded)
 
     def _observe_all(self, node: float, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]) -> None:
         newest = [store(out, base) for out, base in zip(outputs, bases, strict=True)]
@@ -101,7 +94,7 @@ class DifferenceHistory(History):
     def _second(self, slot: int) -> list[Tensor]:
         """The features before the newest ones, from their differences in a slot."""
         held = self.slots[slot]
-        return [newest + ops.decoded(self._difference(held, i)) for i, newest in enumerate(self.slots[NEWEST])]
+        return [newest + ops.decoded(self._part(held, i)) for i, newest in enumerate(self.slots[NEWEST])]
 
     def _shift(self, lane: Lane, node: float) -> tuple[int | None, bool]:
         """Note a lane's next feature as its newest: the slot for the difference to it of the feature before, if one is

@@ -195,12 +195,15 @@ class History:
 
     def leaf(self, index: int) -> Sequence[Tensor | ops.Coded]:
         """What the slots hold of one leaf."""
+        return [self._part(held, index) for held in self.slots]
+
+    def _part(self, held: Sequence[Tensor], index: int) -> Tensor | ops.Coded:
+        """What a slot holds of one leaf, as it was stored."""
         coded = self._coded[index]
         place = sum(1 if before is None else 2 for before in self._coded[:index])
         if coded is None:
-            return [feature[place] for feature in self.slots]
-        code = ops.CODES[self.dtype]
-        return [ops.Coded(feature[place].view(code), feature[place + 1], coded) for feature in self.slots]
+            return held[place]
+        return ops.Coded(held[place].view(ops.CODES[self.dtype]), held[place + 1], coded)
 
     def numbers(self) -> list[Tensor]:
         """Of each leaf that holds real numbers, a tensor of its shape."""

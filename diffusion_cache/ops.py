@@ -93,9 +93,8 @@ def forecast(
 
 def _of(weights: Sequence[float] | Tensor, chosen: list[int]) -> Sequence[float] | Tensor:
     if isinstance(weights, Tensor):
-        return torch.stack(
-            [weights[..., j] for j in chosen], dim=-1
-        )  # a list as an index would be copied to the device
+        # not indexed by the list, which would be copied to the device
+        return torch.stack([weights[..., j] for j in chosen], dim=-1)
     return [weights[j] for j in chosen]
 
 

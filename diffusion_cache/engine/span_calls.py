@@ -650,8 +650,7 @@ class SpanCalls:
 
     def _prefetch(self, key: PassKey, place: int, actions: tuple[bool, ...] | None) -> None:
         """The features of the span that is entered at that place of a pass, unless it is going to be computed."""
-        order = self._order.get(key, ())
-        if self._offload is None or place >= len(order):
+        if self._offload is None or place >= len(order := self._order.get(key, [])):
             return
         span, state = order[place]
         index = self._run.session.span_index.get(span, 0)

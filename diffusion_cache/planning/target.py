@@ -37,7 +37,7 @@ CALLS = 3  # generations that a value is judged by
 MOST_TRIED = 14
 STEPS_OFF = 0.5  # from the target, in steps: good enough
 NO_FINER = 1.005  # values that differ by less than this factor are one
-UNTOLD = object()
+UNTOLD = object()  # of an argument that says nothing of a call's kind
 PAIRS = 3  # of timed generations, uncached and cached
 
 
