@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -309,7 +309,7 @@ def _told(value: Any) -> Any:
         return list(value.size)
     if isinstance(value, Mapping):
         return kind_of(value)
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if isinstance(value, Collection) and not isinstance(value, str):
         return [told for told in map(_told, value) if told is not UNTOLD] or UNTOLD
     return UNTOLD
 

@@ -59,7 +59,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Statement:
     """name: of its module and function. published: the paper's figure, "" where it gives none. reason: what looking
     into it has shown, where it does not hold (or only on some sets)."""
 
@@ -68,7 +68,6 @@ class Claim:
     claim: str
     published: str
     reason: str
-    check: Callable[[SeedSet], Outcome]
 
     def row(self, outcomes: Mapping[int, Outcome]) -> dict[str, Any]:
         """The claim with what the sets of seeds (by index) have said, as plain JSON values.
@@ -100,6 +99,13 @@ class Claim:
                 "figures": [dict(outcome.figures) for outcome in ordered],
             }
         )
+
+
+@dataclass(frozen=True)
+class Claim(Statement):
+    """A statement that is checked with one set of seeds at a time."""
+
+    check: Callable[[SeedSet], Outcome]
 
 
 CLAIMS: dict[str, Claim] = {}

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ...errors import ConfigError
-from .claims import Claim, Outcome, SeedSet
+from .claims import Outcome, Statement
 
 LIKE = ("model", "steps", "compute_asked", "seed")  # what compared rows share
 PREFIX = "routers."
@@ -46,11 +45,11 @@ class RouterClaim(NamedTuple):
     name: str
     system: str
     claim: str
-    published: str
-    reason: str
     methods: tuple[str, ...]
     where: tuple[Setting, ...]
     holds: Callable[[Rows], bool]
+    published: str = ""
+    reason: str = ""
     told: Callable[[Compared, tuple[str, ...]], str] = lambda rows, methods: rows.errors(*methods)
 
     def outcome(self, compared: Compared) -> Outcome:
@@ -102,53 +101,50 @@ CLAIMS = (
         "proxy",
         "harmonica",
         "With the image-error proxy, training ends nearer to the uncached output than step by step alone (SDT).",
-        "HarmoniCa < SDT",
-        "",
         ("harmonica", "sdt"),
         (HALF, QUARTER_CACHED),
         _ordered("harmonica", "sdt"),
+        published="HarmoniCa < SDT",
     ),
     RouterClaim(
         "step_wise",
         "harmonica",
         "Step-wise training alone finds a better mask than a random one.",
-        "SDT < random",
-        "With seed 0 at 50% no router that SDT found in its 40 trajectories (the paper has 2,000) was better on "
-        "held-out samples than the random logits it starts from, and the best one is kept.",
         ("sdt", "random"),
         (HALF, QUARTER_CACHED),
         _ordered("sdt", "random"),
+        published="SDT < random",
+        reason="With seed 0 at 50% no router that SDT found in its 40 trajectories (the paper has 2,000) was better on "
+        "held-out samples than the random logits it starts from, and the best one is kept.",
     ),
     RouterClaim(
         "against_l2c",
         "harmonica",
         "HarmoniCa ends nearer to the uncached output than Learning-to-Cache.",
-        "DiT-XL/2, 20 steps, FID: 4.88 at 1.44×, Learning-to-Cache 5.34 at 1.41×",
-        "Learning-to-Cache computes every other step whole, so that what it reuses is one step old. HarmoniCa starts "
-        "from a random mask, and 40 trajectories (the paper has 2,000) do not take it far from that: evenly spaced "
-        "steps are better than it as well.",
         ("harmonica", "l2c"),
         (QUARTER_CACHED,),
         _ordered("harmonica", "l2c"),
+        published="DiT-XL/2, 20 steps, FID: 4.88 at 1.44×, Learning-to-Cache 5.34 at 1.41×",
+        reason="Learning-to-Cache computes every other step whole, so that what it reuses is one step old. HarmoniCa "
+        "starts from a random mask, and 40 trajectories (the paper has 2,000) do not take it far from that: evenly "
+        "spaced steps are better than it as well.",
     ),
     RouterClaim(
         "cost",
         "harmonica",
         "HarmoniCa trains in less time and memory than Learning-to-Cache.",
-        "less time and memory, and no images",
-        "Here images cost nothing, a pair of steps of Learning-to-Cache computes its first one whole and learns one "
-        "step of two, and HarmoniCa generates for its proxy as well (3 times).",
         ("harmonica", "l2c"),
         (QUARTER_CACHED,),
         _cheaper,
-        _costs,
+        published="less time and memory, and no images",
+        reason="Here images cost nothing, a pair of steps of Learning-to-Cache computes its first one whole and learns "
+        "one step of two, and HarmoniCa generates for its proxy as well (3 times).",
+        told=_costs,
     ),
     RouterClaim(
         "ours",
         "budgeted",
         f"(Ours.) The budgeted router's error is at least {GAIN:.0%} below HarmoniCa's.",
-        "",
-        "",
         ("budgeted", "harmonica"),
         (HALF,),
         lambda rows: rows["budgeted"]["error"] <= (1 - GAIN) * rows["harmonica"]["error"],
@@ -157,8 +153,6 @@ CLAIMS = (
         "ours_elsewhere",
         "budgeted",
         f"(Ours.) With other steps and models too, the budgeted router's error is {GAIN:.0%} below HarmoniCa's.",
-        "",
-        "",
         ("budgeted", "harmonica"),
         OTHERS,
         lambda rows: rows["budgeted"]["error"] <= (1 - GAIN) * rows["harmonica"]["error"],
@@ -167,19 +161,17 @@ CLAIMS = (
         "ours_against_planned",
         "budgeted",
         "(Ours.) A router at scope branch beats the planned schedule of whole steps of the same scope.",
-        "",
-        "The plan has weights fitted to the trajectory and a schedule searched by running it; a router has Taylor-1. "
-        "With fitted weights (`fitted`) the router is nearer, and at 50% level with the plan on one seed of three.",
         ("budgeted", "planned"),
         (HALF, QUARTER_CACHED),
         _ordered("budgeted", "planned"),
+        reason="The plan has weights fitted to the trajectory and a schedule searched by running it; a router has "
+        "Taylor-1. With fitted weights (`fitted`) the router is nearer, and at 50% level with the plan on one seed of "
+        "three.",
     ),
     RouterClaim(
         "ours_forecasting",
         "budgeted",
         "(Ours.) Forecasting inside of the mixture ends nearer to the uncached output than reusing in it.",
-        "",
-        "",
         ("budgeted", "reusing"),
         (HALF,),
         _ordered("budgeted", "reusing"),
@@ -188,8 +180,6 @@ CLAIMS = (
         "ours_fitted",
         "budgeted",
         "(Ours.) Weights fitted to the trajectory after the export improve on the router's Taylor-1.",
-        "",
-        "",
         ("fitted", "budgeted"),
         (HALF,),
         _ordered("fitted", "budgeted"),
@@ -198,8 +188,6 @@ CLAIMS = (
         "ours_start",
         "budgeted",
         "(Ours.) Starting from the profile's schedules ends nearer to the uncached output than starting at random.",
-        "",
-        "",
         ("budgeted", "random_start"),
         (HALF,),
         _ordered("budgeted", "random_start"),
@@ -208,8 +196,6 @@ CLAIMS = (
         "ours_hard_gates",
         "budgeted",
         "(Ours.) Hard gates with straight-through gradients end nearer to the uncached output than annealed ones.",
-        "",
-        "",
         ("budgeted", "annealed"),
         (HALF,),
         _ordered("budgeted", "annealed"),
@@ -219,12 +205,11 @@ CLAIMS = (
         "budgeted",
         "(Ours.) Choosing one of two routers by the class ends nearer to the uncached output than the better one of "
         "them for all.",
-        "",
-        "Trainings of different seeds start alike and end alike: schedules of the first two differ in 6 of 480 cells, "
-        "so that there is little to choose between.",
         ("chosen", "single"),
         (HALF,),
         _ordered("chosen", "single"),
+        reason="Trainings of different seeds start alike and end alike: schedules of the first two differ in 6 of 480 "
+        "cells, so that there is little to choose between.",
     ),
 )
 
@@ -252,13 +237,9 @@ def checked(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if rows:
                 outcomes[seed] = claim.outcome(Compared(rows))
         if outcomes:
-            told = Claim(f"{PREFIX}{claim.name}", claim.system, claim.claim, claim.published, claim.reason, _read_off)
+            told = Statement(f"{PREFIX}{claim.name}", claim.system, claim.claim, claim.published, claim.reason)
             found.append(told.row(outcomes))
     return found
-
-
-def _read_off(seeds: SeedSet) -> Outcome:
-    raise ConfigError("claims on routers are read off their table: make routers")
 
 
 def is_of_routers(row: Mapping[str, Any]) -> bool:

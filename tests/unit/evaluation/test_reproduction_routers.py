@@ -19,7 +19,7 @@ def row(method, error, compute=0.5, seed=0, **costs):
 def claims(monkeypatch):
     where = (("dit-digits", 20, 0.5),)
     order = routers._ordered("a", "b")
-    made = [RouterClaim("order", "harmonica", "Less error.", "<", "One is odd.", ("a", "b"), where, order)]
+    made = [RouterClaim("order", "harmonica", "Less error.", ("a", "b"), where, order, "<", "One is odd.")]
     monkeypatch.setattr(routers, "CLAIMS", made)
     return made
 
