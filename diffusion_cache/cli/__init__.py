@@ -56,6 +56,18 @@ class Listed(str, Enum):
     models = "models"
 
 
+# options of several commands
+_Model = Annotated[
+    str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
+]
+_HeldOut = Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")]
+_Prompts = Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")]
+_Call = Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")]
+_Device = Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")]
+_Offload = Annotated[str, typer.Option(help="none, model or sequential; not for shipped models.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+
+
 @app.command("demo")
 def _demo(
     model: Annotated[list[str] | None, typer.Option(help="A shipped model; repeat for several. Default: all.")] = None,
@@ -121,9 +133,7 @@ def _train_router(context: typer.Context) -> None:
 @app.command("plan")
 def _plan(
     profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],
-    model: Annotated[
-        str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
-    ] = None,
+    model: _Model = None,
     speedup: Annotated[
         str | None, typer.Option(help="Plans that are measured to be so many times as fast: 2,3.")
     ] = None,
@@ -132,18 +142,18 @@ def _plan(
     runs: Annotated[int, typer.Option(help="Cached generations that the search for a plan may take.")] = 60,
     fitting: Annotated[int, typer.Option(help="Samples to fit on, generated in one call.")] = 32,
     tuning: Annotated[int, typer.Option(help="Samples to choose strengths on, generated in one call.")] = 16,
-    held_out: Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")] = 64,
+    held_out: _HeldOut = 64,
     batch: Annotated[int, typer.Option(help="Held-out samples in one call; speed is measured on so many.")] = 8,
     last: Annotated[int, typer.Option(help="Steps at the end that are always computed.")] = 0,
     scope: Annotated[list[str] | None, typer.Option(help="Where to cache; repeat to try several.")] = None,
     guard: Annotated[
         str | None, typer.Option(help="Carry a band of this signal, for enable(guard=…): input_turn or input_l1.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")] = None,
-    call: Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")] = None,
-    device: Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")] = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or sequential; not for shipped models.")] = "none",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    prompts: _Prompts = None,
+    call: _Call = None,
+    device: _Device = "auto",
+    offload: _Offload = "none",
+    threads: _Threads = None,
     out: Annotated[Path | None, typer.Option(help="Where to store profile and plans. Default: PROFILE.")] = None,
 ) -> None:
     """Make plans from a profile, to a speed, a number of evaluations or a quality, and store them with it."""
@@ -179,19 +189,17 @@ def _select(
     profile: Annotated[Path, typer.Argument(help="The folder of a profile with plans.")],
     out: Annotated[Path, typer.Option(help="Where to store the profile with its groups of plans.")],
     nfe: Annotated[str, typer.Option(help="Start from its plans of at most so many denoiser evaluations: 25,17.")],
-    model: Annotated[
-        str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
-    ] = None,
+    model: _Model = None,
     keep: Annotated[int, typer.Option(help="Plans to choose among, of each number of evaluations.")] = 4,
     fitting: Annotated[int, typer.Option(help="Samples of each prompt to fit on.")] = 8,
     tuning: Annotated[int, typer.Option(help="Samples of each prompt to learn the choice from.")] = 4,
-    held_out: Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")] = 64,
+    held_out: _HeldOut = 64,
     batch: Annotated[int, typer.Option(help="Held-out samples in one call.")] = 8,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")] = None,
-    call: Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")] = None,
-    device: Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")] = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or sequential; not for shipped models.")] = "none",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    prompts: _Prompts = None,
+    call: _Call = None,
+    device: _Device = "auto",
+    offload: _Offload = "none",
+    threads: _Threads = None,
 ) -> None:
     """Fit plans to kinds of prompts and learn which suits a prompt, for enable(policy="select")."""
     from .interrupts import kept_interrupts
