@@ -1,8 +1,8 @@
 """Compare routers with other schedules: `compare_routers.py [--only dit-digits-20-0.5-0] [--method sdt l2c]`.
 
 Each row of the table is kept in outputs/routers when it is finished, and a training's checkpoints with it, so that a
-run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there, and what they
-say of the papers' claims goes into docs/reproduction.md.
+run that was stopped goes on; results/routers/summary.csv is written anew from all rows that are there, its means over
+trainings into table.md beside it, and what they say of the papers' claims into docs/reproduction.md.
 """
 
 import argparse
@@ -10,9 +10,11 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +54,6 @@ CHOOSING = 40  # samples that the choice between routers is learned from
 SEEDS = 3  # of trainings
 TRAJECTORIES = {"budgeted": 16}  # 40 elsewhere; a trajectory of hard gates costs twice that of soft ones
 EVERY = {"budgeted": 2}  # trajectories between looks
-STARTS = {"knapsack": 0, "start": 2}  # of ours, untrained: the profile's best schedule, and the evenly spaced one
 COLUMNS = (
     *("model", "steps", "compute_asked", "seed", "method", "compute", "error", "psnr"),
     *("cpu_seconds", "peak_bytes"),
@@ -157,8 +158,8 @@ class Bench:
             return static_plan(profile, method, computed, order=int(method == "interval_taylor")), {}
         if method == "random":
             return static_plan(profile, method, ranked(random_logits(profile, setting.seed), profile, compute)), {}
-        if method in STARTS:
-            untrained = starts(profile, compute, 1)[STARTS[method]]
+        if method == "knapsack":
+            untrained = starts(profile, compute, 1)[0]  # the profile's best schedule, which ours starts from
             return static_plan(profile, method, ranked(untrained, profile, compute), order=1), {}
         if method == "planned":
             return self._planned(setting), {}
@@ -241,7 +242,36 @@ def write_table(out: Path, results: Path) -> list[dict[str, Any]]:
         table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+    (results / "table.md").write_text(mean_table(rows))
     return rows
+
+
+def mean_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown: the error of each method, a mean over its trainings, best first, for each model, steps and compute."""
+    settings = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        settings[row["model"], row["steps"], row["compute_asked"]][row["method"]].append(row)
+    lines = [
+        "# Routers and schedules",
+        "",
+        "Written by `make routers`. Error: relative L2 distance of the last latents to the uncached run's, a mean",
+        f"over {REPORTED} reported samples and over trainings.",
+        "",
+    ]
+    lines += ["| model | steps | compute asked | method | trainings | compute | error | CPU s of training |"]
+    lines += ["| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |"]
+    for (model, steps, compute), methods in settings.items():
+        means = {
+            method: [fmean(row[key] for row in trained) for key in ("compute", "error")]
+            for method, trained in methods.items()
+        }
+        for method, (work, error) in sorted(means.items(), key=lambda item: item[1][1]):
+            trained = methods[method]
+            seconds = [row["cpu_seconds"] for row in trained if row.get("cpu_seconds")]
+            cost = f"{fmean(seconds):.0f}" if seconds else ""
+            cells = model, steps, f"{compute:g}", f"`{method}`", len(trained), f"{work:.3f}", f"{error:.4f}", cost
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 def publish_claims(rows: list[dict[str, Any]]) -> None:

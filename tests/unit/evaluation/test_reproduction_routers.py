@@ -60,11 +60,26 @@ def test_costs_need_both_to_be_less():
     assert not cost.holds({"harmonica": slow, "l2c": dear})
 
 
-def test_the_methods_of_claims_are_rows_of_the_comparison():
+@pytest.fixture(scope="module")
+def script():
     path = Path(__file__).parents[3] / "scripts" / "compare_routers.py"
     spec = importlib.util.spec_from_file_location("compare_routers", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_trainings_are_averaged_and_the_best_comes_first(script):
+    rows = [row("a", 0.2), row("a", 0.4, seed=1), row("b", 0.1, cpu_seconds=7.0), row("b", 0.5, compute_asked=0.75)]
+    lines = script.mean_table(rows).splitlines()[-3:]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["0.5", "`b`", "1", "0.500", "0.1000", "7 |"],
+        ["0.5", "`a`", "2", "0.500", "0.3000", " |"],
+        ["0.75", "`b`", "1", "0.500", "0.5000", " |"],
+    ]
+
+
+def test_the_methods_of_claims_are_rows_of_the_comparison(script):
     compared = script.settings()
     for claim in routers.CLAIMS:
         for model, steps, compute in claim.where:
