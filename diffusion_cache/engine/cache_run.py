@@ -312,7 +312,7 @@ class CacheRun:
         whole = sum(visit.rows is None for visit in frame.reused)
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
-        self.spans.keep_compared(frame)
+        self.spans.forecasts.keep_compared(frame)
         self.spans.prefetch_next(frame)
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
@@ -394,7 +394,7 @@ class CacheRun:
         """The last tail block: note what it gives, and what is forecast of that where the spans are reused."""
         output = inner(*args, **kwargs)
         if self.frame is not None and self.frame.signals is not None:
-            self.spans.note_tail(self.frame, output, tensor_inputs(args, kwargs))
+            self.spans.forecasts.note_tail(self.frame, output, tensor_inputs(args, kwargs))
         return output
 
     # the end

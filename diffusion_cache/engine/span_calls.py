@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..chunks import ChunkHistory, Chunks
-from ..context import Blend, Correction, NonLinear, Query, Signals
 from ..differences import DIFFERENCES, DifferenceHistory
-from ..errors import ConfigError
 from ..history import History, is_finite
 from ..models import Called, Span
 from ..offload import Offload
+from .forecasting import Forecasts
 from .frame import Frame, PassKey, SpanState, Visit
 from .signals import take
 from .structure import (
@@ -40,49 +39,16 @@ LOW_PRECISION_ROW_TOLERANCE = 2e-2
 FIRST_PASS = "first pass."
 
 
-class Row(NamedTuple):
-    """What one batch row, or all of them, is forecast with: weights of the features, of the inputs stored with them,
-    and of what a non-linear forecaster makes. Numbers, or tensors [rows] of all rows' own.
-    """
-
-    features: tuple[float | Tensor, ...]
-    inputs: tuple[float | Tensor, ...] = ()
-    forecast: tuple[float | Tensor, ...] = ()
-
-    @property
-    def flat(self) -> tuple[Any, ...]:
-        return (*self.features, *self.inputs, *self.forecast)
-
-    def mended(self, blend: Blend) -> "Row":
-        features = tuple(blend.keep * w + anchor for w, anchor in zip(self.features, blend.anchors, strict=True))
-        inputs, forecast = (tuple(blend.keep * w for w in part) for part in (self.inputs, self.forecast))
-        return Row(features, inputs, forecast)
-
-    def held(self, history: History) -> "Row":
-        """Weights of what the slots of a history hold."""
-        return Row(history.combined(self.features), history.combined(self.inputs), self.forecast)
-
-    def placed(self, slots: Sequence[int], count: int) -> "Row":
-        """With a weight for each of `count` slots: of those named, in the weights' order, theirs, else 0."""
-
-        def whole(weights: tuple[float | Tensor, ...]) -> tuple[float | Tensor, ...]:
-            by_slot = dict(zip(slots, weights, strict=True))
-            return tuple(by_slot.get(slot, 0.0) for slot in range(count))
-
-        return Row(whole(self.features), whole(self.inputs) if self.inputs else (), self.forecast)
-
-
 class SpanCalls:
     """The spans of one run: what they have stored, and how each call of their members is answered."""
 
     def __init__(self, run: "CacheRun"):
         self._run = run
         self._method = run.session.method
+        self.forecasts = Forecasts(run)
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
         self._offload = Offload() if self._method.cache_device == "cpu" else None
-        self._tails: dict[PassKey, SpanState] = {}  # of the blocks after the spans: to be compared, never reused
-        self._compared: dict[PassKey, History] = {}  # the corrector's signals at the steps of the features
         self._peak_bytes = 0
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
@@ -264,61 +230,6 @@ class SpanCalls:
             given = row_output(tensors, visit.inputs)
         frame.signals["output"] = given.detach().clone()
 
-    def note_tail(self, frame: Frame, output: Any, inputs: Inputs) -> None:
-        """What the blocks after the spans give is a signal, and so is what is forecast of it.
-
-        Forecast as the spans are, from what was given at their computed steps; NaN where that cannot be.
-        """
-        assert frame.signals is not None
-        tail = self._tails.setdefault(frame.key, SpanState(History(self._run.history)))
-        try:
-            given = row_output([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)], inputs).detach()
-            frame.signals["tail_output"] = given.clone()
-            if frame.reused:
-                frame.signals["tail_forecast"] = torch.full_like(given, math.nan)
-            if tail.history and tail.history.slots[0][0].shape != given.shape:
-                tail.history.clear()
-            if frame.reused and tail.history:
-                weights, slots = self._weights(frame, frame.reused[-1].span, tail.history)
-                features = self._features(frame, frame.reused[-1].span, tail.history, 0, slots)
-                frame.signals["tail_forecast"] = ops.forecast(None, features, weights)
-            if not frame.reused:
-                tail.history.observe(frame.step.index, [given], [None])
-            elif frame.rows is not None:
-                index = torch.tensor(frame.rows, device=given.device)
-                rows = given.index_select(0, index)
-                tail.history.observe(frame.step.index, [rows], [None], frame.rows, frame.batch)
-        except Exception as error:
-            tail.history.clear()
-            self._run.warn_failure("forecasting the last blocks", error)
-
-    def keep_compared(self, frame: Frame) -> None:
-        """At the end of a computed call: keep the signals that the corrector compares, beside the features."""
-        if not frame.compared or not frame.stores or (frame.reused and frame.rows is None):
-            return
-        rows = frame.rows if frame.reused else None
-        signals = list(frame.compared.values())
-        kept = self._compared.setdefault(frame.key, History(self._run.history))
-        try:
-            if kept.slots and [tensor.shape for tensor in kept.slots[0]] != [tensor.shape for tensor in signals]:
-                kept.clear()
-            if rows is not None:
-                signals = [tensor.index_select(0, torch.tensor(rows, device=tensor.device)) for tensor in signals]
-            kept.observe(frame.step.index, signals, [None] * len(signals), rows, frame.batch)
-        except Exception as error:
-            kept.clear()
-            self._run.warn_failure("keeping signals", error)
-
-    def _signals(self, frame: Frame, nodes: tuple[float, ...]) -> dict[str, Signals]:
-        """What the corrector compares, of this step and of the nodes, by name."""
-        kept = [self._compared[frame.key].at(node) for node in nodes] if frame.compared else []
-        if None in kept:
-            raise LookupError(f"no signals are kept of a step among {nodes}")
-        return {
-            name: Signals(now, tuple(signals[i] for signals in kept if signals is not None))
-            for i, (name, now) in enumerate(frame.compared.items())
-        }
-
     # reusing
 
     def _forecast(self, frame: Frame, visit: Visit) -> bool:
@@ -346,14 +257,14 @@ class SpanCalls:
             if history is None:
                 frame.reason = "new chunks"
                 return False
-            weights, slots = self._weights(frame, span, history)
-            correction = self._correction(frame, span, history)
+            weights, slots = self.forecasts.weights(frame, span, history)
+            correction = self.forecasts.correction(frame, span, history)
             leaves = state.template.leaves
             forecast: list[Tensor] = []
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
-                features = self._features(frame, span, history, i, slots, inputs)
+                features = self.forecasts.features(frame, span, history, i, slots, inputs)
                 if base is None and self._defers(frame, span, features):
                     forecast.append(frame.defer(features, weights, correction))
                 else:
@@ -394,147 +305,13 @@ class SpanCalls:
         if not self._is_checked(span, state):
             frame.reason = "not finite"
             return None, None
-        (lane,) = state.history.lanes
         try:
-            table = self._branch_weights(frame, span, *frame.query(state.history, 0))
-            correction = self._correction(frame, span, state.history, always=True)
-            slots = [slot for _, slot in lane]
-            whole = [row.placed(slots, state.history.capacity).flat for row in table]
+            return self.forecasts.slot_weights(frame, span, state.history)
         except Exception as error:
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
             return None, None
-        feature = state.history.slots[0][0]
-        if self._run.forecaster.row_passes == 1:
-            return _tensor(whole[0], feature), correction
-        # the same shape whether branches differ or not: another one would be compiled anew
-        return _tensor(_spread(whole, len(feature)), feature), correction
-
-    def _weights(self, frame: Frame, span: Span, history: History) -> tuple[Sequence[float] | Tensor, list[int]]:
-        """A weight for the feature of each of the slots named, for their inputs where those are kept, and for what is
-        forecast otherwise; [rows, weights] where rows differ in theirs.
-        """
-        feature = history.slots[0][0]
-        if len(history.lanes) == 1:
-            (lane,) = history.lanes
-            table = [row.held(history).flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
-            slots = [slot for _, slot in lane]
-            if len(table) == 1 and not any(isinstance(weight, Tensor) for weight in table[0]):
-                return table[0], slots
-            return _table(_spread(table, len(feature)), feature), slots
-        # rows that were computed at the same steps share what the forecaster says
-        known: dict[tuple[tuple[float, ...], float], list[Row]] = {}
-        slots = list(range(len(history.slots)))
-        by_row = []
-        for place, lane in enumerate(history.lanes):
-            asked = frame.query(history, place)
-            if asked not in known:
-                known[asked] = self._branch_weights(frame, span, *asked)
-            rows = known[asked]
-            row = rows[place * len(rows) // len(history.lanes)].held(history)
-            by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
-        return _table(by_row, feature), slots
-
-    def _features(
-        self, frame: Frame, span: Span, history: History, leaf: int, slots: Sequence[int], inputs: int | None = None
-    ) -> list[Tensor]:
-        """What of a leaf the weights of `_weights` are for; inputs: which leaf holds those stored with it, if any."""
-        stored: list[Any] = list(history.leaf(leaf))
-        if isinstance(self._run.forecaster, NonLinear):
-            stored = [ops.decoded(feature) for feature in stored]
-        features = [stored[slot] for slot in slots]
-        if inputs is not None:
-            features += [history.leaf(inputs)[slot] for slot in slots]
-        if isinstance(self._run.forecaster, NonLinear):
-            features.append(self._forecast_rows(self._run.forecaster, frame, span, history, stored))
-        return features
-
-    def _forecast_rows(
-        self, forecaster: NonLinear, frame: Frame, span: Span, history: History, stored: Sequence[Tensor]
-    ) -> Tensor:
-        """What a forecaster makes of one leaf's slots, each batch row from its own lane."""
-        rows_of: dict[tuple[tuple[float, int], ...], list[int]] = {}
-        for row, own in enumerate(history.lanes):
-            rows_of.setdefault(tuple(own), []).append(row)
-        whole = torch.empty_like(stored[0])
-        for lane, rows in rows_of.items():
-            lane = lane[-forecaster.history :]
-            (query,) = self._queries(frame, span, tuple(node for node, _ in lane), frame.step.index)
-            index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
-            held = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
-            features = history.restored(held)
-            made = features[-1]
-            if made.is_floating_point():
-                made = forecaster.forecast(query, [ops.wide(feature) for feature in features]).to(whole.dtype)
-            if index is None:
-                return made
-            whole.index_copy_(0, index, made)
-        return whole
-
-    def _correction(self, frame: Frame, span: Span, history: History, always: bool = False) -> Tensor | None:
-        """Scale and bias of the forecast output, [1 or rows, 2, channels]; None where nothing is corrected.
-
-        always: neutral ones then, unless neither forecaster nor corrector ever corrects.
-        """
-        forecaster, corrector = self._run.forecaster, self._method.corrector
-        corrects = forecaster if corrector is None or not corrector.corrected_channels else corrector
-        channels = corrects.corrected_channels
-        if not channels:
-            return None
-        if channels > 1 and any(ops.channels(leaf) != channels for leaf in history.numbers()):
-            raise ConfigError(f"corrections are of {channels} channels, and {span.name} gives others")
-        found: list[Correction | None] = []
-        seen = forecaster.history if corrects is forecaster else history.capacity
-        for place, lane in enumerate(history.lanes):
-            asked = self._queries(frame, span, tuple(node for node, _ in lane[-seen:]), frame.step.index)
-            if len(history.lanes) > 1:
-                asked = [asked[place * len(asked) // len(history.lanes)]]
-            found += [corrects.correction(query) for query in asked]
-        if not always and not any(found):
-            return None
-        neutral = Correction((1.0,) * channels, (0.0,) * channels)
-        feature = history.slots[0][0]
-        # the same shape whether branches differ or not, as for weights
-        rows = len(feature) if len(history.lanes) > 1 or forecaster.row_passes > 1 else 1
-        return _tensor(_spread([one or neutral for one in found], rows), feature)
-
-    def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...], target: float) -> "list[Row]":
-        """Mended weights, once for all rows or once for each guidance branch that is stacked in the rows."""
-        forecaster, corrector = self._run.forecaster, self._method.corrector
-        own = nodes[-forecaster.history :]  # of those kept, what this forecaster goes by
-        older = (0.0,) * (len(nodes) - len(own))
-        queries = self._queries(frame, span, own, target)
-        frame.note = forecaster.note(queries[0])
-        signals = self._signals(frame, nodes)
-        table = []
-        for query in queries:
-            if isinstance(forecaster, NonLinear):
-                row = Row((0.0,) * len(nodes), forecast=(1.0,))
-            elif forecaster.keeps_inputs:
-                row = Row(older + forecaster.weights(query), older + forecaster.input_weights(query))
-            else:
-                row = Row(older + forecaster.weights(query))
-            blend = None if corrector is None else corrector.blend(query._replace(nodes=nodes, signals=signals))
-            table.append(row if blend is None else row.mended(blend))
-        if corrector is not None and not corrector.static:
-            return table  # rows differ
-        return table[:1] if all(row == table[0] for row in table[1:]) else table
-
-    def _queries(self, frame: Frame, span: Span, nodes: tuple[float, ...], target: float) -> list[Query]:
-        """One for all rows, or one for each guidance branch that is stacked in the rows."""
-        forecaster = self._run.forecaster
-        count = forecaster.row_passes
-        if count > 1 and frame.batch % count:
-            self._run.warn(
-                f"{forecaster.name} has weights for {count} guidance branches in one call, but its {frame.batch} rows "
-                "are no multiple of that: the weights of the first are taken for all"
-            )
-            count = 1
-        index = self._run.session.span_index[span]
-        first = frame.position * forecaster.row_passes
-        query = Query(nodes, target, index, total=frame.step.total, times=self._run.times)
-        return [query._replace(pass_index=first + i) for i in range(count)]
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -804,8 +581,7 @@ class SpanCalls:
         self._states.clear()
         self._order.clear()
         self._first.clear()
-        self._tails.clear()
-        self._compared.clear()
+        self.forecasts.release()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
 
@@ -823,34 +599,9 @@ def _forecast(
     return chunks.together(ops.forecast(None if base is None else chunks.apart(base), features, weights, correction))
 
 
-def _spread(table: Sequence[Any], rows: int) -> list[Any]:
-    """Each entry for its share of the rows."""
-    return [table[row * len(table) // rows] for row in range(rows)]
-
-
 def _kept(template: Template, inputs: Inputs) -> list[Tensor]:
     """The inputs that are stored with a feature."""
     return [inputs[leaf.kept] for leaf in template.leaves if leaf.kept is not None]
-
-
-def _table(rows: Sequence[Sequence[float | Tensor]], feature: Tensor) -> Tensor:
-    """[rows, weights] of weights that are numbers or tensors [rows], of which each row takes its own."""
-    numbers = _tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
-    tensors = {id(w): w for row in rows for w in row if isinstance(w, Tensor)}
-    if not tensors:
-        return numbers
-    places = {known: 1 + place for place, known in enumerate(tensors)}  # 0: a number
-    chosen = _tensor([[places.get(id(w), 0) for w in row] for row in rows], feature).long()
-    by_row = torch.stack([numbers.new_zeros(len(rows)), *(w.to(numbers) for w in tensors.values())], dim=1)
-    return torch.where(chosen > 0, by_row.gather(1, chosen), numbers)
-
-
-def _tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:
-    """Weights for features like this one, on its device."""
-    values = torch.tensor(weights, dtype=torch.float64 if feature.dtype == torch.float64 else torch.float32)
-    if feature.is_cuda:
-        return values.pin_memory().to(feature.device, non_blocking=True)  # or the host would wait
-    return values.to(feature.device)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,7 @@ from walks import BATCH, STEPS, call, model_of, walk
 
 import diffusion_cache as dc
 from diffusion_cache import models, reference
-from diffusion_cache.engine.span_calls import SpanCalls
+from diffusion_cache.engine.forecasting import Forecasts
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import RaCfg
 
@@ -139,14 +139,14 @@ def test_speca_decides_on_samples_apart(model, latents, rollback):
 
 
 def test_speca_tells_what_it_cannot_verify(model, latents, monkeypatch):
-    weights = SpanCalls._weights
+    weights = Forecasts.weights
 
     def failing(self, frame, span, history):
-        if any(tail.history is history for tail in self._tails.values()):
+        if any(tail is history for tail in self._tails.values()):
             raise ZeroDivisionError("no weights")
         return weights(self, frame, span, history)
 
-    monkeypatch.setattr(SpanCalls, "_weights", failing)
+    monkeypatch.setattr(Forecasts, "weights", failing)
     with pytest.warns(UserWarning, match="forecasting the last blocks failed"):
         records, _ = cached(model, latents, policy="speca", threshold=100.0)
     assert decisions(records) == "101010101"  # reused once, not verified, computed

@@ -8,7 +8,7 @@ import torch
 from diffusion_cache import registry
 from diffusion_cache.context import Correction, Query, Signals
 from diffusion_cache.correctors import Affine, Alignment, Magnitude, Shrink
-from diffusion_cache.engine.span_calls import Row
+from diffusion_cache.engine.forecasting import Row
 from diffusion_cache.errors import ConfigError
 
 NODES = (0, 2, 3)
