@@ -72,30 +72,37 @@ def forecast(
     number per feature, or a tensor [K] or [rows, K] for K features [rows, ...], each row with its own; features with
     zero weight must be finite then. correction: scale and bias, [rows or 1, 2, channels or 1]. None for 1 and 0.
     """
-    if len({isinstance(feature, Coded) for feature in features}) > 1:
-        codes = [j for j, feature in enumerate(features) if isinstance(feature, Coded)]
-        others = [j for j, feature in enumerate(features) if not isinstance(feature, Coded)]
-        base = forecast(base, [features[j] for j in others], _of(weights, others))
-        return forecast(base, [features[j] for j in codes], _of(weights, codes), correction)
-    values, scales, dtype = _split(features)
-    if not isinstance(weights, Tensor):
-        if len(weights) != len(values):
-            raise ValueError(f"each feature needs a weight, and {len(weights)} are another number of them")
-        used = [j for j, weight in enumerate(weights) if weight != 0.0]
-        if used and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
-            known = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
-            used_scales = [scales[j] for j in used] if scales else []
-            return _forecast_residual(base, [values[j] for j in used], used_scales, known, correction, dtype)
-    elif len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, weights, correction):
-        return _forecast_residual(base, values, scales, weights, correction, dtype)
+    if not isinstance(weights, Tensor) and len(weights) != len(features):
+        raise ValueError(f"each feature needs a weight, and {len(weights)} are another number of them")
+    features, weights = _codes_last(features, weights)
+    if isinstance(weights, Tensor):
+        values, scales, dtype = _split(features)
+        if len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, weights, correction):
+            return _forecast_residual(base, values, scales, weights, correction, dtype)
+    else:
+        used = [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
+        weights = [weights[j] for j in used]
+        values, scales, dtype = _split([features[j] for j in used])
+        if any(weights) and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
+            known = _on_device(tuple(weights), values[0].device, _stream(values[0]))
+            return _forecast_residual(base, values, scales, known, correction, dtype)
     return _forecast(base, values, scales, weights, correction, dtype)
 
 
-def _of(weights: Sequence[float] | Tensor, chosen: list[int]) -> Sequence[float] | Tensor:
+def _codes_last(
+    features: Sequence[Tensor | Coded], weights: Sequence[float] | Tensor
+) -> tuple[Sequence[Tensor | Coded], Sequence[float] | Tensor]:
+    """Both in the order in which kernels take them."""
+    coded = [isinstance(feature, Coded) for feature in features]
+    if coded == sorted(coded):
+        return features, weights
+    order = sorted(range(len(features)), key=coded.__getitem__)
     if isinstance(weights, Tensor):
         # not indexed by the list, which would be copied to the device
-        return torch.stack([weights[..., j] for j in chosen], dim=-1)
-    return [weights[j] for j in chosen]
+        weights = torch.stack([weights[..., j] for j in order], dim=-1)
+    else:
+        weights = [weights[j] for j in order]
+    return [features[j] for j in order], weights
 
 
 def gated_forecast(
@@ -109,6 +116,7 @@ def gated_forecast(
 
     base, features: [rows, tokens, channels]; gate: [rows or 1, tokens or 1, channels or 1]; weights: as for `forecast`.
     """
+    features, weights = _codes_last(features, weights)
     used = [j for j in range(len(features)) if isinstance(weights, Tensor) or weights[j] != 0.0] or [0]
     values, scales, _ = _split([features[j] for j in used])
     if isinstance(weights, Tensor):
@@ -127,12 +135,9 @@ def fuses(features: Sequence[Tensor | Coded]) -> bool:
 
 
 def _split(features: Sequence[Tensor | Coded]) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
-    """Numbers or codes, the scales of codes, and the dtype of the features."""
-    coded = [feature for feature in features if isinstance(feature, Coded)]
-    if len(coded) == len(features):
-        return [feature.codes for feature in coded], [feature.scales for feature in coded], coded[0].dtype
-    plain = [decoded(feature) for feature in features]
-    return plain, [], plain[0].dtype
+    """Numbers or codes, the scales of those that are codes, and the dtype of the features."""
+    values = [feature.codes if isinstance(feature, Coded) else feature for feature in features]
+    return values, [feature.scales for feature in features if isinstance(feature, Coded)], features[0].dtype
 
 
 def decoded(feature: Tensor | Coded) -> Tensor:
@@ -208,7 +213,8 @@ def _forecast(
     dtype: torch.dtype,
 ) -> Tensor:
     if scales:
-        features = [_decoded(*pair) for pair in zip(features, scales, strict=True)]
+        plain = len(features) - len(scales)
+        features = [*map(wide, features[:plain]), *map(_decoded, features[plain:], scales)]
         base = None if base is None else base.float()
     if isinstance(weights, Tensor):
         return _forecast_tensor(base, features, weights, correction).to(dtype)
@@ -368,8 +374,11 @@ def _layout(feature: Tensor) -> torch.memory_format:
     )
 
 
-def _forecast_laid_out(base: Tensor | None, features: Sequence[Tensor], *arguments: Any) -> Tensor:
-    return _forecast(base, features, *arguments).contiguous(memory_format=_layout(features[0]))
+def _forecast_laid_out(
+    base: Tensor | None, features: Sequence[Tensor], scales: Sequence[Tensor], *arguments: Any
+) -> Tensor:
+    result = _forecast(base, features, scales, *arguments)
+    return result.contiguous(memory_format=_layout(features[-1 if scales else 0]))
 
 
 _forecast_residual = _operator(
@@ -407,7 +416,8 @@ def _(
     correction: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty_like(features[0], dtype=dtype, memory_format=_layout(features[0]))
+    like = features[-1 if scales else 0]
+    return torch.empty_like(like, dtype=dtype, memory_format=_layout(like))
 
 
 @_gated_residual.register_fake

@@ -90,11 +90,13 @@ def _kernel(op: str) -> Any:
 
 
 def _features(sizes: tuple[int, ...], dtype: str, code: str, slots: int, device: torch.device) -> tuple[list, list]:
+    """code: of all of them, or with "-delta" of all but the first."""
     values = [_random(sizes, dtype, device) for _ in range(slots)]
-    if not code:
-        return values, []
-    pairs = [ops.encode_residual(value, None, code) for value in values]
-    return [pair.codes for pair in pairs], [pair.scales for pair in pairs]
+    plain = [] if code else values
+    if code.endswith("-delta"):
+        plain, values = values[:1], values[1:]
+    pairs = [ops.encode_residual(value, None, code.removesuffix("-delta")) for value in values] if code else []
+    return [*plain, *(pair.codes for pair in pairs)], [pair.scales for pair in pairs]
 
 
 def _random(sizes: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
@@ -244,7 +246,7 @@ def count_sketch(name: str, sizes: tuple, dtype: str, code: str, slots: int, dev
 
 # what makes an op's cases, and the codes and numbers of slots that it is timed with
 MAKERS: dict[str, tuple[Callable[..., Case], tuple[tuple[str, int], ...]]] = {
-    "forecast_residual": (forecast_residual, (("", 1), ("", 3), ("fp8", 3), ("int8", 3), ("", 8))),
+    "forecast_residual": (forecast_residual, (("", 1), ("", 3), ("fp8", 3), ("int8", 3), ("int8-delta", 3), ("", 8))),
     "store_residual": (store_residual, (("fp8", 1), ("int8", 1))),
     "relative_l1": (relative_l1, (("", 0),)),
     "gated_residual": (gated_residual, (("", 1), ("", 3), ("fp8", 3))),

@@ -39,7 +39,8 @@ def reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """The same in float32, term by term."""
-    values = [decode_reference(*pair) for pair in zip(features, scales, strict=True)] if scales else features
+    plain = len(features) - len(scales)
+    values = [*features[:plain], *map(decode_reference, features[plain:], scales)]
     total = torch.zeros_like(values[0], dtype=torch.float32) if base is None else base.float()
     between = [1] * (total.ndim - 1)
     for j, value in enumerate(values):
@@ -99,12 +100,12 @@ def launch(
 ) -> Tensor:
     """y of `dtype` in float32 sums. out: where to, laid out as the features are; `base` for in place.
 
-    base and features are [batch, ...] of one shape; features all of float32, float16 or bfloat16, or all codes with
-    their scales. A base may be broadcast over its batch or be a slice of a longer sequence; anything else that is not
-    contiguous, nor channels-last throughout, is made so first.
+    base and features are [batch, ...] of one shape; features of float32, float16 or bfloat16, then those in codes, with
+    the scales of these. A base may be broadcast over its batch or be a slice of a longer sequence; anything else that
+    is not contiguous, nor channels-last throughout, is made so first.
     """
     given = operands(features, scales, weights, correction)
-    like = features[0]
+    like = features[-1 if given.code else 0]
     if base is not None and base.shape != like.shape:
         raise ValueError(f"base and features have one shape, not {list(base.shape)} and {list(like.shape)}")
     moved = not given.code and channels_last(like)

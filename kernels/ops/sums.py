@@ -47,6 +47,10 @@ def check(features: Sequence[Tensor], scales: Sequence[Tensor], weights: Tensor,
     batch, channels = shape[0], shape[-1 if len(shape) <= 3 else 1]
     if any(feature.shape != shape for feature in features) or any(scale.shape != shape[:-1] for scale in scales):
         raise ValueError("features have one shape, and their scales the same without the last axis")
+    found = [code_of(feature.dtype) for feature in features]
+    plain = len(features) - len(scales)
+    if any(found[:plain]) or "" in found[plain:] or len(set(found[plain:])) > 1:
+        raise ValueError(f"features in one code come last, each with its scales: {found} with {len(scales)}")
     if weights.ndim == 2 and len(weights) != batch:
         raise ValueError(f"weights for {len(weights)} rows, of which there are {batch}")
     if correction is not None and (
@@ -62,12 +66,13 @@ def operands(
     correction: Tensor | None,
     whole_rows: bool = False,
 ) -> Operands:
-    """The operands of one launch. features, weights, correction: as `ops.forecast` takes them.
+    """The operands of one launch. features: plain numbers, and then those in codes; scales: of these. weights,
+    correction: as `ops.forecast` takes them.
 
     whole_rows: keep the last axis apart even where nothing differs along it.
     """
     check(features, scales, weights, correction)
-    code = code_of(features[0].dtype)
+    code = code_of(features[-1].dtype)
     inner = features[0].ndim <= 3
     if not code and channels_last(features[0]):
         features, inner = [feature.movedim(1, -1) for feature in features], True
@@ -112,7 +117,10 @@ def weighted_sum(
     CODE: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """total + Σ_j weights[entry, j] · slots[j][entry, row, column], in float32: [TILE_ROWS, TILE_COLUMNS]."""
+    """total + Σ_j weights[entry, j] · slots[j][entry, row, column], in float32: [TILE_ROWS, TILE_COLUMNS].
+
+    The last slots, as many as there are scales, hold codes.
+    """
     inside = (row < rows) & (column < columns)
     line = entry * rows + row
     offset = line * columns + column
@@ -121,9 +129,12 @@ def weighted_sum(
         offset = tl.max_contiguous(offset, [1, min(8, TILE_COLUMNS)])
     for j in tl.static_range(len(slots)):
         weight = tl.load(weights + entry * weight_stride + j)
-        if CODE != "":
-            weight = weight * tl.load(scales[j] + line, mask=row < rows, other=0.0)
-        total += weight * decode(tl.load(slots[j] + offset, mask=inside), CODE)
+        value = tl.load(slots[j] + offset, mask=inside)
+        if j < len(slots) - len(scales):
+            total += weight * value.to(tl.float32)
+        else:
+            scale = tl.load(scales[j - (len(slots) - len(scales))] + line, mask=row < rows, other=0.0)
+            total += weight * scale * decode(value, CODE)
     return total
 
 

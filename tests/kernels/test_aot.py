@@ -86,6 +86,18 @@ def test_forecast_residual_of_eight_slots_with_corrected_channels(dtype, code, a
     assert_fast(machine, {VECTOR[code]: count, 128: 1}, {128: 1}, narrow=count * (1 + ROWS) + 4 * ROWS)
 
 
+@pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(TWO, DTYPES, ("bf16", "fp32")))
+def test_forecast_residual_of_a_feature_and_differences_in_codes(dtype, code, architecture, shape):
+    kind, count = DTYPE[dtype], 3
+    features, scales = slots(shape, kind, code, count)
+    features[0] = meta(shape, kind)
+    weights, base = meta(count, torch.float32), meta(shape, kind)
+    launch = partial(forecast_residual.launch, base, features, scales[1:], weights, None, kind)
+    (machine,) = compiled(forecast_residual, architecture, launch)
+    tile = machine.stores[128]
+    assert_fast(machine, {128: 2 * tile, 64: 2 * tile + count - 1}, {128: 1}, narrow=count * (1 + ROWS))
+
+
 @pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(gated_residual.SHAPES, quick=()))
 def test_gated_residual(dtype, code, architecture, shape):
     kind = DTYPE[dtype]

@@ -202,6 +202,8 @@ def operator_calls():
     table, correction = torch.randn(2, 2), torch.randn(1, 2, 8)
     yield ops._forecast_residual, (features[0], features, [], table[0], None, torch.float32)
     yield ops._forecast_residual, (None, codes, scales, table, correction, torch.bfloat16)
+    mixed = [image, torch.ones(image.shape, dtype=torch.int8)]
+    yield ops._forecast_residual, (image, mixed, [torch.ones(image.shape[:-1])], table[0], None, torch.float32)
     yield ops._forecast_residual, (image, [image + 1], [], torch.ones(1), None, torch.float32)
     yield ops._gated_residual, (features[0], features[1][:, :1], features, [], table[0], None)
     yield ops._store_residual, (codes[0].clone(), scales[0].clone(), features[0], features[1])

@@ -9,6 +9,10 @@ from diffusion_cache import ops, reference
 METHODS = {
     "several features": ("flux-digits", dict(policy="interval", every=3, forecaster="taylor", order=2, scope="stack")),
     "codes": ("unet-digits", dict(policy="interval", every=2, forecaster="reuse", scope="cut", cache_dtype="fp8")),
+    "differences": (
+        "flux-digits",
+        dict(policy="interval", every=2, forecaster="taylor", scope="stack", cache_dtype="int8-delta", warmup=2),
+    ),
     "branches": ("flux-digits", dict(policy="interval", every=2, forecaster="reuse", scope="branch")),
     "adaptive": ("wan-moving-digits", dict(policy="first_block", threshold=10.0, max_consecutive=2)),
 }
@@ -38,7 +42,8 @@ def test_images_are_the_same_with_kernels(case, monkeypatch):
     launched.clear()
     without = generate(name, method)
     assert not launched
-    others = {"adaptive": {"relative_l1"}, "codes": {"store_residual"}, "branches": {"gated_residual"}}
+    others = {"adaptive": {"relative_l1"}, "branches": {"gated_residual"}}
+    others |= {case: {"store_residual"} for case in ("codes", "differences")}
     assert used == {"forecast_residual"} | others.get(case, set())
     assert (with_kernels - without).abs().max() <= 1e-5
     assert torch.isfinite(with_kernels).all()

@@ -18,7 +18,7 @@ def features_of(shape, dtype, code, count):
 def check(base, features, scales, weights, correction, dtype):
     expected = op.reference(base, features, scales, weights, correction, dtype)
     wide = op.reference(base, features, scales, weights, correction, torch.float32)
-    out = poisoned(features[0], dtype)
+    out = poisoned(features[-1 if scales else 0], dtype)
     result = op.launch(base, features, scales, weights, correction, dtype, out)
     assert_close(result, expected, op.TOLERANCE[dtype], 4 + wide.abs().max().item())
 
@@ -33,6 +33,34 @@ def test_equals_the_reference(shape, dtype, code):
     check(None, features, scales, random(rows, 3), random(rows, 2, 1), dtype)
     check(base, features, scales, random(3), random(1, 2, channels), dtype)
     check(base, features, scales, random(rows, 3), random(rows, 2, channels), dtype)
+
+
+@pytest.mark.parametrize("code", [code for code in CODES if code])
+@pytest.mark.parametrize(("shape", "dtype"), cases())
+def test_numbers_before_codes(shape, dtype, code):
+    """A newest feature and differences: what `cache_dtype="int8-delta"` keeps."""
+    rows, channels = shape[0], shape[-1 if len(shape) <= 3 else 1]
+    coded, scales = features_of(shape, dtype, code, 2)
+    features = [random(*shape, dtype=dtype), *coded]
+    check(random(*shape, dtype=dtype), features, scales, random(3), random(rows, 2, channels), dtype)
+    check(None, features, scales, random(rows, 3), None, dtype)
+
+
+def test_a_newest_feature_may_be_laid_out_in_another_way_than_codes():
+    coded, scales = features_of((2, 3, 5, 8), torch.float32, "int8", 1)
+    newest = random(2, 3, 5, 8).to(memory_format=torch.channels_last)
+    check(newest, [newest, *coded], scales, random(2), random(1, 2, 3), torch.float32)
+    result = op.launch(newest, [newest, *coded], scales, random(2), None, torch.float32)
+    assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 1, 2)])
+def test_codes_elsewhere_than_last_are_refused(order):
+    (code,), scales = features_of((2, 3, 5), torch.float32, "int8", 1)
+    (other,), _ = features_of((2, 3, 5), torch.float32, "e4m3", 1)
+    features = [[random(2, 3, 5), code, other][j] for j in order]
+    with pytest.raises(ValueError, match="in one code come last"):
+        op.launch(None, features, scales * (len(order) - 1), random(len(order)), None, torch.float32)
 
 
 @pytest.mark.parametrize("count", [1, 2, pytest.param(5, marks=FULL), 8])
