@@ -715,9 +715,7 @@ def _planned(
         return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
     plan = wish["plan"]
     if profile is not None:
-        found = _profile(profile)
-        found.check(pipe, denoisers, ignore)
-        how = {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
+        found, how = _checked(profile, pipe, denoisers, ignore, how)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
     method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
@@ -779,9 +777,7 @@ def _system(
     if profile is None and ignore:
         raise ConfigError(f"ignore needs a profile: enable(pipe, method={built.name!r}, profile=…, ignore={ignore!r})")
     if profile is not None:
-        found = _profile(profile)
-        found.check(pipe, denoisers, ignore)
-        how = {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
+        found, how = _checked(profile, pipe, denoisers, ignore, how)
     parts = built.made_for(denoisers, found)
     return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
 
@@ -803,6 +799,19 @@ def _published(
     driven = entry.driven()
     forecaster = driven.forecaster or DEFAULT_FORECASTER
     return _method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
+
+
+def _checked(
+    given: "str | Path | Profile",
+    pipe: Any,
+    denoisers: Mapping[str, nn.Module],
+    ignore: Collection[str],
+    how: Mapping[str, Any],
+) -> tuple[Profile, dict[str, Any]]:
+    """A profile that matches the pipeline, and `how` with the guidance that calls are expected to have."""
+    found = _profile(given)
+    found.check(pipe, denoisers, ignore)
+    return found, {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
 
 
 def _profile(given: "str | Path | Profile") -> Profile:
