@@ -32,6 +32,14 @@ class Schedule:
     def total(self) -> int:
         return len(self.compute)
 
+    @property
+    def computed(self) -> tuple[int, ...] | None:
+        """The computed steps, where passes and spans all take the same ones; else None."""
+        cells = [{span for row in step for span in row} for step in self.compute]
+        if any(len(found) > 1 for found in cells):
+            return None
+        return tuple(step for step, found in enumerate(cells) if True in found)
+
     def row(self, step: int, pass_index: int) -> tuple[bool, ...]:
         """The decisions for the spans at a step, or (True,) past the schedule's end."""
         if step >= self.total:

@@ -64,7 +64,8 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
         planner = planner_of(profile, batch, search, options, progress)
         # rounded down, and up as uniform schedules are
         shares = [planner.steps * share for share in SHARES]
-        for computed in sorted({round_(share) for share in shares for round_ in (math.floor, math.ceil)}, reverse=True):
+        # the cheapest first: the next one's search starts from its steps and more
+        for computed in sorted({round_(share) for share in shares for round_ in (math.floor, math.ceil)}):
             known = [plan for plan in profile.plans if plan.name != f"nfe-{computed}"]
             if len(known) == len(profile.plans):
                 plan = planner.plan(computed)

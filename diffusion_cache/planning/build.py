@@ -27,7 +27,7 @@ from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .band import with_guard
 from .closed_loop import Steps
-from .dynamic import best_schedule
+from .dynamic import Objective, best_schedule
 from .timesteps import kept_if_better
 
 Progress = Callable[[str, int, int], None]
@@ -72,6 +72,7 @@ class Planner:
 
     profile: of the same. fitting: weights and schedules are chosen on it; tuning: strengths and finalists are.
     held_out: what a plan states is measured on these, which nothing else has seen; seeds: of the held-out samples.
+    A search also starts from the steps of the nearest plans, made by this planner or in the profile.
     """
 
     profile: Profile
@@ -82,8 +83,13 @@ class Planner:
     search: Search = field(default_factory=Search)
     progress: Progress = lambda what, done, of: None
     _scores: dict[tuple[Steps, str | None], float] = field(default_factory=dict)
+    _schedules: dict[int, Steps] = field(default_factory=dict, init=False)  # of plans, by their number of steps
 
     def __post_init__(self) -> None:
+        for plan in self.profile.plans:
+            computed = plan.schedule.computed
+            if computed is not None and plan.total == self.steps:
+                self._schedules[len(computed)] = computed
         for teacher in (self.fitting, self.tuning, *self.held_out):
             self._check(teacher)
         if "cut" in self.search.scopes and self.profile.scope != "cut":
@@ -158,6 +164,7 @@ class Planner:
         schedule, result, fit_settings = self._tuned(finalists, settings, label)
         if self.search.fitted and self.search.polished:
             result = replace(result, forecaster=self._polished(schedule, result.forecaster, fit_settings, label))
+        self._schedules[computed] = schedule
         plan = self._assembled(label, schedule, result, fit_settings)
         if self.search.sigmas:
             plan = kept_if_better(
@@ -174,20 +181,36 @@ class Planner:
         return closed_loop.score(psnr(self._images(self.tuning, policy, forecaster, settings), self.tuning.images))
 
     def starts(self, computed: int) -> list[Steps]:
-        """Schedules of so many computed steps: optimal ones for the profile's surrogates, and evenly spaced ones."""
-        found: list[Steps] = []
-        for damage, objective in self._damages():
-            try:
-                best = best_schedule(damage, range(computed, computed + 1), objective, last=self.search.last)
-            except ConfigError:
-                continue
-            found.append(best[computed].computed)
+        """Schedules of so many computed steps: optimal ones for the profile's surrogates, those that add to the
+        nearest cheaper plan's steps or leave some of the nearest dearer one's out, and evenly spaced ones.
+        """
+        damages = self._damages()
+        found = [self._optimal(damage, computed, objective) for damage, objective in damages]
+        damage = damages[0][0]
+        cheaper = max((count for count in self._schedules if count < computed), default=None)
+        dearer = min((count for count in self._schedules if count > computed), default=None)
+        if cheaper is not None:
+            more = damage.copy()
+            more[..., list(self._schedules[cheaper])] = math.inf  # must not be reused
+            found.append(self._optimal(more, computed))
+        if dearer is not None:
+            fewer = damage.copy()
+            others = sorted({*range(self.steps)} - {*self._schedules[dearer]})
+            fewer[:, others] = math.inf  # must not be reused from
+            found.append(self._optimal(fewer, computed))
         every = -(-self.steps // computed)
         uniform = tuple(range(0, self.steps, every))
         if len(uniform) == computed and not self.search.last:
             found.append(uniform)
         found += [spaced(self.steps, computed, exponent, self.search.last) for exponent in EXPONENTS]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(steps for steps in found if steps is not None))
+
+    def _optimal(self, damage: Any, computed: int, objective: Objective = "sum") -> Steps | None:
+        try:
+            best = best_schedule(damage, range(computed, computed + 1), objective, last=self.search.last)
+        except ConfigError:  # none is possible
+            return None
+        return best[computed].computed
 
     def _damages(self) -> list[tuple[Any, Any]]:
         gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)

@@ -148,6 +148,19 @@ def test_starts_compute_as_many_steps_as_asked_for(planner):
     assert all({0, 6, 7} <= set(start) for start in with_last.starts(4))
 
 
+def test_a_search_starts_from_the_steps_of_the_nearest_plans(planner, three):
+    """A plan with more steps adds to those of a cheaper one, and a cheaper one leaves some out."""
+    known, unknown = replace(planner, profile=planner.profile.with_plans([three])), replace(planner)
+    of_three = set(three.schedule.computed)
+    for computed in (2, 4, 5):
+        starts = planner.starts(computed)  # which has made it
+        assert any(of_three < set(start) or set(start) < of_three for start in starts)
+        assert starts == known.starts(computed)
+        assert set(unknown.starts(computed)) <= set(starts)
+    nested = [known.starts(computed) != unknown.starts(computed) for computed in (2, 4, 5)]
+    assert any(nested)
+
+
 def test_last_steps_stay_computed(planner):
     plan = replace(planner, search=replace(BARE, last=2), _scores={}).plan(3)
     assert [step for step in range(STEPS) if plan.schedule.row(step, 0)[0]] == [0, 6, 7]
