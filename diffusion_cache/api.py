@@ -71,6 +71,7 @@ HOW = {
     "cache_dtype": ("model", *CODES, *DIFFERENCES),
     "cache_device": ("model", "cpu"),
 }
+UNNAMED = ("max_cache_bytes", "stream", "cuda_graphs")  # others of the engine, which are no choice among names
 
 
 def enable(
@@ -98,6 +99,7 @@ def enable(
     cache_device: str = "model",
     max_cache_bytes: int | None = None,
     stream: Stream | None = None,
+    cuda_graphs: bool = False,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Session | LanguageSession:
@@ -144,6 +146,11 @@ def enable(
         stream: for videos whose latent frames are denoised at noise levels of their own: how features of each are kept,
             and forecast from the levels that it had, `Stream()` or one with a capacity and sinks. With policies that
             look at no signals, and forecasters "taylor", "taylor_paper" or "reuse".
+        cuda_graphs: whether calls of the denoiser are captured, the second time that one like it is made (of the same
+            pass and shapes, with the same spans reused), and repeated as a CUDA graph from then on, in this run and
+            later ones, until `disable`; at most `engine.graphs.MAX_GRAPHS` of each denoiser. For policies that look at
+            no signals and a denoiser that stays on one CUDA device. What cannot be captured runs as usual, told once.
+            Weights, modules and settings may change between runs, not inside of one.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
@@ -157,6 +164,7 @@ def enable(
     """
     how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
     how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
+    how["cuda_graphs"] = cuda_graphs
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
@@ -363,6 +371,7 @@ def run(
     cache_device: str = "model",
     max_cache_bytes: int | None = None,
     stream: Stream | None = None,
+    cuda_graphs: bool = False,
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
@@ -383,6 +392,7 @@ def run(
         raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
     how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
     how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
+    how["cuda_graphs"] = cuda_graphs
     method = _method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
@@ -418,8 +428,9 @@ class Summary:
     """What one generation did.
 
     spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
-    none. hit_rate: share of span calls that were reused. cache_bytes: the most bytes that features took, of which
-    resident_bytes at most were on the denoiser's device at once. total: steps of the run, if known.
+    none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
+    the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once. total:
+    steps of the run, if known.
     """
 
     method: str
@@ -437,6 +448,10 @@ class Summary:
     @property
     def reused(self) -> int:
         return len(self.records) - self.computed
+
+    @property
+    def replayed(self) -> int:
+        return sum(record.replayed for record in self.records)
 
     @property
     def hit_rate(self) -> float:
@@ -475,6 +490,7 @@ class Summary:
             f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, "
             f"{self.computed} calls computed and {self.reused} reused, "
             f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
+            + f"; {self.replayed} calls by CUDA graphs" * bool(self.replayed)
             + (f"; {self.unfitted} of the reused forecast by Taylor, for want of fitted weights" * bool(self.unfitted))
         )
 
@@ -674,6 +690,9 @@ def _method(
     limit = how.get("max_cache_bytes")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ConfigError(f"max_cache_bytes must be a whole number of at least 1, not {limit!r}")
+    graphs = how.get("cuda_graphs", False)
+    if not isinstance(graphs, bool):
+        raise ConfigError(f"cuda_graphs must be True or False, not {graphs!r}")
     remaining = dict(options)
     stream = how.get("stream")
     if stream is not None and not isinstance(stream, Stream):
@@ -693,7 +712,7 @@ def _method(
         name = next(iter(remaining))
         raise ConfigError(
             f"Unknown option {name!r} for {named}. "
-            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, 'max_cache_bytes', 'stream', 'group'])}"
+            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, *UNNAMED, 'group'])}"
         )
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
@@ -769,8 +788,7 @@ def _system(
                 "profile",
                 "ignore",
                 *HOW,
-                "max_cache_bytes",
-                "stream",
+                *UNNAMED,
             ]
             raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
     found = None

@@ -101,6 +101,22 @@ class History:
                 parts += _store_codes(out, base, self.dtype, here[:2])
         return parts
 
+    def encoded(
+        self, outputs: Sequence[Tensor], bases: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[torch.dtype | None]]:
+        """What a slot would hold of a feature, as new tensors; and of each leaf in codes, the dtype of its values."""
+        return self._stored(outputs, bases, []), self._coded
+
+    def lend(self, slots: Sequence[Sequence[Tensor]], coded: Sequence[torch.dtype | None]) -> None:
+        """Have these tensors, zeroed, as all slots of a history that is empty; coded: as `encoded` gives it."""
+        self.slots, self._coded = [list(held) for held in slots], list(coded)
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def claim(self, node: float) -> list[Tensor]:
+        """The tensors of the slot that is to hold the feature of step `node`, to be written into now."""
+        return self.slots[self._claim(self.lanes[0], node)]
+
     def _encodes(self, out: Tensor) -> bool:
         """Whether a tensor is stored in codes: where there is one number in a row, its scale would cost more."""
         if self.dtype == "model" or out.dtype not in CODED_DTYPES or out.ndim < 2:

@@ -1,5 +1,6 @@
 """CacheRun: one generation. The one loop of the engine: decide, compute or forecast, observe."""
 
+import functools
 import warnings
 import weakref
 from collections import Counter
@@ -21,6 +22,7 @@ from ..signals import Grid
 from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
 from .frame import Frame, Visit, version_of
+from .graphs import Graphs
 from .observer import Again
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
@@ -36,6 +38,7 @@ class StepRecord(NamedTuple):
     """What happened in one denoiser call.
 
     computed: whether any span was; spans_reused of `spans` were not. note: what the forecaster says of how they were.
+    replayed: whether a CUDA graph made the call.
     """
 
     step: int
@@ -46,6 +49,7 @@ class StepRecord(NamedTuple):
     spans: int
     spans_reused: int
     note: str = ""
+    replayed: bool = False
 
 
 class CacheRun:
@@ -185,7 +189,19 @@ class CacheRun:
             self.spans.give_up(visit.state, visit.span, why) if why else self.spans.forget(visit.state)
         return wrong
 
+    def graphs(self, name: str) -> Graphs | None:
+        """The graphs of a denoiser, where this run goes by any."""
+        graphs = self.session.graphs.get(name)
+        return graphs if graphs is not None and graphs.serves(self) else None
+
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        assert self.frame is not None
+        graphs = self.graphs(self.frame.key[0])
+        forward = functools.partial(self._through, spans, inner)
+        return forward(args, kwargs) if graphs is None else graphs.call(self, self.frame, forward, args, kwargs)
+
+    def _through(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The denoiser's output, made by its modules."""
         assert self.frame is not None
         compiled = self.session.compiled.get(self.frame.key[0])
         if compiled is not None:
@@ -318,7 +334,17 @@ class CacheRun:
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
         self.records.append(
-            StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole, frame.note)
+            StepRecord(
+                frame.step.index,
+                frame.step.pass_name,
+                name,
+                computed,
+                frame.reason,
+                count,
+                whole,
+                frame.note,
+                frame.replayed,
+            )
         )
         if frame.trace:
             self.session.arrange_spans(name, frame.trace)

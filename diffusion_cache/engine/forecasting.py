@@ -89,18 +89,19 @@ class Forecasts:
             by_row.append(row.placed([slot for _, slot in lane], len(slots)).flat)
         return _table(by_row, feature), slots
 
-    def slot_weights(self, frame: Frame, span: Span, history: History) -> tuple[Tensor, Tensor | None]:
-        """Where every slot is taken: weights [slots] or [rows, slots], and a correction as of `correction`."""
+    def slot_numbers(self, frame: Frame, span: Span, history: History) -> tuple[list[Any], list[Any] | None]:
+        """Where every slot is taken: weights [slots] or [rows, slots], and a correction [1 or rows, 2, channels], which
+        is given at each reused step by what makes any.
+        """
         (lane,) = history.lanes
         table = self._branch_weights(frame, span, *frame.query(history, 0))
-        correction = self.correction(frame, span, history, always=True)
+        correction = self._correction_numbers(frame, span, history, always=True)
         slots = [slot for _, slot in lane]
         whole = [row.placed(slots, history.capacity).flat for row in table]
-        feature = history.slots[0][0]
         if self._run.forecaster.row_passes == 1:
-            return _tensor(whole[0], feature), correction
+            return list(whole[0]), correction
         # the same shape whether branches differ or not: another one would be compiled anew
-        return _tensor(_spread(whole, len(feature)), feature), correction
+        return _spread(whole, len(history.slots[0][0])), correction
 
     def features(
         self, frame: Frame, span: Span, history: History, leaf: int, slots: Sequence[int], inputs: int | None = None
@@ -138,10 +139,14 @@ class Forecasts:
             whole.index_copy_(0, index, made)
         return whole
 
-    def correction(self, frame: Frame, span: Span, history: History, always: bool = False) -> Tensor | None:
-        """Scale and bias of the forecast output, [1 or rows, 2, channels]; None where nothing is corrected.
+    def correction(self, frame: Frame, span: Span, history: History) -> Tensor | None:
+        """Scale and bias of the forecast output, [1 or rows, 2, channels]; None where nothing is corrected."""
+        numbers = self._correction_numbers(frame, span, history)
+        return None if numbers is None else as_tensor(numbers, history.slots[0][0])
 
-        always: neutral ones then, unless neither forecaster nor corrector ever corrects.
+    def _correction_numbers(self, frame: Frame, span: Span, history: History, always: bool = False) -> list[Any] | None:
+        """The numbers of `correction`. always: neutral ones where nothing is corrected, unless neither forecaster nor
+        corrector ever corrects.
         """
         forecaster, corrector = self._run.forecaster, self._corrector
         corrects = forecaster if corrector is None or not corrector.corrected_channels else corrector
@@ -163,7 +168,7 @@ class Forecasts:
         feature = history.slots[0][0]
         # the same shape whether branches differ or not, as for weights
         rows = len(feature) if len(history.lanes) > 1 or forecaster.row_passes > 1 else 1
-        return _tensor(_spread([one or neutral for one in found], rows), feature)
+        return _spread([one or neutral for one in found], rows)
 
     def _branch_weights(self, frame: Frame, span: Span, nodes: tuple[float, ...], target: float) -> "list[Row]":
         """Mended weights, once for all rows or once for each guidance branch that is stacked in the rows."""
@@ -267,17 +272,17 @@ def _spread(table: Sequence[Any], rows: int) -> list[Any]:
 
 def _table(rows: Sequence[Sequence[float | Tensor]], feature: Tensor) -> Tensor:
     """[rows, weights] of weights that are numbers or tensors [rows], of which each row takes its own."""
-    numbers = _tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
+    numbers = as_tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
     tensors = {id(w): w for row in rows for w in row if isinstance(w, Tensor)}
     if not tensors:
         return numbers
     places = {known: 1 + place for place, known in enumerate(tensors)}  # 0: a number
-    chosen = _tensor([[places.get(id(w), 0) for w in row] for row in rows], feature).long()
+    chosen = as_tensor([[places.get(id(w), 0) for w in row] for row in rows], feature).long()
     by_row = torch.stack([numbers.new_zeros(len(rows)), *(w.to(numbers) for w in tensors.values())], dim=1)
     return torch.where(chosen > 0, by_row.gather(1, chosen), numbers)
 
 
-def _tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:
+def as_tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:
     """Weights for features like this one, on its device."""
     values = torch.tensor(weights, dtype=torch.float64 if feature.dtype == torch.float64 else torch.float32)
     if feature.is_cuda:

@@ -3,8 +3,9 @@
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..chunks import Chunks
@@ -82,14 +83,48 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class Fixed(NamedTuple):
+    """What a span is forecast with in a graph, in memory that stays where it is.
+
+    weights: [slots] or [rows, slots]; correction: [1 or rows, 2, channels].
+    """
+
+    weights: Tensor
+    correction: Tensor | None
+
+
+class Recorded(NamedTuple):
+    """One time that a span runs in a call that a graph repeats.
+
+    parts: what a slot is to hold of its feature, empty where it is reused; coded: as `History.encoded` gives it.
+    """
+
+    span: Span
+    nth: int  # of the times that it runs in this call, from 0
+    entered: tuple
+    template: Template
+    passthrough: dict[int, PassThrough]
+    parts: list[Tensor]
+    coded: list[torch.dtype | None]
+
+
+class Recording:
+    """What a call made of its spans, with nothing stored yet. given: for those that are reused, by span and count."""
+
+    def __init__(self, given: dict[tuple[Span, int], Fixed]):
+        self.given = given
+        self.reused: list[Recorded] = []
+        self.stored: list[Recorded] = []
+
+
 class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
         "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "deferred",
         "fills_cache", "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input",
-        "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts",
-        "visits",
+        "probe_version", "reason", "recording", "replayed", "reused", "rows", "signals", "step", "stores", "trace",
+        "variant", "verdicts", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -123,6 +158,8 @@ class Frame:
         self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
         self.poisoned = False
         self.trace: list[Called] | None = None  # members in the order they are called
+        self.recording: Recording | None = None  # while a call is made that a graph is to repeat
+        self.replayed = False  # whether a graph was
 
     def again(self, stores: bool) -> "Frame":
         """The same call, about to be made once more."""

@@ -36,6 +36,7 @@ from .attached import SESSION, Attached, bracket, session_of
 from .cache_run import CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .compiled import CompiledSpans
+from .graphs import Graphs, check_device
 from .intercept import intercept, is_compiled, is_intercepted, release
 from .observer import Observer
 from .patches import ACTIVE
@@ -54,11 +55,12 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, cache_device, max_cache_bytes, stream: see `diffusion_cache.enable`. guidance: the scale at which it
-    was planned, None where that does not matter or is not known.
+    cache_dtype, cache_device, max_cache_bytes, stream, cuda_graphs: see `diffusion_cache.enable`. guidance: the scale
+    at which it was planned, None where that does not matter or is not known.
 
     Raises:
-        ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream.
+        ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream or
+            CUDA graphs.
     """
 
     guarded: Guarded
@@ -73,10 +75,13 @@ class Method:
     max_cache_bytes: int | None = None
     stream: Stream | None = None
     guidance: float | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.stream is not None:
             self._check_stream()
+        if self.cuda_graphs:
+            self._check_graphs()
         if self.corrector is not None and self.corrector.corrected_channels and self.forecaster.corrected_channels:
             raise ConfigError(
                 f"forecaster {self.forecaster.name!r} scales outputs itself: leave corrector {self.corrector.name!r} "
@@ -116,6 +121,38 @@ class Method:
         if self.max_cache_bytes is not None:
             raise ConfigError("the memory of a stream is limited by its capacity: leave max_cache_bytes out")
 
+    def _check_graphs(self) -> None:
+        policy, forecaster = self.guarded.policy, self.forecaster
+        if not self.guarded.planned:
+            watched = f"policy {policy.name!r}" if policy.needs.signals else "a guard that watches a signal"
+            raise ConfigError(
+                f"{watched} decides in the middle of a call, which a CUDA graph repeats as it is: take a policy that "
+                "looks at no signals ('interval') or a profile's plan, or leave cuda_graphs out"
+            )
+        if not forecaster.static:
+            raise ConfigError(
+                f"forecaster {forecaster.name!r} is no weighted sum of features, which is all that CUDA graphs take: "
+                "use another such as 'taylor', or leave cuda_graphs out"
+            )
+        if self.guarded.guards.unconditional_every > 1:
+            raise ConfigError(
+                "unconditional_every takes one pass for another's input, which CUDA graphs do not: leave one of them "
+                "out"
+            )
+        if self.cache_dtype in DIFFERENCES:
+            raise ConfigError(
+                f"cache_dtype={self.cache_dtype!r} moves features from slot to slot, and CUDA graphs read them where "
+                f"they are: take {DIFFERENCES[self.cache_dtype]!r} or 'model', or leave cuda_graphs out"
+            )
+        kept: dict[str, Any] = {"stream": self.stream, "max_cache_bytes": self.max_cache_bytes}
+        kept["cache_device"] = None if self.cache_device == "model" else self.cache_device
+        for name, given in kept.items():
+            if given is not None:
+                raise ConfigError(
+                    f"{name} is not for CUDA graphs, which take features where they are, and all of them: leave {name} "
+                    "or cuda_graphs out"
+                )
+
     @property
     def history(self) -> int:
         """Features kept of each span: as many as any of its parts looks at."""
@@ -134,8 +171,8 @@ class Method:
 
         Raises:
             ConfigError: for a scope that policy or forecaster does not serve, options that leave nothing to skip, a
-                denoiser compiled as a whole with a forecaster that it cannot trace, or a corrector whose signals are
-                not taken.
+                denoiser compiled as a whole with a forecaster that it cannot trace, a corrector whose signals are
+                not taken, or CUDA graphs of a denoiser that is not on one CUDA device.
             NoSpansError: if the denoiser has none at this scope.
         """
         policy = self.guarded.policy
@@ -185,6 +222,13 @@ class Method:
                 "a stream is not for a denoiser compiled as a whole: compile its blocks instead "
                 "(compile_repeated_blocks), or use scope 'denoiser'"
             )
+        if self.cuda_graphs:
+            if is_compiled(denoiser):
+                raise ConfigError(
+                    "cuda_graphs is not for a denoiser compiled as a whole: torch.compile(mode='reduce-overhead') has "
+                    "graphs of its own there, and compiled blocks (compile_repeated_blocks) go with cuda_graphs"
+                )
+            check_device(unwrap(denoiser))
         if needs.rollback and self.sync == "lagged":
             raise ConfigError(f"policy {policy.name!r} waits for each step's signal to roll it back: not sync='lagged'")
         if scope == "cut" and (needs.probe > 1 or needs.tail):
@@ -237,6 +281,7 @@ class Session(Attached):
         self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
+        self.graphs: dict[str, Graphs] = {}  # of denoisers, where calls are captured
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
         self._told: set[str] = set()  # warnings
@@ -306,6 +351,8 @@ class Session(Attached):
             intercept(module, self, handler)
         if self.method.is_traced(denoiser, layout.scope):
             self.compiled[name] = CompiledSpans(unwrap(denoiser), spans)
+        elif self.method.cuda_graphs:
+            self.graphs[name] = Graphs(unwrap(denoiser))
 
     def arrange_spans(self, name: str, trace: list[Called]) -> None:
         """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
@@ -330,6 +377,7 @@ class Session(Attached):
         self.verified.pop(name, None)
         if name in self.compiled:
             self.compiled.pop(name).remove()
+        self.graphs.pop(name, None)
         for module, _ in self._handlers.pop(name, ()):
             release(module, self)
         self.denoisers.pop(name, None)
@@ -429,6 +477,8 @@ class Session(Attached):
         run.finish()
         for compiled in self.compiled.values():
             compiled.release()
+        for graphs in self.graphs.values():
+            graphs.release(run)
 
     def _check_sampler(self, pipe: Any) -> None:
         """Tell once where the sampler of a plan was swapped for another, which may have the very same noise levels."""

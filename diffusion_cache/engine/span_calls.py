@@ -13,8 +13,8 @@ from ..differences import DIFFERENCES, DifferenceHistory
 from ..history import History, is_finite
 from ..models import Called, Span
 from ..offload import Offload
-from .forecasting import Forecasts
-from .frame import Frame, PassKey, SpanState, Visit
+from .forecasting import Forecasts, as_tensor
+from .frame import Frame, PassKey, Recorded, SpanState, Visit
 from .signals import take
 from .structure import (
     Inputs,
@@ -122,6 +122,8 @@ class SpanCalls:
             elif member not in visit.state.passthrough:
                 visit.state.passthrough[member] = PassThrough.of(output)
         except Exception as error:
+            if frame.recording is not None:
+                raise
             self.forget(visit.state)
             self._run.warn_failure("storing a feature", error)
         observer = self._run.session.observer
@@ -157,7 +159,7 @@ class SpanCalls:
             take(self._run, frame, span, inner, args, kwargs, inputs)
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
-        reuse = not frame.actions[session.span_index[span] if len(frame.actions) > 1 else 0]
+        reuse = not self._computes(frame, span)
         visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
         forecast = reuse and self._forecast(frame, visit)
         self._prefetch(frame.key, state.place + 1, frame.actions)
@@ -181,6 +183,11 @@ class SpanCalls:
             )
         frame.visits[span] = visit
         return visit
+
+    def _computes(self, frame: Frame, span: Span) -> bool:
+        """What the frame's actions say of a span."""
+        assert frame.actions is not None
+        return frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]
 
     def _interrupted(self, frame: Frame, state: SpanState, span: Span) -> None:
         assert frame.open is not None
@@ -257,8 +264,14 @@ class SpanCalls:
             if history is None:
                 frame.reason = "new chunks"
                 return False
-            weights, slots = self.forecasts.weights(frame, span, history)
-            correction = self.forecasts.correction(frame, span, history)
+            weights: Sequence[float] | Tensor
+            if frame.recording is not None:
+                fixed = frame.recording.given[span, frame.counts[span] - 1]
+                weights, correction, slots = fixed.weights, fixed.correction, list(range(history.capacity))
+                frame.recording.reused.append(self._recorded(frame, visit))
+            else:
+                weights, slots = self.forecasts.weights(frame, span, history)
+                correction = self.forecasts.correction(frame, span, history)
             leaves = state.template.leaves
             forecast: list[Tensor] = []
             for i, leaf in enumerate(leaves):
@@ -273,6 +286,8 @@ class SpanCalls:
             visit.rows = frame.rows
             return True
         except Exception as error:
+            if frame.recording is not None:
+                raise
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
@@ -296,8 +311,7 @@ class SpanCalls:
         Weights are [slots] or [rows, slots]; a correction is [1 or rows, 2, channels], and given at each reused step
         by a forecaster that makes any.
         """
-        assert frame.actions is not None
-        if frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]:
+        if self._computes(frame, span):
             return None, None
         if not state.history:
             frame.reason = "no history"
@@ -305,13 +319,22 @@ class SpanCalls:
         if not self._is_checked(span, state):
             frame.reason = "not finite"
             return None, None
+        numbers = self.slot_numbers(frame, span, state)
+        if numbers is None:
+            return None, None
+        feature = state.history.slots[0][0]
+        weights, correction = numbers
+        return as_tensor(weights, feature), None if correction is None else as_tensor(correction, feature)
+
+    def slot_numbers(self, frame: Frame, span: Span, state: SpanState) -> tuple[list[Any], list[Any] | None] | None:
+        """The numbers of `slot_weights` for a span that is reused; None where that fails, and it is computed."""
         try:
-            return self.forecasts.slot_weights(frame, span, state.history)
+            return self.forecasts.slot_numbers(frame, span, state.history)
         except Exception as error:
             self._run.warn_failure("forecasting", error)
             self.forget(state)
             frame.reason = "failure"
-            return None, None
+            return None
 
     def _compute_rows(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -341,7 +364,7 @@ class SpanCalls:
         self._note_first_pass(frame, visit, whole)
         try:
             kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
-            self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)], rows)
+            self._observe(frame, visit, [*tensors, *kept], [*bases, *[None] * len(kept)], rows)
             state.unchecked = True
         except Exception as error:
             self.forget(state)
@@ -383,8 +406,12 @@ class SpanCalls:
         kept = _kept(state.template, visit.inputs)
         if visit.stores and self._fits(state, [*tensors, *kept]):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
+            if frame.recording is not None:
+                made = state.history.encoded([*tensors, *kept], [*bases, *[None] * len(kept)])
+                frame.recording.stored.append(self._recorded(frame, visit, *made))
+                return tensors
             if frame.chunks is None:
-                self._observe(frame, state.history, [*tensors, *kept], [*bases, *[None] * len(kept)])
+                self._observe(frame, visit, [*tensors, *kept], [*bases, *[None] * len(kept)])
             elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
                 assert isinstance(state.history, ChunkHistory)
                 state.history.observe_chunks(frame.chunks, tensors[0], bases[0])
@@ -397,15 +424,62 @@ class SpanCalls:
     def _observe(
         self,
         frame: Frame,
-        history: History,
+        visit: Visit,
         outputs: Sequence[Tensor],
         bases: Sequence[Tensor | None],
         rows: Sequence[int] | None = None,
     ) -> None:
-        if self._offload is None:
+        history, graphs = visit.state.history, self._run.graphs(frame.key[0])
+        if graphs is not None:
+            place = frame.key, visit.span, frame.counts[visit.span] - 1
+            graphs.file(place, frame.step.index, history, *history.encoded(outputs, bases))
+        elif self._offload is None:
             history.observe(frame.step.index, outputs, bases, rows, frame.batch)
         else:
             self._offload.observe(history, frame.step.index, outputs, bases, rows, frame.batch)
+
+    # calls that graphs repeat
+
+    def _recorded(
+        self, frame: Frame, visit: Visit, parts: list[Tensor] | None = None, coded: list[Any] | None = None
+    ) -> Recorded:
+        state, count = visit.state, frame.counts[visit.span] - 1
+        assert state.template is not None
+        return Recorded(
+            visit.span, count, visit.entered, state.template, dict(state.passthrough), parts or [], coded or []
+        )
+
+    def reusable(self, frame: Frame) -> list[tuple[Span, int, SpanState]]:
+        """What of the spans of this call, by the times that each runs in it, can be reused and is to be."""
+        assert frame.actions is not None
+        if all(frame.actions):
+            return []
+        found = [
+            (span, count, state)
+            for (key, span, count), state in self._states.items()
+            if key == frame.key and not self._computes(frame, span)
+            if state.history and state.template is not None and not state.unusable and self._is_checked(span, state)
+        ]
+        return sorted(found, key=lambda one: (self._run.session.span_index[one[0]], one[1]))
+
+    def file(self, frame: Frame, recorded: Recorded) -> None:
+        """Store the feature that a call made, as if its span had been left just now."""
+        state = self.state(frame.key, recorded.span, recorded.nth)
+        if state.unusable:
+            return
+        if state.template is not recorded.template or state.signature != recorded.entered:
+            self._reshape(state)
+            state.template, state.signature = recorded.template, recorded.entered
+        state.passthrough = dict(recorded.passthrough)
+        graphs = self._run.graphs(frame.key[0])
+        assert graphs is not None
+        try:
+            place = frame.key, recorded.span, recorded.nth
+            graphs.file(place, frame.step.index, state.history, recorded.parts, recorded.coded)
+            state.unchecked = True
+        except Exception as error:
+            self.forget(state)
+            self._run.warn_failure("storing a feature", error)
 
     # bringing back what waits on the host
 

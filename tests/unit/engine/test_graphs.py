@@ -1,0 +1,151 @@
+"""What graphs take for given, and the stand-in for them: strict enough that what would be wrong on a GPU is wrong."""
+
+import pytest
+import torch
+from recorded_graph import RecordingCapturer
+from torch import nn
+
+from diffusion_cache.engine import graphs
+from diffusion_cache.errors import ConfigError
+
+
+def captured(body):
+    return RecordingCapturer().capture(body, None)
+
+
+def test_a_replay_reads_what_is_there_by_then():
+    given, weight = torch.ones(2, 3), nn.Parameter(torch.full((2, 3), 2.0))
+    with torch.no_grad():
+        graph, made = captured(lambda: (given * weight).relu().sum(1))
+        assert made.tolist() == [6, 6]
+        given.copy_(torch.tensor([[1.0], [-1.0]]))
+        weight.mul_(2)
+        graph.replay()
+    assert made.tolist() == [12, 0]
+
+
+def test_a_replay_does_not_see_numbers_of_python_nor_tensors_that_came_later():
+    held = {"number": 1.0, "tensor": torch.ones(2)}
+    weight = nn.Parameter(torch.ones(2))
+    with torch.no_grad():
+        graph, (scaled, added, weighed) = captured(
+            lambda: (torch.ones(2) * held["number"], held["tensor"] + 0, weight * 1)
+        )
+        held.update(number=5.0, tensor=torch.full((2,), 5.0))
+        weight.data = torch.full((2,), 5.0)
+        graph.replay()
+    assert [tensor.tolist() for tensor in (scaled, added, weighed)] == [[1, 1]] * 3
+
+
+def test_views_and_writes_in_place():
+    given = torch.arange(6.0).view(2, 3)
+
+    def body():
+        whole = given.clone()
+        column = whole[:, 1]
+        column += 10
+        torch.sub(whole, 1, out=whole)
+        return whole.t().contiguous(), column
+
+    graph, (turned, column) = captured(body)
+    for _ in range(2):
+        given.copy_(torch.ones(2, 3))
+        graph.replay()
+        assert turned.tolist() == [[0, 0], [10, 10], [0, 0]]
+        assert column.tolist() == [10, 10]
+
+
+def test_no_python_runs_at_a_replay():
+    calls = []
+
+    def body():
+        calls.append(1)
+        return torch.ones(2) + 1
+
+    graph, made = captured(body)
+    graph.replay()
+    assert len(calls) == 1
+    assert made.tolist() == [2, 2]
+
+
+def test_what_another_graph_of_the_pool_has_made_is_lost():
+    capturer, given = RecordingCapturer(), torch.ones(2)
+    first, one = capturer.capture(lambda: given + 1, None)
+    second, two = capturer.capture(lambda: given + 2, first)
+    first.replay()
+    assert one.tolist() == [2, 2]
+    assert two.isnan().all()
+    second.replay()
+    assert one.isnan().all()
+    assert two.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda given: given.sum().item(),
+        lambda given: bool(given.any()),
+        lambda given: given[given > 0],
+        lambda given: torch.tensor([1.0, 2.0]) * given,
+        lambda given: given.nonzero(),
+    ],
+    ids=["item", "bool", "mask", "from the host", "nonzero"],
+)
+def test_what_waits_for_the_device_fails(body):
+    given = torch.ones(2)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        captured(lambda: body(given))
+    assert (given + 1).tolist() == [2, 2]
+
+
+def test_devices():
+    with pytest.raises(ConfigError, match=r"stays on a CUDA device, and this one is on cpu: .* leave cuda_graphs out"):
+        graphs.capturer(torch.device("cpu"))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ConfigError, match="on one CUDA device, and this one is on cpu, meta"):
+        graphs.device_of(model)
+    assert graphs.device_of(model[0]) == torch.device("cpu")
+    assert graphs.device_of(nn.Identity()) == torch.device("cpu")
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scales = {"default": 1.0}
+        self.table = torch.ones(2)
+        self.processor = type("Processor", (), {})()
+        self.processor.scale = [0.5]
+        self.register_buffer("shift", torch.zeros(2))
+
+
+def replaced(model):
+    model.linear.weight = nn.Parameter(torch.ones(2, 2))
+
+
+CHANGES = {
+    "a weight's memory": lambda model: setattr(model.linear.weight, "data", torch.ones(2, 2)),
+    "a weight": replaced,
+    "a buffer": lambda model: setattr(model, "shift", torch.zeros(2)),
+    "a module": lambda model: setattr(model, "linear", nn.Linear(2, 2)),
+    "a number in a dict": lambda model: model.scales.update(default=0.5),
+    "a tensor that is no weight": lambda model: setattr(model, "table", torch.zeros(2)),
+    "a number of a processor": lambda model: model.processor.scale.__setitem__(0, 1.0),
+    "a processor": lambda model: setattr(model, "processor", object()),
+    "a hook": lambda model: model.linear.register_forward_hook(lambda *_: None),
+    "a mode": lambda model: model.linear.eval(),
+    "a forward": lambda model: setattr(model.linear, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_of_a_denoiser(change):
+    model = Scaled()
+    before, kept = graphs._condition(model), [*model.modules(), model.linear.weight.data, model.shift, model.processor]
+    with torch.no_grad():
+        model.linear.weight.add_(1)  # graphs read it where it is
+        model.linear(torch.ones(2))
+    assert graphs._condition(model) == before
+    CHANGES[change](model)
+    assert graphs._condition(model) != before
+    del kept  # alive until now, or its memory may have become that of what replaced it
