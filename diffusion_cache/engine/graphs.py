@@ -6,6 +6,7 @@ arguments, weights and slots are written into before a replay, and a feature is 
 its slot afterwards, which its weight then follows. Deciding, weighing and storing stay outside.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -42,16 +43,14 @@ class Capturer:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
 
     def warm(self, body: Callable[[], Any]) -> Any:
         """What the function gives, run on the stream that it is captured on, where kernels are then known."""
-        self._stream = self._stream or torch.cuda.Stream(self._device)
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             made = body()
-        current.wait_stream(self._stream)
+        current.wait_stream(side)
         return made
 
     def capture(self, body: Callable[[], Any], beside: Any) -> tuple[Any, Any]:
@@ -63,10 +62,16 @@ class Capturer:
         pool = None if beside is None else beside.pool()
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=_side_stream(self._device), capture_error_mode="thread_local"),
         ):
             made = body()
         return graph, made
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for each stream that they have run on."""
+    return torch.cuda.Stream(device)
 
 
 def capturer(device: torch.device) -> Capturer:

@@ -54,7 +54,7 @@ def generate(name, pipe, labels=(3,), steps=STEPS, seed=0, **options):
     call = reference.inputs(name, labels, range(seed, seed + len(labels)), steps=steps)
     dtype = getattr(pipe, reference.spec(name).denoiser).dtype
     call = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
-    return reference.images(name, pipe(**call, **options))
+    return reference.images(name, pipe(**{**call, **options}))
 
 
 def messages(told):
@@ -194,6 +194,18 @@ def test_values_that_are_not_finite(capturers):
                 generated.append(generate(name, pipe))
         found.append(torch.stack(generated))
     assert (found[0].nan_to_num(2) - found[1].nan_to_num(2)).abs().max() <= 1e-6
+
+
+def test_nothing_that_is_not_finite_stays_in_slots(capturers):
+    name = "flux-digits"
+    pipe = load(name)
+    dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
+    generate(name, pipe)
+    expected = generate(name, pipe)
+    with pytest.warns(DiffusionCacheWarning, match="not finite"):
+        generate(name, pipe, prompt_embeds=torch.full((1, 4, 64), torch.nan, dtype=torch.float64))
+    assert torch.equal(generate(name, pipe), expected)
+    assert dc.summary(pipe).replayed == STEPS
 
 
 def test_weights_that_change_where_they_are(capturers):
