@@ -147,6 +147,7 @@ class Graphs:
         self._elsewhere = ""  # why the denoiser, where it is now, has no graphs
         self._lock = threading.Lock()
         self._run: weakref.ref[CacheRun] | None = None
+        self._refused: weakref.WeakSet[CacheRun] = weakref.WeakSet()  # their features are elsewhere, also later on
         self._entries: dict[tuple, Entry] = {}
         self._slots: dict[tuple, list[list[Tensor]]] = {}
         self._used: set[tuple] = set()  # by the run, of both
@@ -159,6 +160,8 @@ class Graphs:
         """Whether this run is the one that the memory is for; it becomes that where there is no other."""
         with self._lock:
             current = None if self._run is None else self._run()
+            if current is run or run in self._refused:
+                return current is run
             if current is None:
                 self._run = weakref.ref(run)
                 self._used.clear()
@@ -166,9 +169,10 @@ class Graphs:
                     self._tell("the denoiser's weights, modules or settings have changed: its graphs are captured anew")
                     self._entries.clear()
                 self._find()
-            elif current is not run:
-                self._tell("another run of this pipeline has begun before this one is over, which goes without graphs")
-            return current is None or current is run
+            else:
+                self._refused.add(run)
+                self._tell("a run has begun before another of the same denoiser is over: it goes without graphs")
+            return current is None
 
     def _find(self) -> None:
         """Look where the denoiser is."""
@@ -198,7 +202,8 @@ class Graphs:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         hindrance = self._hindrance(run, frame, leaves)
         if hindrance is not None:
-            self._tell(f"{hindrance}: such calls go without graphs") if hindrance else None
+            if hindrance:
+                self._tell(f"{hindrance}: such calls go without graphs")
             return forward(args, kwargs)
         reused = run.spans.reusable(frame)
         kept = run.history, run.forecaster.feature, run.forecaster.keeps_inputs
@@ -279,7 +284,8 @@ class Graphs:
         recorded = {(one.span, one.nth): one for one in entry.made.reused}
         for span, count, state in reused:
             one, slots = recorded[span, count], state.history.tensors()
-            same = all(a is b for a, b in zip(slots, entry.slots[span, count], strict=True))
+            read = entry.slots[span, count]
+            same = len(slots) == len(read) and all(a is b for a, b in zip(slots, read, strict=True))
             if not same or state.template is not one.template or state.signature != one.entered:
                 return None
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
