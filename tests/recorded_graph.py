@@ -26,6 +26,8 @@ class RecordedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not {torch.Tensor, torch.nn.Parameter}.issuperset(types):
+            return NotImplemented  # a tensor that stands for operations: those come here as well
         if _waits(operator, args):
             raise RuntimeError(f"operation not permitted when stream is capturing: {operator}")
         before = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}

@@ -6,6 +6,7 @@ arguments, weights and slots are written into before a replay, and a feature is 
 its slot afterwards, which its weight then follows. Deciding, weighing and storing stay outside.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -42,16 +43,14 @@ class Capturer:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
 
     def warm(self, body: Callable[[], Any]) -> Any:
         """What the function gives, run on the stream that it is captured on, where kernels are then known."""
-        self._stream = self._stream or torch.cuda.Stream(self._device)
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             made = body()
-        current.wait_stream(self._stream)
+        current.wait_stream(side)
         return made
 
     def capture(self, body: Callable[[], Any], beside: Any) -> tuple[Any, Any]:
@@ -63,10 +62,16 @@ class Capturer:
         pool = None if beside is None else beside.pool()
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=_side_stream(self._device), capture_error_mode="thread_local"),
         ):
             made = body()
         return graph, made
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for each stream that they have run on."""
+    return torch.cuda.Stream(device)
 
 
 def capturer(device: torch.device) -> Capturer:
@@ -142,6 +147,7 @@ class Graphs:
         self._elsewhere = ""  # why the denoiser, where it is now, has no graphs
         self._lock = threading.Lock()
         self._run: weakref.ref[CacheRun] | None = None
+        self._refused: weakref.WeakSet[CacheRun] = weakref.WeakSet()  # their features are elsewhere, also later on
         self._entries: dict[tuple, Entry] = {}
         self._slots: dict[tuple, list[list[Tensor]]] = {}
         self._used: set[tuple] = set()  # by the run, of both
@@ -154,6 +160,8 @@ class Graphs:
         """Whether this run is the one that the memory is for; it becomes that where there is no other."""
         with self._lock:
             current = None if self._run is None else self._run()
+            if current is run or run in self._refused:
+                return current is run
             if current is None:
                 self._run = weakref.ref(run)
                 self._used.clear()
@@ -161,9 +169,10 @@ class Graphs:
                     self._tell("the denoiser's weights, modules or settings have changed: its graphs are captured anew")
                     self._entries.clear()
                 self._find()
-            elif current is not run:
-                self._tell("another run of this pipeline has begun before this one is over, which goes without graphs")
-            return current is None or current is run
+            else:
+                self._refused.add(run)
+                self._tell("a run has begun before another of the same denoiser is over: it goes without graphs")
+            return current is None
 
     def _find(self) -> None:
         """Look where the denoiser is."""
@@ -193,7 +202,8 @@ class Graphs:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         hindrance = self._hindrance(run, frame, leaves)
         if hindrance is not None:
-            self._tell(f"{hindrance}: such calls go without graphs") if hindrance else None
+            if hindrance:
+                self._tell(f"{hindrance}: such calls go without graphs")
             return forward(args, kwargs)
         reused = run.spans.reusable(frame)
         kept = run.history, run.forecaster.feature, run.forecaster.keeps_inputs
@@ -274,7 +284,8 @@ class Graphs:
         recorded = {(one.span, one.nth): one for one in entry.made.reused}
         for span, count, state in reused:
             one, slots = recorded[span, count], state.history.tensors()
-            same = all(a is b for a, b in zip(slots, entry.slots[span, count], strict=True))
+            read = entry.slots[span, count]
+            same = len(slots) == len(read) and all(a is b for a, b in zip(slots, read, strict=True))
             if not same or state.template is not one.template or state.signature != one.entered:
                 return None
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))

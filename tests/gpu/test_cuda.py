@@ -1,4 +1,6 @@
-"""On a GPU: the same contracts, and no host sync on the planned path."""
+"""On a GPU: the same contracts, no host sync on the planned path, and CUDA graphs."""
+
+import gc
 
 import pytest
 import torch
@@ -74,9 +76,8 @@ def generate_on_cpu(pipe, name):
     return reference.images(name, pipe(**reference.inputs(name, (3, 8), (5, 6), steps=STEPS)))
 
 
-@pytest.mark.parametrize("name", sorted(reference.MODELS))
-def test_planned_steps_after_the_first_do_not_wait_for_the_device(name):
-    denoiser = reference.denoiser(name).to("cuda")
+def third_call(name):
+    """The arguments of a pipeline's third call of its denoiser."""
     calls = []
     pipe = reference.load(name).to("cuda")
     hook = getattr(pipe, reference.spec(name).denoiser).register_forward_pre_hook(
@@ -84,7 +85,13 @@ def test_planned_steps_after_the_first_do_not_wait_for_the_device(name):
     )
     generate(pipe, name)
     hook.remove()
-    args, kwargs = calls[2]
+    return calls[2]
+
+
+@pytest.mark.parametrize("name", sorted(reference.MODELS))
+def test_planned_steps_after_the_first_do_not_wait_for_the_device(name):
+    denoiser = reference.denoiser(name).to("cuda")
+    args, kwargs = third_call(name)
     with torch.no_grad(), dc.run(denoiser, num_steps=STEPS, **OPTIONS) as run:
         denoiser(*args, **kwargs)  # the first call may read its sample back once
         torch.cuda.set_sync_debug_mode("error")
@@ -104,3 +111,90 @@ def test_adaptive_runs_repeat(sync):
         first = generate(pipe, "flux-digits")
         assert dc.summary(pipe).reused > 0
         assert torch.equal(generate(pipe, "flux-digits"), first)
+
+
+CAPTURED = (
+    dict(),
+    dict(scope="block"),
+    dict(scope="branch"),
+    dict(scope="denoiser"),
+    dict(scope="block", cache_dtype="fp8"),
+    dict(scope="block", cache_dtype="int8"),
+)
+
+
+@pytest.mark.parametrize("name", sorted(reference.MODELS))
+@pytest.mark.parametrize("where", CAPTURED, ids=str)
+def test_cuda_graphs_give_the_same_images(name, where):
+    pipe = reference.load(name).to("cuda")
+    with dc.cached(pipe, **OPTIONS, **where):
+        expected, records = generate(pipe, name), dc.summary(pipe).records
+    with dc.cached(pipe, **OPTIONS, **where, cuda_graphs=True):
+        for _ in range(3):
+            assert (generate(pipe, name) - expected).abs().max() < 1e-2
+            found = dc.summary(pipe)
+            assert [record.computed for record in found.records] == [record.computed for record in records]
+        assert found.replayed == len(found.records)
+
+
+@pytest.mark.parametrize("name", sorted(reference.MODELS))
+def test_replays_do_not_wait_for_the_device(name):
+    denoiser = reference.denoiser(name).to("cuda")
+    args, kwargs = third_call(name)
+    with torch.no_grad(), dc.run(denoiser, num_steps=2 * STEPS, **OPTIONS, cuda_graphs=True) as run:
+        outputs = []
+        for step in range(2 * STEPS):
+            if step == STEPS:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                outputs.append(denoiser(*args, **kwargs)[0])
+                run.next_step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert all(record.replayed for record in run.summary().records[STEPS:])
+    assert all((output - outputs[0]).abs().max() < 1e-3 * outputs[0].abs().max() for output in outputs)
+
+
+def test_graphs_take_no_more_memory_from_run_to_run_and_none_once_disabled():
+    name = "flux-digits"
+    pipe = reference.load(name).to("cuda")
+    disabled = []
+    for _ in range(3):
+        taken = []
+        dc.enable(pipe, **OPTIONS, cuda_graphs=True)
+        for _ in range(4):
+            generate(pipe, name)
+            taken.append(held_bytes())
+        assert dc.summary(pipe).replayed == STEPS
+        assert taken[1] == taken[2] == taken[3]
+        dc.disable(pipe)
+        disabled.append(held_bytes())
+        assert disabled[-1] < taken[-1]
+    assert disabled[1] == disabled[2]  # libraries keep workspaces from the first capture on
+
+
+def held_bytes():
+    torch.cuda.synchronize()
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+def test_what_cannot_be_captured_runs_as_usual():
+    name = "dit-digits"
+    pipe = reference.load(name).to("cuda")
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
+        lambda module, args, output: output * (1.0 + 0.01 * float(output.mean()))
+    )
+    with dc.cached(pipe, **OPTIONS):
+        expected = generate(pipe, name)
+    with dc.cached(pipe, **OPTIONS, cuda_graphs=True):
+        with pytest.warns(dc.DiffusionCacheWarning, match="could not be captured"):
+            found = [generate(pipe, name), generate(pipe, name)]
+        assert all((image - expected).abs().max() < 1e-2 for image in found)
+        assert [record.replayed for record in dc.summary(pipe).records] == [False, True] * (STEPS // 2)
+        hook.remove()
+        torch.randn(4, device="cuda")  # the generator serves calls that are not captured again
+        with pytest.warns(dc.DiffusionCacheWarning, match="have changed"):
+            generate(pipe, name)
+        generate(pipe, name)
+        assert dc.summary(pipe).replayed == STEPS

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_graph import RecordingCapturer
+
+from diffusion_cache.engine import graphs
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +158,30 @@ def test_a_cache_that_is_wrong_gets_no_speed(bench_gpu):
     row = bench_gpu.row(model, first, wrong, bench_gpu.Timing(), 6)
     assert row["correct"] is False
     assert row["speedup"] is None
+
+
+def test_cuda_graphs_are_checked_by_what_was_replayed(bench_gpu, monkeypatch):
+    """By a stand-in, as there are none on a CPU, where they are left out."""
+    model = bench_gpu.architecture("dit-xl-2")
+    (variant,) = [one for one in bench_gpu.variants(model, "stack", graphs=True) if one.graphs]
+    assert variant not in bench_gpu.variants(model, "stack")
+    denoiser = model.build("cpu", torch.float32, tiny=True)
+    calls = model.calls("cpu", torch.float32, tiny=True)
+    bench = bench_gpu.Bench(model, denoiser, torch.device("cpu"), calls, calls, math.inf)
+    with torch.no_grad():
+        reference = bench_gpu.Reference.of(bench)
+        with pytest.raises(bench_gpu.ConfigError, match="stays on a CUDA device"):
+            bench_gpu.check(bench, variant, reference)
+        made = []
+        monkeypatch.setattr(graphs, "capturer", lambda device: made.append(RecordingCapturer()) or made[-1])
+        right = bench_gpu.check(bench, variant, reference)
+        monkeypatch.setattr(graphs, "MAX_GRAPHS", 0)
+        with pytest.warns(bench_gpu.dc.DiffusionCacheWarning, match="go without graphs"):
+            none = bench_gpu.check(bench, variant, reference)
+    assert right.problem is None
+    assert 0 < right.flops < 0.5
+    assert sum(capturer.replays for capturer in made) > 0
+    assert none.problem == "no call was replayed"
 
 
 def test_out_of_time(bench_gpu, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from recorded_graph import RecordingCapturer
 
 import diffusion_cache as dc
-from diffusion_cache import reference
+from diffusion_cache import ops, reference
 from diffusion_cache.engine import graphs
 from diffusion_cache.errors import DiffusionCacheWarning
 
@@ -54,7 +54,7 @@ def generate(name, pipe, labels=(3,), steps=STEPS, seed=0, **options):
     call = reference.inputs(name, labels, range(seed, seed + len(labels)), steps=steps)
     dtype = getattr(pipe, reference.spec(name).denoiser).dtype
     call = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
-    return reference.images(name, pipe(**call, **options))
+    return reference.images(name, pipe(**{**call, **options}))
 
 
 def messages(told):
@@ -194,6 +194,18 @@ def test_values_that_are_not_finite(capturers):
                 generated.append(generate(name, pipe))
         found.append(torch.stack(generated))
     assert (found[0].nan_to_num(2) - found[1].nan_to_num(2)).abs().max() <= 1e-6
+
+
+def test_nothing_that_is_not_finite_stays_in_slots(capturers):
+    name = "flux-digits"
+    pipe = load(name)
+    dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
+    generate(name, pipe)
+    expected = generate(name, pipe)
+    with pytest.warns(DiffusionCacheWarning, match="not finite"):
+        generate(name, pipe, prompt_embeds=torch.full((1, 4, 64), torch.nan, dtype=torch.float64))
+    assert torch.equal(generate(name, pipe), expected)
+    assert dc.summary(pipe).replayed == STEPS
 
 
 def test_weights_that_change_where_they_are(capturers):
@@ -377,13 +389,51 @@ def test_runs_beside_each_other(capturers):
             pipe.scheduler = scheduler
         return kwargs
 
-    with pytest.warns(DiffusionCacheWarning, match="another run of this pipeline has begun"):
+    with pytest.warns(DiffusionCacheWarning, match="a run has begun before another of the same denoiser is over"):
         found["outer"] = generate(name, pipe, callback_on_step_end=interrupt)
     assert (found["outer"] - expected[0]).abs().max() <= 1e-6
     assert (found["inner"] - expected[1]).abs().max() <= 1e-6
     assert not any(record.replayed for record in summaries["inner"])
     assert dc.summary(pipe).replayed == STEPS
     assert (generate(name, pipe) - expected[0]).abs().max() <= 1e-6
+
+
+def test_a_run_that_was_refused_stays_so():
+    """Its features are in memory of its own."""
+    first, second = CacheRunLike(), CacheRunLike()
+    kept = graphs.Graphs(torch.nn.Linear(2, 2))
+    assert kept.serves(first)
+    with pytest.warns(DiffusionCacheWarning, match="goes without graphs"):
+        assert not kept.serves(second)
+    assert kept.serves(first)
+    kept.release(second)
+    assert kept.serves(first)
+    kept.release(first)
+    assert not kept.serves(second)
+    assert kept.serves(CacheRunLike())
+
+
+class CacheRunLike:
+    """What a run is for who has the memory: itself."""
+
+
+def test_forecasts_that_blocks_make(monkeypatch, capturers):
+    """As on a GPU, where a branch's gate is part of its forecast."""
+    name, method = "flux-digits", dict(scope="branch", **TAYLOR)
+    plain, pipe = load(name), load(name)
+    dc.enable(plain, **method)
+    expected = generate(name, plain)
+    gated = []
+    of_branch = ops.gated_forecast
+    monkeypatch.setattr(ops, "fuses", lambda features: features[0].ndim == 3)
+    monkeypatch.setattr(ops, "gated_forecast", lambda *given: gated.append(given[3]) or of_branch(*given))
+    dc.enable(pipe, cuda_graphs=True, **method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)
+        for _ in range(2):
+            assert (generate(name, pipe) - expected).abs().max() <= 1e-6
+    assert dc.summary(pipe).replayed == STEPS
+    assert any(isinstance(weights, torch.Tensor) for weights in gated)
 
 
 @pytest.mark.parametrize(

@@ -421,3 +421,28 @@ def test_what_is_held_of_a_step():
     assert history.at(5)[0].tolist() == [[0.0], [5.0]]  # the first row does not hold it
     assert history.at(1)[0].tolist() == [[1.0], [0.0]]
     assert history.at(2)[0].tolist() == [[2.0], [2.0]]
+
+
+@pytest.mark.parametrize("dtype", ["model", "fp8", "int8"])
+def test_slots_that_are_lent_stay_where_they_are(dtype):
+    lent, own = History(2, dtype), History(2, dtype)
+    outputs = [[torch.randn(2, 4, 16), torch.arange(4)] for _ in range(3)]
+    bases = [torch.randn(2, 4, 16), None]
+    parts, coded = lent.encoded(outputs[0], bases)
+    slots = [[torch.full_like(part, 7) for part in parts] for _ in range(2)]
+    lent.lend(slots, coded)
+    assert not lent
+    assert all((tensor.view(torch.uint8) == 0).all() for tensor in lent.tensors())
+    for step, given in enumerate(outputs):
+        parts, again = lent.encoded(given, bases)
+        assert again == coded
+        for into, part in zip(lent.claim(step), parts, strict=True):
+            into.copy_(part)
+        own.observe(step, given, bases)
+    assert lent.nodes == own.nodes == [1, 2]
+    assert lent.lanes == own.lanes
+    assert all(torch.equal(a, b) for a, b in zip(lent.tensors(), own.tensors(), strict=True))
+    held = [tensor for slot in slots for tensor in slot]
+    assert all(a is b for a, b in zip(lent.tensors(), held, strict=True))
+    lent.clear()
+    assert [len(slot) for slot in slots] == [len(parts)] * 2
