@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..engine.patches import wrapped_step
-from ..measure import flop_counter
+from ..measure import FlopCounter
 
 
 class StepWork(NamedTuple):
@@ -78,11 +77,11 @@ class Accountant:
         counts = [0] * len(self.leaves)
         inside = [0] * len(self.blocks)
         began = [0] * len(self.blocks)
-        counter = flop_counter() if flops else None
+        counter = _Counter() if flops else None
         base: list[int] = []  # operations before this step's; empty until a denoiser has been called
 
         def total() -> int:
-            return counter.get_total_flops() if counter is not None else 0
+            return counter.total if counter is not None else 0
 
         def begin(module: nn.Module, args: Any) -> None:
             if not base:  # text encoders have run before
@@ -132,9 +131,9 @@ class Accountant:
             if counter is None:
                 yield found
                 return
-            with _Reads() as reads, counter:
+            with counter.counting():
                 yield found
-            found.reads = reads.count
+            found.reads = counter.reads
             self._prices.update({work.pattern: work for work in found.steps})
 
     def priced(self, observed: Observed) -> Observed | None:
@@ -144,31 +143,30 @@ class Accountant:
         return Observed(known, observed.reads) if len(known) == len(steps) else None
 
 
-class _Reads(TorchDispatchMode):
-    """Counts values that are read back from tensors, each of which makes a host wait for a device."""
+class _Counter(FlopCounter):
+    """Counts operations, and values that are read back from tensors, each of which makes a host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.reads = 0
 
-    def __enter__(self) -> "_Reads":
-        self._tolist = Tensor.tolist
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        original = Tensor.tolist
 
         def tolist(tensor: Tensor) -> Any:  # reads a host tensor without any operation
-            self.count += tensor.device.type == "cpu"
-            return self._tolist(tensor)
+            self.reads += tensor.device.type == "cpu"
+            return original(tensor)
 
         Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
-        return super().__enter__()
+        try:
+            with self:
+                yield
+        finally:
+            Tensor.tolist = original  # type: ignore[method-assign]
 
-    def __exit__(self, *error: Any) -> None:
-        Tensor.tolist = self._tolist  # type: ignore[method-assign]
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def _ran(self, func: Any, args: Any, result: Any) -> None:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.count += 1
+            self.reads += 1
         elif func is torch.ops.aten._to_copy.default:
-            self.count += args[0].device.type != "cpu" and result.device.type == "cpu"
-        return result
+            self.reads += args[0].device.type != "cpu" and result.device.type == "cpu"
