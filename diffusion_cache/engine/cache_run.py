@@ -20,7 +20,7 @@ from ..policies import Guarded
 from ..signals import Grid
 from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
-from .frame import Frame, Visit, version_of
+from .frame import Frame, SampleRecord, Visit, version_of
 from .observer import Again
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
@@ -35,7 +35,8 @@ MAX_ROW_GROUPS = 4
 class StepRecord(NamedTuple):
     """What happened in one denoiser call.
 
-    computed: whether any span was; spans_reused of `spans` were not. note: what the forecaster says of how they were.
+    computed: whether any span was; spans_reused of `spans` were not, for any sample. note: what the forecaster says of
+    how they were. samples: what each sample had, where an adaptive policy was asked about each.
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepRecord(NamedTuple):
     spans: int
     spans_reused: int
     note: str = ""
+    samples: tuple[SampleRecord, ...] = ()
 
 
 class CacheRun:
@@ -317,8 +319,9 @@ class CacheRun:
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
+        index, named = frame.step.index, frame.step.pass_name
         self.records.append(
-            StepRecord(frame.step.index, frame.step.pass_name, name, computed, frame.reason, count, whole, frame.note)
+            StepRecord(index, named, name, computed, frame.reason, count, whole, frame.note, frame.samples)
         )
         if frame.trace:
             self.session.arrange_spans(name, frame.trace)

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -82,14 +82,26 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+class SampleRecord(NamedTuple):
+    """What one sample had of a denoiser call that is decided on for each apart.
+
+    computed: what was decided; a call may have to be computed for all samples for the sake of one. spans_reused: for
+    it. again: whether it was reused at first, and decided against at the end of the call.
+    """
+
+    computed: bool
+    spans_reused: int
+    again: bool = False
+
+
 class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
         "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "deferred",
         "fills_cache", "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input",
-        "probe_version", "reason", "reused", "rows", "signals", "step", "stores", "trace", "variant", "verdicts",
-        "visits",
+        "probe_version", "reason", "rejected", "reused", "rows", "signals", "step", "stores", "trace", "variant",
+        "verdicts", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -104,6 +116,7 @@ class Frame:
         self.fills_cache = False  # of keys and values: no part of any history
         self.verdicts: list[Verdict] = []  # on each sample
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
+        self.rejected: list[bool] = []  # of each sample, whether the same call was made before with it reused
         self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
         self.reason = ""
         self.note = ""  # on how it was forecast
@@ -123,6 +136,18 @@ class Frame:
         self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
         self.poisoned = False
         self.trace: list[Called] | None = None  # members in the order they are called
+
+    @property
+    def samples(self) -> tuple[SampleRecord, ...]:
+        """What each sample had, where the policy was asked about each; to be called at the end."""
+        if self.signals is None:
+            return ()
+        apart = sum(visit.rows is not None for visit in self.reused)
+        rejected = self.rejected or [False] * len(self.asking)
+        return tuple(
+            SampleRecord(asks, len(self.reused) - (apart if asks else 0), again)
+            for asks, again in zip(self.asking, rejected, strict=True)
+        )
 
     def again(self, stores: bool) -> "Frame":
         """The same call, about to be made once more."""

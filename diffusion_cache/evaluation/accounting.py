@@ -1,13 +1,15 @@
 """What a generation really executed, step by step: modules, and floating point operations."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..engine import StepRecord
 from ..engine.patches import wrapped_step
 from ..measure import FlopCounter
 
@@ -39,6 +41,11 @@ class Observed:
         return sum(sum(work.block_flops or ()) for work in self.steps)
 
     @property
+    def kinds(self) -> list[Hashable]:
+        """What kind of step each is, by its calls of modules."""
+        return [work.pattern for work in self.steps]
+
+    @property
     def facts(self) -> dict[str, Any]:
         """As plain values, for a file."""
         return {"reads": self.reads, "steps": [list(work) for work in self.steps]}
@@ -49,12 +56,38 @@ class Observed:
         return cls(list(works), facts["reads"])
 
 
+def kinds_of(records: Sequence[StepRecord], samples: int) -> list[list[Hashable]] | None:
+    """What kind of step each is of each sample in a batch that decides on each apart, as the engine has recorded it.
+
+    A sample for which a step was computed only for its neighbours' sake shows a kind that it never has alone. None
+    where the records do not tell the samples apart.
+    """
+    found: list[list[Hashable]] = [[] for _ in range(samples)]
+    for _, group in groupby(records, key=lambda record: record.step):
+        calls = list(group)
+        for call in calls:
+            if len(call.samples) != samples and len(set(call.samples)) > 1:
+                return None
+        for place, kinds in enumerate(found):
+            kinds.append(tuple(_kind(call, place) for call in calls))
+    return found
+
+
+def _kind(call: StepRecord, place: int) -> Hashable:
+    """Of one sample in one call; before the first scheduler step its rows may have been taken for others."""
+    if not call.samples:
+        return call.denoiser, call.pass_name, call.computed, call.spans_reused
+    return call.denoiser, call.pass_name, call.samples[place if place < len(call.samples) else 0]
+
+
 class Accountant:
     """Counts what one pipeline's denoisers execute.
 
-    Counting operations slows a call several times, so it is done with one sample: calls of leaf modules (those with
-    parameters and without children), which cost little to note, tell what kind of step another one is, and a kind that
-    has been counted has a price.
+    Counting operations slows a call, so it is done with one sample: calls of leaf modules (those with parameters and
+    without children), which cost little to note, tell what kind of step another one is, and a kind that has been
+    counted has a price. Where the samples of a batch are decided on apart, its calls do not tell what each of them
+    had, and the engine's records do (`kinds_of`): a sample's work is then the sum of what its own kinds of step cost
+    where a sample is alone, whatever was computed for others in the same call.
     """
 
     def __init__(self, denoisers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], scheduler: Any):
@@ -64,7 +97,7 @@ class Accountant:
             for module in denoiser.modules():
                 if not any(True for _ in module.children()) and next(module.parameters(), None) is not None:
                     self.leaves.append(module)
-        self._prices: dict[tuple[int, ...], StepWork] = {}
+        self._prices: dict[Hashable, StepWork] = {}
 
     def forget_prices(self) -> None:
         """Another cache is put on: under it, equal calls of modules may stand for other operations."""
@@ -134,13 +167,15 @@ class Accountant:
             with counter.counting():
                 yield found
             found.reads = counter.reads
-            self._prices.update({work.pattern: work for work in found.steps})
 
-    def priced(self, observed: Observed) -> Observed | None:
-        """The same with the operations of one sample in every step; None where a kind of step has no price yet."""
-        steps = [self._prices.get(work.pattern) for work in observed.steps]
-        known = [work for work in steps if work is not None]
-        return Observed(known, observed.reads) if len(known) == len(steps) else None
+    def price(self, kinds: Sequence[Hashable], counted: Observed) -> None:
+        """Take what was counted of one sample's steps for what such kinds of step cost."""
+        self._prices.update(zip(kinds, counted.steps, strict=True))
+
+    def priced(self, kinds: Sequence[Hashable]) -> Observed | None:
+        """A sample's work by the kinds of its steps; None where one has no price yet."""
+        known = [self._prices[kind] for kind in kinds if kind in self._prices]
+        return Observed(known) if len(known) == len(kinds) else None
 
 
 class _Counter(FlopCounter):

@@ -23,9 +23,6 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
     return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-_FORMULAS = {**flop_registry, **dict.fromkeys(_UNCOUNTED_ATTENTION, _attention_flops)}
-
-
 class FlopCounter(TorchDispatchMode):
     """Counts floating point operations while it is entered; total: so far.
 
@@ -38,6 +35,7 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self._formulas = {**flop_registry, **dict.fromkeys(_UNCOUNTED_ATTENTION, _attention_flops)}
         self._undivided: set[Any] = {torch.ops.prim.device.default}  # operators that are not made of others
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +49,7 @@ class FlopCounter(TorchDispatchMode):
                 return result
             self._undivided.add(func)
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = self._formulas.get(func.overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         self._ran(func, args, result)
