@@ -21,7 +21,7 @@ from ..policies import Guarded
 from ..signals import Grid
 from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
-from .frame import Frame, Visit, version_of
+from .frame import Frame, SampleRecord, Visit, version_of
 from .graphs import Graphs
 from .observer import Again
 from .sigmas import move_sigmas
@@ -37,8 +37,9 @@ MAX_ROW_GROUPS = 4
 class StepRecord(NamedTuple):
     """What happened in one denoiser call.
 
-    computed: whether any span was; spans_reused of `spans` were not. note: what the forecaster says of how they were.
-    replayed: whether a CUDA graph made the call.
+    computed: whether any span was; spans_reused of `spans` were not, for any sample. note: what the forecaster says of
+    how they were. samples: what each sample had, where an adaptive policy was asked about each. replayed: whether a
+    CUDA graph made the call.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepRecord(NamedTuple):
     spans: int
     spans_reused: int
     note: str = ""
+    samples: tuple[SampleRecord, ...] = ()
     replayed: bool = False
 
 
@@ -333,19 +335,8 @@ class CacheRun:
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)
         count = max(len(spans), frame.computed + whole)
-        self.records.append(
-            StepRecord(
-                frame.step.index,
-                frame.step.pass_name,
-                name,
-                computed,
-                frame.reason,
-                count,
-                whole,
-                frame.note,
-                frame.replayed,
-            )
-        )
+        made = frame.reason, count, whole, frame.note, frame.samples, frame.replayed
+        self.records.append(StepRecord(frame.step.index, frame.step.pass_name, name, computed, *made))
         if frame.trace:
             self.session.arrange_spans(name, frame.trace)
             self.layouts[name] = self.session.layouts[name]

@@ -145,6 +145,8 @@ class Decisions:
         again.apart, again.compared = frame.apart, frame.compared
         again.signals = {name: signal for name, signal in frame.signals.items() if name not in KNOWN_AFTER}
         self._settle(again, verdicts, samples)
+        pairs = zip(frame.verdicts, verdicts, strict=True)
+        again.rejected = [after.compute and not before.compute for before, after in pairs]
         again.reason = f"computed again: {again.reason}"
         return again
 

@@ -117,14 +117,26 @@ class Recording:
         self.stored: list[Recorded] = []
 
 
+class SampleRecord(NamedTuple):
+    """What one sample had of a denoiser call that is decided on for each apart.
+
+    computed: what was decided; a call may have to be computed for all samples for the sake of one. spans_reused: for
+    it. again: whether it was reused at first, and decided against at the end of the call.
+    """
+
+    computed: bool
+    spans_reused: int
+    again: bool = False
+
+
 class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
     __slots__ = (
         "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "deferred",
         "fills_cache", "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input",
-        "probe_version", "reason", "recording", "replayed", "reused", "rows", "signals", "step", "stores", "trace",
-        "variant", "verdicts", "visits",
+        "probe_version", "reason", "recording", "rejected", "replayed", "reused", "rows", "signals", "step", "stores",
+        "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 
     def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
@@ -139,6 +151,7 @@ class Frame:
         self.fills_cache = False  # of keys and values: no part of any history
         self.verdicts: list[Verdict] = []  # on each sample
         self.asking: list[bool] = []  # of each sample, whether it is to be computed
+        self.rejected: list[bool] = []  # of each sample, whether the same call was made before with it reused
         self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
         self.reason = ""
         self.note = ""  # on how it was forecast
@@ -160,6 +173,18 @@ class Frame:
         self.trace: list[Called] | None = None  # members in the order they are called
         self.recording: Recording | None = None  # while a call is made that a graph is to repeat
         self.replayed = False  # whether a graph was
+
+    @property
+    def samples(self) -> tuple[SampleRecord, ...]:
+        """What each sample had, where the policy was asked about each; to be called at the end."""
+        if self.signals is None:
+            return ()
+        apart = sum(visit.rows is not None for visit in self.reused)
+        rejected = self.rejected or [False] * len(self.asking)
+        return tuple(
+            SampleRecord(asks, len(self.reused) - (apart if asks else 0), again)
+            for asks, again in zip(self.asking, rejected, strict=True)
+        )
 
     def again(self, stores: bool) -> "Frame":
         """The same call, about to be made once more."""

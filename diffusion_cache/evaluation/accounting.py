@@ -1,16 +1,17 @@
 """What a generation really executed, step by step: modules, and floating point operations."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine import StepRecord
 from ..engine.patches import wrapped_step
-from ..measure import flop_counter
+from ..measure import FlopCounter
 
 
 class StepWork(NamedTuple):
@@ -40,6 +41,11 @@ class Observed:
         return sum(sum(work.block_flops or ()) for work in self.steps)
 
     @property
+    def kinds(self) -> list[Hashable]:
+        """What kind of step each is, by its calls of modules."""
+        return [work.pattern for work in self.steps]
+
+    @property
     def facts(self) -> dict[str, Any]:
         """As plain values, for a file."""
         return {"reads": self.reads, "steps": [list(work) for work in self.steps]}
@@ -50,12 +56,38 @@ class Observed:
         return cls(list(works), facts["reads"])
 
 
+def kinds_of(records: Sequence[StepRecord], samples: int) -> list[list[Hashable]] | None:
+    """What kind of step each is of each sample in a batch that decides on each apart, as the engine has recorded it.
+
+    A sample for which a step was computed only for its neighbours' sake shows a kind that it never has alone. None
+    where the records do not tell the samples apart.
+    """
+    found: list[list[Hashable]] = [[] for _ in range(samples)]
+    for _, group in groupby(records, key=lambda record: record.step):
+        calls = list(group)
+        for call in calls:
+            if len(call.samples) != samples and len(set(call.samples)) > 1:
+                return None
+        for place, kinds in enumerate(found):
+            kinds.append(tuple(_kind(call, place) for call in calls))
+    return found
+
+
+def _kind(call: StepRecord, place: int) -> Hashable:
+    """Of one sample in one call; before the first scheduler step its rows may have been taken for others."""
+    if not call.samples:
+        return call.denoiser, call.pass_name, call.computed, call.spans_reused
+    return call.denoiser, call.pass_name, call.samples[place if place < len(call.samples) else 0]
+
+
 class Accountant:
     """Counts what one pipeline's denoisers execute.
 
-    Counting operations slows a call several times, so it is done with one sample: calls of leaf modules (those with
-    parameters and without children), which cost little to note, tell what kind of step another one is, and a kind that
-    has been counted has a price.
+    Counting operations slows a call, so it is done with one sample: calls of leaf modules (those with parameters and
+    without children), which cost little to note, tell what kind of step another one is, and a kind that has been
+    counted has a price. Where the samples of a batch are decided on apart, its calls do not tell what each of them
+    had, and the engine's records do (`kinds_of`): a sample's work is then the sum of what its own kinds of step cost
+    where a sample is alone, whatever was computed for others in the same call.
     """
 
     def __init__(self, denoisers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], scheduler: Any):
@@ -65,7 +97,7 @@ class Accountant:
             for module in denoiser.modules():
                 if not any(True for _ in module.children()) and next(module.parameters(), None) is not None:
                     self.leaves.append(module)
-        self._prices: dict[tuple[int, ...], StepWork] = {}
+        self._prices: dict[Hashable, StepWork] = {}
 
     def forget_prices(self) -> None:
         """Another cache is put on: under it, equal calls of modules may stand for other operations."""
@@ -78,11 +110,11 @@ class Accountant:
         counts = [0] * len(self.leaves)
         inside = [0] * len(self.blocks)
         began = [0] * len(self.blocks)
-        counter = flop_counter() if flops else None
+        counter = _Counter() if flops else None
         base: list[int] = []  # operations before this step's; empty until a denoiser has been called
 
         def total() -> int:
-            return counter.get_total_flops() if counter is not None else 0
+            return counter.total if counter is not None else 0
 
         def begin(module: nn.Module, args: Any) -> None:
             if not base:  # text encoders have run before
@@ -132,43 +164,44 @@ class Accountant:
             if counter is None:
                 yield found
                 return
-            with _Reads() as reads, counter:
+            with counter.counting():
                 yield found
-            found.reads = reads.count
-            self._prices.update({work.pattern: work for work in found.steps})
+            found.reads = counter.reads
 
-    def priced(self, observed: Observed) -> Observed | None:
-        """The same with the operations of one sample in every step; None where a kind of step has no price yet."""
-        steps = [self._prices.get(work.pattern) for work in observed.steps]
-        known = [work for work in steps if work is not None]
-        return Observed(known, observed.reads) if len(known) == len(steps) else None
+    def price(self, kinds: Sequence[Hashable], counted: Observed) -> None:
+        """Take what was counted of one sample's steps for what such kinds of step cost."""
+        self._prices.update(zip(kinds, counted.steps, strict=True))
+
+    def priced(self, kinds: Sequence[Hashable]) -> Observed | None:
+        """A sample's work by the kinds of its steps; None where one has no price yet."""
+        known = [self._prices[kind] for kind in kinds if kind in self._prices]
+        return Observed(known) if len(known) == len(kinds) else None
 
 
-class _Reads(TorchDispatchMode):
-    """Counts values that are read back from tensors, each of which makes a host wait for a device."""
+class _Counter(FlopCounter):
+    """Counts operations, and values that are read back from tensors, each of which makes a host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.reads = 0
 
-    def __enter__(self) -> "_Reads":
-        self._tolist = Tensor.tolist
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        original = Tensor.tolist
 
         def tolist(tensor: Tensor) -> Any:  # reads a host tensor without any operation
-            self.count += tensor.device.type == "cpu"
-            return self._tolist(tensor)
+            self.reads += tensor.device.type == "cpu"
+            return original(tensor)
 
         Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
-        return super().__enter__()
+        try:
+            with self:
+                yield
+        finally:
+            Tensor.tolist = original  # type: ignore[method-assign]
 
-    def __exit__(self, *error: Any) -> None:
-        Tensor.tolist = self._tolist  # type: ignore[method-assign]
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def _ran(self, func: Any, args: Any, result: Any) -> None:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.count += 1
+            self.reads += 1
         elif func is torch.ops.aten._to_copy.default:
-            self.count += args[0].device.type != "cpu" and result.device.type == "cpu"
-        return result
+            self.reads += args[0].device.type != "cpu" and result.device.type == "cpu"

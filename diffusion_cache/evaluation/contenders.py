@@ -27,6 +27,7 @@ from ..profiling.measure import Given, Options, measure
 from ..registry import check_options, suggest
 from ..schedule import spaced
 from ..systems import System
+from .accounting import kinds_of
 from .peers import peer, settings_of
 from .prompts import FITTING_SEEDS
 from .subjects import Subject, batches_of
@@ -67,6 +68,7 @@ class Contender(ABC):
 
     scope: str = ""
     batchable = True  # whether a sample's result does not depend on the others in its batch
+    uniform = True  # whether a batch executes the same for all its samples
 
     @property
     def call(self) -> Call | None:
@@ -92,6 +94,13 @@ class Contender(ABC):
 
     def cache_bytes(self, subject: Subject) -> int | None:
         """The most bytes that features took in the last run, if known."""
+        return None
+
+    def kinds(self, subject: Subject, samples: int) -> list[list[Hashable]] | None:
+        """Of each sample of the last run, what kind of step each was, where a batch is not uniform; None if not known.
+
+        See `accounting.kinds_of`.
+        """
         return None
 
     def why_not(self, subject: Subject) -> str | None:
@@ -171,9 +180,13 @@ class Ours(Contender):
 
 @dataclass(frozen=True)
 class Adaptive(Ours):
-    """Decides by what it sees, so samples are generated one by one."""
+    """Decides by what it sees, for each sample of a batch apart."""
 
-    batchable = False
+    uniform = False
+
+    def kinds(self, subject: Subject, samples: int) -> list[list[Hashable]] | None:
+        records: tuple[Any, ...] = api.summary(subject.pipe).records
+        return kinds_of(records, samples)
 
 
 @dataclass(frozen=True)

@@ -148,35 +148,47 @@ class Worker:
     def generate(self, what: Contender, label: str, pairs: int = 0) -> Generated:
         """This share's outputs, in order, and what that many timed pairs of runs tell.
 
-        Samples are generated one by one for the timing and for counting operations, and the others in batches.
+        Samples are generated one by one for the timing and for counting operations, and the others in batches. One
+        whose work a batch does not tell, for it has a kind of step that no sample before had or was computed for its
+        neighbours' sake, is generated again by itself.
         """
-        steps = what.steps(self.steps)
         size = self.job.config["batch"] if what.batchable else 1
         self.accountant.forget_prices()
         with ExitStack() as setting:
             timed, outputs = self._timed(what, setting, pairs, label)
-            if not pairs:
-                setting.enter_context(what.applied(self.subject, self.steps))
             places = [place for place in range(len(self.samples)) if place not in outputs] or [0]
-            output, counted = self._generate([self.samples[places[0]]], steps, flops=True)
+            outputs[places[0]], counted = self._counted(what, self.samples[places[0]])
             bytes_ = what.cache_bytes(self.subject)
-            works = dict.fromkeys((*outputs, places[0]), counted)
-            outputs[places[0]] = output
+            works = dict.fromkeys(outputs, counted)
             batches = [places[i : i + size] for i in range(1, len(places), size)]
             for done, batch in enumerate(batches):
                 self.progress(label, done, len(batches))
-                output, observed = self._generate([self.samples[place] for place in batch], steps)
-                priced = self.accountant.priced(observed)
-                if priced is None:  # a kind of step that the sample before had not
-                    self._generate([self.samples[batch[0]]], steps, flops=True)
-                    priced = self.accountant.priced(observed)
-                if priced is None:
-                    raise RuntimeError("the work of a batch is not that of its samples")
-                works |= dict.fromkeys(batch, priced)
-                outputs |= zip(batch, output.each(), strict=True)
+                chosen = [self.samples[place] for place in batch]
+                output, observed = self._generate(chosen, what.steps(self.steps))
+                kinds = self._kinds(what, observed, len(batch))
+                for place, made, known in zip(batch, output.each(), kinds, strict=True):
+                    work = None if known is None else self.accountant.priced(known)
+                    if work is None:
+                        made, work = self._counted(what, self.samples[place])
+                    outputs[place], works[place] = made, work
         ordered = [outputs[place] for place in range(len(self.samples))]
         whole = Output(torch.cat([o.images for o in ordered]), torch.cat([o.latents for o in ordered]))
         return Generated(whole, [works[place] for place in range(len(ordered))], bytes_, counted.reads or 0, timed)
+
+    def _counted(self, what: Contender, sample: Sample) -> tuple[Output, Observed]:
+        """One sample by itself, and what was counted of it, which tells what its kinds of step cost."""
+        output, counted = self._generate([sample], what.steps(self.steps), flops=True)
+        (kinds,) = self._kinds(what, counted, 1)
+        if kinds is not None:
+            self.accountant.price(kinds, counted)
+        return output, counted
+
+    def _kinds(self, what: Contender, observed: Observed, samples: int) -> Sequence[list[Hashable] | None]:
+        """Of each sample of the generation that was observed, what kind of step each was, if that is known."""
+        if what.uniform:
+            return [observed.kinds] * samples
+        found = what.kinds(self.subject, samples)
+        return found if found is not None and len(found[0]) == len(observed.steps) else [None] * samples
 
     def _uncached(self) -> tuple[Output, Observed]:
         """This share's uncached outputs, and the work of one of them."""
@@ -322,10 +334,13 @@ class Worker:
 
         The cache is put on anew for every pair, and left on after the last. Before each timed run goes an untimed one:
         a few steps uncached, and with the cache another sample, for what it learns or compiles in its first run is told
-        apart. Outputs are those of contenders whose work is the same for all samples: nothing is counted here.
+        apart. Outputs are those of contenders whose work is the same for all samples: nothing is counted here. Without
+        pairs the cache is put on for one such first run.
         """
         if not pairs:
-            return {}, {}
+            setting.enter_context(what.applied(self.subject, self.steps))
+            first = self._generate([self.samples[0]], what.steps(self.steps))[0]
+            return {}, {0: first} if what.batchable and what.uniform else {}
         first_runs: list[float] = []
         outputs: dict[int, Output] = {}
         place = 0
@@ -358,7 +373,7 @@ class Worker:
                 cached()
                 peak = torch.cuda.max_memory_allocated()
         facts = {"timing": timing_facts(timing), "peak_memory": peak, "first_run_seconds": first_runs[0]}
-        return facts, outputs if what.batchable else {}
+        return facts, outputs if what.batchable and what.uniform else {}
 
     def timing_lock(self) -> AbstractContextManager[Any]:
         """The device for this process alone; processes that share a CPU have a core each, and compare its time."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..context import Feature
 from ..engine import Method, Observer, Session
@@ -18,7 +17,7 @@ from ..engine.structure import Inputs, image_stream
 from ..errors import ConfigError, DiffusionCacheError
 from ..forecasters import Reuse
 from ..history import Leaf
-from ..measure import flop_counter
+from ..measure import FlopCounter
 from ..models import Span, unwrap
 from ..policies import Guarded, Interval
 from ..profile import SpanFacts
@@ -474,27 +473,27 @@ def _counting_flops(session: Session) -> Iterator[dict[str, _Flops]]:
 
 
 def _flop_hooks(name: str, denoiser: nn.Module, members: set[nn.Module], found: dict[str, _Flops]) -> Iterator[Any]:
-    counter: list[FlopCounterMode] = []  # while the first call runs
+    counter: list[FlopCounter] = []  # while the first call runs
     began: dict[nn.Module, int] = {}
     inside: dict[nn.Module, int] = {}
 
     def begin(module: nn.Module, args: Any) -> None:
         if name not in found and not counter:
-            counter.append(flop_counter())
+            counter.append(FlopCounter())
             counter[0].__enter__()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         if counter:
             counter[0].__exit__(None, None, None)
-            found[name] = _Flops(counter.pop().get_total_flops(), inside)
+            found[name] = _Flops(counter.pop().total, inside)
 
     def enter(module: nn.Module, args: Any) -> None:
         if counter:
-            began[module] = counter[0].get_total_flops()
+            began[module] = counter[0].total
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if counter:
-            inside[module] = inside.get(module, 0) + counter[0].get_total_flops() - began[module]
+            inside[module] = inside.get(module, 0) + counter[0].total - began[module]
 
     yield denoiser.register_forward_pre_hook(begin, prepend=True)
     for member in members - {denoiser}:

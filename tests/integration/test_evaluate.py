@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_module
 
 from diffusion_cache.cli import evaluate as command
 from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import contenders, jobs, runner
 from diffusion_cache.evaluation.jobs import Team, run_job
@@ -196,6 +197,71 @@ def test_adaptive_methods_are_judged_sample_by_sample(tmp_path):
     assert first["flops"] == same["flops"]
     assert first["psnr"] == pytest.approx(same["psnr"], abs=1e-3)  # uncached outputs are made in batches
     assert 0 < summary["flops_ratio"] < 1
+
+
+def together_and_alone(folder, monkeypatch, model, policy, steps=8, n=5):
+    """What is generated of an adaptive contender in batches and what of each sample by itself, and the batches' sizes.
+
+    Of each: its latents, and the pattern, operations and blocks' operations of every step, counted where it is alone.
+    """
+    made = job(folder, f"model={model}", f"steps={steps}", f"prompts.n={n}")
+    worker = runner.Worker(made, Store(made.folder), lambda *news: None)
+    what = contenders.contender({**made.nodes[0], "policy": policy}, made.config["forecaster"], steps)
+    sizes = []
+    generate = runner.Subject.generate
+    monkeypatch.setattr(
+        runner.Subject,
+        "generate",
+        lambda self, samples, *rest: sizes.append(len(samples)) or generate(self, samples, *rest),
+    )
+    together = worker.generate(what, "")
+    monkeypatch.undo()
+    alone = []
+    with what.applied(worker.subject, steps):
+        worker.subject.generate(worker.samples[:1], steps)  # apart, for what is learned in it
+        for sample in worker.samples:
+            with worker.accountant.observed(flops=True) as counted:
+                output = worker.subject.generate([sample], steps)
+            alone.append((output.latents[0], counted.steps))
+    return [*zip(together.output.latents, (work.steps for work in together.works), strict=True)], alone, sizes
+
+
+def assert_alike(together, alone):
+    for (latents, steps), (own_latents, own_steps) in zip(together, alone, strict=True):
+        assert steps == own_steps
+        assert (latents - own_latents).norm() <= 1e-4 * own_latents.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "policy"),
+    [
+        ("flux-digits", {"name": "teacache", "threshold": 0.18}),
+        ("flux-digits", {"name": "speca", "threshold": 0.06, "rollback": True}),
+        ("dit-digits", {"name": "first_block", "threshold": 0.5}),
+        ("wan-moving-digits", {"name": "easycache", "threshold": 0.2}),
+    ],
+)
+def test_a_batch_says_of_each_adaptive_sample_what_it_says_alone(tmp_path, monkeypatch, model, policy):
+    together, alone, sizes = together_and_alone(tmp_path, monkeypatch, model, policy)
+    assert_alike(together, alone)
+    assert len({tuple(work.flops for work in steps) for _, steps in alone}) > 1
+    assert sizes[:3] == [1, 1, 4]
+    assert sizes[3:] in ([], [1])  # one more where a sample has a kind of step that the counted one had not
+    if "rollback" in policy:
+        assert len({work.flops for _, steps in alone for work in steps}) == 3  # computed, reused, and both
+
+
+def test_samples_that_cannot_be_told_apart_are_evaluated_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(SpanCalls, "_apart", lambda *which: False)
+    with pytest.warns(DiffusionCacheWarning, match="cannot be told apart"):
+        together, alone, sizes = together_and_alone(
+            tmp_path, monkeypatch, "flux-digits", {"name": "first_block", "threshold": 0.2}
+        )
+    assert_alike(together, alone)
+    assert sizes[:3] == [1, 1, 4]
+    assert sizes[3:]
+    assert set(sizes[3:]) == {1}
 
 
 def test_a_wrong_method_gets_no_speed(tmp_path, monkeypatch):

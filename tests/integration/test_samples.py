@@ -30,7 +30,11 @@ def test_an_image_of_a_mixed_batch_equals_the_image_alone(name, forecaster):
         with dc.cached(pipe, **options):
             together = generate(name, pipe)
             records = dc.summary(pipe).records
-            alone = [generate(name, pipe, (label,), (seed,)) for label, seed in zip(LABELS, SEEDS, strict=True)]
+            alone = []
+            for i, (label, seed) in enumerate(zip(LABELS, SEEDS, strict=True)):
+                alone.append(generate(name, pipe, (label,), (seed,)))
+                own = [record.samples for record in dc.summary(pipe).records]
+                assert own == [(record.samples[i],) for record in records]
     mixed = [record for record in records if "of 4 samples" in record.reason]
     assert len(mixed) >= 2
     assert any(not record.computed for record in records)

@@ -132,10 +132,12 @@ def test_speca_decides_on_samples_apart(model, latents, rollback):
     options = dict(policy="speca", threshold=0.9, rollback=rollback)
     records, together = cached(model, latents, **options)
     assert any("samples" in record.reason for record in records)
+    assert rollback == any(sample.again for record in records for sample in record.samples)
     for row in range(BATCH):
-        _, alone = cached(model, latents[:, row : row + 1], **options)
+        alone_records, alone = cached(model, latents[:, row : row + 1], **options)
         for step in range(STEPS):
             assert torch.allclose(together[step][row], alone[step][0], rtol=1e-3, atol=1e-4)
+            assert alone_records[step].samples == records[step].samples[row : row + 1]
 
 
 def test_speca_tells_what_it_cannot_verify(model, latents, monkeypatch):

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import diffusion_cache as dc
-from diffusion_cache.evaluation.accounting import Accountant
+from diffusion_cache.engine import StepRecord
+from diffusion_cache.engine.frame import SampleRecord
+from diffusion_cache.evaluation.accounting import Accountant, kinds_of
 from diffusion_cache.evaluation.prompts import Sample
 from diffusion_cache.evaluation.subjects import Shipped
 from diffusion_cache.profiling.generation import last_state
@@ -69,10 +71,38 @@ def test_a_batch_is_priced_by_what_one_sample_showed():
     account, denoiser, scheduler = accountant()
     with account.observed() as unknown:
         generation(denoiser, scheduler, [False, True], batch=5)
-    assert account.priced(unknown) is None
+    assert account.priced(unknown.kinds) is None
     with account.observed(flops=True) as counted:
         generation(denoiser, scheduler, [False, True])
-    assert account.priced(unknown).steps == counted.steps
+    account.price(counted.kinds, counted)
+    assert account.priced(unknown.kinds).steps == counted.steps
+
+
+COMPUTED, REUSED, AGAIN = SampleRecord(True, 0), SampleRecord(False, 3), SampleRecord(True, 0, again=True)
+
+
+def call(step, *samples, pass_name="cond"):
+    reused = min((sample.spans_reused for sample in samples), default=0)
+    return StepRecord(step, pass_name, "transformer", reused == 0, "", 3, reused, samples=samples)
+
+
+def test_kinds_of_steps_are_those_of_the_sample_alone():
+    together = [
+        call(0, COMPUTED),  # of one sample or of three, which start from one noise
+        call(0, COMPUTED, pass_name="uncond"),
+        call(1, REUSED, COMPUTED, AGAIN),
+        call(1, REUSED, REUSED, REUSED, pass_name="uncond"),
+        call(2),  # decided on for all at once
+    ]
+    for place, own in enumerate([REUSED, COMPUTED, AGAIN]):
+        alone = [*together[:2], call(1, own), call(1, REUSED, pass_name="uncond"), together[4]]
+        assert kinds_of(together, 3)[place] == kinds_of(alone, 1)[0]
+    assert len(set(map(tuple, kinds_of(together, 3)))) == 3
+    for_the_others_sake = SampleRecord(False, 0)
+    (own, coupled) = kinds_of([call(0, COMPUTED, for_the_others_sake)], 2)
+    assert own != coupled
+    assert coupled != kinds_of([call(0, REUSED)], 1)[0]
+    assert kinds_of([call(0, COMPUTED, REUSED)], 3) is None
 
 
 def test_nothing_stays_behind():
@@ -100,7 +130,6 @@ def test_a_skipped_forward_is_not_work():
     account, denoiser, scheduler = accountant()
     with account.observed(flops=True) as whole:
         generation(denoiser, scheduler, [False])
-    account.forget_prices()
     denoiser.blocks[1].first.forward = lambda x: torch.zeros(*x.shape[:-1], 8)  # as rivals' hooks do
     with account.observed(flops=True) as part:
         generation(denoiser, scheduler, [False])

@@ -114,12 +114,14 @@ def test_ours_with_the_common_forecaster():
     assert what.options == {"policy": "interval", "every": 2, "last": 2, "forecaster": "taylor", "order": 1}
     assert what.control == {**what.options, "max_reused": 0}  # the same, told to reuse nothing
     assert what.batchable
+    assert what.uniform
 
 
-def test_adaptive_methods_run_one_by_one():
+def test_adaptive_methods_decide_on_the_samples_of_a_batch_apart():
     what = contender({**NODE, "policy": {"name": "first_block", "threshold": 0.1}}, TAYLOR, 20)
     assert type(what) is Adaptive
-    assert not what.batchable
+    assert what.batchable
+    assert not what.uniform
 
 
 def test_a_policy_is_left_out_where_it_serves_no_span():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_cache.measure import count_blocks, executed_flops
 
@@ -33,6 +34,20 @@ def test_attention_counts_the_same_whichever_kernel_runs(queries, keys, head_dim
         assert executed_flops(attend) == expected
     with sdpa_kernel(SDPBackend.MATH):
         assert executed_flops(attend) == expected
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_operators_that_are_made_of_others_count_as_torch_counts_them(mode):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(2, 5, 8)
+
+    def work():
+        with mode():
+            torch.einsum("bij,bkj->bik", layer(x), F.conv1d(x, torch.ones(3, 5, 1))).nonzero()
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    assert executed_flops(work) == counter.get_total_flops() > 0
 
 
 def test_errors_pass_through():

@@ -225,7 +225,7 @@ def test_shares_of_parameters_where_counting_fails(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             raise TypeError("no implementation found")
 
-    monkeypatch.setattr(module, "flop_counter", Counter)
+    monkeypatch.setattr(module, "FlopCounter", Counter)
     with surveyed(made, "block") as (_, survey):
         assert survey.shares == "parameters"
     assert survey.steps == 2
