@@ -86,7 +86,8 @@ def test_shipped_models(name, dtype, counted):
     counts = counted(True)
     found = images()
     assert counts[SHIPPED[name]] > 0
-    assert (found - expected).abs().max() <= 1e-4
+    # a number in codes may round the other way, by 1/127 of the largest one in its row
+    assert (found - expected).abs().max() <= (1e-5 if dtype == "model" else 1e-3)
 
 
 class Keeping(nn.Module):
