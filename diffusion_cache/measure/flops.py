@@ -26,8 +26,8 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 class FlopCounter(TorchDispatchMode):
     """Counts floating point operations while it is entered; total: so far.
 
-    By torch's formulas, and those for the attention kernels that it has none for. `FlopCounterMode` of torch tells by
-    module as well, follows every module for that, and takes several times as long.
+    By torch's formulas, and those for the attention kernels that it has none for. `FlopCounterMode` of torch follows
+    every module to tell them apart as well, which takes longer than counting.
     """
 
     supports_higher_order_operators = True

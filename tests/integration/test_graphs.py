@@ -209,14 +209,19 @@ def test_nothing_that_is_not_finite_stays_in_slots(capturers):
     assert dc.summary(pipe).replayed == STEPS
 
 
-def test_weights_that_change_where_they_are(capturers):
-    """As fusing a LoRA changes them."""
-    name = "flux-digits"
+def without_and_with(name):
+    """Two pipelines alike, the second one with graphs that were replayed, and what that gave."""
     plain, pipe = load(name), load(name)
     dc.enable(plain, scope="stack", **TAYLOR)
     dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
     generate(name, pipe)
-    before = generate(name, pipe)
+    return plain, pipe, generate(name, pipe)
+
+
+def test_weights_that_change_where_they_are(capturers):
+    """As fusing a LoRA changes them."""
+    name = "flux-digits"
+    plain, pipe, before = without_and_with(name)
     for changed in (plain, pipe):
         changed.transformer.transformer_blocks[1].attn.to_q.weight.data.mul_(1.5)
     found = generate(name, pipe)
@@ -239,11 +244,7 @@ def hooked(pipe):
 @pytest.mark.parametrize("change", [moved, hooked])
 def test_what_moves_between_runs_is_captured_anew(change, capturers):
     name = "flux-digits"
-    plain, pipe = load(name), load(name)
-    dc.enable(plain, scope="stack", **TAYLOR)
-    dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
-    generate(name, pipe)
-    before = generate(name, pipe)
+    plain, pipe, before = without_and_with(name)
     for changed in (plain, pipe):
         change(changed)
     with pytest.warns(DiffusionCacheWarning, match="have changed: its graphs are captured anew"):
