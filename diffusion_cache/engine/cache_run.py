@@ -199,8 +199,9 @@ class CacheRun:
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.frame is not None
         graphs = self.graphs(self.frame.key[0])
-        forward = functools.partial(self._through, spans, inner)
-        return forward(args, kwargs) if graphs is None else graphs.call(self, self.frame, forward, args, kwargs)
+        if graphs is None:
+            return self._through(spans, inner, args, kwargs)
+        return graphs.call(self, self.frame, functools.partial(self._through, spans, inner), args, kwargs)
 
     def _through(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The denoiser's output, made by its modules."""
