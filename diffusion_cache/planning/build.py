@@ -22,6 +22,7 @@ from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Batch, Teacher, attached
 from ..profiling.polish import polish
+from ..profiling.replay import Replay
 from ..registry import unknown_name
 from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
@@ -32,7 +33,7 @@ from .timesteps import kept_if_better
 
 Progress = Callable[[str, int, int], None]
 EXPONENTS = (0.6, 1.0, 1.4, 1.8)  # of schedules spaced by a power law
-HISTORIES, RIDGES = (3, 4), (1e-4, 1e-3)
+HISTORIES, RIDGES = (4, 3), (1e-5, 1e-4, 1e-3)  # of the fit; the first of each while schedules are searched for
 FINALISTS = 3
 TIMED_PAIRS = 5
 MAX_PSNR = 120.0  # of images equal to within rounding
@@ -245,13 +246,13 @@ class Planner:
         def told(done: int, of: int, best: float) -> None:
             self.progress(f"{label}, {scope}: {best:.2f} dB", done, of)
 
-        search = self.search
-        found = closed_loop.refine(run, starts, self.steps, runs, last=search.last, seed=search.seed, progress=told)
+        search, damage = self.search, self._damages()[0][0]
+        found = closed_loop.refine(run, starts, damage, runs, last=search.last, seed=search.seed, progress=told)
         return sorted(found.tried, key=lambda tried: -tried.score)
 
     def _settings(self, scope: str | None) -> trajectory.Settings:
         depth = self.profile.depth if scope == self.profile.scope else None
-        return trajectory.Settings(scope=scope, depth=depth)
+        return trajectory.Settings(scope=scope, depth=depth, history=HISTORIES[0], ridge=RIDGES[0])
 
     def _fit(self, computed: Steps, settings: trajectory.Settings) -> trajectory.Result:
         policy = Planned(self._bare(computed, settings))
@@ -286,10 +287,15 @@ class Planner:
 
     def _polished(self, computed: Steps, forecaster: Fitted, settings: trajectory.Settings, label: str) -> Fitted:
         policy = Planned(self._bare(computed, settings))
+        replay = Replay(self.fitting.batch.pipe, _method(policy, forecaster, settings))
+
+        def generate(weights: Fitted, step: int | None) -> Tensor:
+            with replay.noted() if step is None else replay.until(step):
+                return self._images(self.fitting, policy, weights, settings)
 
         return polish(
             forecaster,
-            lambda weights: self._images(self.fitting, policy, weights, settings),
+            generate,
             self.fitting.images,
             lambda weights: self._tuning_score(policy, weights, settings),
             rounds=self.search.polished,
@@ -298,8 +304,7 @@ class Planner:
 
     def _images(self, teacher: Teacher, policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Tensor:
         batch = teacher.batch
-        method = Method(Guarded(policy), forecaster, settings.scope, settings.depth, "batch")
-        with attached(batch.pipe, method):
+        with attached(batch.pipe, _method(policy, forecaster, settings)):
             return batch.images(batch.call()).detach().float()
 
     def _bare(self, computed: Steps, settings: trajectory.Settings) -> Plan:
@@ -385,6 +390,10 @@ class Planner:
         if device.startswith("cuda"):
             device = torch.cuda.get_device_name()
         return Speed(timing.wall_ratio, ratios[0], ratios[-1], device, batch.count)
+
+
+def _method(policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Method:
+    return Method(Guarded(policy), forecaster, settings.scope, settings.depth, "batch")
 
 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:

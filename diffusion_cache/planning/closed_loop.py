@@ -1,20 +1,19 @@
-"""Refining a schedule by running it: local moves, scored on the final output.
+"""Refining a schedule by running it, scored on the final output.
 
 What a surrogate cannot know, it leaves out: errors of neighbouring steps cancel or add up, a computed step corrects
 what came before it, fitted weights look further back than two steps. So the schedules that different objectives
-propose only start a search here.
+propose only start a search here, which learns from every run what the surrogate has wrong (`learned`).
 """
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import ConfigError
+from .learned import Learned, Steps
 
-Steps = tuple[int, ...]  # the computed steps of a schedule, in order
 TAIL = 0.8225  # halfway to the 5th percentile of a normal distribution, in standard deviations
 
 
@@ -48,7 +47,7 @@ def score(values: Sequence[float]) -> float:
 def refine(
     run: Callable[[Steps], float],
     starts: Sequence[Steps],
-    steps: int,
+    damage: ArrayLike,
     runs: int,
     *,
     warmup: int = 1,
@@ -58,14 +57,17 @@ def refine(
 ) -> Found:
     """The best schedule found in at most `runs` runs, with as many computed steps as the starts have.
 
-    run: the score of a schedule, run for real. starts: schedules to begin from, all with one number of computed steps.
-    Each is run; then one computed step at a time of the best so far is moved, by one or two places or into a long gap,
-    and the move kept where the score rises. warmup, last: steps at the ends that stay computed. The same seed gives the
-    same search.
+    run: the score in dB of a schedule, run for real. starts: schedules to begin from, all with one number of computed
+    steps. damage: [h + 1, i, t], [T, T, T], what a surrogate says of forecasts (see `dynamic.best_schedule`), finite.
+    Each start is run; then, in turns, the schedule that is best by what has been learned, and the most promising of
+    those that differ from the best so far in one computed step, until all of these were run. warmup, last: steps at
+    the ends that stay computed. The same seed gives the same search.
 
     Raises:
         ConfigError: for no starts, starts of different sizes, or one that a guard forbids.
     """
+    learned = Learned(np.asarray(damage))
+    steps = len(learned.damage)
     fixed = frozenset(range(max(warmup, 1))) | frozenset(range(steps - last, steps))  # nothing to reuse at the first
     if not starts or len({len(start) for start in starts}) > 1:
         raise ConfigError("a search needs at least one schedule to start from, all with as many computed steps")
@@ -82,38 +84,24 @@ def refine(
 
     best = max(dict.fromkeys(tuple(start) for start in starts[: max(runs, 1)]), key=ran)
     begun = Tried(best, tried[best])
-    chance = random.Random(seed)
+    chance = np.random.default_rng(seed)
     while len(tried) < runs:
-        move = next((moved for moved in _moves(best, steps, fixed, chance) if moved not in tried), None)
-        if move is None:
+        moves = [moved for moved in _moves(best, steps, fixed) if moved not in tried]
+        if not moves:
             break  # everything within reach was run
-        if ran(move) > tried[best]:
-            best = move
+        learned.learn(tried)
+        guess = learned.drawn(chance)
+        chosen = moves[int(guess.errors(moves).argmin())]
+        if len(tried) % 2:
+            optimum = guess.optimum(len(best), warmup, last)
+            chosen = chosen if optimum in tried else optimum
+        if ran(chosen) > tried[best]:
+            best = chosen
     return Found(Tried(best, tried[best]), begun, tuple(Tried(*item) for item in tried.items()))
 
 
-def _moves(computed: Steps, steps: int, fixed: frozenset[int], chance: random.Random) -> Iterator[Steps]:
-    """Schedules with one computed step elsewhere: many at random, then all that are left."""
+def _moves(computed: Steps, steps: int, fixed: frozenset[int]) -> list[Steps]:
+    """All schedules with one computed step elsewhere."""
     movable = [step for step in computed if step not in fixed]
     free = [step for step in range(steps) if step not in computed]
-    if not movable or not free:
-        return
-
-    def moved(step: int, to: int) -> Steps:
-        return tuple(sorted({*computed} - {step} | {to}))
-
-    for _ in range(4 * len(movable)):
-        step = chance.choice(movable)
-        if chance.random() < 2 / 3:
-            to = step + chance.choice((-2, -1, -1, 1, 1, 2))
-        else:
-            # into the middle of a gap, the longer the likelier
-            ends = [*computed, steps]
-            gaps = [(b - a - 1, (a + b) // 2) for a, b in pairwise(ends) if b - a > 1]
-            to = chance.choices([middle for _, middle in gaps], weights=[size for size, _ in gaps])[0]
-        if to in free:
-            yield moved(step, to)
-    rest = [(step, to) for step in movable for to in free]
-    chance.shuffle(rest)
-    for step, to in rest:
-        yield moved(step, to)
+    return [tuple(sorted({*computed} - {step} | {to})) for step in movable for to in free]

@@ -25,7 +25,7 @@ LENGTHS = (1.0, 0.5)
 
 def polish(
     forecaster: Fitted,
-    generate: Callable[[Fitted], Tensor],
+    generate: Callable[[Fitted, int | None], Tensor],
     reference: Tensor,
     judge: Callable[[Fitted], float],
     *,
@@ -34,20 +34,21 @@ def polish(
 ) -> Fitted:
     """The weights after at most `rounds` steps, each kept only if it raises what `judge` says.
 
-    generate: the samples of a cached generation with given weights, [n, ...]; reference: the same uncached. judge: a
-    score on other samples, higher is better. A round takes one generation for each free weight (guidance branches
-    share theirs) and six calls of judge.
+    generate: the samples of a cached generation with given weights, [n, ...], which up to a step are those of the last
+    generation for which no step was given; reference: the same uncached. judge: a score on other samples, higher is
+    better. A round takes one generation for each free weight (guidance branches share theirs) and six calls of judge.
     """
     reached = judge(forecaster)
     for _ in range(rounds):
         directions = list(_directions(forecaster))
-        base = generate(forecaster)
+        base = generate(forecaster, None)
         difference = (base - reference).flatten(1).double()
         weight = 1.0 / difference.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows = []
         for done, direction in enumerate(directions):
             progress(done, len(directions))
-            moved = generate(_moved(forecaster, [direction], [NUDGE]))
+            (step, *_), *_ = direction[0]
+            moved = generate(_moved(forecaster, [direction], [NUDGE]), step)
             rows.append(((moved - base).flatten(1).double() / NUDGE * weight).flatten())
         if not rows:
             return forecaster
