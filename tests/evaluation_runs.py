@@ -116,6 +116,7 @@ def write_run(
         "peak_memory": None,
         "cache_bytes": 1 << 16,
         "host_syncs": 0,
+        "cpu_seconds": 30.0,
         "metrics": {"psnr": _score(psnr), "ssim": _score(ssim), "latent_error": _score(latent, worst=max)} if n else {},
         "distribution": {"fid": None, "kid": None, "class_accuracy": 0.95 if n else None},
         "heatmap": _heatmap(steps, blocks, 1.0 if nfe is None else nfe),

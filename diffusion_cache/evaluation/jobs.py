@@ -268,6 +268,7 @@ def _summary(
         "speed_ratio": None,
         **timing,
         **{key: lead.get(key) for key in ("first_run_seconds", "cache_bytes", "host_syncs", "peak_memory")},
+        "cpu_seconds": sum(fact["cpu_seconds"] for fact in facts),  # that making it took
         "heatmap": _mean_heatmap(facts),
         "metrics": {},
         "distribution": {},

@@ -559,8 +559,8 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
     """What the runs were made with.
 
     Returns:
-        {"runs": how many, "environment": what all of them share, "varies": {dotted key: [{"value", "runs"}, …]}}, the
-        value that most runs have first.
+        {"runs": how many, "cpu_minutes": that making them took where all of them say, "environment": what all of them
+        share, "varies": {dotted key: [{"value", "runs"}, …]}}, the value that most runs have first.
     """
     flat = [_flat(run.environment) for run in runs]
     keys = list(dict.fromkeys(key for facts in flat for key in facts))
@@ -577,8 +577,10 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
         for name in path:
             place = place.setdefault(name, {})
         place[last] = values[0]["value"]
+    took = [run.cpu_seconds for run in runs]
     return {
         "runs": len(flat),
+        "cpu_minutes": None if None in took else round(sum(seconds or 0.0 for seconds in took) / 60, 1),
         "environment": common,
         "varies": {key.replace(_SEPARATOR, "."): v for key, v in varies.items()},
     }

@@ -645,6 +645,7 @@
         else add(prefix + key, say(value));
       }
     };
+    if (data.environment.cpu_minutes !== null) add('CPU time of all runs', `${data.environment.cpu_minutes} minutes`);
     walk(data.environment.environment, '');
     for (const [key, values] of Object.entries(data.environment.varies)) {
       const told = values.slice(0, 5).map((entry) => `${say(entry.value)} (${entry.runs} runs)`);

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -107,10 +108,24 @@ class Generated(NamedTuple):
     timed: dict[str, Any]
 
 
+class Spent:
+    """Called, the CPU seconds of this process since the last call, or since it was made: of a worker's first run, and
+    of getting ready for it.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.process_time()
+
+    def __call__(self) -> float:
+        before, self._since = self._since, time.process_time()
+        return self._since - before
+
+
 class Worker:
     """A job at work in this process: one pipeline, its uncached outputs, and what every contender makes of it."""
 
     def __init__(self, job: Job, store: Store, progress: Progress):
+        self.spent = Spent()
         torch.set_num_threads(job.config["threads"])
         self.job, self.store, self.progress = job, store, progress
         self.subject: Subject = subject(job.config["model"], job.config["sampler"])
@@ -237,6 +252,7 @@ class Worker:
             facts["problem"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if facts["problem"]:
             warnings.warn(f"{self.subject.name}, {label}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2)
+        facts["cpu_seconds"] = self.spent()
         write_tensors(path, images or {"none": torch.zeros(0)}, facts)
 
     def fault(self, what: Contender) -> str | None:

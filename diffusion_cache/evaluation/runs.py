@@ -54,7 +54,7 @@ class Run:
     where it was not timed.
     scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
     heatmap: {"rows": block names, "computed": shares [steps][blocks]}. call: what does the same without a profile, if
-    anything does.
+    anything does. cpu_seconds: that making the run took, None if not known.
     """
 
     folder: Path
@@ -75,6 +75,7 @@ class Run:
     scores: Mapping[str, Score]
     distribution: Mapping[str, float | None]
     call: Call | None
+    cpu_seconds: float | None
     heatmap: Mapping[str, Any] | None
     samples: Samples
     environment: Mapping[str, Any]
@@ -258,6 +259,7 @@ def read_run(folder: Path) -> Run:
             scores={name: _score(name, facts) for name, facts in metrics.items()},
             distribution={key: _number(value) for key, value in (summary.get("distribution") or {}).items()},
             call=_call(folder / CONFIG, int(summary["steps"])),
+            cpu_seconds=_number(summary.get("cpu_seconds")),
             heatmap=_heatmap(summary.get("heatmap")),
             samples=_samples(folder / ROWS),
             environment=environment,

@@ -12,7 +12,7 @@ from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..measure import elapsed, executed_flops, paired
 from .architectures import architecture
 from .contenders import Contender, FewerSteps, Ours, Uncached, contender
-from .runner import Job, Progress, device_lock, timing_facts
+from .runner import Job, Progress, Spent, device_lock, timing_facts
 from .store import Store, environment_facts, read_tensors, write_tensors
 from .subjects import DTYPES, device_of
 
@@ -21,6 +21,7 @@ class SpeedWorker:
     """As `runner.Worker`, without outputs: the sampler is an Euler loop over the architecture's own inputs."""
 
     def __init__(self, job: Job, store: Store, progress: Progress):
+        self.spent = Spent()
         torch.set_num_threads(job.config["threads"])
         model = job.config["model"]
         if job.ranks.count > 1:
@@ -87,6 +88,7 @@ class SpeedWorker:
             warnings.warn(
                 f"{self.architecture.name}, {what.method}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2
             )
+        facts["cpu_seconds"] = self.spent()
         write_tensors(path, {"none": torch.zeros(0)}, facts)
 
     def _measured(self, what: Contender) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.store import Store
 
 SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
-TIMES = ("first_run_seconds",)
+TIMES = ("first_run_seconds", "cpu_seconds")
 
 
 @functools.cache
@@ -98,6 +98,7 @@ def test_a_run_says_what_was_made_and_what_it_took(tmp_path):
     assert summary["metrics"]["psnr"]["worst_seed"] == psnr.index(min(psnr))
     assert json.loads((summary["path"] / "config.json").read_text())["contender"]["policy"]["every"] == 3
     assert json.loads((summary["path"] / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads((summary["path"] / "summary.json").read_text())["cpu_seconds"] > 0
 
 
 def test_uncached_is_identical_to_itself(tmp_path):

@@ -479,6 +479,16 @@ def test_environments_are_merged(tmp_path):
     assert found["varies"]["git"] == [{"value": None, "runs": 1}]
 
 
+def test_what_making_the_runs_took_is_told_where_all_of_them_say(tmp_path):
+    write_run(tmp_path, settings={"k": 1})
+    last = write_run(tmp_path, settings={"k": 2})
+    assert report.merged_environments(read_experiment(tmp_path).runs)["cpu_minutes"] == 1.0
+    summary = json.loads((last / "summary.json").read_text())
+    del summary["cpu_seconds"]
+    (last / "summary.json").write_text(json.dumps(summary))
+    assert report.merged_environments(read_experiment(tmp_path).runs)["cpu_minutes"] is None
+
+
 # bad input
 
 
