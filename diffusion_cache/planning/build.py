@@ -46,9 +46,9 @@ class Search:
     runs: cached generations of the fitting batch for each number of computed steps. scopes: tried for each; () for
     the profile's. last: steps at the end that are always computed. fitted: fit weights (else Taylor-1). refined: move
     steps in closed loop (else the best start is taken). regressors: let the fit scale reused outputs too, where that
-    is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search's
-    moves. sigmas: move the sampler's noise levels (`timesteps.kept_if_better`). guard: the signal that plans carry a
-    band of, measured on the tuning batch; None for none.
+    is better on the tuning batch. polished: rounds of Gauss–Newton on the weights at the end. seed: of the search.
+    sigmas: move the sampler's noise levels (`timesteps.kept_if_better`). guard: the signal that plans carry a band of,
+    measured on the tuning batch; None for none.
     """
 
     runs: int = 60

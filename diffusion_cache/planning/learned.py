@@ -20,7 +20,7 @@ from .dynamic import best_schedule
 from .surrogate import TINY, Array
 
 Steps = tuple[int, ...]  # the computed steps of a schedule, in order
-NEPER = math.log(10) / 10  # a decibel as a difference of logarithms
+DECIBEL = math.log(10) / 10  # a decibel as a difference of logarithms
 SPREAD = 2.0  # what the coefficients are thought to be, before anything was run: a standard deviation
 NOISE = 0.05  # the least that the model is thought to be wrong by
 UPDATES = 12  # of Gauss–Newton
@@ -45,7 +45,7 @@ class Learned:
         """Take in what schedules scored, in dB: all that are known, of equally many computed steps."""
         terms = [self._terms_of(steps) for steps in scores]
         damage, features = np.stack([one for one, _ in terms]), np.stack([one for _, one in terms])  # [n, r], [n, r, F]
-        errors = -NEPER * np.fromiter(scores.values(), dtype=np.float64)
+        errors = -DECIBEL * np.fromiter(scores.values(), dtype=np.float64)
         prior = np.full(len(self._mean), SPREAD**-2)
         prior[0] = 0.0  # the surrogate's unit means nothing
         mean = self._mean.copy()

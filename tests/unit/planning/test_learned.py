@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_cache.planning.dynamic import best_schedule
-from diffusion_cache.planning.learned import NEPER, Guess, Learned
+from diffusion_cache.planning.learned import DECIBEL, Guess, Learned
 
 STEPS, COUNT = 14, 5
 
@@ -67,7 +67,7 @@ def test_it_learns_what_the_surrogate_has_wrong(unit):
     expected = np.array([decibels(real, computed) for computed in others])
 
     def spread(guess):
-        missed = expected + np.log(guess.errors(others)) / NEPER
+        missed = expected + np.log(guess.errors(others)) / DECIBEL
         return float((missed - missed.mean()).std())
 
     guess = learned.drawn(np.random.default_rng(0))
