@@ -1,5 +1,6 @@
 """Making plans: candidates from a profile, refined in closed loop, fitted, and measured on samples kept apart."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,8 +28,7 @@ from ..registry import unknown_name
 from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .band import with_guard
-from .closed_loop import Steps
-from .dynamic import Objective, best_schedule
+from .dynamic import Objective, Steps, best_schedule
 from .timesteps import kept_if_better
 
 Progress = Callable[[str, int, int], None]
@@ -185,9 +185,13 @@ class Planner:
         """Schedules of so many computed steps: optimal ones for the profile's surrogates, those that add to the
         nearest cheaper plan's steps or leave some of the nearest dearer one's out, and evenly spaced ones.
         """
-        damages = self._damages()
-        found = [self._optimal(damage, computed, objective) for damage, objective in damages]
-        damage = damages[0][0]
+        damage = self._damage
+        found = [
+            self._optimal(damage, computed),
+            self._optimal(damage**2, computed),
+            self._optimal(surrogate.edge_powers(damage, 2.0), computed),
+            self._optimal(damage, computed, "minimax"),
+        ]
         cheaper = max((count for count in self._schedules if count < computed), default=None)
         dearer = min((count for count in self._schedules if count > computed), default=None)
         if cheaper is not None:
@@ -213,11 +217,11 @@ class Planner:
             return None
         return best[computed].computed
 
-    def _damages(self) -> list[tuple[Any, Any]]:
+    @functools.cached_property
+    def _damage(self) -> surrogate.Array:
+        """Of forecasting by a straight line, [T, T, T], by the profile."""
         gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)
-        energy, errors = gram.diagonal(), surrogate.taylor_errors(gram)
-        damage = surrogate.damages(errors, sensitivity, energy)
-        return [(damage, "sum"), (damage**2, "sum"), (surrogate.edge_powers(damage, 2.0), "sum"), (damage, "minimax")]
+        return surrogate.damages(surrogate.taylor_errors(gram), sensitivity, gram.diagonal())
 
     def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
         """The scope whose starts score best, and the best schedules found there."""
@@ -246,8 +250,8 @@ class Planner:
         def told(done: int, of: int, best: float) -> None:
             self.progress(f"{label}, {scope}: {best:.2f} dB", done, of)
 
-        search, damage = self.search, self._damages()[0][0]
-        found = closed_loop.refine(run, starts, damage, runs, last=search.last, seed=search.seed, progress=told)
+        last, seed = self.search.last, self.search.seed
+        found = closed_loop.refine(run, starts, self._damage, runs, last=last, seed=seed, progress=told)
         return sorted(found.tried, key=lambda tried: -tried.score)
 
     def _settings(self, scope: str | None) -> trajectory.Settings:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ConfigError
-from .learned import Learned, Steps
+from .dynamic import Steps
+from .learned import Learned
 
 TAIL = 0.8225  # halfway to the 5th percentile of a normal distribution, in standard deviations
 
@@ -68,7 +69,8 @@ def refine(
     """
     learned = Learned(np.asarray(damage))
     steps = len(learned.damage)
-    fixed = frozenset(range(max(warmup, 1))) | frozenset(range(steps - last, steps))  # nothing to reuse at the first
+    warmup = max(warmup, 1)  # nothing to reuse at the first
+    fixed = frozenset(range(warmup)) | frozenset(range(steps - last, steps))
     if not starts or len({len(start) for start in starts}) > 1:
         raise ConfigError("a search needs at least one schedule to start from, all with as many computed steps")
     for start in starts:

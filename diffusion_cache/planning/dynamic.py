@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from .surrogate import MOST_STEPS, Array
 
 Objective = Literal["sum", "power", "minimax"]
+Steps = tuple[int, ...]  # the computed steps of a schedule, in order
 
 CHUNK = 1 << 17  # sums held at a time: they should stay in the processor's cache
 
@@ -33,7 +34,7 @@ class Best:
     worst: float
 
     @property
-    def computed(self) -> tuple[int, ...]:
+    def computed(self) -> Steps:
         """The computed steps."""
         return tuple(step for step, value in enumerate(self.compute) if value)
 

@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .dynamic import best_schedule
+from .dynamic import Steps, best_schedule
 from .surrogate import TINY, Array
 
-Steps = tuple[int, ...]  # the computed steps of a schedule, in order
 DECIBEL = math.log(10) / 10  # a decibel as a difference of logarithms
 SPREAD = 2.0  # what the coefficients are thought to be, before anything was run: a standard deviation
 NOISE = 0.05  # the least that the model is thought to be wrong by
@@ -87,8 +86,7 @@ class Guess:
 
     def optimum(self, computed: int, warmup: int, last: int) -> Steps:
         """The best schedule with so many computed steps."""
-        found = best_schedule(self.damage, range(computed, computed + 1), warmup=max(warmup, 1), last=last)
-        return found[computed].computed
+        return best_schedule(self.damage, range(computed, computed + 1), warmup=warmup, last=last)[computed].computed
 
     def errors(self, schedules: Sequence[Steps]) -> Array:
         """Of each of the schedules, which compute equally many steps."""

@@ -47,8 +47,9 @@ def polish(
         rows = []
         for done, direction in enumerate(directions):
             progress(done, len(directions))
-            (step, *_), *_ = direction[0]
-            moved = generate(_moved(forecaster, [direction], [NUDGE]), step)
+            keys, _ = direction
+            first = keys[0][0]  # the step of all of them
+            moved = generate(_moved(forecaster, [direction], [NUDGE]), first)
             rows.append(((moved - base).flatten(1).double() / NUDGE * weight).flatten())
         if not rows:
             return forecaster

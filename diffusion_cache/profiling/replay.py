@@ -1,9 +1,10 @@
 """Repeating the beginning of a generation, for others that differ from it only from some step on."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +15,17 @@ from ..engine.structure import PassThrough, flatten, unflatten
 from ..models import find_denoisers
 
 LIMIT = 2 * 2**30  # bytes of outputs that are kept
+
+
+class Place(NamedTuple):
+    """A call of a module in a generation; call: its number in the step."""
+
+    module: nn.Module
+    step: int
+    call: int
+
+
+Compute = Callable[[], Any]
 
 
 class Replay:
@@ -33,8 +45,8 @@ class Replay:
         if any(runner_of(module) is not None for module in self._modules):
             self._modules = []  # they run in slices: all is computed
         self._limit = limit
-        self._kept: dict[tuple[nn.Module, int, int], Callable[[], Any]] = {}
-        self._bytes, self._known = 0, 0  # steps before this one are known
+        self._kept: dict[Place, Callable[[], Any]] = {}  # what makes the output once more
+        self._bytes, self._known = 0, 0  # of kept outputs; steps that are known from the first to the last call
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -42,12 +54,11 @@ class Replay:
         self._kept.clear()
         self._bytes, self._known = 0, 0
 
-        def note(place: tuple[nn.Module, int, int], compute: Callable[[], Any]) -> Any:
+        def note(place: Place, compute: Compute) -> Any:
             output = compute()
-            _, step, _ = place
             if self._bytes <= self._limit:
-                self._kept[place] = self._copied(place[0], output)
-                self._known = step + (self._bytes <= self._limit)
+                self._kept[place] = self._copied(place.module, output)
+                self._known = place.step + 1 if self._bytes <= self._limit else place.step
             return output
 
         with self._running(note):
@@ -58,22 +69,22 @@ class Replay:
         """Before this step, what was noted in place of what would be computed, in the generation inside the block."""
         end = min(step, self._known)
 
-        def give(place: tuple[nn.Module, int, int], compute: Callable[[], Any]) -> Any:
-            return self._kept[place]() if place[1] < end else compute()
+        def give(place: Place, compute: Compute) -> Any:
+            return self._kept[place]() if place.step < end else compute()
 
         with self._running(give):
             yield
 
     @contextmanager
-    def _running(self, run: Callable[[tuple[nn.Module, int, int], Callable[[], Any]], Any]) -> Iterator[None]:
-        """The modules carried out by run(module, step and number of the call in it; what computes it)."""
+    def _running(self, run: Callable[[Place, Compute], Any]) -> Iterator[None]:
+        """Calls of the modules give what `run` does."""
         step = 0
         calls: Counter[nn.Module] = Counter()  # in this step
 
         def runner_for(module: nn.Module) -> Callable[..., Any]:
             def runner(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 calls[module] += 1
-                return run((module, step, calls[module]), lambda: inner(*args, **kwargs))
+                return run(Place(module, step, calls[module]), functools.partial(inner, *args, **kwargs))
 
             return runner
 

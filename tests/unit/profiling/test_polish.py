@@ -9,14 +9,13 @@ from diffusion_cache.profiling.polish import polish
 NODES = {2: (0, 1), 4: (0, 1, 3), 7: (1, 3, 6)}
 
 
-def fitted(groups=(), rows=1):
+def fitted(rows=1):
     table = {
-        (step, group, row): Fit(nodes, (*[0.0] * (len(nodes) - 1), 1.0))
+        (step, 0, row): Fit(nodes, (*[0.0] * (len(nodes) - 1), 1.0))
         for step, nodes in NODES.items()
-        for group in range(max(groups, default=0) + 1)
         for row in range(rows)
     }
-    return Fitted(table, 3, groups, rows)
+    return Fitted(table, 3, branches=rows)
 
 
 def free(forecaster):
@@ -27,11 +26,11 @@ def free(forecaster):
 class Linear:
     """Samples [4, 30] that are linear in the free weights, and equal the reference at some of these."""
 
-    def __init__(self, count, noise=0.0, seed=0):
+    def __init__(self, count, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.slopes = torch.randn(4, 30, count, generator=generator, dtype=torch.float64)
         self.wanted = torch.randn(count, generator=generator, dtype=torch.float64)
-        self.reference = self.slopes @ self.wanted + noise * torch.randn(4, 30, generator=generator)
+        self.reference = self.slopes @ self.wanted
         self.asked = []
 
     def samples(self, forecaster):

@@ -32,13 +32,13 @@ class Generations:
         self.pipe = reference.load(name, sampler)
         self.batch = batch(self.pipe, name, drawn(0, 2))
         self.scope = scope
-        modules = self.pipe.components.get("unet") or self.pipe.transformer
-        self.blocks = [module for _, module in modules.named_modules() if not list(module.children())]
+        denoiser = self.pipe.components.get("unet") or self.pipe.transformer
+        self.leaves = [module for module in denoiser.modules() if not list(module.children())]
 
     def method(self, step=None):
         table = {}
         if step is not None:
-            nodes = {2: (0, 1), 4: (0, 1, 3), 5: (0, 1, 3), 7: (1, 3, 6)}[step]
+            nodes = {2: (0, 1), 4: (0, 1, 3), 7: (1, 3, 6)}[step]
             table = {
                 (step, 0, row): Fit(nodes, (0.3,) * (len(nodes) - 1) + (1.3 - 0.3 * len(nodes),)) for row in (0, 1)
             }
@@ -46,7 +46,7 @@ class Generations:
 
     def __call__(self, step=None):
         """Samples with other weights at a step, and how many leaf modules were executed."""
-        with attached(self.pipe, self.method(step)), count_blocks(self.blocks) as count, torch.no_grad():
+        with attached(self.pipe, self.method(step)), count_blocks(self.leaves) as count, torch.no_grad():
             images = self.batch.images(self.batch.call()).clone()
         return images, count.total
 
