@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=80, help="cached generations a search may take")
     parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
     parser.add_argument("--rounds", type=int, default=2, help="of Gauss-Newton on a plan's weights, in the last stage")
+    parser.add_argument("--computed", type=int, nargs="+", help="numbers of computed steps, in place of the usual ones")
     parser.add_argument("--held-out", type=int, default=64, help="samples that the stated quality is measured on")
     parser.add_argument("--out", type=Path, default=HOME)
     options = parser.parse_args()
@@ -62,10 +63,8 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
             profile.save(folder)
         search = Search(runs=options.runs, scopes=SCOPES.get(model, ()), polished=options.rounds)
         planner = planner_of(profile, batch, search, options, progress)
-        # rounded down, and up as uniform schedules are
-        shares = [planner.steps * share for share in SHARES]
         # the cheapest first: the next one's search starts from its steps and more
-        for computed in sorted({round_(share) for share in shares for round_ in (math.floor, math.ceil)}):
+        for computed in sorted(options.computed or usual(planner.steps)):
             known = [plan for plan in profile.plans if plan.name != f"nfe-{computed}"]
             if len(known) == len(profile.plans):
                 plan = planner.plan(computed)
@@ -73,6 +72,11 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
                 profile.save(folder)
                 assert plan.quality is not None
                 console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")
+
+
+def usual(steps: int) -> set[int]:
+    """Shares of the steps, rounded down, and up as uniform schedules are."""
+    return {round_(steps * share) for share in SHARES for round_ in (math.floor, math.ceil)}
 
 
 def planner_of(
