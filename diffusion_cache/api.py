@@ -1,52 +1,39 @@
 """The front doors: enable, disable, cached, run, summary, inspect."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import published
+from . import resolve
 from .chunks import Stream
-from .context import SCOPES, Corrector, Forecaster, Needs, NoiseLevels, Policy
-from .differences import DIFFERENCES
-from .engine import CacheRun, Method, Session, StepRecord
+from .context import Corrector, Forecaster, Needs, NoiseLevels, Policy
+from .engine import CacheRun, Method, Session
 from .engine.patches import ACTIVE
 from .engine.session import session_of
 from .engine.structure import forked_rng
 from .errors import ConfigError
-from .forecasters.fitted import UNFITTED, Fitted
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
-from .language import Planned as PlannedText
-from .models import find_denoisers, unwrap
-from .ops import CODES
-from .plan import GUARD_SIGNALS, Plan
-from .planning.choose import choose
+from .models import find_denoisers
+from .plan import Plan
 from .planning.kept import Tuned
 from .planning.target import Target, Tuner
-from .policies import Drift, Guarded, Guards, Interval, Planned
+from .policies import Guarded, Interval
 from .policies.select import Select
-from .profile import Profile, shipped_profiles
+from .profile import Profile
 from .profiling.generation import attached
-from .registry import Registry, check_options, suggest, unknown_name
-from .registry import correctors as corrector_registry
-from .registry import forecasters as forecaster_registry
-from .registry import languages as language_registry
-from .registry import policies as policy_registry
-from .registry import systems as system_registry
+from .resolve import DEFAULT_FORECASTER, DEFAULT_POLICY, needs_profile, refuse
+from .summaries import Inspection, SpanInfo, Summary, summarise
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch.distributed import ProcessGroup
 
     from .systems import System
-
-T = TypeVar("T")
 
 __all__ = [
     "Inspection",
@@ -61,17 +48,6 @@ __all__ = [
     "summary",
     "tune",
 ]
-
-DEFAULT_POLICY, DEFAULT_FORECASTER = "first_block", "taylor"
-PUBLISHED = "published/"
-# how samples are decided on, and what features are stored in: options of the engine, whatever the policy
-HOW = {
-    "granularity": ("sample", "batch"),
-    "sync": ("immediate", "lagged"),
-    "cache_dtype": ("model", *CODES, *DIFFERENCES),
-    "cache_device": ("model", "cpu"),
-}
-UNNAMED = ("max_cache_bytes", "stream", "cuda_graphs")  # others of the engine, which are no choice among names
 
 
 def enable(
@@ -163,90 +139,63 @@ def enable(
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
-    how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
-    how["cuda_graphs"] = cuda_graphs
+    how: dict[str, Any] = {
+        "granularity": granularity,
+        "sync": sync,
+        "cache_dtype": cache_dtype,
+        "cache_device": cache_device,
+        "max_cache_bytes": max_cache_bytes,
+        "stream": stream,
+        "cuda_graphs": cuda_graphs,
+    }
+    parts: dict[str, Any] = {
+        "policy": policy,
+        "forecaster": forecaster,
+        "corrector": corrector,
+        "scope": scope,
+        "depth": depth,
+    }
+    wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
         defaults = enable.__kwdefaults__ or {}
-        others: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
-        others |= {"min_psnr": min_psnr, "target_reuse": target_reuse, "depth": depth, "group": group, **watch}
-        others |= {name: value for name, value in how.items() if value != defaults.get(name)}
-        for name, value in others.items():
-            if value is not None:
-                raise ConfigError(
-                    f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give a method, or a profile"
-                )
-        return _language(pipe, method, profile, {"speedup": speedup, "nfe": nfe, "plan": plan}, ignore, options)
+        changed = {name: value for name, value in how.items() if value != defaults.get(name)}
+        del wish["min_psnr"]
+        refuse(
+            {**parts, "min_psnr": min_psnr, "target_reuse": target_reuse, "group": group, **watch, **changed},
+            lambda name, _: (
+                f"{name} is for denoisers, and {type(pipe).__name__} decodes text: give a method, or a profile"
+            ),
+        )
+        session = LanguageSession(resolve.language(pipe, method, profile, wish, ignore, options))
+        session.attach_pipeline(pipe)
+        return session
     if policy == Select.name:
-        method, policy = policy, None
+        method, parts["policy"] = policy, None
     if method is not None:
-        wishes: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
-        wishes |= {"depth": depth, "speedup": speedup}
-        fields = _fields(method)
-        wishes |= {"min_psnr": min_psnr, "nfe": nfe, "plan": plan, "target_reuse": target_reuse, **watch}
-        for name, given in wishes.items():
-            if given is None:
-                continue
-            if name not in fields:
-                raise ConfigError(f"{name} comes from the method: give {name} or method, not both")
-            options[name] = given  # some systems have a field of that name
-        made = _system(pipe, method, profile, ignore, how, options)
-        return _attached(pipe, made, group)
-    tuner = None
-    wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
-    if isinstance(plan, Plan) and (speedup, min_psnr, nfe) != (None, None, None):
+        asked = {**parts, **wish, "target_reuse": target_reuse, **watch}
+        own = {name: asked.pop(name) for name in resolve.system_fields(method) if asked.get(name) is not None}
+        refuse(asked, lambda name, _: f"{name} comes from the method: give {name} or method, not both")
+        return _attached(pipe, resolve.system(pipe, method, profile, ignore, how, {**options, **own}), group)
+    given = isinstance(plan, Plan)
+    if given and (speedup, min_psnr, nfe) != (None, None, None):
         raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
-    if profile is None and (ignore or not isinstance(plan, Plan)):
-        target = None if policy is None else wish.pop("speedup")
-        for name, value in {**wish, "ignore": ignore or None, **(watch if plan is None else {})}.items():
-            if value is not None and not isinstance(value, Plan):
-                raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
-        chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-        made = _method(*chosen, scope, depth, how, options, corrector)
-        if target_reuse is not None or target is not None:
-            tuner = _tuner(made, Target(target_reuse, target), group, options)
-    else:
-        own: dict[str, Any] = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope}
-        own |= {"depth": depth, "target_reuse": target_reuse}
-        for name, given in own.items():
-            if given is not None:
-                raise ConfigError(f"{name} comes from the profile: give {name} or profile, not both")
-        made = _planned(pipe, profile, wish, watch, ignore, how, options)
+    if profile is not None or (given and not ignore):
+        refuse(
+            {**parts, "target_reuse": target_reuse},
+            lambda name, _: f"{name} comes from the profile: give {name} or profile, not both",
+        )
+        return _attached(pipe, resolve.planned(pipe, profile, wish, watch, ignore, how, options), group)
+    target = wish.pop("speedup") if policy is not None else None
+    if given:
+        wish["plan"] = None
+    refuse({**wish, "ignore": ignore or None, **watch}, needs_profile)
+    chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
+    made = resolve.method(*chosen, scope, depth, how, options, corrector)
+    tuner = None
+    if target_reuse is not None or target is not None:
+        tuner = _tuner(made, Target(target_reuse, target), group, options)
     return _attached(pipe, made, group, tuner)
-
-
-def _language(
-    pipe: Any,
-    method: Any,
-    profile: "str | Path | Profile | None",
-    wish: Mapping[str, Any],
-    ignore: Collection[str],
-    options: dict[str, Any],
-) -> LanguageSession:
-    if profile is not None:
-        if method is not None:
-            raise ConfigError("a method comes from the profile: give method or profile, not both")
-        found = _profile(profile)
-        found.check(pipe, {"model": pipe.model}, ignore)
-        if not found.plans:
-            raise ConfigError("the profile holds no plans: make some with planning.refinements.planned")
-        given = wish["plan"]
-        method = PlannedText(given if isinstance(given, Plan) else choose(found.plans, **wish))
-    else:
-        if isinstance(wish["plan"], Plan):
-            method = PlannedText.name if method is None else method
-            options["plan"], wish = wish["plan"], {**wish, "plan": None}
-        for name, value in {**wish, "ignore": ignore or None}.items():
-            if value is not None:
-                raise ConfigError(f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})")
-    built = _build(language_registry, "prefix" if method is None else method, LanguageCache, options)
-    if options:
-        name, known = next(iter(options)), [field.name for field in dataclasses.fields(built)]
-        raise ConfigError(f"Unknown option {name!r} for language cache {built.name!r}. {suggest(name, known)}")
-    session = LanguageSession(built)
-    session.attach_pipeline(pipe)
-    return session
 
 
 def _attached(pipe: Any, method: Method, group: "ProcessGroup | None", tuner: Tuner | None = None) -> Session:
@@ -309,7 +258,7 @@ def tune(
     Warns where the target cannot be met; the nearest that can be is found then.
     """
     how = {"granularity": granularity, "sync": sync}
-    method = _method(policy, forecaster, scope, depth, how, options, corrector)
+    method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
     tuner = _tuner(method, Target(target_reuse, speedup), None, options)
     given = dict(_by_name(inputs))
     with attached(pipe, method) as session:
@@ -352,7 +301,7 @@ class Run:
 
     def summary(self) -> "Summary":
         """What has happened so far."""
-        return _summarise(self._session, self._run)
+        return summarise(self._session, self._run)
 
 
 @contextlib.contextmanager
@@ -391,10 +340,16 @@ def run(
     levels = _noise_levels(noise_levels)
     if noise_levels is not None and num_steps is not None and len(levels) != num_steps:
         raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
-    how: dict[str, Any] = {"granularity": granularity, "sync": sync, "cache_dtype": cache_dtype}
-    how |= {"cache_device": cache_device, "max_cache_bytes": max_cache_bytes, "stream": stream}
-    how["cuda_graphs"] = cuda_graphs
-    method = _method(policy, forecaster, scope, depth, how, options, corrector)
+    how: dict[str, Any] = {
+        "granularity": granularity,
+        "sync": sync,
+        "cache_dtype": cache_dtype,
+        "cache_device": cache_device,
+        "max_cache_bytes": max_cache_bytes,
+        "stream": stream,
+        "cuda_graphs": cuda_graphs,
+    }
+    method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, levels)
@@ -424,81 +379,6 @@ def _noise_levels(given: Sequence[float] | None) -> NoiseLevels:
     return levels
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What one generation did.
-
-    spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
-    none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
-    the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once. total:
-    steps of the run, if known.
-    """
-
-    method: str
-    scopes: tuple[str, ...]
-    spans: int
-    total: int | None
-    records: tuple[StepRecord, ...]
-    cache_bytes: int
-    resident_bytes: int
-
-    @property
-    def computed(self) -> int:
-        return sum(record.computed for record in self.records)
-
-    @property
-    def reused(self) -> int:
-        return len(self.records) - self.computed
-
-    @property
-    def replayed(self) -> int:
-        return sum(record.replayed for record in self.records)
-
-    @property
-    def hit_rate(self) -> float:
-        visits = sum(record.spans for record in self.records)
-        return sum(record.spans_reused for record in self.records) / visits if visits else 0.0
-
-    @property
-    def unfitted(self) -> int:
-        """Reused calls that a plan has no fitted weights for: its own choice, or the run departs from the plan."""
-        return sum(record.note == UNFITTED for record in self.records if record.spans_reused)
-
-    @property
-    def cache_mib(self) -> float:
-        return self.cache_bytes / 2**20
-
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-
-        table = Table(title=f"{self.method}", caption=self._caption())
-        table.add_column("pass")
-        table.add_column("steps (█ computed, · reused)", overflow="fold")
-        table.add_column("computed", justify="right")
-        table.add_column("reasons to compute")
-        for key in dict.fromkeys((record.denoiser, record.pass_name) for record in self.records):
-            rows = [record for record in self.records if (record.denoiser, record.pass_name) == key]
-            # what some samples ask for follows how many do: "1 of 4 samples: guard (…)"
-            whys = (record.reason.rpartition(" samples: ")[2] for record in rows if record.computed)
-            reasons = dict.fromkeys(why.split(" ")[0] for why in whys)
-            strip = "".join("█" if row.spans_reused == 0 else "·" if not row.computed else "▒" for row in rows)
-            computed = sum(row.computed for row in rows)
-            table.add_row(" ".join(key), strip, f"{computed}/{len(rows)}", ", ".join(reasons))
-        return table
-
-    def _caption(self) -> str:
-        return (
-            f"{self.spans} span(s) at scope {'/'.join(self.scopes)}, "
-            f"{self.computed} calls computed and {self.reused} reused, "
-            f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
-            + f"; {self.replayed} calls by CUDA graphs" * bool(self.replayed)
-            + (f"; {self.unfitted} of the reused forecast by Taylor, for want of fitted weights" * bool(self.unfitted))
-        )
-
-    def __str__(self) -> str:
-        return _rendered(self)
-
-
 def summary(pipe: Any) -> Summary | LanguageSummary:
     """What the pipeline's last generation did.
 
@@ -512,60 +392,7 @@ def summary(pipe: Any) -> Summary | LanguageSummary:
         raise ConfigError("nothing was generated since the cache was enabled: call the pipeline first")
     if isinstance(session, LanguageSession):
         return session.last_run.summary()
-    return _summarise(session, session.last_run)
-
-
-@dataclass(frozen=True)
-class SpanInfo:
-    """One span. feature_bytes: of one stored feature over all passes, None until something was generated.
-
-    Where the newest feature is stored otherwise than older ones ("int8-delta"), their mean.
-    """
-
-    denoiser: str
-    name: str
-    kind: str
-    modules: int
-    parameters: int
-    feature_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a pipeline offers to cache. history: features kept per span and pass by the forecaster asked about."""
-
-    pipeline: str
-    spans: tuple[SpanInfo, ...]
-    history: int
-
-    @property
-    def cache_bytes(self) -> int | None:
-        """Bytes a cache of this many features would take, None if no feature has been seen."""
-        if any(span.feature_bytes is None for span in self.spans):
-            return None
-        return self.history * sum(span.feature_bytes or 0 for span in self.spans)
-
-    def __rich__(self) -> "Table":
-        from rich.table import Table
-
-        known = self.cache_bytes
-        caption = (
-            f"a cache of {self.history} feature(s) a span takes {known / 2**20:.2f} MiB"
-            if known is not None
-            else "bytes are known after a generation, or with inspect(pipe, inputs={…the pipeline's arguments…})"
-        )
-        table = Table(title=self.pipeline, caption=caption)
-        for name in ("denoiser", "span", "kind"):
-            table.add_column(name)
-        for name in ("modules", "parameters", "feature KiB"):
-            table.add_column(name, justify="right")
-        for span in self.spans:
-            size = "?" if span.feature_bytes is None else f"{span.feature_bytes / 1024:.1f}"
-            table.add_row(span.denoiser, span.name, span.kind, str(span.modules), f"{span.parameters:,}", size)
-        return table
-
-    def __str__(self) -> str:
-        return _rendered(self)
+    return summarise(session, session.last_run)
 
 
 def inspect(
@@ -589,7 +416,7 @@ def inspect(
     Raises:
         ConfigError, NoSpansError: as `enable`.
     """
-    method = _method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
+    method = resolve.method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
     sizes: dict[str, int] = {}
@@ -636,240 +463,5 @@ def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
     return [value for value in values if isinstance(value, torch.Generator)]
 
 
-def _summarise(session: Session, cache_run: CacheRun) -> Summary:
-    layouts = cache_run.layouts.values()
-    return Summary(
-        method=_described(replace(session.method, guarded=cache_run.decisions.guarded)),
-        scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
-        spans=sum(len(layout.spans) for layout in layouts),
-        total=cache_run.clock.total,
-        records=tuple(cache_run.records),
-        cache_bytes=cache_run.cache_bytes,
-        resident_bytes=cache_run.resident_bytes,
-    )
-
-
-def _described(method: Method) -> str:
-    policy = method.guarded.policy
-    if not isinstance(policy, Planned):
-        return str(method)
-    plan = policy.plan
-    drift = method.guarded.drift
-    watched = f", watched by {drift.band.signal}" if drift is not None else ""
-    return f"plan {plan.name!r}: {plan.nfe:.4g} evaluations in {plan.total} steps, on {plan.scope}{watched}"
-
-
-def _rendered(shown: Any) -> str:
-    from rich.console import Console
-
-    console = Console(width=110)
-    with console.capture() as capture:
-        console.print(shown)
-    return capture.get()
-
-
 def _session(pipe: Any) -> Session | None:
     return session_of(pipe)
-
-
-def _method(
-    policy: str | Policy,
-    forecaster: str | Forecaster,
-    scope: str | None,
-    depth: int | None,
-    how: Mapping[str, Any],
-    options: Mapping[str, Any],
-    corrector: str | Corrector | None = None,
-) -> Method:
-    if scope is not None and scope not in SCOPES:
-        raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
-    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
-        raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
-    for name, chosen in how.items():
-        if name in HOW and chosen not in HOW[name]:
-            raise ConfigError(f"Unknown {name} {chosen!r}. {suggest(str(chosen), HOW[name])}")
-    limit = how.get("max_cache_bytes")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ConfigError(f"max_cache_bytes must be a whole number of at least 1, not {limit!r}")
-    graphs = how.get("cuda_graphs", False)
-    if not isinstance(graphs, bool):
-        raise ConfigError(f"cuda_graphs must be True or False, not {graphs!r}")
-    remaining = dict(options)
-    stream = how.get("stream")
-    if stream is not None and not isinstance(stream, Stream):
-        raise ConfigError(f"stream takes a diffusion_cache.Stream(…), not {stream!r}")
-    guards = _construct("guards", Guards, _take(remaining, [field.name for field in dataclasses.fields(Guards)]))
-    built_policy = _build(policy_registry, policy, Policy, remaining)
-    built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
-    # by its name, a corrector shares options with the policy: both may go by one model's ratios
-    own = dict(options) if isinstance(corrector, str) else remaining
-    built_corrector = None if corrector is None else _build(corrector_registry, corrector, Corrector, own)
-    remaining = {name: value for name, value in remaining.items() if name in own}
-    if remaining:
-        parts = {"policy": built_policy, "forecaster": built_forecaster, "corrector": built_corrector}
-        parts = {kind: part for kind, part in parts.items() if part is not None}
-        named = ", ".join(f"{kind} {part.name!r}" for kind, part in parts.items())
-        known = [field.name for part in (*parts.values(), guards) for field in dataclasses.fields(part)]
-        name = next(iter(remaining))
-        raise ConfigError(
-            f"Unknown option {name!r} for {named}. "
-            f"{suggest(name, [*known, 'corrector', 'scope', 'depth', *HOW, *UNNAMED, 'group'])}"
-        )
-    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
-
-
-def _planned(
-    pipe: Any,
-    profile: "str | Path | Profile | None",
-    wish: Mapping[str, Any],
-    watch: Mapping[str, Any],
-    ignore: Collection[str],
-    how: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Method:
-    """The method that a profile's plan, or a plan itself, stands for."""
-    if options.get("unconditional_every", 1) != 1:
-        raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
-    denoisers = find_denoisers(pipe)
-    if isinstance(profile, str) and profile.startswith(PUBLISHED):
-        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
-    plan = wish["plan"]
-    if profile is not None:
-        found, how = _checked(profile, pipe, denoisers, ignore, how)
-        if not isinstance(plan, Plan):
-            plan = choose(found.plans, **wish)
-    method = _method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
-    return dataclasses.replace(method, guarded=dataclasses.replace(method.guarded, drift=_drift(plan, **watch)))
-
-
-def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bool | None) -> Drift | None:
-    """What a plan's runs are watched by, if they are to be."""
-    if guard is None:
-        for name, given in {"guard_factor": guard_factor, "strict": strict}.items():
-            if given is not None:
-                raise ConfigError(f"{name} says how a guard works: name its signal too, guard={GUARD_SIGNALS[0]!r}")
-        return None
-    if guard not in GUARD_SIGNALS:
-        raise unknown_name("guard signal", guard, GUARD_SIGNALS)
-    if plan.guard is None or plan.guard.signal != guard:
-        carried = f"carries no guard {guard!r}" + (f", but {plan.guard.signal!r}" if plan.guard is not None else "")
-        raise ConfigError(
-            f"plan {plan.name!r} {carried}: `diffusion-cache plan --guard {guard}` makes plans that do, and "
-            "planning.band.with_guard measures it for one that is there"
-        )
-    return Drift(plan.guard, Drift.factor if guard_factor is None else guard_factor, bool(strict))
-
-
-def _fields(system: Any) -> set[str]:
-    """The options of a published system."""
-    cls = system_registry.get(system) if isinstance(system, str) else type(system)
-    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-
-
-def _system(
-    pipe: Any,
-    system: Any,
-    profile: "str | Path | Profile | None",
-    ignore: Collection[str],
-    how: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Method:
-    """The method that a published system stands for, on this pipeline."""
-    from .systems import System
-
-    denoisers = find_denoisers(pipe)
-    remaining = dict(options)
-    built = _build(system_registry, system, System, remaining)
-    guards = [field.name for field in dataclasses.fields(Guards)]
-    for name in remaining:
-        if name not in guards:
-            known = [
-                *(field.name for field in dataclasses.fields(built)),
-                *guards,
-                "profile",
-                "ignore",
-                *HOW,
-                *UNNAMED,
-            ]
-            raise ConfigError(f"Unknown option {name!r} for system {built.name!r}. {suggest(name, known)}")
-    found = None
-    if profile is None and ignore:
-        raise ConfigError(f"ignore needs a profile: enable(pipe, method={built.name!r}, profile=…, ignore={ignore!r})")
-    if profile is not None:
-        found, how = _checked(profile, pipe, denoisers, ignore, how)
-    parts = built.made_for(denoisers, found)
-    return _method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
-
-
-def _published(
-    name: str,
-    denoisers: Mapping[str, nn.Module],
-    wish: Mapping[str, Any],
-    how: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Method:
-    for key, value in wish.items():
-        if value is not None:
-            raise ConfigError(f"{name} is a ready-made method, for which {key} says nothing: leave it out")
-    entry = published.load(name)
-    classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
-    if entry.transformer is not None and entry.transformer not in classes:
-        raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
-    driven = entry.driven()
-    forecaster = driven.forecaster or DEFAULT_FORECASTER
-    return _method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
-
-
-def _checked(
-    given: "str | Path | Profile",
-    pipe: Any,
-    denoisers: Mapping[str, nn.Module],
-    ignore: Collection[str],
-    how: Mapping[str, Any],
-) -> tuple[Profile, dict[str, Any]]:
-    """A profile that matches the pipeline, and `how` with the guidance that calls are expected to have."""
-    found = _profile(given)
-    found.check(pipe, denoisers, ignore)
-    return found, {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
-
-
-def _profile(given: "str | Path | Profile") -> Profile:
-    """A profile, or the one in a folder, of a shipped name or in a repository."""
-    if isinstance(given, Profile):
-        return given
-    if not isinstance(given, (str, Path)):
-        raise ConfigError(f"profile must be a Profile, its folder, a shipped name or a repository, not {given!r}")
-    return Profile.from_pretrained(given if Path(given).exists() else shipped_profiles().get(str(given), given))
-
-
-def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
-    """An instance from a name and those of the options that are its fields, which are taken out."""
-    if isinstance(given, kind):
-        if not dataclasses.is_dataclass(given):
-            raise ConfigError(f"{registry.kind}: {type(given).__name__} must be a frozen dataclass")
-        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-        for name in fields:
-            if name in options:
-                raise ConfigError(f"{name!r} belongs to the {registry.kind}, which is an instance: set it there")
-        check_options(f"{registry.kind} {type(given).__name__}", type(given), fields)
-        return given
-    if not isinstance(given, str):
-        raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
-    cls = registry.get(given)
-    built = _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
-    if not isinstance(built, kind):
-        home = kind.__module__.removeprefix("diffusion_cache.")
-        raise ConfigError(f"{registry.kind} {given!r}: {cls.__name__} must be a subclass of {home}.{kind.__name__}")
-    return built
-
-
-def _construct(what: str, cls: type[T], options: dict[str, Any]) -> T:
-    check_options(what, cls, options)
-    try:
-        return cls(**options)
-    except TypeError as error:  # a missing option, or a method that lacks its abstract parts
-        raise ConfigError(f"{what}: {error}") from error
-
-
-def _take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {name: options.pop(name) for name in names if name in options}

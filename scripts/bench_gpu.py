@@ -44,12 +44,12 @@ import torch
 from torch import Tensor, nn
 
 import diffusion_cache as dc
-from diffusion_cache.api import Summary
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.architectures import ARCHITECTURES, Architecture, Inputs, architecture
 from diffusion_cache.evaluation.environment import cpu_name, git_commit, versions
 from diffusion_cache.measure import executed_flops
 from diffusion_cache.models import default_scope, find_layout
+from diffusion_cache.summaries import Summary
 
 # cheap ones first, so that the time they leave over goes to the expensive ones; and their shares of the time
 SHARES = {"dit-xl-2": 1, "pixart-sigma": 1, "sdxl": 2, "sd-3.5-medium": 2, "flux-1-dev": 3, "wan-2.1-1.3b": 4}

@@ -16,13 +16,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
 
 import diffusion_cache as dc
-from diffusion_cache import api, published, reference
+from diffusion_cache import published, reference
 from diffusion_cache.cli import app
 from diffusion_cache.cli.plan import _ladder, _Work
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.plan import Quality, Speed
 from diffusion_cache.planning.build import Planner, Search, psnr
+from diffusion_cache.planning.choose import choose
 from diffusion_cache.profile import Profile
 from diffusion_cache.profiling.generation import Batch
 from diffusion_cache.profiling.measure import Options, measure
@@ -462,7 +463,7 @@ def test_a_speed_takes_the_most_steps_that_are_as_fast(tmp_path, speedup, comput
     assert toy.ratio(computed) >= speedup > toy.ratio(computed + 1)
     plan = planned.faster_than(speedup)
     assert (plan.name, toy.asked) == (f"nfe-{computed}", [computed])
-    assert api.choose(Profile.load(tmp_path).plans, speedup=speedup).name == plan.name
+    assert choose(Profile.load(tmp_path).plans, speedup=speedup).name == plan.name
 
 
 def test_a_speed_that_was_timed_too_high_is_tried_again(tmp_path):

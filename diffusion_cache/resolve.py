@@ -1,0 +1,299 @@
+"""What the arguments of the front doors stand for: a method for the engine, or an error that says what is wrong.
+
+`how` are the options of the engine (`HOW`, `UNNAMED`), which go with any policy, system or plan; `options` the fields
+of policies, forecasters, correctors, systems and guards, as they were given by keyword.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import published
+from .chunks import Stream
+from .context import SCOPES, Corrector, Forecaster, Policy
+from .differences import DIFFERENCES
+from .engine import Method
+from .errors import ConfigError
+from .forecasters.fitted import Fitted
+from .language import LanguageCache
+from .language import Planned as PlannedText
+from .models import find_denoisers, unwrap
+from .ops import CODES
+from .plan import GUARD_SIGNALS, Plan
+from .planning.choose import choose
+from .policies import Drift, Guarded, Guards, Planned
+from .profile import Profile, shipped_profiles
+from .registry import Registry, check_options, suggest, unknown_name
+from .registry import correctors as corrector_registry
+from .registry import forecasters as forecaster_registry
+from .registry import languages as language_registry
+from .registry import policies as policy_registry
+from .registry import systems as system_registry
+
+T = TypeVar("T")
+
+DEFAULT_POLICY, DEFAULT_FORECASTER, DEFAULT_LANGUAGE = "first_block", "taylor", "prefix"
+PUBLISHED = "published/"
+# how samples are decided on, and what features are stored in: options of the engine, whatever the policy
+HOW = {
+    "granularity": ("sample", "batch"),
+    "sync": ("immediate", "lagged"),
+    "cache_dtype": ("model", *CODES, *DIFFERENCES),
+    "cache_device": ("model", "cpu"),
+}
+UNNAMED = ("max_cache_bytes", "stream", "cuda_graphs")  # others of the engine, which are no choice among names
+
+
+def refuse(given: Mapping[str, Any], why: Callable[[str, Any], str]) -> None:
+    """ConfigError for the first of these arguments that is not None, with what `why` says of its name and value."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(why(name, value))
+
+
+def needs_profile(name: str, value: Any) -> str:
+    return f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})"
+
+
+def method(
+    policy: str | Policy,
+    forecaster: str | Forecaster,
+    scope: str | None,
+    depth: int | None,
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+    corrector: str | Corrector | None = None,
+) -> Method:
+    """A policy with a forecaster, by names or as instances.
+
+    Raises:
+        ConfigError: for unknown names, options and values.
+    """
+    _check(scope, depth, how)
+    remaining = dict(options)
+    guards = _construct("guards", Guards, _take(remaining, _fields(Guards)))
+    built_policy = _build(policy_registry, policy, Policy, remaining)
+    built_forecaster = _build(forecaster_registry, forecaster, Forecaster, remaining)
+    # by its name, a corrector shares options with the policy: both may go by one model's ratios
+    own = dict(options) if isinstance(corrector, str) else remaining
+    built_corrector = None if corrector is None else _build(corrector_registry, corrector, Corrector, own)
+    remaining = {name: value for name, value in remaining.items() if name in own}
+    if remaining:
+        parts = {"policy": built_policy, "forecaster": built_forecaster, "corrector": built_corrector}
+        parts = {kind: part for kind, part in parts.items() if part is not None}
+        named = ", ".join(f"{kind} {part.name!r}" for kind, part in parts.items())
+        known = [name for part in (*parts.values(), guards) for name in _fields(part)]
+        raise _unknown_option(remaining, named, [*known, "corrector", "scope", "depth", *HOW, *UNNAMED, "group"])
+    return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
+
+
+def planned(
+    pipe: Any,
+    profile: str | Path | Profile | None,
+    wish: Mapping[str, Any],
+    watch: Mapping[str, Any],
+    ignore: Collection[str],
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Method:
+    """What a profile's plan, or a plan itself, stands for.
+
+    wish: speedup, min_psnr, nfe and plan, which say which one; watch: guard, guard_factor and strict.
+    """
+    if options.get("unconditional_every", 1) != 1:
+        raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
+    denoisers = find_denoisers(pipe)
+    if isinstance(profile, str) and profile.startswith(PUBLISHED):
+        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
+    plan = wish["plan"]
+    if profile is not None:
+        found, how = _checked(profile, pipe, denoisers, ignore, how)
+        if not isinstance(plan, Plan):
+            plan = choose(found.plans, **wish)
+    made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
+    return dataclasses.replace(made, guarded=dataclasses.replace(made.guarded, drift=_drift(plan, **watch)))
+
+
+def system(
+    pipe: Any,
+    given: Any,
+    profile: str | Path | Profile | None,
+    ignore: Collection[str],
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Method:
+    """What a published system stands for, on this pipeline. given: its name, or an instance."""
+    from .systems import System
+
+    denoisers = find_denoisers(pipe)
+    remaining = dict(options)
+    built = _build(system_registry, given, System, remaining)
+    unknown = {name: value for name, value in remaining.items() if name not in _fields(Guards)}
+    if unknown:
+        known = [*_fields(built), *_fields(Guards), "profile", "ignore", *HOW, *UNNAMED]
+        raise _unknown_option(unknown, f"system {built.name!r}", known)
+    found = None
+    if profile is None and ignore:
+        raise ConfigError(f"ignore needs a profile: enable(pipe, method={built.name!r}, profile=…, ignore={ignore!r})")
+    if profile is not None:
+        found, how = _checked(profile, pipe, denoisers, ignore, how)
+    parts = built.made_for(denoisers, found)
+    return method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
+
+
+def system_fields(given: Any) -> list[str]:
+    """The options of a published system."""
+    cls = system_registry.get(given) if isinstance(given, str) else type(given)
+    return _fields(cls) if dataclasses.is_dataclass(cls) else []
+
+
+def language(
+    pipe: Any,
+    given: Any,
+    profile: str | Path | Profile | None,
+    wish: Mapping[str, Any],
+    ignore: Collection[str],
+    options: Mapping[str, Any],
+) -> LanguageCache:
+    """How a pipeline that decodes text is to be cached.
+
+    given: a method's name, an instance, or None. wish: speedup, nfe and plan, which say which of the profile's plans.
+    """
+    remaining = dict(options)
+    plan = wish["plan"]
+    if profile is not None:
+        if given is not None:
+            raise ConfigError("a method comes from the profile: give method or profile, not both")
+        found = _profile(profile)
+        found.check(pipe, {"model": pipe.model}, ignore)
+        if not found.plans:
+            raise ConfigError("the profile holds no plans: make some with planning.refinements.planned")
+        given = PlannedText(plan if isinstance(plan, Plan) else choose(found.plans, **wish))
+    else:
+        if isinstance(plan, Plan):
+            given = PlannedText.name if given is None else given
+            remaining["plan"], wish = plan, {**wish, "plan": None}
+        refuse({**wish, "ignore": ignore or None}, needs_profile)
+    built = _build(language_registry, DEFAULT_LANGUAGE if given is None else given, LanguageCache, remaining)
+    if remaining:
+        raise _unknown_option(remaining, f"language cache {built.name!r}", _fields(built))
+    return built
+
+
+def _check(scope: str | None, depth: int | None, how: Mapping[str, Any]) -> None:
+    if scope is not None and scope not in SCOPES:
+        raise ConfigError(f"Unknown scope {scope!r}. {suggest(scope, SCOPES)}")
+    for name, chosen in how.items():
+        if name in HOW and chosen not in HOW[name]:
+            raise ConfigError(f"Unknown {name} {chosen!r}. {suggest(str(chosen), HOW[name])}")
+    for name, count in {"depth": depth, "max_cache_bytes": how.get("max_cache_bytes")}.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {count!r}")
+    graphs, stream = how.get("cuda_graphs", False), how.get("stream")
+    if not isinstance(graphs, bool):
+        raise ConfigError(f"cuda_graphs must be True or False, not {graphs!r}")
+    if stream is not None and not isinstance(stream, Stream):
+        raise ConfigError(f"stream takes a diffusion_cache.Stream(…), not {stream!r}")
+
+
+def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bool | None) -> Drift | None:
+    """What a plan's runs are watched by, if they are to be."""
+    if guard is None:
+        refuse(
+            {"guard_factor": guard_factor, "strict": strict},
+            lambda name, _: f"{name} says how a guard works: name its signal too, guard={GUARD_SIGNALS[0]!r}",
+        )
+        return None
+    if guard not in GUARD_SIGNALS:
+        raise unknown_name("guard signal", guard, GUARD_SIGNALS)
+    if plan.guard is None or plan.guard.signal != guard:
+        carried = f"carries no guard {guard!r}" + (f", but {plan.guard.signal!r}" if plan.guard is not None else "")
+        raise ConfigError(
+            f"plan {plan.name!r} {carried}: `diffusion-cache plan --guard {guard}` makes plans that do, and "
+            "planning.band.with_guard measures it for one that is there"
+        )
+    return Drift(plan.guard, Drift.factor if guard_factor is None else guard_factor, bool(strict))
+
+
+def _published(
+    name: str,
+    denoisers: Mapping[str, nn.Module],
+    wish: Mapping[str, Any],
+    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Method:
+    refuse(wish, lambda key, _: f"{name} is a ready-made method, for which {key} says nothing: leave it out")
+    entry = published.load(name)
+    classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
+    if entry.transformer is not None and entry.transformer not in classes:
+        raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
+    driven = entry.driven()
+    forecaster = driven.forecaster or DEFAULT_FORECASTER
+    return method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
+
+
+def _checked(
+    given: str | Path | Profile,
+    pipe: Any,
+    denoisers: Mapping[str, nn.Module],
+    ignore: Collection[str],
+    how: Mapping[str, Any],
+) -> tuple[Profile, dict[str, Any]]:
+    """A profile that matches the pipeline, and `how` with the guidance that calls are expected to have."""
+    found = _profile(given)
+    found.check(pipe, denoisers, ignore)
+    return found, {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
+
+
+def _profile(given: str | Path | Profile) -> Profile:
+    """A profile, or the one in a folder, of a shipped name or in a repository."""
+    if isinstance(given, Profile):
+        return given
+    if not isinstance(given, (str, Path)):
+        raise ConfigError(f"profile must be a Profile, its folder, a shipped name or a repository, not {given!r}")
+    return Profile.from_pretrained(given if Path(given).exists() else shipped_profiles().get(str(given), given))
+
+
+def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
+    """An instance from a name and those of the options that are its fields, which are taken out."""
+    if isinstance(given, kind):
+        if not dataclasses.is_dataclass(given):
+            raise ConfigError(f"{registry.kind}: {type(given).__name__} must be a frozen dataclass")
+        fields = {name: getattr(given, name) for name in _fields(given)}
+        for name in fields:
+            if name in options:
+                raise ConfigError(f"{name!r} belongs to the {registry.kind}, which is an instance: set it there")
+        check_options(f"{registry.kind} {type(given).__name__}", type(given), fields)
+        return given
+    if not isinstance(given, str):
+        raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
+    cls = registry.get(given)
+    built = _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
+    if not isinstance(built, kind):
+        home = kind.__module__.removeprefix("diffusion_cache.")
+        raise ConfigError(f"{registry.kind} {given!r}: {cls.__name__} must be a subclass of {home}.{kind.__name__}")
+    return built
+
+
+def _construct(what: str, cls: type[T], options: dict[str, Any]) -> T:
+    check_options(what, cls, options)
+    try:
+        return cls(**options)
+    except TypeError as error:  # a missing option, or a method that lacks its abstract parts
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def _fields(of: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(of)]
+
+
+def _take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _unknown_option(options: Mapping[str, Any], of: str, known: Collection[str]) -> ConfigError:
+    name = next(iter(options))
+    return ConfigError(f"Unknown option {name!r} for {of}. {suggest(name, known)}")
