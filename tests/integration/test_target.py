@@ -7,6 +7,7 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.measure import count_blocks, timing
 from diffusion_cache.planning import kept
 from diffusion_cache.planning.target import Counted
 
@@ -122,9 +123,20 @@ def test_one_search_for_each_kind_of_call(pipe, capsys):
     assert capsys.readouterr().err.count("of 5 steps") == 1
 
 
-def test_a_speedup_is_turned_into_a_share(pipe):
+def test_a_speedup_is_turned_into_a_share(pipe, monkeypatch):
+    """With executed blocks in place of seconds, the fastest of five steps, which computes one, is five times as fast."""
+    blocks = [*pipe.transformer.transformer_blocks[1:], *pipe.transformer.single_transformer_blocks]
+
+    def counted(run, before=None):
+        if before is not None:
+            before()
+        with count_blocks(blocks) as count:
+            run()
+        return count.total, count.total
+
+    monkeypatch.setattr(timing, "elapsed", counted)
     found = dc.tune(pipe, call((1,), steps=5), "first_block", speedup=1.3)
-    assert 0 < found.reuse < 0.8
+    assert found.reuse == dc.tune(pipe, call((1,), steps=5), "first_block", target_reuse=1 - 1 / 1.3).reuse
     with pytest.warns(DiffusionCacheWarning, match="cannot meet speedup 50 .* the nearest .* is"):
         assert dc.tune(pipe, call((1,), steps=5), "first_block", speedup=50).reuse == pytest.approx(0.8)
 
