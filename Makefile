@@ -1,6 +1,7 @@
 TORCH ?= 2.13.0
 PYTHON := .venv/bin/python
-REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits
+# rolling-digits begins from the weights of wan-moving-digits
+REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits reacher fill-forward rolling-digits
 
 .PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 

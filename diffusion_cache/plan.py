@@ -34,7 +34,7 @@ OPTIONAL_TENSORS = frozenset({"correction"})
 class Quality:
     """A metric (higher is better) of held-out samples against their uncached outputs.
 
-    p5: the value that at least 95% of the samples reach. worst, worst_seed: the lowest value and its sample's seed.
+    p5: the highest value that fewer than 5% of the samples miss. worst, worst_seed: the lowest value and its seed.
     """
 
     metric: str
@@ -62,7 +62,7 @@ class Quality:
         return cls(
             metric=metric,
             mean=statistics.fmean(values),
-            p5=ranked[len(values) // 20],
+            p5=ranked[(len(values) - 1) // 20],
             worst=ranked[0],
             worst_seed=seeds[values.index(ranked[0])],
             n=len(values),

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="flow-euler")
     parser.add_argument("--runs", type=int, default=60, help="cached generations a search may take")
     parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
+    parser.add_argument("--computed", type=int, nargs="+", help="numbers of computed steps, in place of the usual ones")
     parser.add_argument("--held-out", type=int, default=32, help="samples that the stated quality is measured on")
     parser.add_argument("--out", type=Path, default=HOME.parent / "outputs" / "ablation")
     options = parser.parse_args()
@@ -55,17 +56,21 @@ def main() -> None:
     subject = Shipped(options.model, options.sampler)
     console = Console()
     with announcing(console, name) as progress:
-        planner = planner_of(shipped, batches_of(subject, subject.steps), Search(), options, progress)
-        for share in SHARES:
-            computed = math.floor(planner.steps * share)
-            for stage, planner.search in stages(options.runs, SCOPES.get(options.model, ())):
+        bare = shipped.with_plans(())
+        base = planner_of(bare, batches_of(subject, subject.steps), Search(), options, progress)
+        for share in options.computed or SHARES:
+            computed = share if isinstance(share, int) else math.floor(base.steps * share)
+            for stage, search in stages(options.runs, SCOPES.get(options.model, ())):
                 folder = options.out / stage / name
-                begun = (folder / JSON_FILE).is_file()
-                profile = Profile.load(folder) if begun else shipped.with_plans(())
-                if any(plan.name == f"nfe-{computed}" for plan in profile.plans):
+                profile = Profile.load(folder) if (folder / JSON_FILE).is_file() else bare
+                # of its own: what one stage has planned is no start of another's search; their scores they share
+                planner = replace(base, search=search)
+                label = f"nfe-{computed}"
+                if any(plan.name == label and planner.made(plan) for plan in profile.plans):
                     continue
                 plan = planner.plan(computed)
-                profile.with_plans([*profile.plans, plan]).save(folder)
+                others = [other for other in profile.plans if other.name != label]
+                profile.with_plans([*others, plan]).save(folder)
                 assert plan.quality is not None
                 console.print(
                     f"{stage} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}"

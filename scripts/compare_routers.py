@@ -225,7 +225,10 @@ def make_row(out: Path, setting: Setting, method: str) -> None:
             plan, cost = bench.made(setting, method, out / f"{setting}-{method}")
             figures = bench.figures([plan])
     row = {**setting._asdict(), "method": method, "compute_asked": setting.compute, **figures, **cost}
-    row_path(out, setting, method).write_text(json.dumps(row) + "\n")
+    path = row_path(out, setting, method)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row) + "\n")
+    partial.replace(path)  # a row that is there is finished
     console.print(f"{setting}, {method}: error {figures['error']:.4f} at {figures['compute']:.3f} of the FLOPs")
 
 

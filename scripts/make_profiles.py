@@ -65,13 +65,15 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
         planner = planner_of(profile, batch, search, options, progress)
         # the cheapest first: the next one's search starts from its steps and more
         for computed in sorted(options.computed or usual(planner.steps)):
-            known = [plan for plan in profile.plans if plan.name != f"nfe-{computed}"]
-            if len(known) == len(profile.plans):
-                plan = planner.plan(computed)
-                profile = profile.with_plans(sorted([*known, plan], key=lambda plan: -plan.nfe))
-                profile.save(folder)
-                assert plan.quality is not None
-                console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")
+            label = f"nfe-{computed}"
+            if any(plan.name == label and planner.made(plan) for plan in profile.plans):
+                continue
+            plan = planner.plan(computed)
+            others = [other for other in profile.plans if other.name != label]
+            profile = profile.with_plans(sorted([*others, plan], key=lambda plan: -plan.nfe))
+            profile.save(folder)
+            assert plan.quality is not None
+            console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")
 
 
 def usual(steps: int) -> set[int]:

@@ -49,23 +49,26 @@ def write_run(
     blocks: int = 4,
     environment: Mapping[str, Any] = ENVIRONMENT,
     contender: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one finished run and return its folder.
 
     psnr: of each sample, in dB (may be infinite); none: speed only. contender: what its configuration says of a method
-    that the package really has.
+    that the package really has. conditions: parts of its configuration that runs which are compared have in common.
     """
     settings = dict(settings or {})
     config = {
         "model": {"name": model},
         "sampler": {"name": sampler},
-        "steps": steps,
-        "prompts": {"count": len(psnr)},
+        "steps": None,
+        "prompts": {"kind": "classes", "n": None},
+        **(conditions or {}),
         "contender": {"kind": kind, "method": method, "scope": scope, "label": label or method, "settings": settings}
         | dict(contender or {}),
         "metrics": ["psnr", "ssim"],
         "timing": {"pairs": 0 if quality_only else 3},
-        "seed": 0,
+        "batch": len(psnr),  # so that runs with other samples or steps have folders of their own
+        "threads": steps,
     }
     text = json.dumps(config, sort_keys=True)
     folder = experiment / "runs" / hashlib.sha1(text.encode()).hexdigest()[:12]

@@ -345,7 +345,7 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     found = [_with(node, choice) for choice in choices]
     if "share" in node or ("policy" in node and "profile" in node):
         return [_with_profile(one, _profile_name(one, model)) for one in found]
-    if "variant" in node:  # a system, which says itself why it cannot run without a profile
+    if "variant" in node or ("system" in node and node.get("profile")):  # which says itself why it cannot do without
         return [_with_profile(one, _shipped_name(one, model)) for one in found]
     return found
 

@@ -17,10 +17,10 @@ from ..errors import ConfigError
 from . import distribution, metrics
 from .contenders import contender
 from .runner import Job, Progress, Ranks, Worker
+from .runs import RATIOS, extremes
 from .store import Store, read_tensors
 
 ANY_STEPS = 100  # to look at settings with, before the model and so its number of steps is known
-RATIOS = ("nfe_ratio", "flops_ratio", "blocks_ratio")
 RESTART = "The same command goes on from there"
 
 
@@ -215,10 +215,8 @@ def _extremes(
     rows: Sequence[Mapping[str, Any]], found: Sequence[tuple[Mapping[str, Tensor], int]]
 ) -> dict[str, Tensor]:
     """The median and the worst sample by PSNR, as generated and uncached."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].get("psnr") is None, rows[i].get("psnr") or 0.0))
-    chosen = {"worst": order[0], "median": order[(len(order) - 1) // 2]}
     images = {}
-    for name, i in chosen.items():
+    for name, i in extremes([row.get("psnr") for row in rows]).items():
         tensors, place = found[i]
         for side in ("reference", "candidate"):
             images[f"{name}.{side}"] = tensors[side][place].float()

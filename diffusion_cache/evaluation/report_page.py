@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, DiffusionCacheWarning
 from .report import BUDGETS, CALL, CHOICES_NOTE, NOTES, choices_tables, choose, csv_row, pareto_runs
-from .runs import SAMPLE_METRICS, Experiment, Run, settings_text
+from .runs import SAMPLE_METRICS, Experiment, Run, extremes, settings_text
 from .store import IMAGES
 
 PAGE_BYTES = 11_500_000  # pictures are embedded, most wanted first, until the page has this size
@@ -236,10 +236,9 @@ def triplets(run: Run) -> list[dict[str, Any]]:
 
 
 def _sample_at(run: Run, place: str) -> int | None:
-    """The row of the worst or the median sample by PSNR: the first, or the middle one, in ascending order."""
+    """The row of the worst or the median sample by PSNR, as pictures are kept of them."""
     values = (run.samples.values or {}).get("psnr", ())
-    order = sorted(range(len(values)), key=lambda i: (values[i] is None, values[i] or 0.0))
-    return order[0 if place == "worst" else len(order) // 2] if any(value is not None for value in values) else None
+    return extremes(values)[place] if any(value is not None for value in values) else None
 
 
 def _png(images: NDArray[np.float32]) -> str:

@@ -6,8 +6,8 @@ What a run's files say is untrusted: its form is checked here, and text is escap
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,7 @@ SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
 RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
 SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
 EQUALS = ("nfe", "speed")  # what runs are compared at: work, or time (`Run.speed`)
+COMPARED = ("model", "sampler", "prompts", "steps")  # parts of a configuration, alike in runs that are compared
 STATISTICS = ("mean", "p5")  # of a run's PSNR
 
 
@@ -52,6 +53,7 @@ class Run:
 
     costs: the names of RATIOS, SPEEDS and RESOURCES; all but ratios are None where the run is not correct, and speeds
     where it was not timed.
+    conditions: what a run shares with those that it can be compared with, of its configuration, by dotted names.
     scores: Score by metric name; none for random weights. pictures: whether there are images of the median and worst.
     heatmap: {"rows": block names, "computed": shares [steps][blocks]}. call: what does the same without a profile, if
     anything does. cpu_seconds: that making the run took, None if not known.
@@ -65,6 +67,7 @@ class Run:
     method: str
     label: str
     settings: Mapping[str, Any]
+    conditions: Mapping[str, str]
     steps: int
     n: int
     correct: bool
@@ -162,6 +165,12 @@ class Experiment:
         return [run for run in self.runs if run.subject == subject]
 
 
+def extremes(psnr: Sequence[float | None]) -> dict[str, int]:
+    """Which of the samples pictures are kept of: the worst and the (lower) median one; None counts as the best."""
+    order = sorted(range(len(psnr)), key=lambda i: math.inf if (value := psnr[i]) is None else value)
+    return {"worst": order[0], "median": order[(len(order) - 1) // 2]}
+
+
 def psnr_of(run: Run | None, statistic: str) -> float | None:
     """statistic: mean or p5."""
     return None if run is None else getattr(run.score("psnr"), statistic)
@@ -211,7 +220,36 @@ def read_experiment(folder: Path) -> Experiment:
             warnings.warn(f"a run is left out of the report: {left_out[-1]}", DiffusionCacheWarning, stacklevel=3)
     if not runs:
         raise ConfigError(f"none of the {len(places)} runs in {home} can be read. The first: {left_out[0]}")
-    return Experiment(folder.resolve().name, tuple(sorted(runs, key=_order)), tuple(left_out))
+    return Experiment(folder.resolve().name, tuple(sorted(_told_apart(runs), key=_order)), tuple(left_out))
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, the names of models extended by the conditions that not all of a subject's runs share."""
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for run in runs:
+        values = found.setdefault(run.subject, {})
+        for name, value in run.conditions.items():
+            values.setdefault(name, set()).add(value)
+    named = []
+    for run in runs:
+        varying = [name for name, values in found[run.subject].items() if len(values) > 1 and name in run.conditions]
+        named.append(replace(run, model=" ".join([run.model, *(f"{name}={run.conditions[name]}" for name in varying)])))
+    return named
+
+
+def _conditions(config: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name}.{key}", inner)
+        else:
+            found[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+    for name in COMPARED:
+        add(name, config.get(name))
+    return found
 
 
 def _order(run: Run) -> tuple[Any, ...]:
@@ -246,6 +284,7 @@ def read_run(folder: Path) -> Run:
             **{key: str(summary[key]) for key in ("model", "sampler", "scope", "method")},
             label=str(summary.get("label") or summary["method"]),
             settings=dict(summary["settings"]),
+            conditions=_conditions(_json_object(folder / CONFIG)),
             steps=int(summary["steps"]),
             n=int(summary["n"]),
             correct=correct,

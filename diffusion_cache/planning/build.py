@@ -83,7 +83,7 @@ class Planner:
     seeds: Sequence[int]
     search: Search = field(default_factory=Search)
     progress: Progress = lambda what, done, of: None
-    _scores: dict[tuple[Steps, str | None], float] = field(default_factory=dict)
+    _scores: dict[tuple[Steps, str | None, bool], float] = field(default_factory=dict)  # the last: with fitted weights
     _schedules: dict[int, Steps] = field(default_factory=dict, init=False)  # of plans, by their number of steps
 
     def __post_init__(self) -> None:
@@ -242,7 +242,7 @@ class Planner:
         settings = self._settings(scope)
 
         def run(steps: Steps) -> float:
-            key = steps, scope
+            key = steps, scope, self.search.fitted
             if key not in self._scores:
                 self._scores[key] = closed_loop.score(psnr(self._fit(steps, settings).images, self.fitting.images))
             return self._scores[key]

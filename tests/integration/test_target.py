@@ -124,7 +124,7 @@ def test_one_search_for_each_kind_of_call(pipe, capsys):
 
 
 def test_a_speedup_is_turned_into_a_share(pipe, monkeypatch):
-    """With executed blocks in place of seconds, the fastest of five steps, which computes one, is five times as fast."""
+    """With executed blocks for seconds: the fastest of five steps, which computes one, is five times as fast."""
     blocks = [*pipe.transformer.transformer_blocks[1:], *pipe.transformer.single_transformer_blocks]
 
     def counted(run, before=None):

@@ -20,10 +20,10 @@ HEAD = """# The published claims, checked here
 
 Each claim was checked on the shipped models (language caches with weights blurred until the model errs; slicing with
 random weights) with {sets} disjoint sets of seeds, at equal measured compute (the last column but one). It holds if it
-does on every set. Claims on routers are read off the trainings of `make routers`, one to a set. These are small models:
-a claim that fails here may hold on the paper's, and the reason found is given; figures in reasons that the table lacks
-were read by hand, and no script prints them. `make reproduce` makes the rest of this page and
-`results/reproduction.json`.
+does on every set. Claims on routers are read off the trainings of `make routers`, one to a set, of which some have not
+been made. These are small models: a claim that fails here may hold on the paper's, and the reason found is given;
+figures in reasons that the table lacks were read by hand, and no script prints them. `make reproduce` makes the rest of
+this page and `results/reproduction.json`.
 
 | system | claim | published | ours, per set of seeds | equal compute | holds |
 | --- | --- | --- | --- | --- | --- |
@@ -94,7 +94,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     failed = [row for row in rows if not row["holds"]]
     for row in rows:
         cells = [row["system"], row["claim"], row["published"] or "–", "<br>".join(row["ours"])]
-        cells += ["<br>".join(dict.fromkeys(row["equal_compute"])), _verdict(row, failed)]
+        cells += ["<br>".join(dict.fromkeys(row["equal_compute"])), _verdict(row, failed, sets)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if failed:
         lines += ["", "## Where a claim does not hold", ""]
@@ -102,9 +102,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _verdict(row: dict[str, Any], failed: Sequence[dict[str, Any]]) -> str:
-    if row["holds"]:
-        return "yes"
+def _verdict(row: dict[str, Any], failed: Sequence[dict[str, Any]], sets: int) -> str:
     held = sum(row["held"])
+    if row["holds"]:
+        return "yes" if held == sets else f"yes, on {held} set{'s' * (held > 1)}"
     word = f"on {held} of {len(row['held'])}" if held else "no"
     return f"{word} ({1 + list(failed).index(row)})"

@@ -317,6 +317,17 @@ def test_the_digest_tells_profiles_apart(stored, tmp_path):
     assert digests[0] == json.loads((stored / "profile.json").read_text())["digest"]
 
 
+def test_the_digest_tells_a_systems_profiles_apart(tmp_path):
+    node = {"system": "meancache", "kind": "ours", "label": None, "profile": str(tmp_path)}
+    digests = []
+    for note in ("first", "second", "second"):
+        write_profile(tmp_path, facts={"note": note})
+        (found,) = expand(node, "dit-digits")
+        digests.append(found["digest"])
+    assert digests[0] != digests[1] == digests[2]
+    assert "digest" not in expand({**node, "profile": None}, "dit-digits")[0]
+
+
 def test_a_label_of_plans_says_so(stored):
     node = {**PLANNED, "profile": str(stored)}
     names = [planned({**node, "label": label})[0].method for label in (None, "my plans", "fitted")]

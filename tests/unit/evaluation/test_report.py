@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import report, report_page
 from diffusion_cache.evaluation.report import write_report
-from diffusion_cache.evaluation.runs import read_experiment
+from diffusion_cache.evaluation.runs import extremes, read_experiment
 
 
 def same(value: float, n: int = 4) -> list[float]:
@@ -427,6 +427,13 @@ def test_triplets_show_the_difference_as_much_stronger_as_they_say(tmp_path):
     assert worst["sources"][0] == worst["sources"][1] == median["sources"][0]
 
 
+def test_pictures_and_what_is_told_of_them_are_of_the_same_samples():
+    assert extremes([50.0, 20.0, 40.0, 30.0]) == {"worst": 1, "median": 3}
+    assert extremes([50.0, None, 40.0]) == {"worst": 2, "median": 0}  # None: nothing to compare with
+    assert extremes([math.inf, 30.0]) == {"worst": 1, "median": 1}
+    assert extremes([None]) == {"worst": 0, "median": 0}
+
+
 def test_frames_stand_side_by_side_and_long_videos_are_thinned(tmp_path):
     write_run(tmp_path, frames=20, channels=3, side=10)
     (median, _) = report_page.triplets(read_experiment(tmp_path).runs[0])
@@ -464,6 +471,15 @@ def test_pictures_stop_at_the_limit(tmp_path):
 
 
 # environment
+
+
+def test_runs_under_other_conditions_are_not_compared(tmp_path):
+    write_run(tmp_path, conditions={"steps": 50})
+    write_run(tmp_path, conditions={"steps": 20, "sampler": {"name": "ddim", "eta": 0}})
+    write_run(tmp_path, model="flux-digits", conditions={"steps": 20})
+    found = read_experiment(tmp_path)
+    assert found.subjects == [("dit-digits steps=20", "ddim"), ("dit-digits steps=50", "ddim"), ("flux-digits", "ddim")]
+    assert [len(found.of(subject)) for subject in found.subjects] == [1, 1, 1]
 
 
 def test_environments_are_merged(tmp_path):

@@ -72,6 +72,17 @@ def test_without_fitting_all_is_left_to_taylor(planner):
     assert plan.facts["search"]["fitted"] is False
 
 
+def test_planners_that_share_scores_do_not_take_taylors_for_those_of_weights(planner):
+    bare = replace(planner, search=BARE, _scores={})
+    bare.plan(3)
+    taylor = dict(bare._scores)
+    fitting = replace(bare, search=replace(BARE, fitted=True))
+    fitting.plan(3)
+    gains = [bare._scores[steps, scope, True] - score for (steps, scope, _), score in taylor.items()]
+    assert len(gains) == len(taylor) > 1
+    assert sum(gains) / len(gains) > 0.25
+
+
 def test_regressors_where_they_are_better(planner):
     """Tuned on the samples that they were fitted to, they are."""
     search = replace(planner.search, runs=1, refined=False, scopes=("denoiser",))
@@ -176,7 +187,7 @@ def test_the_best_scope_is_taken(planner):
     scopes = ("stack", "denoiser")
     both = replace(planner, search=replace(BARE, scopes=scopes), _scores={})
     made = both.plan(4)
-    best = {scope: max(score for (_, where), score in both._scores.items() if where == scope) for scope in scopes}
+    best = {scope: max(score for (_, where, _), score in both._scores.items() if where == scope) for scope in scopes}
     assert best["stack"] != best["denoiser"]
     assert made.scope == max(scopes, key=best.get)
 
