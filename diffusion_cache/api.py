@@ -110,7 +110,8 @@ def enable(
             only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
             where samples cannot be told apart); "batch" computes all if any asks.
         sync: with an adaptive policy or a guard, "immediate" has the host wait for each step's signal; "lagged" decides
-            by that of the step before, which is on the host by then. The first steps, which have none, are computed.
+            by that of the step before, which is on the host by then. The first steps, which have none, are computed;
+            so is the one after a computed step, where the number of that one asks for it too.
         cache_dtype: what features are stored in: "model" for the model's own dtype; "fp8" (e4m3) or "int8" for one byte
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
             quality; "int8-delta" or "fp8-delta" for the newest feature of each span as it is and each older one as its
@@ -171,6 +172,8 @@ def enable(
         session.attach_pipeline(pipe)
         return session
     if policy == Select.name:
+        if method is not None:
+            raise ConfigError(f"policy {policy!r} is a method of its own: give policy or method, not both")
         method, parts["policy"] = policy, None
     if method is not None:
         asked = {**parts, **wish, "target_reuse": target_reuse, **watch}
@@ -357,9 +360,11 @@ def run(
     try:
         yield Run(session, cache_run)
     finally:
-        ACTIVE.reset(token)
-        session.detach_model()
-        session.finish(cache_run)
+        try:
+            session.detach_model()
+            session.finish(cache_run)
+        finally:
+            ACTIVE.reset(token)  # raises where the block is left in another context than it was entered in
 
 
 def _noise_levels(given: Sequence[float] | None) -> NoiseLevels:
@@ -419,7 +424,7 @@ def inspect(
     method = resolve.method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = _session(pipe)
-    sizes: dict[str, int] = {}
+    sizes: dict[tuple[str, str], int] = {}
     if inputs is not None:
         generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
         measured = replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None)
@@ -434,7 +439,7 @@ def inspect(
     elif before is not None and before.last_run is not None:
         sizes = before.last_run.sizes
     spans = tuple(
-        SpanInfo(denoiser, span.name, span.kind, len(span.members), span.parameters, sizes.get(span.name))
+        SpanInfo(denoiser, span.name, span.kind, len(span.members), span.parameters, sizes.get((denoiser, span.name)))
         for denoiser, layout in layouts.items()
         for span in layout.spans
     )

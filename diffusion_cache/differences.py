@@ -37,6 +37,9 @@ class DifferenceHistory(History):
         newest, *differences = self.slots
         return [newest[index], *(self._part(held, index) for held in differences)]
 
+    def numbers(self) -> list[Tensor]:
+        return [tensor for tensor in self.slots[NEWEST] if tensor.is_floating_point()]
+
     def bytes_of(self, outputs: Sequence[Tensor]) -> int:
         differences = (self.capacity - 1) * super().bytes_of(outputs) // self.capacity
         return sum(out.nbytes for out in outputs) + differences

@@ -172,6 +172,11 @@ class Offload:
         for each in self._carriers.values():
             each.finish()
 
+    def release(self) -> None:
+        """Let go of all histories."""
+        self._arrivals.clear()
+        self._device.clear()
+
     def _count(self) -> None:
         taken = self._used + sum(arrival.nbytes for arrival in self._arrivals.values())
         self.resident_bytes = max(self.resident_bytes, taken)

@@ -21,7 +21,7 @@ from ..policies import Guarded
 from ..signals import Grid
 from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
-from .frame import Frame, SampleRecord, Visit, version_of
+from .frame import Frame, SampleRecord, Visit
 from .graphs import Graphs
 from .observer import Again
 from .sigmas import move_sigmas
@@ -78,7 +78,7 @@ class CacheRun:
         self.records: list[StepRecord] = []
         self.grids: dict[torch.Size, Grid | None] = {}  # of the tokens of spans' inputs, by shape
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
-        self.sizes: dict[str, int] = {}  # of one feature of each span, known at the end
+        self.sizes: dict[tuple[str, str], int] = {}  # of one feature of each denoiser's spans, known at the end
         self._part_bytes = self._part_resident = 0
         self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
@@ -403,9 +403,11 @@ class CacheRun:
             inputs = tensor_inputs(args, kwargs)
             if inputs:
                 probed = image_stream(inputs)
-                if "probe_input" in self.decisions.guarded.needs.signals:
-                    probed = probed.detach().clone()  # blocks may write into what they are given
-                self.frame.probe_input, self.frame.probe_version = probed, version_of(probed)
+                # blocks may write into what they are given, which inference tensors do not tell
+                if "probe_input" in self.decisions.guarded.needs.signals or probed.is_inference():
+                    self.frame.probe_input, self.frame.probe_version = probed.detach().clone(), None
+                else:
+                    self.frame.probe_input, self.frame.probe_version = probed, probed._version
         return inner(*args, **kwargs)
 
     def tail_call(self, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

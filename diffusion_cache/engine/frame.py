@@ -67,20 +67,26 @@ class Visit:
         self.quiet = False
         self.finished = False
         unknown = state.template is None or state.signature != entered
-        self.versions = {key: version_of(tensor) for key, tensor in inputs.items()} if unknown else {}
+        self.versions = {key: mark_of(tensor) for key, tensor in inputs.items()} if unknown else {}
         self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
 
     def unchanged_inputs(self) -> Inputs:
         """The inputs less those that the span has written into, which say nothing of where it began."""
-        return {key: tensor for key, tensor in self.inputs.items() if version_of(tensor) == self.versions.get(key)}
+        return {
+            key: self.inputs[key] for key, mark in self.versions.items() if not written_since(self.inputs[key], mark)
+        }
 
 
-def written_since(tensor: Tensor, version: int) -> bool:
-    return version_of(tensor) != version
+Mark = int | Tensor
 
 
-def version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def mark_of(tensor: Tensor) -> Mark:
+    """What tells whether a tensor is written into: its version, or a copy, as inference tensors have no version."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def written_since(tensor: Tensor, mark: Mark) -> bool:
+    return not torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version != mark
 
 
 class Fixed(NamedTuple):
@@ -160,7 +166,7 @@ class Frame:
         self.compared: dict[str, Tensor] = {}  # those that the corrector asks for
         self.peeking = False  # a block is run only to see what its attention receives
         self.probe_input: Tensor | None = None
-        self.probe_version = 0
+        self.probe_version: int | None = None  # of a copy, which nothing writes into
         self.visits: dict[Span, Visit] = {}  # the latest of each span
         self.counts: dict[Span, int] = {}
         self.reused: list[Visit] = []

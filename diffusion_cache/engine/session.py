@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -368,11 +368,12 @@ class Session(Attached):
     def _rebind(self, name: str, layout: Layout) -> None:
         if layout is not self.layouts[name]:
             denoiser = self.denoisers[name]
-            self._unbind(name)
+            self._unbind(name, layout.spans)
             self._bind(name, denoiser, layout)
         self.traced.add(name)
 
-    def _unbind(self, name: str) -> None:
+    def _unbind(self, name: str, kept: Sequence[Span] = ()) -> None:
+        """kept: spans of which is remembered what was found out about them."""
         self.traced.discard(name)  # of the next denoiser of this name nothing is known
         self.verified.pop(name, None)
         if name in self.compiled:
@@ -384,6 +385,11 @@ class Session(Attached):
         layout = self.layouts.pop(name, None)
         for span in layout.spans if layout else ():
             self.span_index.pop(span, None)
+        gone = {span for span in layout.spans if span not in kept} if layout else set()
+        self.written -= gone
+        self.unusable = {span: why for span, why in self.unusable.items() if span not in gone}
+        self.templates = {key: template for key, template in self.templates.items() if key[0] not in gone}
+        self.independent = {key: known for key, known in self.independent.items() if key[0] not in gone}
 
     def _patch_scheduler(self, cls: type) -> None:
         self._patch(cls, "step", _counted_step)

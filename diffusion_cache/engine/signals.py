@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..forecasters import Chebyshev, Taylor
 from ..models import Span, grid_of_call, unwrap
 from ..signals import grid_of
-from .frame import Frame, written_since
+from .frame import Frame
 from .structure import Inputs, copied, forked_rng, image_stream, row_stream, tensor_inputs
 
 if TYPE_CHECKING:
@@ -95,12 +95,8 @@ def _probe_input(entry: Entry) -> Tensor:
 
 
 def _probe_residual(entry: Entry) -> Tensor:
-    before = entry.frame.probe_input
-    if (
-        before is not None
-        and before.shape == entry.stream.shape
-        and not written_since(before, entry.frame.probe_version)
-    ):
+    before, version = entry.frame.probe_input, entry.frame.probe_version
+    if before is not None and before.shape == entry.stream.shape and (version is None or before._version == version):
         return entry.stream - before.detach()
     return entry.stream.clone()
 
@@ -150,7 +146,13 @@ def _disagreement(entry: Entry) -> Tensor:
             into[row, [slot for _, slot in lane]] = torch.tensor(history.combined(forecaster.weights(query)))
     leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
     leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
-    difference, whole = torch.stack([spectral - line, spectral]).to(entry.stream.device)
+    if not leaves:
+        raise ConfigError(
+            f"policy {entry.run.decisions.guarded.policy.name!r} compares forecasts of samples, and {entry.span.name} "
+            "returns nothing that has a row for each: use another scope, or policy 'first_block'"
+        )
+    # a row of weights for each, also where all rows are in one lane
+    difference, whole = torch.stack([spectral - line, spectral]).expand(-1, rows, -1).to(entry.stream.device)
 
     def norm(table: Tensor) -> Tensor:
         combined = [ops.forecast(None, leaf, table).float().flatten(1) for leaf in leaves]

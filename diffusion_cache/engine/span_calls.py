@@ -1,6 +1,7 @@
 """Running spans: entered at their first member, passed through, and left at their last."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..chunks import ChunkHistory, Chunks
 from ..differences import DIFFERENCES, DifferenceHistory
+from ..errors import DiffusionCacheError
 from ..history import History, is_finite
 from ..models import Called, Span
 from ..offload import Offload
@@ -49,7 +51,7 @@ class SpanCalls:
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
         self._offload = Offload() if self._method.cache_device == "cpu" else None
-        self._peak_bytes = 0
+        self._peak_bytes = self._peak_first_bytes = 0
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
         ] = {}  # the step, and what its first pass gave
@@ -156,7 +158,12 @@ class SpanCalls:
             inputs = copied(inputs)
         inputs |= self._first_pass(frame, span)
         if frame.actions is None:
-            take(self._run, frame, span, inner, args, kwargs, inputs)
+            try:
+                take(self._run, frame, span, inner, args, kwargs, inputs)
+            except DiffusionCacheError:
+                raise
+            except Exception as error:
+                self._run.warn_failure("taking signals", error)  # a policy computes where it has none to go by
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
         reuse = not self._computes(frame, span)
@@ -628,21 +635,25 @@ class SpanCalls:
     @property
     def resident_bytes(self) -> int:
         """The most bytes that features have taken on the denoiser's device so far."""
-        return self.peak_bytes if self._offload is None else self._first_bytes + self._offload.resident_bytes
+        if self._offload is None:
+            return self.peak_bytes
+        self._count_bytes()
+        return self._peak_first_bytes + self._offload.resident_bytes
 
     def _count_bytes(self) -> None:
+        self._peak_first_bytes = max(self._peak_first_bytes, self._first_bytes)
         histories = sum(state.history.nbytes for state in self._states.values())
         self._peak_bytes = max(self._peak_bytes, self._first_bytes + histories)
 
-    def feature_bytes(self) -> dict[str, int]:
-        """Bytes of one stored feature of each span, on average over those of a full history, summed over passes."""
-        sizes: dict[str, int] = {}
-        for (_, span, _), state in self._states.items():
+    def feature_bytes(self) -> dict[tuple[str, str], int]:
+        """Bytes of one stored feature of each denoiser's spans, on average over those of a full history, summed over
+        passes.
+        """
+        sizes: Counter[tuple[str, str]] = Counter()
+        for (key, span, _), state in self._states.items():
             if state.history:
-                sizes[span.name] = sizes.get(span.name, 0) + math.ceil(
-                    state.history.full_bytes / state.history.capacity
-                )
-        return sizes
+                sizes[key[0], span.name] += math.ceil(state.history.full_bytes / state.history.capacity)
+        return dict(sizes)
 
     def release(self) -> None:
         """Let go of every feature, telling of those that could not be checked on the way."""
@@ -652,6 +663,8 @@ class SpanCalls:
             self._offload.finish()
         late = [(span, history) for span, history in newest if self._offload is not None or not history.on_host]
         unchecked = [span for span, history in late if not is_finite(history.tensors())]
+        if self._offload is not None:
+            self._offload.release()
         self._states.clear()
         self._order.clear()
         self._first.clear()

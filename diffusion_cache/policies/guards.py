@@ -144,22 +144,28 @@ class Guarded:
         passes = max(map(len, own.compute)) if own else 1
         if self.guards.unconditional_every > 1:
             passes = max(passes, 2)
+        width = max(len(row) for step in own.compute for row in step) if own else 1
         states = [PassState() for _ in range(passes)]
+        of_spans = [[PassState() for _ in range(width)] for _ in range(passes)]
         rows = []
         for index in range(total):
             row = []
             for position, state in enumerate(states):
                 step = self._step(index, total, position)
-                accumulated = 0.0
-                if self.guards.forced(step, state) is not None:
-                    spans: tuple[bool, ...] = (True,)
-                elif self.guards.spared(step, state):
-                    spans = (False,)
-                elif own is not None:
-                    spans = own.row(index, position)
-                else:
+                wanted: tuple[bool, ...]
+                if own is None:
                     verdict = self.policy.decide(step, None, state)
-                    spans, accumulated = (verdict.compute,), verdict.accumulated
+                    wanted, accumulated = (verdict.compute,), verdict.accumulated
+                else:
+                    wanted, accumulated = own.row(index, position), 0.0
+                if self.guards.spared(step, state):
+                    wanted, accumulated = (False,), 0.0
+                spans = tuple(
+                    compute or self.guards.forced(step, span) is not None
+                    for compute, span in zip(wanted * (width // len(wanted)), of_spans[position], strict=True)
+                )
+                for compute, span in zip(spans, of_spans[position], strict=True):
+                    span.update(index, compute)
                 state.update(index, any(spans), accumulated)
                 row.append(spans)
             rows.append(tuple(row))

@@ -28,8 +28,9 @@ class Mask(Policy):
 
     def __post_init__(self) -> None:
         given = self.mask if isinstance(self.mask, (str, Sequence)) else ()
-        entries = "".join(str(int(entry) if entry in (0, 1) else entry) for entry in given)
-        if not entries or set(entries) - {"0", "1"}:
+        digits = [str(int(entry)) if entry in (0, 1) else entry for entry in given]
+        entries = "".join(digit if digit in ("0", "1") else "?" for digit in digits)
+        if not entries or "?" in entries:
             raise ConfigError(f"mask: give a string or sequence of 0 and 1, one a step, not {self.mask!r}")
         if entries[0] == "0":
             warnings.warn(

@@ -65,7 +65,8 @@ class RaCfg(Accumulate):
                 f"tells {'no scale: give guidance=…' if g is None else 'one scale: use another policy'}"
             )
         u, c = (1 - g) * values[0], g * values[1]
-        return math.sqrt(u * u + c * c + 2 * self.correlation * u * c)
+        square = u * u + c * c + 2 * self.correlation * u * c
+        return 0.0 if square < 0 else math.sqrt(square)  # below 0 by rounding alone
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if step.total is None:

@@ -360,6 +360,11 @@ def test_modular_with_two_transformers():
     expected = regular("1010", GUIDED)
     expected[4:] = [Call(c.step, c.key, c.computed, "transformer_2") for c in expected[4:]]
     check(pipe, call, "1010", expected)
+    with dc.cached(pipe, "mask", "reuse", mask="1010", scope="denoiser"):
+        generate(pipe, call)
+        sizes = [span.feature_bytes for span in dc.inspect(pipe, scope="denoiser").spans]
+        assert len(set(sizes)) == 1
+        assert sum(sizes) == dc.summary(pipe).cache_bytes
 
 
 def test_modular_begins_in_the_middle():

@@ -23,7 +23,20 @@ def test_outside_the_window_of_noise_all_are():
     levels = (-5.89, 0.0, 0.81, 5.89)
     guarded = Guarded(PAB(2, 2, 2, 2), Guards(sigma_max=0.8, sigma_min=0.1)).for_run(levels, NAMES)
     rows = [row for (row,) in guarded.schedule(4).compute]
-    assert rows == [(True,), (False,) * 4, (True,) * 4, (True,)]
+    assert rows == [(True,) * 4, (False,) * 4, (True,) * 4, (True,) * 4]
+
+
+@pytest.mark.parametrize(
+    ("guards", "expected"),
+    [
+        (Guards(max_consecutive=1), [[0, 2, 4, 5], [0, 2, 4, 6], [0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 5, 6]]),
+        (Guards(max_reused=2), [[0, 3, 4, 5, 6], [0, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 3, 4, 5, 6]]),
+    ],
+)
+def test_guards_hold_for_each_branch(guards, expected):
+    found = Guarded(PAB(spatial=5, temporal=3, cross=7), guards).for_run((), NAMES).schedule(7)
+    columns = list(zip(*(row for ((row),) in found.compute), strict=True))
+    assert [[step for step, computed in enumerate(column) if computed] for column in columns] == expected
 
 
 @pytest.mark.parametrize("name", ["spatial", "temporal", "cross", "feed_forward"])

@@ -235,7 +235,23 @@ def test_mask_parsing(mask):
 
 @pytest.mark.parametrize(
     "mask",
-    ["", [], None, 101, "10a1", "1 0", "12", [1, 2], [1.0, 0.5], [1, None], np.array([1, 0]), {0: 1}, {1}, [[1], [0]]],
+    [
+        "",
+        [],
+        None,
+        101,
+        "10a1",
+        "1 0",
+        "12",
+        [1, 2],
+        [1.0, 0.5],
+        [1, None],
+        np.array([1, 0]),
+        {0: 1},
+        {1},
+        [[1], [0]],
+        [1, 10, 0],
+    ],
     ids=repr,
 )
 def test_invalid_masks(mask):
