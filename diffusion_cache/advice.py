@@ -262,7 +262,10 @@ def _shipped_profile(
         if steps not in (None, profile.total) or any(d.strict for d in profile.matches(pipe, denoisers)):
             continue
         plan = _plan_for(profile, speedup)
-        reason = f"A profile of this model and sampler, in {profile.total} steps, comes with the package."
+        reason = (
+            f"A profile of this model and sampler, in {profile.total} steps, comes with the package: call the pipeline "
+            f"with num_inference_steps={profile.total}."
+        )
         if plan.quality is not None:
             quality = plan.quality
             reason += (

@@ -26,6 +26,7 @@ from .registry import suggest
 
 SCHEMA = 1
 JSON_FILE, ARRAYS_FILE = "profile.json", "arrays.safetensors"
+ROUNDING = 1e-5  # of squares, relative to the largest
 MAX_JSON, MAX_ARRAYS = 16 * 2**20, 2 * 2**30  # bytes
 MAX_SPAN_PASSES = 100_000
 MAX_PLANS = 1000
@@ -409,6 +410,9 @@ def _check_values(name: str, tensor: Tensor, spans: Sequence[SpanFacts]) -> None
         bad = tensor[own].isnan().flatten(1).any(dim=1) if own else torch.zeros(0, dtype=torch.bool)
         if bool(bad.any()):
             raise ConfigError(f"profile: {name} of span {spans[own[int(bad.int().argmax())]].name!r} is not a number")
+        energy = tensor[own].diagonal(dim1=-2, dim2=-1).double()
+        if energy.numel() and bool((energy < -ROUNDING * energy.abs().max()).any()):
+            raise ConfigError(f"profile: {name} holds negative squares")
 
 
 def _resample(name: str, tensor: Tensor, places: "np.ndarray[Any, Any]") -> Tensor:

@@ -339,6 +339,8 @@ def _inspect(
 
     console = Console()
     if model in reference.MODELS:
+        if dtype is not Precision.bfloat16:
+            raise ConfigError(f"{model} is a shipped model, which takes no --dtype")
         inputs = reference.inputs(model, labels=[0], seeds=[0], steps=4)
         console.print(api.inspect(reference.load(model), inputs))
         return

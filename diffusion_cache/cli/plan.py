@@ -1,9 +1,13 @@
 """`diffusion-cache plan`: plans for a profiled pipeline, to a speed, a number of evaluations or a quality."""
 
+import hashlib
 import inspect
+import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ from rich.markup import escape
 
 from .. import reference
 from ..context import SCOPES
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffusionCacheWarning
 from ..evaluation.prompts import BUILTIN, FITTING_SEEDS, Sample, read_prompts
 from ..evaluation.subjects import Pretrained, Shipped, Subject, quieten_libraries
 from ..fingerprint import DenoiserFacts, Fingerprint
 from ..models import find_denoisers
+from ..plain import plain_json
 from ..plan import Plan
 from ..planning import guarantee
 from ..planning.build import Planner, Search
@@ -26,6 +31,7 @@ from ..profile import JSON_FILE, Profile
 from ..profiling.generation import Batch, Teacher, teach
 from ..reference.models import scheduler
 from ..registry import unknown_name
+from ..schedule import distinct
 from .progress import announcing
 from .show import print_plans
 
@@ -249,11 +255,30 @@ def _ladder(steps: int, least: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from. make: a batch of them, each a prompt and a seed."""
+    """Where samples come from. make: a batch of them, each a prompt and a seed.
+
+    classes: the prompts are all that there are. call: arguments of each call, beside prompts and seeds.
+    """
 
     pipe: Any
     prompts: Sequence[str | int]
     make: Callable[[Sequence[Sample]], Batch]
+    classes: bool
+    call: Mapping[str, Any]
+
+    def parts(self, counts: Sequence[int]) -> list[Sequence[str | int]]:
+        """The prompts for so many samples of each kind: of text, no kind has one that another has.
+
+        Raises:
+            ConfigError: for fewer prompts than kinds.
+        """
+        if self.classes:
+            return [self.prompts] * len(counts)
+        if len(self.prompts) < len(counts):
+            raise ConfigError(f"{len(self.prompts)} prompts are too few: give at least {len(counts)} with --prompts")
+        shares = list(accumulate(counts, initial=0))
+        ends = distinct([len(self.prompts) * share / shares[-1] for share in shares[:-1]], len(self.prompts))
+        return [self.prompts[first:end] for first, end in zip(ends, [*ends[1:], len(self.prompts)], strict=True)]
 
 
 def _planner(profile: Profile, source: Source, settings: Settings, progress: Progress) -> Planner:
@@ -261,14 +286,18 @@ def _planner(profile: Profile, source: Source, settings: Settings, progress: Pro
     taken = {seed for _, seed in profile.samples}
     counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
     drawn: dict[int, list[Sample]] = {}
-    place = 0  # prompts go on from one kind to the next, so that none is repeated while there are enough
-    for first, count in counts.items():
+    for (first, count), prompts in zip(counts.items(), source.parts(list(counts.values())), strict=True):
         seeds = [seed for seed in range(first, first + MOST_SAMPLES) if seed not in taken][:count]
-        drawn[first] = [
-            Sample(i, source.prompts[(place + i) % len(source.prompts)], seed) for i, seed in enumerate(seeds)
-        ]
-        place += count
+        drawn[first] = [Sample(i, prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
     held_out = drawn[HELD_OUT]
+    different = len({sample.prompt for sample in held_out})
+    if not source.classes and different < len(held_out):
+        warnings.warn(
+            f"the {len(held_out)} held-out samples are of {different} prompts, so that what plans state is of other "
+            "seeds of these more than of other prompts: give more prompts with --prompts",
+            DiffusionCacheWarning,
+            stacklevel=2,
+        )
     # speed is measured on the last batch: a whole one
     odd = len(held_out) % settings.batch
     parts = [held_out[:odd]] if odd else []
@@ -279,7 +308,9 @@ def _planner(profile: Profile, source: Source, settings: Settings, progress: Pro
         progress("uncached runs", number, len(samples))
         teachers.append(teach(source.make(part)))
     seeds = [sample.seed for sample in held_out]
-    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress)
+    asked = [(sample.prompt, sample.seed) for kind in drawn.values() for sample in kind]
+    origin = hashlib.sha256(json.dumps([asked, plain_json(source.call)]).encode()).hexdigest()[:16]
+    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress, origin)
 
 
 def source_of(profile: Profile, model: str | None, settings: Settings) -> Source:
@@ -300,7 +331,10 @@ def source_of(profile: Profile, model: str | None, settings: Settings) -> Source
     else:
         raise unknown_name("model", model, list(reference.MODELS))
     prompts: Sequence[str | int] = list(range(10))
-    if not subject.classes:
+    if subject.classes:
+        if settings.prompts is not None:
+            raise ConfigError("this model takes classes and no text, so that there is no use for --prompts")
+    else:
         listed = BUILTIN["motion" if subject.video else "short"]
         prompts = read_prompts(settings.prompts, "prompt") if settings.prompts else listed
 
@@ -310,7 +344,8 @@ def source_of(profile: Profile, model: str | None, settings: Settings) -> Source
 
         return Batch(subject.pipe, call, subject.images, len(samples))
 
-    return Source(subject.pipe, prompts, make)
+    call = {**extra, **_profiled_call(profile), **settings.call}
+    return Source(subject.pipe, prompts, make, bool(subject.classes), call)
 
 
 def _shipped_model(fingerprint: Fingerprint) -> str:

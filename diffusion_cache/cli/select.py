@@ -15,7 +15,7 @@ from ..plan import Plan, Quality
 from ..planning.choose import choose
 from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
 from ..planning.selector import Selector
-from ..profile import Profile
+from ..profile import JSON_FILE, Profile
 from ..profiling.generation import Teacher, teach
 from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of
 from .progress import announcing
@@ -49,13 +49,18 @@ def make_selector(
     """
     quieten_libraries()
     profile = Profile.load(folder)
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"{out} is the profile's own folder, whose other plans would be lost: give --out another one")
+    if (out / JSON_FILE).is_file() and Profile.load(out).fingerprint != profile.fingerprint:
+        raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
     starts = list(dict.fromkeys(choose(profile.plans, nfe=nfe) for nfe in wish.nfes))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
-    prompts, taken = source.prompts, {seed for _, seed in profile.samples}
+    prompts, others = source.parts((3, 1))
+    taken = {seed for _, seed in profile.samples}
     fitting = _drawn(_each(prompts, settings.fitting), FITTED, taken)
     tuned = _drawn(_each(prompts, settings.tuning), TUNED, taken)
-    held_out = _drawn([prompts[i % len(prompts)] for i in range(settings.held_out)], HELD_OUT, taken)
+    held_out = _drawn([others[i % len(others)] for i in range(settings.held_out)], HELD_OUT, taken)
     seeds = [sample.seed for sample in held_out]
     made, alone = without_selector(profile).with_plans(()), []
     with announcing(console, "select") as progress:

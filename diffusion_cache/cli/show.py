@@ -174,19 +174,20 @@ def _span_table(profile: Profile) -> Table:
     shown = profile.spans[:_MANY]
     drift = _drift(profile)[: len(shown), 1:]
     known = [row[np.isfinite(row)] for row in drift]
+    share = "parameters" if profile.facts.get("shares") == "parameters" else "FLOPs"
     columns = {
         "span": [span.name for span in shown],
         "of": [span.denoiser for span in shown],
         "kind": [span.kind for span in shown],
         "feature": [span.feature for span in shown],
         "elements": [f"{span.elements:,}" for span in shown],
-        "FLOPs": [f"{span.share:.1%}" for span in shown],
+        share: [f"{span.share:.1%}" for span in shown],
         "mean drift": [f"{row.mean():.3f}" if len(row) else _ABSENT for row in known],
         "largest": [f"{row.max():.3f}" if len(row) else _ABSENT for row in known],
         "at step": [str(1 + int(np.nanargmax(row))) if np.isfinite(row).any() else _ABSENT for row in drift],
     }
     title = f"{count} span{'s' if count > 1 else ''}" + (f", the first {_MANY}" if count > _MANY else "")
-    return _columns(title, columns, ("FLOPs", "mean drift", "largest", "at step"))
+    return _columns(title, columns, (share, "mean drift", "largest", "at step"))
 
 
 def _plan_table(plans: Sequence[Plan]) -> Table:

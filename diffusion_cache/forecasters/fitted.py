@@ -35,7 +35,7 @@ class Fitted(Forecaster):
 
     table: by step, span group and guidance branch; groups: of each span, or () where all spans are one group.
     branches: guidance branches stacked in the rows of one call. noise_levels: of the steps; in a run with others no
-    weights are fitted.
+    weights are fitted. total: the number of steps; the same.
     """
 
     table: Mapping[Key, Fit] = field(default_factory=dict)
@@ -44,6 +44,7 @@ class Fitted(Forecaster):
     branches: int = 1
     feature: Feature = "auto"
     noise_levels: tuple[float, ...] = ()
+    total: int | None = None
 
     name = "fitted"
 
@@ -65,7 +66,8 @@ class Fitted(Forecaster):
                     correction = None if math.isnan(scale[0]) else Correction(tuple(scale), tuple(bias))
                 table[step, span, branch if passes > 1 else ANY_PASS] = Fit(held, values, correction)
         groups = tuple(range(spans)) if spans > 1 else ()
-        return cls(table, plan.history, groups, plan.row_passes, cast(Feature, plan.feature), plan.noise_levels)
+        feature = cast(Feature, plan.feature)
+        return cls(table, plan.history, groups, plan.row_passes, feature, plan.noise_levels, plan.total)
 
     def for_run(self, noise_levels: Sequence[float]) -> "Fitted":
         if not noise_levels or not self.noise_levels or same_levels(self.noise_levels, noise_levels):
@@ -89,6 +91,8 @@ class Fitted(Forecaster):
 
     def fit(self, query: Query) -> Fit | None:
         """What was fitted for just this case, if anything was."""
+        if query.total is not None and self.total not in (None, query.total):
+            return None
         step, group = int(query.target), self.group(query.span)
         found = self.table.get((step, group, query.pass_index)) or self.table.get((step, group, ANY_PASS))
         return found if found is not None and found.nodes == tuple(query.nodes) else None

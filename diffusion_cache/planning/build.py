@@ -29,6 +29,7 @@ from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .band import with_guard
 from .dynamic import Objective, Steps, best_schedule
+from .static import spared
 from .timesteps import kept_if_better
 
 Progress = Callable[[str, int, int], None]
@@ -73,6 +74,7 @@ class Planner:
 
     profile: of the same. fitting: weights and schedules are chosen on it; tuning: strengths and finalists are.
     held_out: what a plan states is measured on these, which nothing else has seen; seeds: of the held-out samples.
+    origin: what tells these samples from others (prompts, seeds, arguments of calls); a plan says of which it is.
     A search also starts from the steps of the nearest plans, made by this planner or in the profile.
     """
 
@@ -83,6 +85,7 @@ class Planner:
     seeds: Sequence[int]
     search: Search = field(default_factory=Search)
     progress: Progress = lambda what, done, of: None
+    origin: str | None = None
     _scores: dict[tuple[Steps, str | None, bool], float] = field(default_factory=dict)  # the last: with fitted weights
     _schedules: dict[int, Steps] = field(default_factory=dict, init=False)  # of plans, by their number of steps
 
@@ -144,7 +147,9 @@ class Planner:
     @property
     def _facts(self) -> dict[str, Any]:
         """What a plan depends on, beside the profile and the seeds."""
+        origin = {} if self.origin is None else {"origin": self.origin}
         return {
+            **origin,
             "fitted_on": self.fitting.batch.count,
             "tuned_on": self.tuning.batch.count,
             "search": plain_json(vars(self.search)),
@@ -347,11 +352,9 @@ class Planner:
     def nfe(self, computed: int, scope: str | None = None) -> float:
         """Denoiser evaluations of a plan with so many computed steps; scope None for the profile's.
 
-        A reused step still runs what lies outside a UNet's cut.
+        A reused step still runs what lies outside the spans: of a UNet's cut, of blocks or branches.
         """
-        share = 1.0
-        if (scope or self.profile.scope) == "cut":
-            share = min(1.0, sum(span.share for span in self.profile.spans))
+        share = spared(self.profile) if scope in (None, self.profile.scope) else 1.0
         return computed + (self.steps - computed) * (1.0 - share)
 
     def timed(self, computed: int) -> Speed:

@@ -65,6 +65,9 @@ def choose(
     measured = [plan for plan in plans if plan.quality is not None and plan.quality.metric == "psnr"]
     if not measured:
         raise ConfigError("the profile's plans have no measured PSNR: make them with `diffusion-cache plan`")
+    # of fewer samples nothing can be promised, so that such a plan is none to choose from; of all, that is told
+    needed = guarantee.needed()
+    measured = [plan for plan in measured if plan.quality and plan.quality.n >= needed] or measured
     measured.sort(key=lambda plan: -plan.nfe)
     values = [plan.quality.values for plan in measured if plan.quality is not None]
     return measured[guarantee.pick(values, min_psnr)]

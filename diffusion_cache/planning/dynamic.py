@@ -8,7 +8,7 @@ error: plans are to be checked in closed loop.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,7 +69,8 @@ def best_schedule(
     steps = len(damage)
     wanted = computed if isinstance(computed, range) else range(1, operator.index(computed) + 1)
     if not wanted or min(wanted) < 1 or max(wanted) > steps:
-        raise ConfigError(f"of {steps} steps, 1 to {steps} can be computed, not {computed}")
+        asked = wanted.start if len(wanted) == 1 else computed
+        raise ConfigError(f"of {steps} steps, 1 to {steps} can be computed, not {asked}")
     if objective not in get_args(Objective):
         raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, not {objective!r}")
     if gamma <= 0:
@@ -97,20 +98,6 @@ def best_schedule(
             f"max_gap={max_gap}); the nearest number that does is {nearest}"
         )
     return {count: _best(damage, path, float(total)) for count, (total, path) in found.items()}
-
-
-def best_within(schedules: Mapping[int, Best], budget: float) -> Best:
-    """The schedule of smallest total among those with at most `budget` computed steps; the cheaper of equals.
-
-    A schedule with more computed steps can be the worse one: it forecasts from other pairs.
-
-    Raises:
-        ConfigError: where all compute more.
-    """
-    affordable = [count for count in sorted(schedules) if count <= budget]
-    if not affordable:
-        raise ConfigError(f"no schedule computes at most {budget} steps; the least is {min(schedules)}")
-    return schedules[min(affordable, key=lambda count: schedules[count].total)]
 
 
 def _checked_shape(damage: ArrayLike) -> Array:

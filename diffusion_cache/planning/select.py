@@ -24,6 +24,7 @@ from .build import as_tensors, psnr
 from .selector import ARRAYS, STORED
 
 SHARE = 0.5  # of the way to weights that were fitted to few samples
+MOST_FOLDS = 20
 ALPHAS = np.logspace(-2, 6, 25)  # strengths of the ridge; the last one leaves nothing of the embedding
 
 
@@ -124,7 +125,8 @@ def with_selector(profile: Profile, seen: Seen, held_out: Seen | None = None, se
     prompts, a few samples for each kind of prompt, apart from those that the plans state their quality on. held_out:
     the same plans on samples that nothing was fitted to or chosen by, with their seeds, to state what the choice
     reaches there. The score of a plan is how much better its PSNR is than the mean of its group on that prompt. The
-    ridge's strength is chosen by leave-one-out error: where prompts tell nothing, the best plan on average is left.
+    ridge's strength is chosen by the error on samples left out, of prompts with all of theirs, as another prompt is to
+    be expected: where prompts tell nothing, the best plan on average is left.
 
     Raises:
         ConfigError: for fewer than two plans, plans that the profile does not have, or of different scopes; for prompts
@@ -166,20 +168,31 @@ def reached(policy: Select, seen: Seen) -> list[float]:
     return [float(row[names.index(name)]) for row, name in zip(seen.values, chosen, strict=True)]
 
 
-def scores(inputs: NDArray[np.float64], targets: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-    """Ridge regression of targets [n, K] on inputs [n, D]: weights [K, D] and bias [K]; one strength for all."""
-    from sklearn.linear_model import RidgeCV
+def scores(inputs: NDArray[np.float64], targets: NDArray[np.float64], together: bool = False) -> tuple[Tensor, Tensor]:
+    """Ridge regression of targets [n, K] on inputs [n, D]: weights [K, D] and bias [K]; one strength for all.
 
-    fitted = RidgeCV(ALPHAS).fit(inputs, targets)
-    return torch.from_numpy(np.atleast_2d(fitted.coef_)).float(), torch.from_numpy(
-        np.atleast_1d(fitted.intercept_)
-    ).float()
+    together: samples of the same inputs are left out together where the strength is chosen, for inputs to come are
+    others; else one by one.
+    """
+    from sklearn.linear_model import Ridge, RidgeCV
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
+    _, groups = np.unique(inputs, axis=0, return_inverse=True)
+    folds = min(int(groups.max()) + 1, MOST_FOLDS)
+    if together and folds > 1:
+        searched = GridSearchCV(Ridge(), {"alpha": ALPHAS}, cv=GroupKFold(folds), scoring="neg_mean_squared_error")
+        fitted = searched.fit(inputs, targets, groups=groups.ravel()).best_estimator_
+    else:
+        fitted = RidgeCV(ALPHAS).fit(inputs, targets)
+    weights, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    return torch.from_numpy(weights).float(), torch.from_numpy(bias).float()
 
 
 def _learned(seen: Seen) -> Select:
     """The policy that chooses among the plans."""
     source, labels, inputs = _inputs(seen.conditions)
-    weights, bias = scores(inputs.double().numpy(), seen.values - seen.values.mean(1, keepdims=True))
+    gains = seen.values - seen.values.mean(1, keepdims=True)
+    weights, bias = scores(inputs.double().numpy(), gains, together=not labels)
     fallback = int(seen.values.mean(0).argmax())
     forecasters = tuple(map(Fitted.of, seen.plans))
     return Select(tuple(map(Planned, seen.plans)), forecasters, weights, bias, source, labels, fallback)

@@ -73,8 +73,13 @@ def marks(total: int, computed: Sequence[Collection[int]]) -> NDArray[np.bool_]:
 
 
 def spared(profile: Profile) -> float:
-    """The share of a denoiser evaluation that a step saves by reusing every span."""
-    return 1.0 if profile.scope in CALLS_SPARED else min(1.0, sum(span.share for span in profile.spans))
+    """The share of a denoiser evaluation that a step saves by reusing every span; a mean over denoisers."""
+    if profile.scope in CALLS_SPARED:
+        return 1.0
+    shares: dict[str, float] = {}
+    for span in profile.spans:
+        shares[span.denoiser] = shares.get(span.denoiser, 0.0) + span.share
+    return min(1.0, sum(shares.values()) / len(shares))
 
 
 def evaluations(profile: Profile, computed: ArrayLike) -> float:

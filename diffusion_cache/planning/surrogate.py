@@ -6,11 +6,13 @@ several spans forecast at the same steps, share their errors by adding their Gra
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
+from ..plain import Fields, integer, text, tuple_of
 from ..profile import Profile
 
 Array = NDArray[np.float64]
@@ -93,6 +95,27 @@ def taylor_errors(gram: ArrayLike) -> Array:
     return errors
 
 
+def _sensitivity_groups(profile: Profile) -> tuple[list[tuple[str, tuple[int, ...]]], tuple[str, ...]]:
+    """Names and spans of the groups that sensitivity was measured of, and those that it could not be measured of."""
+    every = tuple(range(len(profile.spans)))
+
+    def group(value: Any, where: str) -> tuple[str, tuple[int, ...]]:
+        fields = Fields(value, where)
+        name, spans = fields("name", text), fields("spans", lambda given, at: given and tuple_of(integer)(given, at))
+        if not set(spans or ()) <= set(every):
+            raise ConfigError(f"{where}.spans: the profile has {len(every)} spans, numbered from 0")
+        return name, tuple(spans or every)
+
+    facts = Fields(profile.facts.get("sensitivity"), "profile: facts.sensitivity")
+    groups, unmeasured = facts("groups", tuple_of(group)), facts("unmeasured", tuple_of(text))
+    if len(groups) != len(profile.arrays["sensitivity"]):
+        raise ConfigError(
+            f"profile: facts.sensitivity names {len(groups)} groups, and {len(profile.arrays['sensitivity'])} are "
+            "measured: profile the model anew"
+        )
+    return list(groups), unmeasured
+
+
 def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
     """Of each span, the relative final error of forecasting step t at order 0 (reuse of step i) or 1 (Taylor-1).
 
@@ -102,25 +125,26 @@ def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
     Yields: [1, T, T] over (i, t) at order 0, else [T, T, T] over (h + 1, i, t) as `taylor_errors`.
 
     Raises:
-        ConfigError: where the profile has no sensitivity.
+        ConfigError: where the profile has no sensitivity, or is of several denoisers.
     """
     if "sensitivity" not in profile.arrays:
         raise ConfigError("this profile has no sensitivity: measure it with sensitivity_samples above 0")
+    if len({span.denoiser for span in profile.spans}) > 1:
+        raise ConfigError("spans of several denoisers cannot be told apart by their sensitivity: plan whole steps")
     grams = own_grams(profile)
     energy = grams.diagonal(axis1=2, axis2=3)
     scale = energy.mean(axis=2, keepdims=True)
     weights = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
     sensitivity = profile.arrays["sensitivity"].double().numpy()
-    groups = profile.facts["sensitivity"]["groups"]
-    unmeasured = profile.facts["sensitivity"]["unmeasured"]
-    owner = {place: g for g, group in enumerate(groups) for place in group["spans"] or range(len(profile.spans))}
+    groups, unmeasured = _sensitivity_groups(profile)
+    owner = {place: g for g, (_, places) in enumerate(groups) for place in places}
     totals = np.zeros((len(groups), profile.total))
     for place, g in owner.items():
         totals[g] += (energy[place] * weights[place]).sum(axis=0)
     rows = slice(None) if order else slice(1)
     for place, g in sorted(owner.items()):
         found = np.zeros((profile.total if order else 1, profile.total, profile.total))
-        if groups[g]["name"] in unmeasured:
+        if groups[g][0] in unmeasured:
             yield found + np.inf
             continue
         for gram, weight in zip(grams[place], weights[place], strict=True):

@@ -79,6 +79,9 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < bound:
                 raise ConfigError(f"{name} must be a whole number of at least {bound}, not {value!r}")
+        depth = self.depth
+        if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
+            raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
         if self.scope is not None and self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
         top = self.attention_top

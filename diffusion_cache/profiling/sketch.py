@@ -1,7 +1,6 @@
 """Features made small: linear maps whose outputs have the inner products of the features, nearly."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,19 +10,6 @@ from ..count_sketch import LARGEST
 from ..errors import ConfigError
 
 DEFAULT_WIDTH = 2**15
-
-
-class Sketch(Protocol):
-    """A linear map of features to rows of `width` numbers."""
-
-    width: int
-
-    def __call__(self, leaves: Sequence[Tensor], first: int = 0) -> Tensor:
-        """Map a batch of features, one [B, ...] tensor per leaf, to [B, width] float32 on their device.
-
-        first: number of the batch's first sample; samples of different numbers err independently.
-        """
-        ...
 
 
 class Exact:

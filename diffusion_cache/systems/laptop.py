@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConfigError, DiffusionCacheWarning
+from ..plain import Fields, number
 from ..plan import Plan
 from ..planning.coupled import couple
 from ..planning.static import static_plan
@@ -51,10 +52,11 @@ class Laptop(System):
         return static_plan(profile, f"laptop, {self.keep:g}", computed, facts=facts)
 
     def _additivity(self, profile: Profile) -> float:
-        checked = profile.facts.get("sensitivity", {}).get("additivity")
+        facts = Fields(profile.facts.get("sensitivity"), "profile: facts.sensitivity")
+        checked = facts.maybe("additivity", Fields)
         if checked is None:
             raise ConfigError("laptop: this profile did not check whether damages add up: profile more than 3 steps")
-        ratio = float(checked["mean"])
+        ratio = checked("mean", number)
         if not ADDITIVE[0] <= ratio <= ADDITIVE[1]:
             warnings.warn(
                 f"Damages of this model do not add up (jointly {ratio:.2g} times their sum): the cells that laptop "

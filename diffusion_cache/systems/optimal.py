@@ -37,6 +37,8 @@ class Optimal(System):
     sensitivity = True
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.nfe):
+            raise ConfigError(f"{self.name}: nfe must be a finite number, not {self.nfe!r}")
         if self.order not in (0, 1):
             raise ConfigError(f"{self.name}: order must be 0 (reuse) or 1 (Taylor), not {self.order}")
 

@@ -199,6 +199,7 @@ METHODS = [
     bad(dict(policy="first_block", target_reuse="half"), "reuse must be a number or None, not 'half'"),
     bad(dict(policy="first_block", speedup=[2]), "speedup must be a number or None, not [2]"),
     bad(dict(policy=None, profile=3, nfe=20), "profile must be a Profile, its folder", "not 3"),
+    bad(dict(policy="select", method="fora"), "policy 'select' is a method of its own", "give policy or method"),
     bad(dict(policy=None, method="fora", profile=3), "profile must be a Profile, its folder", "not 3"),
     bad(dict(policy=None, method="fora", ignore=["weights"]), "ignore needs a profile", "method='fora'"),
     bad(dict(policy=None, profile="dit-digits-ddim", nfe=25, ignore="weights"), "ignore must be a list of fields"),

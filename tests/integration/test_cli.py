@@ -61,6 +61,12 @@ def test_inspect_a_shipped_model():
     assert "transformer" in run("inspect", "dit-digits")
 
 
+def test_a_shipped_model_is_inspected_as_it_is():
+    assert "dit-digits is a shipped model, which takes no --dtype" in run(
+        "inspect", "dit-digits", "--dtype", "float32", code=2
+    )
+
+
 def test_inspect_a_saved_pipeline(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

@@ -446,6 +446,8 @@ def test_misspelled_keys_are_told_with_a_suggestion(override, message):
         (["batch=0"], "batch must be"),
         (["memory=0"], "memory must be a number of GiB above 0"),
         (["sensitivity.samples=-1"], "sensitivity_samples must be"),
+        (["model=unet-digits", "depth=0"], "depth must be a whole number of at least 1, not 0"),
+        (["model=unet-digits", "depth=a"], "depth must be a whole number of at least 1, not 'a'"),
         (["sampler=unipc"], "has the samplers"),
         (["prompts=builtin"], "takes class labels"),
         (["model=random", "model.name=dit-xl-2"], "kind of model"),

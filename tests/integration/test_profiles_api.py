@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import diffusion_cache as dc
 from diffusion_cache import published, reference
 from diffusion_cache.cli import app
-from diffusion_cache.cli.plan import _ladder, _Work
+from diffusion_cache.cli.plan import Source, _ladder, _Work
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.plan import Quality, Speed
@@ -33,6 +33,15 @@ NAME = "dit-digits"
 
 def generate(pipe, name=NAME, steps=STEPS, samples=((3, 5), (8, 6))):
     return plans.batch(pipe, name, samples, steps).call().images
+
+
+def test_no_prompt_is_fitted_to_and_held_out():
+    source = Source(None, "abcdefghijklmnop", None, classes=False, call={})
+    assert ["".join(part) for part in source.parts((32, 16, 64))] == ["abcd", "ef", "ghijklmnop"]
+    assert ["".join(part) for part in replace(source, prompts="abc").parts((90, 1, 1))] == ["a", "b", "c"]
+    assert replace(source, prompts=[0, 1], classes=True).parts((1, 1, 1)) == [[0, 1]] * 3
+    with pytest.raises(ConfigError, match="2 prompts are too few: give at least 3 with --prompts"):
+        replace(source, prompts="ab").parts((1, 1, 1))
 
 
 @pytest.fixture(scope="module")

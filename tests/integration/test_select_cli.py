@@ -81,6 +81,15 @@ def test_it_refuses_before_it_generates(options, message, profile, tmp_path, mon
     assert not (tmp_path / "made").exists()
 
 
+def test_other_plans_are_not_written_over(profile, tmp_path):
+    before = (profile / "profile.json").read_bytes()
+    assert "the profile's own folder" in run("select", profile, "--nfe", "4", *SMALL, "--out", profile, code=2)
+    assert (profile / "profile.json").read_bytes() == before
+    plans.profile("dit-digits").save(tmp_path / "other")
+    told = run("select", profile, "--nfe", "4", *SMALL, "--out", tmp_path / "other", code=2)
+    assert "holds a profile of something else" in told
+
+
 def test_plans_that_are_best_for_every_prompt_are_told(profile, tmp_path, monkeypatch):
     """A refit that changes nothing gains nothing."""
     monkeypatch.setattr(

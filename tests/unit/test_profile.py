@@ -241,6 +241,13 @@ def test_span_facts_refuse(facts):
         SpanFacts(**{**vars(profile().spans[0]), **facts})
 
 
+def test_squares_that_are_negative():
+    made = profile()
+    grams = {name: -array for name, array in made.arrays.items() if name.startswith("gram_")}
+    with pytest.raises(ConfigError, match="holds negative squares"):
+        replace(made, arrays={**made.arrays, **grams})
+
+
 # --- files
 
 

@@ -12,7 +12,7 @@ from diffusion_cache.context import Correction, Query
 from diffusion_cache.engine import Method, Observer
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Taylor
-from diffusion_cache.forecasters.fitted import Fit, Fitted, taylor_weights
+from diffusion_cache.forecasters.fitted import UNFITTED, Fit, Fitted, taylor_weights
 from diffusion_cache.policies import Guarded
 from diffusion_cache.policies.mask import Mask
 from diffusion_cache.profiling.generation import attached
@@ -85,6 +85,14 @@ def test_only_the_case_that_was_fitted_has_its_weights():
     assert fitted.weights(Query((1, 2, 4), 5, 1, 1)) == pytest.approx(taylor)  # another guidance branch
 
 
+def test_weights_are_for_runs_of_their_number_of_steps():
+    fitted = Fitted({(5, 0, 0): Fit((1, 2, 4), (0.5, -1.0, 1.5))}, total=8)
+    queries = [Query((1, 2, 4), 5, total=total) for total in (8, None, 6)]
+    assert [fitted.note(query) for query in queries] == ["", "", UNFITTED]
+    assert fitted.weights(queries[0]) == (0.5, -1.0, 1.5)
+    assert fitted.weights(queries[2]) == pytest.approx((0.0, -0.5, 1.5))
+
+
 def test_a_correction_goes_with_its_weights():
     correction = Correction((1.5, 0.5), (0.0, -1.0))
     fitted = Fitted({(5, 1, 0): Fit((1, 4), (0.5, 0.5), correction)}, groups=(0, 1))
@@ -95,12 +103,14 @@ def test_a_correction_goes_with_its_weights():
     assert Fitted(table(1)).corrected_channels == Taylor().corrected_channels == 0
 
 
-def test_channels_that_do_not_fit_are_computed():
+@pytest.mark.parametrize("dtype", ["model", "int8-delta"])
+def test_channels_that_do_not_fit_are_computed(dtype):
     """With a warning; an output of other channels must not be stretched to those of its correction."""
     name, pipe = "dit-digits", reference.load("dit-digits")
     expected = generate(name, pipe)
     told_of = pytest.warns(dc.DiffusionCacheWarning, match="corrections are of 3 channels, and transformer_blocks")
-    with dc.cached(pipe, Mask(MASK), Fitted(table(2, channels=3), branches=2), scope="stack"), told_of:
+    fitted = Fitted(table(2, channels=3), branches=2)
+    with dc.cached(pipe, Mask(MASK), fitted, scope="stack", cache_dtype=dtype), told_of:
         assert (generate(name, pipe) - expected).abs().max() <= 1e-5
 
 

@@ -225,6 +225,9 @@ def test_a_plan_is_known_again(planner, three, tmp_path):
     assert not with_search(planner, runs=7).made(stored)
     assert not replace(planner, held_out=planner.held_out[:1], seeds=planner.seeds[:2]).made(stored)
     assert not planner.made(replace(stored, quality=None))
+    of_prompts = replace(stored, facts={**stored.facts, "origin": "a"})
+    assert [replace(planner, origin=origin).made(of_prompts) for origin in ("a", "b")] == [True, False]
+    assert not replace(planner, origin="a").made(stored)
 
 
 @pytest.mark.parametrize("computed", [0, STEPS + 1])

@@ -80,6 +80,13 @@ def test_plans_beyond_one_that_fails_are_not_looked_at():
     assert choose([*PLANS[:4], lucky], min_psnr=48).name == "half-steady"
 
 
+def test_a_plan_of_few_samples_does_not_keep_others_from_being_chosen():
+    few = plan("few", 4, 60, n=10)
+    assert choose([*PLANS, few], min_psnr=39).name == "third"
+    with pytest.raises(ConfigError, match="10 held-out samples cannot show"):
+        choose([few], min_psnr=39)
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [

@@ -1,6 +1,8 @@
 """FORA, SmoothCache, and the optimal schedules of DPCache, MeanCache, LeMiCa and LAPTOP, against every schedule."""
 
+import math
 import warnings
+from dataclasses import replace
 from itertools import combinations, product
 
 import grams
@@ -12,6 +14,7 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.planning.static import spared
 from diffusion_cache.planning.surrogate import cell_errors, mean_gram, mean_sensitivity
 from diffusion_cache.systems import DPCache, Laptop, LeMiCa, MeanCache, SmoothCache
 from diffusion_cache.systems.smooth_cache import changes, longest_lags
@@ -286,6 +289,45 @@ def test_laptop_needs_sensitivities_and_their_check():
     facts = {"sensitivity": {"groups": [{"name": "all", "spans": None}], "unmeasured": []}}
     with pytest.raises(ConfigError, match="did not check whether damages add up"):
         Laptop().plan(laptop_profile(facts=facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"groups": [{"name": "first", "spans": [99]}, {"name": "second", "spans": [1]}]}, "has 2 spans"),
+        ({"groups": [{"name": "first", "spans": ["a"]}, {"name": "second", "spans": [1]}]}, "whole number"),
+        ({"groups": [{"name": "all", "spans": None}]}, "names 1 groups, and 2 are measured"),
+        ({"groups": 3}, "groups"),
+        ({"additivity": {"mean": "x"}}, "additivity.mean: expected a whole number, found 'x'"),
+        ({"additivity": 1.0}, "additivity: expected an object"),
+    ],
+)
+def test_laptop_tells_what_is_wrong_with_a_strangers_facts(change, words):
+    profile = laptop_profile()
+    facts = {"sensitivity": {**profile.facts["sensitivity"], **change}}
+    with pytest.raises(ConfigError, match=words):
+        Laptop().plan(replace(profile, facts=facts))
+    with pytest.raises(ConfigError, match="expected an object, found str"):
+        Laptop().plan(replace(profile, facts={"sensitivity": "none"}))
+
+
+def test_laptop_is_for_one_denoiser():
+    profile = laptop_profile()
+    spans = (profile.spans[0], replace(profile.spans[1], denoiser="transformer_2"))
+    with pytest.raises(ConfigError, match="several denoisers"):
+        Laptop().plan(replace(profile, spans=spans))
+
+
+def test_evaluations_that_are_no_number():
+    with pytest.raises(ConfigError, match="nfe must be a finite number, not nan"):
+        DPCache(nfe=math.nan)
+
+
+@pytest.mark.parametrize(("denoisers", "expected"), [(("a", "a"), 0.9), (("a", "b"), 0.45)])
+def test_what_a_reused_step_spares_is_a_mean_over_denoisers(denoisers, expected):
+    profile = laptop_profile()
+    spans = tuple(replace(span, denoiser=name) for span, name in zip(profile.spans, denoisers, strict=True))
+    assert spared(replace(profile, spans=spans)) == pytest.approx(expected)
 
 
 def test_a_group_that_could_not_be_reused_is_always_computed():

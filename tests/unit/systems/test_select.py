@@ -111,6 +111,18 @@ def test_scores_are_a_ridge_that_leaves_nothing_where_there_is_nothing():
     np.testing.assert_allclose(bias, noise.mean(0), atol=0.05)
 
 
+def test_prompts_that_tell_nothing_of_others_leave_nothing():
+    """Each prompt has a taste of its own, by which its samples tell of each other, and not of other prompts'."""
+    generator = np.random.default_rng(0)
+    prompts, tastes = generator.normal(size=(16, 256)), generator.normal(size=(16, 3))
+    inputs = np.repeat(prompts, 4, axis=0)
+    targets = np.repeat(tastes, 4, axis=0) + 0.1 * generator.normal(size=(64, 3))
+    alone, _ = scores(inputs, targets)
+    together, bias = scores(inputs, targets, together=True)
+    assert np.abs(together).max() < 0.01 < np.abs(alone).max()
+    np.testing.assert_allclose(bias, targets.mean(0), atol=0.01)
+
+
 @cache
 def learned(name):
     """A profile with two plans of equal cost, and scores for them that class 3 and class 8 reverse."""
