@@ -148,17 +148,6 @@ class Architecture:
             calls.append(call)
         return [{**call, "timestep": self._timestep(call, 0, 1)} for call in calls]
 
-    def inputs(
-        self,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
-        batch: int = 1,
-        tiny: bool = False,
-        seed: int = 0,
-    ) -> Inputs:
-        """Keyword arguments of one denoiser call at the usual size: of the first pass of the first step."""
-        return self.calls(device, dtype, batch, tiny, seed)[0]
-
     def advance(self, calls: Sequence[Inputs], outputs: Sequence[Tensor], step: int, steps: int) -> list[Inputs]:
         """The calls of step + 1 of `steps`, from the outputs of this step's: guidance, then an Euler step.
 

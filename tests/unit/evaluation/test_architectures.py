@@ -120,6 +120,6 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="Did you mean 'flux-1-dev'"):
         architecture("flux-dev")
     with pytest.raises(ConfigError, match="batch must be at least 1"):
-        architecture("sdxl").inputs(batch=0)
+        architecture("sdxl").calls(batch=0)
     with pytest.raises(ConfigError, match=r"has the shape of \[4, 16, 16\]"):
         architecture("sdxl").calls(tiny=True, latent=(3, 16, 16))
