@@ -160,8 +160,12 @@ class _Work:
         known = {plan.name: plan for plan in self.profile.plans}
         if name in known and self.planner.made(known[name]):
             self.progress(f"{name} is there already", 0, 0)
-            return known[name]
-        plan = known[name] = self.planner.plan(computed, name)
+            plan = self.planner.timed_here(known[name])
+            if plan is known[name]:
+                return plan
+        else:
+            plan = self.planner.plan(computed, name)
+        known[name] = plan
         self.profile = self.profile.with_plans(sorted(known.values(), key=lambda plan: -plan.nfe))
         self.profile.save(self.out)
         self.progress(_told(plan), 0, 0)

@@ -371,6 +371,13 @@ class Planner:
         """The plan with its quality on the held-out samples, and its speed."""
         return replace(plan, quality=self.quality(plan), speed=self._speed(plan))
 
+    def timed_here(self, plan: Plan) -> Plan:
+        """The plan with its speed on this device in a batch of this size, measured where it states another's."""
+        batch = self.held_out[-1].batch
+        if plan.speed is not None and (plan.speed.device, plan.speed.batch) == (_device(batch.pipe), batch.count):
+            return plan
+        return replace(plan, speed=self._speed(plan))
+
     def quality(self, plan: Plan) -> Quality:
         """The plan's PSNR on the held-out samples."""
         settings = trajectory.Settings(scope=plan.scope, depth=plan.depth)
@@ -393,10 +400,13 @@ class Planner:
                 before_b=lambda: setting.enter_context(attached(batch.pipe, method)),
             )
         ratios = sorted(timing.wall_ratios)
-        device = str(getattr(batch.pipe, "device", "cpu"))
-        if device.startswith("cuda"):
-            device = torch.cuda.get_device_name()
-        return Speed(timing.wall_ratio, ratios[0], ratios[-1], device, batch.count)
+        return Speed(timing.wall_ratio, ratios[0], ratios[-1], _device(batch.pipe), batch.count)
+
+
+def _device(pipe: Any) -> str:
+    """What a pipeline runs on, GPUs by their name."""
+    device = str(getattr(pipe, "device", "cpu"))
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
 
 
 def _method(policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Method:

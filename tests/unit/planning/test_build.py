@@ -14,6 +14,7 @@ from diffusion_cache.context import Correction
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fit, Fitted
+from diffusion_cache.plan import Speed
 from diffusion_cache.planning.build import MAX_PSNR, Search, as_tensors, psnr
 from diffusion_cache.profiling.generation import teach
 
@@ -234,6 +235,16 @@ def test_a_plan_is_known_again(planner, three, tmp_path):
 def test_numbers_that_cannot_be(planner, computed):
     with pytest.raises(ConfigError, match=f"of {STEPS} steps, 1 to {STEPS} can be computed, not {computed}"):
         planner.plan(computed)
+
+
+def test_a_speed_of_another_device_or_batch_is_measured_anew(planner, three):
+    assert planner.timed_here(three) is three
+    for other in ({"device": "NVIDIA H100"}, {"batch": 3}):
+        stored = replace(three, speed=Speed(**{**vars(three.speed), "ratio": 50.0, "high": 60.0, **other}))
+        found = planner.timed_here(stored)
+        assert found.speed.ratio < 50
+        assert (found.speed.device, found.speed.batch) == (three.speed.device, three.speed.batch)
+        assert same(found, stored)
 
 
 def test_speed_is_known_before_a_plan_is_made(planner):
