@@ -173,8 +173,7 @@ class Offload:
             each.finish()
 
     def release(self) -> None:
-        """Let go of all histories."""
-        self._arrivals.clear()
+        """After `finish`, let go of all histories."""
         self._device.clear()
 
     def _count(self) -> None:

@@ -58,8 +58,7 @@ def main() -> None:
     with announcing(console, name) as progress:
         bare = shipped.with_plans(())
         base = planner_of(bare, batches_of(subject, subject.steps), Search(), options, progress)
-        for share in options.computed or SHARES:
-            computed = share if isinstance(share, int) else math.floor(base.steps * share)
+        for computed in options.computed or [math.floor(base.steps * share) for share in SHARES]:
             for stage, search in stages(options.runs, SCOPES.get(options.model, ())):
                 folder = options.out / stage / name
                 profile = Profile.load(folder) if (folder / JSON_FILE).is_file() else bare

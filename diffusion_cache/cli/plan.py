@@ -112,10 +112,8 @@ def make_plans(
         console.print(f"{told}. These plans cannot be chosen by min_psnr.", soft_wrap=True)
     profile = Profile.load(folder)
     out = folder if out is None else out
-    if (out / JSON_FILE).is_file() and out.resolve() != folder.resolve():
-        stored = Profile.load(out)
-        if stored.fingerprint != profile.fingerprint:
-            raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
+    stored = stored_in(out, profile)
+    if stored is not None and out.resolve() != folder.resolve():
         profile = profile.with_plans(stored.plans)
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
@@ -132,6 +130,20 @@ def make_plans(
     for plan in dict.fromkeys(chosen):
         console.print(f"{escape(str(out))}: {escape(_told(plan))}", soft_wrap=True)
     return work.profile
+
+
+def stored_in(out: Path, profile: Profile) -> Profile | None:
+    """The profile that is in a folder already, if there is one.
+
+    Raises:
+        ConfigError: where it is of something else than the given one.
+    """
+    if not (out / JSON_FILE).is_file():
+        return None
+    stored = Profile.load(out)
+    if stored.fingerprint != profile.fingerprint:
+        raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
+    return stored
 
 
 def _told(plan: Plan) -> str:

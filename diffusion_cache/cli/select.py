@@ -15,9 +15,9 @@ from ..plan import Plan, Quality
 from ..planning.choose import choose
 from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
 from ..planning.selector import Selector
-from ..profile import JSON_FILE, Profile
+from ..profile import Profile
 from ..profiling.generation import Teacher, teach
-from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of
+from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of, stored_in
 from .progress import announcing
 from .show import print_choices, print_plans, told_choice
 
@@ -51,8 +51,7 @@ def make_selector(
     profile = Profile.load(folder)
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out} is the profile's own folder, whose other plans would be lost: give --out another one")
-    if (out / JSON_FILE).is_file() and Profile.load(out).fingerprint != profile.fingerprint:
-        raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
+    stored_in(out, profile)
     starts = list(dict.fromkeys(choose(profile.plans, nfe=nfe) for nfe in wish.nfes))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))

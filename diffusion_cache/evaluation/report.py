@@ -28,6 +28,7 @@ from .runs import (
     UNCACHED,
     Experiment,
     Run,
+    flat,
     psnr_of,
     read_experiment,
     settings_text,
@@ -562,14 +563,14 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
         {"runs": how many, "cpu_minutes": that making them took where all of them say, "environment": what all of them
         share, "varies": {dotted key: [{"value", "runs"}, …]}}, the value that most runs have first.
     """
-    flat = [_flat(run.environment) for run in runs]
-    keys = list(dict.fromkeys(key for facts in flat for key in facts))
+    facts_of = [flat(run.environment, _SEPARATOR) for run in runs]
+    keys = list(dict.fromkeys(key for facts in facts_of for key in facts))
     common: dict[str, Any] = {}
     varies: dict[str, list[dict[str, Any]]] = {}
     for key in keys:
-        counted = Counter(json.dumps(facts[key], sort_keys=True) for facts in flat if key in facts)
+        counted = Counter(json.dumps(facts[key], sort_keys=True) for facts in facts_of if key in facts)
         values = [{"value": json.loads(text), "runs": count} for text, count in counted.most_common()]
-        if len(values) > 1 or values[0]["runs"] < len(flat):
+        if len(values) > 1 or values[0]["runs"] < len(facts_of):
             varies[key] = values
             continue
         place = common
@@ -579,7 +580,7 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
         place[last] = values[0]["value"]
     took = [run.cpu_seconds for run in runs]
     return {
-        "runs": len(flat),
+        "runs": len(facts_of),
         "cpu_minutes": None if None in took else round(sum(seconds or 0.0 for seconds in took) / 60, 1),
         "environment": common,
         "varies": {key.replace(_SEPARATOR, "."): v for key, v in varies.items()},
@@ -587,13 +588,3 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 _SEPARATOR = "\0"  # joins nested keys, which may themselves hold dots
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}{_SEPARATOR}")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

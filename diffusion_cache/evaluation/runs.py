@@ -238,17 +238,20 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _conditions(config: Mapping[str, Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    found = flat({name: config.get(name) for name in COMPARED}, ".")
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in found.items()
+    }
 
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                add(f"{name}.{key}", inner)
+
+def flat(facts: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Values by the names that lead to them."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, separator, f"{prefix}{key}{separator}")
         else:
-            found[name] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-    for name in COMPARED:
-        add(name, config.get(name))
+            found[f"{prefix}{key}"] = value
     return found
 
 
