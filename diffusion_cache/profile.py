@@ -142,6 +142,11 @@ class Profile:
         """The same measurements with these plans in place of the present ones."""
         return replace(self, plans=tuple(plans))
 
+    def with_plan(self, plan: Plan) -> "Profile":
+        """The same with one plan more, or in place of the one of its name; the most evaluations first."""
+        others = (other for other in self.plans if other.name != plan.name)
+        return self.with_plans(sorted([*others, plan], key=lambda plan: -plan.nfe))
+
     def matches(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> list[Difference]:
         """Where a pipeline (None for a bare denoiser) is not what was profiled, as far as is known before a run."""
         return self.fingerprint.differences(Fingerprint.of(pipe, denoisers))

@@ -68,8 +68,7 @@ def main() -> None:
                 if any(plan.name == label and planner.made(plan) for plan in profile.plans):
                     continue
                 plan = planner.plan(computed)
-                others = [other for other in profile.plans if other.name != label]
-                profile.with_plans([*others, plan]).save(folder)
+                profile.with_plan(plan).save(folder)
                 assert plan.quality is not None
                 console.print(
                     f"{stage} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}"

@@ -69,8 +69,7 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
             if any(plan.name == label and planner.made(plan) for plan in profile.plans):
                 continue
             plan = planner.plan(computed)
-            others = [other for other in profile.plans if other.name != label]
-            profile = profile.with_plans(sorted([*others, plan], key=lambda plan: -plan.nfe))
+            profile = profile.with_plan(plan)
             profile.save(folder)
             assert plan.quality is not None
             console.print(f"{name} {plan.name}: {plan.quality.mean:.2f} dB, p5 {plan.quality.p5:.2f}, {plan.scope}")

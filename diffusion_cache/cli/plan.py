@@ -177,8 +177,7 @@ class _Work:
                 return plan
         else:
             plan = self.planner.plan(computed, name)
-        known[name] = plan
-        self.profile = self.profile.with_plans(sorted(known.values(), key=lambda plan: -plan.nfe))
+        self.profile = self.profile.with_plan(plan)
         self.profile.save(self.out)
         self.progress(_told(plan), 0, 0)
         return plan

@@ -103,7 +103,7 @@ def run_configured(cfg: DictConfig) -> None:
             given = samples(range(HELD_OUT, HELD_OUT + config["held_out"]))
             plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, progress)
     if profile is not None:
-        profile.with_plans([*(other for other in profile.plans if other.name != plan.name), plan]).save(folder)
+        profile.with_plan(plan).save(folder)
         picture = work / "curves.png"
         figure(plan, result.log, [span.name for span in profile.spans]).savefig(picture)
         assert plan.quality is not None

@@ -179,6 +179,15 @@ def test_with_plans():
         made.with_plans([plan("new"), plan("new")])
 
 
+def test_with_plan_replaces_the_one_of_its_name_and_puts_the_most_evaluations_first():
+    first = plan("a")
+    more = replace(first, name="b", nfe=5.0)
+    changed = replace(more, name="a")
+    assert more.nfe > first.nfe
+    assert profile().with_plans([first]).with_plan(more).plans == (more, first)
+    assert profile().with_plans([more, first]).with_plan(changed).plans == (more, changed)
+
+
 def replaced(**changes):
     return {**arrays(), **changes}
 
