@@ -52,29 +52,38 @@ class Schedule:
         """Computed steps, averaged over passes and spans."""
         return sum(sum(sum(row) / len(row) for row in step) / len(step) for step in self.compute)
 
-    def stores(self, step: int, pass_index: int, history: int) -> bool:
-        """Whether a feature observed at this step serves a later reuse, with the last `history` features kept."""
-        keep = self._useful(pass_index, history)
-        return step < len(keep) and keep[step]
+    def stores(self, step: int, pass_index: int, history: int) -> tuple[bool, ...]:
+        """Which spans' features of this step serve a later reuse, with the last `history` features of each kept.
 
-    def _useful(self, pass_index: int, history: int) -> Sequence[bool]:
+        One entry for each span of a row, or one for all; (False,) past the schedule's end.
+        """
+        return self._useful(pass_index, history)[step] if step < self.total else (False,)
+
+    def _useful(self, pass_index: int, history: int) -> list[tuple[bool, ...]]:
         key = (pass_index, history)
         if key not in self._useful_cache:
-            useful = [False] * self.total
-            recent: list[int] = []
-            for step in range(self.total):
-                row = self.row(step, pass_index)
-                if not all(row):
-                    for kept in recent:
-                        useful[kept] = True
-                if any(row):
-                    recent = [*recent, step][-history:]
-            self._useful_cache[key] = useful
+            rows = [self.row(step, pass_index) for step in range(self.total)]
+            width = max(map(len, rows))
+            columns = zip(*(row if len(row) == width else row * width for row in rows), strict=True)
+            self._useful_cache[key] = list(zip(*(_read(column, history) for column in columns), strict=True))
         return self._useful_cache[key]
 
     @cached_property
-    def _useful_cache(self) -> dict[tuple[int, int], Sequence[bool]]:
+    def _useful_cache(self) -> dict[tuple[int, int], list[tuple[bool, ...]]]:
         return {}
+
+
+def _read(computed: Sequence[bool], history: int) -> list[bool]:
+    """The steps of a span whose feature is among its last `history` at a reused step."""
+    read = [False] * len(computed)
+    recent: list[int] = []
+    for step, computes in enumerate(computed):
+        if computes:
+            recent = [*recent, step][-history:]
+        else:
+            for kept in recent:
+                read[kept] = True
+    return read
 
 
 def spaced(steps: int, computed: int, exponent: float, last: int = 0, length: int | None = None) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ class CacheRun:
                     else:
                         self.spans.forget(visit.state)
                 # from the root, all computed: impure chains do not allow replaying single blocks
-                frame = self.frame = frame.again(False)
+                frame = self.frame = frame.again((False,))
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
             elif (again := self.decisions.verified(frame)) is not None:
@@ -134,7 +134,7 @@ class CacheRun:
         finally:
             self.frame = None
         self._close_frame(frame, name, spans)
-        if frame.trace is not None and self.session.layouts.get(name) is not layout and frame.stores:
+        if frame.trace is not None and self.session.layouts.get(name) is not layout and any(frame.stores):
             self._learn(frame, inner, *given)
         if self.session.observer is not None and not frame.fills_cache:
             self.session.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
@@ -145,7 +145,7 @@ class CacheRun:
 
         def again(compute: bool = False, given: tuple[tuple, dict[str, Any]] | None = None) -> Any:
             taken, named = given or (args, kwargs)
-            outer, self.frame = self.frame, called.again(False)
+            outer, self.frame = self.frame, called.again((False,))
             self.frame.actions, self.frame.variant = (True,) if compute else called.actions, called.variant
             try:
                 with forked_rng():
@@ -173,7 +173,7 @@ class CacheRun:
     ) -> list[tuple[Visit, str]]:
         """The call again, computed and stored, or reused; actions None: reused by an adaptive policy."""
         reuse = actions is None or not all(actions)
-        frame = computed.again(not reuse)
+        frame = computed.again((not reuse,))
         outer, self.frame = self.frame, frame
         frame.actions, frame.poisoned = actions or (False,), reuse
         frame.variant = (*computed.variant[:2], actions)
@@ -248,10 +248,10 @@ class CacheRun:
             pass_index=clock.position,
             guidance=self.guidance,
         )
-        frame = Frame(step, (name, step.pass_name), True, batch, clock.position)
+        frame = Frame(step, (name, step.pass_name), (True,), batch, clock.position)
         frame.called = args, kwargs
         if filling:
-            frame.actions, frame.stores, frame.fills_cache = (True,), False, True
+            frame.actions, frame.stores, frame.fills_cache = (True,), (False,), True
             frame.reason = "fills a cache of keys and values"
             return frame
         frame.chunks = self._chunks(args, kwargs, batch)

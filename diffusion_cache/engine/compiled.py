@@ -94,7 +94,7 @@ class CompiledSpans:
         """Compute the step uncompiled, then reuse it, to see what blocks return and that nothing else is used."""
         for cell in self.cells.values():
             cell.template = None
-        frame.actions, frame.stores = (True,), True
+        frame.actions, frame.stores = (True,), (True,)
         frame.reason = "learning what the blocks return"
         given = copied(args), copied(kwargs)
         output = self.denoiser._call_impl(*args, **kwargs)
@@ -129,14 +129,15 @@ class CompiledSpans:
     def _store(self, run: "CacheRun", frame: Frame, span: Span) -> None:
         cell, state = self.cells[span], run.spans.state(frame.key, span, 0)
         feature, cell.feature, cell.bases = cell.feature, None, []
-        visit = Visit(span, state, {}, state.signature, frame.stores)
+        stores = run.spans.stores(frame, span)
+        visit = Visit(span, state, {}, state.signature, stores)
         visit.finished = True
         frame.visits[span] = visit
         if cell.reuse:
             frame.reused.append(visit)
             return
         frame.computed += 1
-        if feature and frame.stores:
+        if feature and stores:
             state.history.observe(frame.step.index, feature, [None] * len(feature))
             state.unchecked = True
 

@@ -239,7 +239,7 @@ class Forecasts:
 
     def keep_compared(self, frame: Frame) -> None:
         """At the end of a computed call: keep the signals that the corrector compares, beside the features."""
-        if not frame.compared or not frame.stores or (frame.reused and frame.rows is None):
+        if not frame.compared or not any(frame.stores) or (frame.reused and frame.rows is None):
             return
         rows = frame.rows if frame.reused else None
         signals = list(frame.compared.values())

@@ -145,11 +145,11 @@ class Frame:
         "trace", "variant", "verdicts", "visits",
     )  # fmt: skip
 
-    def __init__(self, step: Step, key: PassKey, stores: bool, batch: int, position: int = 0):
+    def __init__(self, step: Step, key: PassKey, stores: tuple[bool, ...], batch: int, position: int = 0):
         self.step = step
         self.key = key
         self.position = position  # of the call in its step
-        self.stores = stores
+        self.stores = stores  # what is computed: for all spans or each of them
         self.batch = batch  # rows of the sample
         self.chunks: Chunks | None = None  # of a stream, whose features are filed by the levels of each
         self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
@@ -192,7 +192,7 @@ class Frame:
             for asks, again in zip(self.asking, rejected, strict=True)
         )
 
-    def again(self, stores: bool) -> "Frame":
+    def again(self, stores: tuple[bool, ...]) -> "Frame":
         """The same call, about to be made once more."""
         frame = Frame(self.step, self.key, stores, self.batch, self.position)
         frame.chunks = self.chunks

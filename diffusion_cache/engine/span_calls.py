@@ -150,7 +150,7 @@ class SpanCalls:
             return None
         session = self._run.session
         watched = (session.observer is not None or self._relates_passes) and not frame.fills_cache
-        if frame.actions is not None and not frame.stores and all(frame.actions) and not watched:
+        if frame.actions is not None and not any(frame.stores) and all(frame.actions) and not watched:
             frame.computed += 1
             return None
         inputs = tensor_inputs(args, kwargs)
@@ -167,7 +167,7 @@ class SpanCalls:
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
         reuse = not self._computes(frame, span)
-        visit = Visit(span, state, inputs, signature(inputs), frame.stores or reuse)
+        visit = Visit(span, state, inputs, signature(inputs), self.stores(frame, span) or reuse)
         forecast = reuse and self._forecast(frame, visit)
         self._prefetch(frame.key, state.place + 1, frame.actions)
         if forecast:
@@ -194,7 +194,14 @@ class SpanCalls:
     def _computes(self, frame: Frame, span: Span) -> bool:
         """What the frame's actions say of a span."""
         assert frame.actions is not None
-        return frame.actions[self._run.session.span_index[span] if len(frame.actions) > 1 else 0]
+        return self._entry(frame.actions, span)
+
+    def stores(self, frame: Frame, span: Span) -> bool:
+        """Whether a span's feature is stored, if it is computed."""
+        return self._entry(frame.stores, span)
+
+    def _entry(self, entries: tuple[bool, ...], span: Span) -> bool:
+        return entries[self._run.session.span_index[span] if len(entries) > 1 else 0]
 
     def _interrupted(self, frame: Frame, state: SpanState, span: Span) -> None:
         assert frame.open is not None

@@ -165,3 +165,14 @@ def test_enough_room_changes_nothing():
         same, limited = cached(name, max_cache_bytes=whole.cache_bytes, **method)
     assert torch.equal(same, images)
     assert limited.cache_bytes == whole.cache_bytes
+
+
+def test_a_span_that_is_never_reused_takes_no_room():
+    """PAB computes every feed-forward branch unless told otherwise: the limit is the attentions' alone."""
+    method = dict(policy="pab", forecaster="reuse", scope="branch", spatial=2)
+    images, whole = cached("dit-digits", **method, feed_forward=1)
+    _, attentions_and_more = cached("dit-digits", **method, feed_forward=2)
+    assert whole.cache_bytes == attentions_and_more.cache_bytes // 2
+    same, limited = cached("dit-digits", **method, feed_forward=1, max_cache_bytes=whole.cache_bytes)
+    assert torch.equal(same, images)
+    assert limited.hit_rate == whole.hit_rate > 0

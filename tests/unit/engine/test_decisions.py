@@ -61,7 +61,7 @@ class Run:
 
     def planned(self, index, total=None, position=0):
         """A call whose policy knows its decision at the start."""
-        frame = Frame(step(index, total), KEY, True, 1)
+        frame = Frame(step(index, total), KEY, (True,), 1)
         self.decisions.open(frame, position)
         self.close(frame)
         return frame
@@ -74,7 +74,7 @@ class Run:
 
     def open(self, index, values, groups=1, apart=True, key=KEY, width=2):
         batch = len(values)
-        frame = Frame(step(index, None, groups, batch), key, True, batch)
+        frame = Frame(step(index, None, groups, batch), key, (True,), batch)
         self.decisions.open(frame, 0)
         assert frame.actions is None
         frame.signals = {"probe_residual": torch.tensor(values)[:, None].repeat(1, width)}
@@ -119,13 +119,13 @@ def test_a_known_total_gives_the_schedule():
     run = Run(Interval(2), forecaster=Reuse())
     frames = [run.planned(index, 5) for index in range(6)]
     assert [frame.actions for frame in frames] == [(True,), (False,), (True,), (False,), (True,), (True,)]
-    assert [frame.stores for frame in frames] == [True, False, True, False, False, False]
+    assert [any(frame.stores) for frame in frames] == [True, False, True, False, False, False]
     assert {frame.reason for frame in frames} == {"schedule"}
 
 
 def test_what_is_stored_depends_on_how_many_features_are_kept():
     run = Run(Mask("1110"), forecaster=Taylor(order=1))
-    assert [run.planned(index, 4).stores for index in range(4)] == [False, True, True, False]
+    assert [any(run.planned(index, 4).stores) for index in range(4)] == [False, True, True, False]
 
 
 def test_an_unknown_total_is_decided_step_by_step():
@@ -133,7 +133,7 @@ def test_an_unknown_total_is_decided_step_by_step():
     frames = [run.planned(index) for index in range(8)]
     assert [frame.actions[0] for frame in frames] == [True, True, False, False, True, False, False, True]
     assert [frame.reason for frame in frames[:3]] == ["warm-up", "warm-up", "interval"]
-    assert all(frame.stores for frame in frames)
+    assert all(all(frame.stores) for frame in frames)
     assert all(frame.rows is None for frame in frames)
 
 
@@ -189,7 +189,7 @@ def test_wrong_use_of_a_policy_is_an_error():
 
 def test_nothing_is_decided_before_the_signals_are_there():
     run = Run(Above())
-    frame = Frame(step(0, 10), KEY, True, 1)
+    frame = Frame(step(0, 10), KEY, (True,), 1)
     run.decisions.open(frame, 0)
     assert frame.actions is None
     assert run.decisions.schedule(10) is None
