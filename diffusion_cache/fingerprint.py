@@ -37,6 +37,8 @@ MEANINGS = {
     "guidance": "features are taken to change between steps as they do at the profile's guidance",
     "sample_shape": "features are taken to change between steps as they do at the profile's size",
 }
+OF_DENOISERS = ("model", "config", "layout", "weights", "lora", "dtype")  # kinds; `Difference.field` names whose
+UNCOMPARED = frozenset({"steps", "noise_levels"})  # of runs: whoever enables a cache has made none yet
 STRICT = frozenset({"model", "config", "layout", "weights", "lora", "scheduler", "scheduler_config"})
 
 # scheduler options that only place the noise levels; these are compared themselves, step by step
@@ -61,6 +63,9 @@ SPACING_OPTIONS = frozenset(
         "use_karras_sigmas",
     }
 )
+
+# what configurations of transformers say of how weights were stored or loaded; their dtype is a field of its own
+LOADING_OPTIONS = frozenset({"architectures", "dtype", "torch_dtype", "transformers_version"})
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,8 @@ class Fingerprint:
         """Where `other` (what is at hand) is not as this one (what was profiled), with what follows from it.
 
         strict: fields whose differences are marked so. Weights of another dtype cannot be compared, nor offloaded
-        ones: they are then reported, but not strictly; so are options that exist in one version of diffusers only.
+        ones: they are then reported, but not strictly; so are those of adapters if their names are the same, and
+        options that exist in one version of diffusers only.
         What belongs to a run (steps, noise levels, guidance, size) is compared if both sides know their steps.
         """
         found: list[Difference] = []
@@ -224,13 +230,14 @@ class Fingerprint:
                 differ(f"{name}.dtype", mine.dtype, theirs.dtype)
             if mine.layout != theirs.layout:
                 differ(f"{name}.layout", mine.layout, theirs.layout)
-            elif mine.weights is None or theirs.weights is None:
-                differ(f"{name}.weights", mine.weights, theirs.weights, "they are taken to be the same", lenient=True)
-            elif mine.weights != theirs.weights:
-                note = "" if mine.dtype == theirs.dtype else "in another precision they are taken to be the same"
+            elif mine.weights is None or mine.weights != theirs.weights:
+                note = _uncompared(mine, theirs, mine.weights, theirs.weights)
                 differ(f"{name}.weights", mine.weights, theirs.weights, note, lenient=bool(note))
-            if (mine.lora_weights or mine.lora) != (theirs.lora_weights or theirs.lora):
-                differ(f"{name}.lora", mine.lora, theirs.lora)
+            unread = mine.lora_weights is None and bool(mine.lora)
+            if unread or mine.lora_weights != theirs.lora_weights:
+                same = mine.lora == theirs.lora  # where weights cannot be compared, names are all that is known
+                note = _uncompared(mine, theirs, mine.lora_weights, theirs.lora_weights) if same else ""
+                differ(f"{name}.lora", mine.lora, theirs.lora, note, lenient=bool(note))
 
         if self.pipeline != other.pipeline:
             differ("pipeline", self.pipeline, other.pipeline)
@@ -285,6 +292,13 @@ def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two runs have the same noise levels (log-SNR), step by step, to within 1e-3."""
     pairs = zip(one, other, strict=False)
     return len(one) == len(other) and all(a == b or abs(a - b) <= LEVEL_TOLERANCE for a, b in pairs)
+
+
+def _uncompared(mine: DenoiserFacts, theirs: DenoiserFacts, *digests: str | None) -> str:
+    """What follows where digests of weights cannot be compared; empty where they can."""
+    if None in digests:
+        return "they are taken to be the same"
+    return "" if mine.dtype == theirs.dtype else "in another precision they are taken to be the same"
 
 
 def _read_denoiser(value: Any, where: str) -> DenoiserFacts:
@@ -372,9 +386,15 @@ def _active(module: Any) -> list[str]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """How a model of diffusers or of transformers is configured."""
+    """How a model of diffusers or of transformers is configured, without how it was loaded."""
     config: Any = getattr(model, "config", None) or {}
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return _as_built(config.to_dict()) if hasattr(config, "to_dict") else dict(config)
+
+
+def _as_built(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _as_built(part) for key, part in value.items() if key not in LOADING_OPTIONS}
 
 
 def _prefixes(name: str) -> Iterable[str]:

@@ -24,7 +24,7 @@ LEAST_SPREAD = 0.01  # of a signal, relative to its mean
 MAX_HISTORY = 8
 MAX_STEPS = 10_000
 MAX_CHANNELS = 65_536
-MAX_CELLS = 10_000_000  # steps × passes × spans of one plan
+MAX_CELLS = 10_000_000  # numbers in one tensor of a plan; steps × passes × spans of its schedule
 
 TENSORS = {"nodes": torch.int32, "weights": torch.float64, "compute": torch.uint8, "correction": torch.float64}
 OPTIONAL_TENSORS = frozenset({"correction"})
@@ -227,6 +227,7 @@ class Plan:
 
         for name, tensor in self._stored().items():
             _need(where, name, tensor.dtype == TENSORS[name], f"dtype {TENSORS[name]}, not {tensor.dtype}")
+            _need(where, name, tensor.numel() <= MAX_CELLS, f"at most {MAX_CELLS:,} numbers, not {tensor.numel():,}")
         nodes, weights = self.nodes, self.weights
         _need(where, "nodes", nodes.ndim == 3 and weights.ndim == 4, "3 axes [T, S, K], and 4 [T, P, S, K] for weights")
         history = nodes.shape[2]

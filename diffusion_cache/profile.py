@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, DiffusionCacheWarning
-from .fingerprint import MEANINGS, Difference, Fingerprint, same_levels
+from .fingerprint import MEANINGS, OF_DENOISERS, UNCOMPARED, Difference, Fingerprint, same_levels
 from .plain import Fields, integer, json_object, number, optional, plain_json, text, tuple_of
 from .plan import MAX_STEPS, OPTIONAL_TENSORS, TENSORS, Plan, check_facts, positions
 from .registry import suggest
@@ -30,7 +30,7 @@ ROUNDING = 1e-5  # of squares, relative to the largest
 MAX_JSON, MAX_ARRAYS = 16 * 2**20, 2 * 2**30  # bytes
 MAX_SPAN_PASSES = 100_000
 MAX_PLANS = 1000
-MAX_PLAN_CELLS = 20_000_000  # steps × passes × spans of all plans
+MAX_PLAN_CELLS = 20_000_000  # numbers in the tensors of all plans
 
 GRAMS = ("gram_residual", "gram_output")
 WIDE = frozenset({*GRAMS, "cross_input"})  # float64 too: errors are small differences of their entries
@@ -51,6 +51,7 @@ SHAPES = {
 }
 SPAN_SHAPES = {"channel_mean": "PTC", "channel_square": "PTC", "attention_received": "TN"}  # with a span's index
 MAY_BE_NAN = frozenset({*GRAMS, "cross_input", "foreground_share", *SIGNALS})
+MEASURED_ONLY = frozenset({"key", "select"})  # facts that say nothing of other noise levels
 SPAN_ARRAY = re.compile(r"([a-z_]+)\.(0|[1-9][0-9]{0,5})")
 
 
@@ -157,14 +158,17 @@ class Profile:
         ignore: fields whose differences are accepted, such as "weights", or "transformer.weights" for one denoiser.
 
         Raises:
-            ConfigError: for a strict difference that is not ignored, or an unknown field to ignore.
+            ConfigError: for a strict difference that is not ignored, or a field to ignore that is unknown or that
+                nothing compares.
         """
-        known = [*MEANINGS, *(f"{name}.{kind}" for name in self.fingerprint.denoisers for kind in MEANINGS)]
+        known = [*MEANINGS, *(f"{name}.{kind}" for name in self.fingerprint.denoisers for kind in OF_DENOISERS)]
         if isinstance(ignore, str) or not isinstance(ignore, Collection):
             raise ConfigError(f"ignore must be a list of fields, as in ignore=['weights'], not {ignore!r}")
         for name in ignore:
             if name not in known:
                 raise ConfigError(f"ignore: there is no field {name!r} in a fingerprint. {suggest(name, MEANINGS)}")
+            if name in UNCOMPARED:
+                raise ConfigError(f"ignore: {name} is of a run and not compared when a profile is used: leave it out")
         found = [
             difference
             for difference in self.matches(pipe, denoisers)
@@ -187,8 +191,9 @@ class Profile:
 
         Features are taken to move in a straight line in log-SNR from one profiled step to the next, which gives the
         Gram matrices (that stay positive semi-definite); changes between steps add up; sensitivity to an error at a
-        step goes with the step's length. Levels beyond the profile's take its nearest step. Plans: `Plan.resampled`.
-        Warns of that, and returns the profile itself where the noise levels are its own to within 1e-3.
+        step goes with the step's length. What depends on a NaN is NaN. Levels beyond the profile's take its nearest
+        step. Plans: `Plan.resampled`; what was learned of choosing among them is dropped. Warns of that, and returns
+        the profile itself where the noise levels are its own to within 1e-3.
         """
         own = self.noise_levels
         if own and same_levels(own, noise_levels):
@@ -202,6 +207,7 @@ class Profile:
             timesteps=None,
         )
         plans = tuple(plan.resampled(noise_levels) for plan in self.plans)
+        kept = {name: fact for name, fact in self.facts.items() if name not in MEASURED_ONLY}
         outside = 0
         if own:
             outside = sum(not min(own) - 1e-3 <= level <= max(own) + 1e-3 for level in noise_levels)
@@ -218,8 +224,10 @@ class Profile:
         return replace(
             self,
             fingerprint=fingerprint,
-            arrays={name: _resample(name, tensor, places) for name, tensor in self.arrays.items()},
-            facts={**self.facts, "resampled_from_steps": self.total},
+            arrays={
+                name: _resample(name, tensor, places) for name, tensor in self.arrays.items() if "T" in _axes(name)
+            },
+            facts={**kept, "resampled_from_steps": self.total},
             plans=plans,
         )
 
@@ -289,7 +297,7 @@ class Profile:
         for name in [name for name in tensors if name.startswith("plan.")]:
             _, index, part = name.split(".")
             parts[int(index)][part] = tensors.pop(name)
-        if sum(part["compute"].numel() for part in parts) > MAX_PLAN_CELLS:
+        if sum(tensor.numel() for part in parts for tensor in part.values()) > MAX_PLAN_CELLS:
             raise ConfigError(f"{folder}: its plans are larger than any profile's")
         return cls(
             **read,  # type: ignore[arg-type]
@@ -299,13 +307,13 @@ class Profile:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> "Profile":
-        """From a folder, else from a repository of that name on the Hugging Face Hub (or its local cache).
+        """From a folder, else the shipped one of that name, else a repository "owner/name" on the Hugging Face Hub.
 
         Raises:
-            ConfigError: if there is neither or the Hub cannot be reached; and as `load`.
+            ConfigError: if there is none of these or the Hub cannot be reached; and as `load`.
         """
-        if Path(name_or_path).is_dir():
-            return cls.load(name_or_path)
+        if not _is_repository(name_or_path):
+            return cls.load(folder_of(name_or_path))
         import huggingface_hub
 
         try:
@@ -361,6 +369,26 @@ def shipped_profiles() -> dict[str, Path]:
     """The folders of the profiles that come with the package, by name."""
     home = Path(str(resources.files("diffusion_cache.profiles")))
     return {file.parent.name: file.parent for file in sorted(home.glob(f"*/{JSON_FILE}"))}
+
+
+def folder_of(name_or_path: str | Path) -> Path:
+    """A profile's folder: the one given, or that of the shipped profile of this name.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    shipped = shipped_profiles()
+    if not Path(name_or_path).is_dir() and str(name_or_path) not in shipped:
+        raise ConfigError(
+            f"{str(name_or_path)!r} is no folder, nor a profile that comes with the package. "
+            f"{suggest(str(name_or_path), shipped)}"
+        )
+    return Path(name_or_path) if Path(name_or_path).is_dir() else shipped[str(name_or_path)]
+
+
+def _is_repository(name: str | Path) -> bool:
+    """Whether this can only be a repository on the Hub: "owner/name", and no folder here."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).is_dir()
 
 
 def _checked_sizes(steps: int | None, spans: int, passes: int, row_passes: int) -> dict[str, int]:
@@ -420,29 +448,24 @@ def _check_values(name: str, tensor: Tensor, spans: Sequence[SpanFacts]) -> None
             raise ConfigError(f"profile: {name} holds negative squares")
 
 
+def _axes(name: str) -> str:
+    """What the axes of an array are, by the letters of SHAPES."""
+    return SHAPES[name] if name in SHAPES else SPAN_SHAPES[name.partition(".")[0]]
+
+
 def _resample(name: str, tensor: Tensor, places: "np.ndarray[Any, Any]") -> Tensor:
-    """One of a profile's arrays at positions among its steps."""
-    if name in SIGNALS:
-        return _resample_changes(tensor, places, multiply=name == "norm_ratio")
-    kind = name.partition(".")[0]
-    axes = SHAPES[name] if name in SHAPES else SPAN_SHAPES[kind]
-    if "T" not in axes:
-        return tensor
-    steps = tensor.shape[axes.index("T")]
+    """One of a profile's arrays of steps at positions among its steps."""
     if name == "sensitivity_sampled":
         return torch.zeros(tensor.shape[0], len(places), dtype=torch.uint8)
+    wide, steps = tensor.double(), tensor.shape[_axes(name).index("T")]
+    if name in SIGNALS:
+        return _resample_changes(wide, places, multiply=name == "norm_ratio").to(tensor.dtype)
     weights = _interpolation(places, steps)
-    wide = tensor.double()
-    if axes.endswith("TT"):
-        wide = weights @ wide @ weights.T
-    elif axes.endswith("T"):
-        wide = wide @ weights.T
-    elif axes.startswith("T"):
-        wide = weights @ wide
-    else:
-        wide = torch.einsum("ut,ptc->puc", weights, wide)
+    for axis, letter in enumerate(_axes(name)):
+        if letter == "T":
+            wide = _combined(wide.movedim(axis, -1), weights).movedim(-1, axis)
     if name == "sensitivity":
-        wide *= steps / len(places)
+        wide *= _lengths(places, steps)
     return wide.to(tensor.dtype)
 
 
@@ -458,14 +481,33 @@ def _interpolation(places: "np.ndarray[Any, Any]", steps: int) -> Tensor:
     return weights
 
 
-def _resample_changes(tensor: Tensor, places: "np.ndarray[Any, Any]", multiply: bool) -> Tensor:
+def _combined(values: Tensor, weights: Tensor) -> Tensor:
+    """Values [..., old] weighted for each new step [new, old]; NaN only where one that counts is, [..., new]."""
+    unknown = values.isnan()
+    lost = unknown.double() @ (weights > 0).double().T > 0
+    return (values.masked_fill(unknown, 0.0) @ weights.T).masked_fill(lost, math.nan)
+
+
+def _resample_changes(changes: Tensor, places: "np.ndarray[Any, Any]", multiply: bool) -> Tensor:
     """Changes from step to step, summed (or multiplied) over what lies between the new steps; NaN at the first."""
-    changes = tensor.double().clone()
-    changes[..., 0] = 1.0 if multiply else 0.0
-    path = (changes.log() if multiply else changes).cumsum(dim=-1) @ _interpolation(places, tensor.shape[-1]).T
-    steps = path[..., 1:] - path[..., :-1]
-    first = torch.full_like(path[..., :1], math.nan)
-    return torch.cat([first, steps.exp() if multiply else steps], dim=-1).float()
+    # how much of the way from an old step to the next lies between two new ones, [new − 1, old − 1]
+    until = np.clip(places[:, None] - np.arange(changes.shape[-1] - 1), 0.0, 1.0)
+    shares = torch.from_numpy(np.diff(until, axis=0))
+    along = changes[..., 1:]
+    if multiply:
+        along = along.clamp(min=torch.finfo(torch.float32).tiny).log()
+    steps = _combined(along, shares)
+    first = torch.full_like(changes[..., :1], math.nan)
+    return torch.cat([first, steps.exp() if multiply else steps], dim=-1)
+
+
+def _lengths(places: "np.ndarray[Any, Any]", steps: int) -> Tensor:
+    """Of new steps at these positions, each until the next one or the run's end, in old steps; float64.
+
+    Those at one position (beyond the profile's levels) share its length.
+    """
+    own, index, count = np.unique(places, return_inverse=True, return_counts=True)
+    return torch.from_numpy((np.diff([*own, steps]) / count)[index])
 
 
 def _digest(body: Any) -> str:

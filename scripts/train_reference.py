@@ -2,7 +2,7 @@
 
 Run as `python scripts/train_reference.py reference=flux-digits`. A run that was stopped continues from its last
 checkpoint, exactly: the data of step n depend on the seed and n alone. A finished training goes straight to the
-gate.
+gate. A checkpoint of other settings is refused.
 """
 
 import copy
@@ -61,6 +61,12 @@ def learning_rate(step: int, cfg: DictConfig) -> float:
     return cfg.reference.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def settings_of(cfg: DictConfig) -> dict[str, str | int | float]:
+    """What a training's weights depend on."""
+    own = {key: cfg[key] for key in ("seed", "ema", "weight_decay", "warmup", "null_fraction")}
+    return own | {key: cfg.reference[key] for key in ("name", "steps", "batch", "lr")}
+
+
 def regression(spec: models.ReferenceModel, cfg: DictConfig) -> Callable[[torch.nn.Module, int], Tensor]:
     """The loss of a shipped pipeline's denoiser on the batch of a seed."""
 
@@ -78,8 +84,12 @@ def train(
     cfg: DictConfig,
     run_dir: Path,
 ) -> tuple[torch.nn.Module, dict]:
-    """Train to cfg.reference.steps and return the averaged model with what its card says of the training."""
-    name = cfg.reference.name
+    """Train to cfg.reference.steps and return the averaged model with what its card says of the training.
+
+    Raises:
+        SystemExit: where the checkpoint in run_dir is of a training with other settings.
+    """
+    name, settings = cfg.reference.name, settings_of(cfg)
     torch.manual_seed(cfg.seed)
     model = build().to(cfg.device).eval()  # eval: DiT's own label dropout draws per block, ours per sample
     average = copy.deepcopy(model).requires_grad_(False)
@@ -90,6 +100,14 @@ def train(
     start, seconds, losses = 0, 0.0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=cfg.device, weights_only=True)
+        before = state.get("settings", {})
+        changed = [
+            f"{key} {before.get(key, 'unknown')} (now {now})" for key, now in settings.items() if before.get(key) != now
+        ]
+        if changed:
+            raise SystemExit(
+                f"{checkpoint} is of a training with {', '.join(changed)}: delete it to train anew, or train as before"
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -123,6 +141,7 @@ def train(
             )
             if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.reference.steps:
                 state = {
+                    "settings": settings,
                     "model": model.state_dict(),
                     "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(),

@@ -90,6 +90,7 @@ def measured(
         guidance=guidance_of(config["model"]),
         settings={"model": config["model"], "sampler": config["sampler"]},
         folder=folder,
+        overwrite=False,
         rank=team.ranks.index,
         world=team.ranks.count,
         meet=team.meet,

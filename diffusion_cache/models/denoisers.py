@@ -31,17 +31,21 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_denoiser(component: Any) -> bool:
-    """A module from diffusers' transformers or UNets, or any other whose forward takes a timestep."""
+    """A module from diffusers' transformers or UNets, or any other whose forward takes a timestep.
+
+    Of the former not those that take nothing beside one input, neither time nor conditions: containers of motion
+    modules, whose forward does nothing, and decoders.
+    """
     if not isinstance(component, nn.Module):
         return False
     cls = type(unwrap(component))
+    parameters = inspect.signature(cls.forward).parameters
     if cls.__module__.startswith(DENOISER_PACKAGES):
-        return True
+        return len(parameters) > 2  # self is one
     if cls.__name__ in DENOISERS:
         return True
     if cls.__module__.startswith(OTHER_PACKAGES):
         return False
-    parameters = inspect.signature(cls.forward).parameters
     return any(name in parameters for name in TIME_ARGUMENTS[:4])
 
 

@@ -14,6 +14,7 @@ from ..engine.frame import Frame
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..forecasters import Reuse
+from ..models import find_denoisers
 from ..policies import Guarded, Interval
 
 
@@ -98,16 +99,11 @@ def teach(batch: Batch) -> Teacher:
     teacher = Teacher(batch)
     counting = _Counting(teacher)
 
-    def make(step: Callable) -> Callable:
-        def noted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = step(scheduler, *args, **kwargs)
-            teacher.states.append(state_of(result).detach().clone())
-            return result
-
-        return noted
+    def see(state: Tensor) -> None:
+        teacher.states.append(state.detach().clone())
 
     method = Method(Guarded(Interval(1)), Reuse(), "denoiser")
-    with attached(batch.pipe, method, counting), wrapped_step(batch.pipe.scheduler, make):
+    with attached(batch.pipe, method, counting), watched_steps(batch.pipe.scheduler, see):
         teacher.images = batch.images(batch.call()).detach().float()
     if not teacher.calls or not teacher.states:
         raise ConfigError(
@@ -136,20 +132,40 @@ def state_of(result: Any) -> Tensor:
 
 
 @contextmanager
+def watched_steps(scheduler: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand on the state that each `scheduler.step` inside the block gives."""
+
+    def make(step: Callable) -> Callable:
+        def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(self, *args, **kwargs)
+            see(state_of(result))
+            return result
+
+        return watched
+
+    with wrapped_step(scheduler, make):
+        yield
+
+
+@contextmanager
 def last_state(scheduler: Any) -> Iterator[list[Tensor]]:
     """A list that holds, after each `scheduler.step` inside the block, the state that it gave."""
     found: list[Tensor] = []
 
-    def make(step: Callable) -> Callable:
-        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = step(self, *args, **kwargs)
-            found[:] = [state_of(result)]
-            return result
+    def see(state: Tensor) -> None:
+        found[:] = [state]
 
-        return noted
-
-    with wrapped_step(scheduler, make):
+    with watched_steps(scheduler, see):
         yield found
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline runs: as it says, for weights may be kept elsewhere; else where its denoiser's weights are."""
+    told = getattr(pipe, "_execution_device", None)
+    if told is not None:
+        return torch.device(told)
+    parameters = (parameter for denoiser in find_denoisers(pipe).values() for parameter in denoiser.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 class attached:

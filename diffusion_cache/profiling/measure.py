@@ -31,12 +31,13 @@ from ..errors import ConfigError, DiffusionCacheWarning
 from ..fingerprint import Fingerprint
 from ..models import find_denoisers
 from ..plain import plain_json
+from ..plan import FEATURES
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
 from ..signals import Grid
 from .attention import AttentionReceived
 from .foreground import latent_motion
-from .generation import Batch, last_state, teach
+from .generation import Batch, device_of, last_state, teach
 from .recorder import EXACT_BYTES, Recorder, State, Survey, attention_names, held_on, surveyed
 from .sensitivity import PAIRS, sampled_steps, sensitivities, span_groups
 from .sketch import DEFAULT_WIDTH
@@ -84,6 +85,8 @@ class Options:
             raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
         if self.scope is not None and self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
+        if self.feature not in FEATURES:
+            raise unknown_name("feature", self.feature, FEATURES)
         top = self.attention_top
         if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
             raise ConfigError(f"attention_top must be a share in (0, 1], not {top!r}")
@@ -98,6 +101,7 @@ def measure(
     guidance: float | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
+    overwrite: bool = True,
     rank: int = 0,
     world: int = 1,
     meet: Callable[[], None] = lambda: None,
@@ -111,12 +115,13 @@ def measure(
     pipeline says. settings: JSON values that determine what is generated, beside samples and pipeline.
 
     What is done waits in `<folder>.partial` for an interrupted run to go on from; a finished profile of the same
-    settings is returned as it is. With several processes (rank of world; meet waits for all of them), which must see
-    the same folder, the first returns the profile and the others None.
+    settings is returned as it is, and one of others overwritten if that is allowed and it holds no plans. With several
+    processes (rank of world; meet waits for all of them), which must see the same folder, the first returns the profile
+    and the others None.
 
     Raises:
         ConfigError: for settings that cannot work, values that are not finite, and a folder that cannot be written or
-            that holds another profile with plans.
+            that holds another profile, with plans or not to be overwritten.
         NoSpansError: if the pipeline has no spans at this scope.
     """
     options = options or Options()
@@ -139,7 +144,7 @@ def measure(
             run = _Run(
                 make_batch, samples, options, foreground, settings or {}, survey, found, place, (rank, world), progress
             )
-            made = run.made_before()
+            made = run.made_before(overwrite)
             if made is None:
                 run.measure_batches(session)
         if made is None:
@@ -204,11 +209,12 @@ class _Run:
         self.work = Work(folder, digest(key))
         self.key = digest([key, options.sensitivity_samples, options.sensitivity_steps])
 
-    def made_before(self) -> Profile | None:
+    def made_before(self, overwrite: bool) -> Profile | None:
         """The profile that is in the folder, if it is this one.
 
         Raises:
-            ConfigError: if it is another one that plans were made from, or cannot be read.
+            ConfigError: if it is another one that plans were made from or that may not be overwritten, or cannot be
+                read.
         """
         if not (self.folder / JSON_FILE).is_file():
             return None
@@ -218,9 +224,10 @@ class _Run:
             raise ConfigError(f"{error}. Delete {self.folder} to have its profile made anew") from error
         if found.facts.get("key") == self.key:
             return found
-        if found.plans:
+        if found.plans or not overwrite:
             raise ConfigError(
-                f"{self.folder} holds a profile of other settings, and plans made from it: choose another folder"
+                f"{self.folder} holds a profile of other settings{', and plans made from it' if found.plans else ''}: "
+                "choose another folder (out=…, in a sweep one for each value, as in 'out=dit-${steps}'), or delete it"
             )
         return None
 
@@ -255,7 +262,7 @@ class _Run:
             if self.work.batch(index) is None:
                 began = time.perf_counter()
                 batch = self.make_batch(given)
-                device = getattr(batch.pipe, "_execution_device", torch.device("cpu"))
+                device = device_of(batch.pipe)
                 # a seed of its own: sketches of samples in different batches err independently
                 recorder = self.recorder(len(given), seed=index, hold=held_on(self.survey, len(given), device))
                 session.observer = recorder

@@ -12,7 +12,7 @@ from ..context import Feature
 from ..engine import Method, Observer, Session
 from ..engine.frame import Frame
 from ..engine.intercept import is_compiled
-from ..engine.patches import ACTIVE, wrapped_step
+from ..engine.patches import ACTIVE
 from ..engine.structure import Inputs, image_stream
 from ..errors import ConfigError, DiffusionCacheError
 from ..forecasters import Reuse
@@ -23,7 +23,7 @@ from ..policies import Guarded, Interval
 from ..profile import SpanFacts
 from ..signals import Grid, grid_of
 from .attention import AttentionReceived
-from .generation import Batch, attached, state_of
+from .generation import Batch, attached, watched_steps
 from .moments import SpanMoments
 from .signals import SignalCurves
 from .sketch import DEFAULT_WIDTH
@@ -288,7 +288,7 @@ def surveyed(
     looking = _Looking(batch)
     with attached(batch.pipe, always(scope, depth, feature, every=2), looking) as session:
         try:
-            with wrapped_step(batch.pipe.scheduler, looking.stepping), _counting_flops(session) as flops:
+            with watched_steps(batch.pipe.scheduler, looking.stepped), _counting_flops(session) as flops:
                 images = batch.images(batch.call())
         except DiffusionCacheError:
             raise
@@ -297,7 +297,7 @@ def surveyed(
             # if that is not why, it is raised now
             torch.compiler.reset()
             session.observer, flops = (looking := _Looking(batch)), {}
-            with wrapped_step(batch.pipe.scheduler, looking.stepping):
+            with watched_steps(batch.pipe.scheduler, looking.stepped):
                 images = batch.images(batch.call())
         found = looking.survey(session, flops, images)
         session.method = always(scope, depth, feature)
@@ -317,13 +317,8 @@ class _Looking(Observer):
         self.state: Tensor | None = None
         self.spans: dict[Span, tuple[str, int, int]] = {}  # feature, elements, tokens
 
-    def stepping(self, step: Callable) -> Callable:
-        def noted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = step(scheduler, *args, **kwargs)
-            self.state = state_of(result)
-            return result
-
-        return noted
+    def stepped(self, state: Tensor) -> None:
+        self.state = state
 
     def span_computed(
         self, frame: Frame, span: Span, inputs: Inputs, leaves: Sequence[Leaf], outputs: Sequence[Tensor]

@@ -28,7 +28,7 @@ from ..models import Span
 from ..plan import Plan
 from ..policies import Guarded, Interval, Planned
 from .generation import StepCall, Teacher, attached
-from .trajectory import Called, Fitting, Settings, aligned, combined, guidance_weights
+from .trajectory import Called, Fitting, Settings, UnfitError, aligned, combined, guidance_weights
 
 Array = NDArray[np.float64]
 
@@ -86,11 +86,12 @@ def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel
     channel, else one of each for all.
 
     What it comes to is in the plan's facts, as "rectified": the distance from the target at each step before and after,
-    relative, of the (guided) model output for "state" and of the spans' outputs otherwise.
+    relative, of the (guided) model output for "state" and of the spans' outputs otherwise. Steps that the plan has no
+    weights for, beside which corrections stand, are left as they are, and named there with those that cannot be fitted.
 
     Raises:
         ConfigError: for another target, "state" at another scope, a target of the uncached run for a plan that goes
-            through other noise levels than it, or spans whose channels differ.
+            through other noise levels than it, a plan without weights, or spans whose channels differ.
     """
     if target not in TARGETS:
         raise ConfigError(f"the target of a rectification must be one of {', '.join(TARGETS)}, not {target!r}")
@@ -98,6 +99,11 @@ def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel
         raise ConfigError(f"the next state tells what the denoiser gives, not a {plan.scope}: set target='output'")
     if plan.sigmas is not None and target != "output":
         raise ConfigError("the uncached run goes through other noise levels than this plan: take target 'output'")
+    if bool(plan.weights.isnan().all()):
+        raise ConfigError(
+            f"plan {plan.name!r} has no weights, beside which corrections stand: give it some, as "
+            "planning.static.static_plan does"
+        )
     batch = teacher.batch
     known = _uncached_outputs(teacher, plan) if target == "teacher" else {}
     fitting = _Rectifying(teacher, plan, target, per_channel, known)
@@ -115,19 +121,26 @@ Outputs = dict[tuple[int, tuple[str, str], str], list[Tensor]]  # by step, denoi
 
 
 def _uncached_outputs(teacher: Teacher, plan: Plan) -> Outputs:
-    collecting = _Collecting()
+    collecting = _Collecting(_reused_steps(plan))
     method = Method(Guarded(Interval(1)), Reuse(), plan.scope, plan.depth)
     with attached(teacher.batch.pipe, method, collecting):
         teacher.batch.call()
     return collecting.outputs
 
 
+def _reused_steps(plan: Plan) -> frozenset[int]:
+    """Steps at which any span is reused."""
+    return frozenset((~plan.computed()).flatten(1).any(dim=1).nonzero().flatten().tolist())
+
+
 class _Collecting(Observer):
-    def __init__(self) -> None:
+    def __init__(self, steps: frozenset[int]) -> None:
+        self.steps = steps
         self.outputs: Outputs = {}
 
     def span_computed(self, frame: Frame, span: Span, inputs: Any, leaves: Any, outputs: Sequence[Tensor]) -> None:
-        self.outputs[frame.step.index, frame.key, span.name] = [output.detach().clone() for output in outputs]
+        if frame.step.index in self.steps:
+            self.outputs[frame.step.index, frame.key, span.name] = [output.detach().clone() for output in outputs]
 
 
 class _Rectifying(Fitting):
@@ -137,6 +150,7 @@ class _Rectifying(Fitting):
         settings = Settings(plan.scope, plan.depth, plan.history, feature=plan.feature)  # type: ignore[arg-type]
         super().__init__(teacher, settings)
         self.given, self.target, self.per_channel, self.known = plan, target, per_channel, known
+        self.steps = _reused_steps(plan)
         self.spans = 1
 
     def begin(self, spans: int) -> None:
@@ -151,10 +165,13 @@ class _Rectifying(Fitting):
                 self.forecaster.table[step, span, branch] = Fit(found.nodes, found.weights)
 
     def span_computed(self, frame: Frame, span: Span, inputs: Any, leaves: Any, outputs: Sequence[Tensor]) -> None:
-        if self.target == "output":
+        if self.target == "output" and frame.step.index in self.steps:
             self.known[frame.step.index, frame.key, span.name] = [output.detach() for output in outputs]
 
     def _fit(self, index: int, calls: Sequence[Called], given: StepCall, scheduler: Any) -> Tensor:
+        keys = [self._key(call, visit, row) for call, visit in _reused(calls) for row in range(self.teacher.rows)]
+        if not all((index, *key) in self.forecaster.table for key in keys):
+            raise UnfitError("the plan has no weights at this step, beside which a correction stands")
         count = self.teacher.batch.count
         before = given.model_output[:count].double()
         branches = [aligned(branch, before.shape) for call in calls for branch in call.branches]
@@ -171,9 +188,11 @@ class _Rectifying(Fitting):
                 for branch in range(self.teacher.rows):
                     found[self._key(call, visit, branch)] = Correction(scale, bias)
         else:
-            for call in calls:
-                if self.target == "output" and call.frame.reused:
-                    call.again(compute=True)
+            if self.target == "output":
+                self.known.clear()  # of spans that were computed at such steps
+                for call in calls:
+                    if call.frame.reused:
+                        call.again(compute=True)
             for call, visit in _reused(calls):
                 true = self.known.pop((index, call.frame.key, visit.span.name))
                 chunks = [[leaf.chunk(self.teacher.rows) for leaf in side] for side in (visit.forecast or [], true)]

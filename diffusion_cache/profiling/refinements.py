@@ -45,10 +45,7 @@ def measure(pipe: Any, calls: Sequence[Mapping[str, Any]], progress: Progress = 
         samples: list[tuple[str, int]] = []
         for number, call in enumerate(calls):
             progress("full runs", number, len(calls))
-            rows = 0
-            for block in blocks(pipe, decoder, call):
-                sums.add(block)
-                rows = block.masked.shape[1]
+            rows = blocks(pipe, decoder, call, sums.add)
             samples += [(f"call {number}", row) for row in range(rows)]
     distances, energies = sums.means()
     return Profile(
@@ -76,17 +73,31 @@ class Block:
         self.features = torch.stack(list(features), dim=1)
 
 
-def blocks(pipe: Any, decoder: Decoder, call: Mapping[str, Any]) -> Iterator[Block]:
-    """The blocks that a call of the pipeline decodes, one after the other."""
+def blocks(pipe: Any, decoder: Decoder, call: Mapping[str, Any], see: Callable[[Block], None]) -> int:
+    """Hand on each block that a call of the pipeline decodes, when it is done; gives the number of its rows."""
     size, mask_token = decoding(pipe, (), dict(call))
-    lengths: list[int] = []
+    length = rows = 0
     masked: list[Tensor] = []
     added: list[list[Tensor]] = []
     left: list[list[Tensor]] = []
 
+    def done() -> None:
+        if masked:
+            see(
+                Block(
+                    masked,
+                    [torch.stack([torch.stack(parts) for parts in both]) for both in zip(added, left, strict=True)],
+                )
+            )
+        for held in (masked, added, left):
+            held.clear()
+
     def refined(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal length, rows
         tokens = args[0] if args else kwargs["input_ids"]
-        lengths.append(tokens.shape[1])
+        if tokens.shape[1] != length:  # the window has grown by the next block
+            done()
+        rows, length = tokens.shape
         masked.append(tokens[:, -size:] == mask_token)
         added.append([])
         left.append([])
@@ -99,10 +110,8 @@ def blocks(pipe: Any, decoder: Decoder, call: Mapping[str, Any]) -> Iterator[Blo
 
     with _hooked(pipe.model, decoder, refined, ran), torch.no_grad():
         pipe(**call)
-    for length in dict.fromkeys(lengths):
-        chosen = [i for i, other in enumerate(lengths) if other == length]
-        features = [torch.stack([torch.stack(added[i]), torch.stack(left[i])]) for i in chosen]
-        yield Block([masked[i] for i in chosen], features)
+    done()
+    return rows
 
 
 @contextmanager

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from ..context import SCOPES, Feature, PassState, Policy, Step, Verdict, branch_kind
 from ..engine import Method, Session
-from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..models import Layout
 from ..policies import Guarded
 from ..profile import SpanFacts
 from ..schedule import Schedule
-from .generation import Batch, Teacher, attached, state_of
+from .generation import Teacher, attached, last_state
 
 PAIRS = 4  # of cells that are also reused together
 LEAST = 1e-12  # of a sensitivity, whose logarithm is interpolated
@@ -246,7 +245,9 @@ def _reusing(
 
         def error(cells: Cells) -> float:
             session.method = method(cells)
-            state = last_state(batch)
+            with last_state(batch.pipe.scheduler) as states:
+                batch.call()
+            (state,) = states
             if not _reused(session, {step for _, step in cells}):
                 return math.nan
             wanted = teacher.states[-1].to(state.device).double()
@@ -269,22 +270,3 @@ def _reused(session: Session, steps: set[int]) -> bool:
     """Whether the last run reused something at each of the steps."""
     assert session.last_run is not None
     return steps <= {record.step for record in session.last_run.records if record.spans_reused}
-
-
-def last_state(batch: Batch) -> Tensor:
-    """What the last scheduler step of a generation gives."""
-    found: list[Tensor] = []
-
-    def make(step: Callable) -> Callable:
-        def noted(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = step(scheduler, *args, **kwargs)
-            found[:] = [state_of(result)]
-            return result
-
-        return noted
-
-    with wrapped_step(batch.pipe.scheduler, make):
-        batch.call()
-    if not found:
-        raise ConfigError(f"{type(batch.pipe).__name__}: no scheduler step was seen in a generation")
-    return found[0].detach()

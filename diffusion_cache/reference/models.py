@@ -116,7 +116,7 @@ def _denoise_flux(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Ten
         timestep=t / 1000,
         encoder_hidden_states=embeddings,
         pooled_projections=embeddings.mean(1),
-        txt_ids=torch.zeros(EMBEDDING_TOKENS, 3),
+        txt_ids=torch.zeros(EMBEDDING_TOKENS, 3, device=x.device, dtype=x.dtype),
         img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, x.dtype),
         return_dict=False,
     )[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..profiling.generation import StepCall
-from ..profiling.trajectory import aligned, combined, guidance_weights
+from ..profiling.trajectory import UnfitError, aligned, combined, guidance_weights
 from .mixing import Gates, Run, detached, tensor_of
 
 if TYPE_CHECKING:
@@ -66,8 +66,15 @@ class Lesson:
         guided = given.model_output[:count].double()
         sides = zip(*self.calls, strict=True)
         teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
+        try:
+            found = guidance_weights([branch.detach() for branch in student], guided)
+        except UnfitError as error:
+            raise ConfigError(
+                f"{error}, so that the loss of a step cannot be told: train without guidance_rescale, or without "
+                "guidance where the pipeline has another way to combine them"
+            ) from None
         # rounded, for the last bits of a solution may depend on where in memory its system lies
-        guidance = [round(w, 6) for w in guidance_weights([branch.detach() for branch in student], guided)]
+        guidance = [round(w, 6) for w in found]
         return combined(student, guidance) - combined(teacher, guidance)
 
     def _noised(self, step: int, given: StepCall, result: Any) -> Any:

@@ -186,10 +186,10 @@ class Mixture:
             missing = 1 - call.gates.mix[index]
             tensors = [
                 # exactly the tensor where it is all that counts
-                tensor + missing.to(tensor) * (forecast - feature) if tensor.is_floating_point() else tensor
+                tensor + _scaled(forecast - feature, missing) if tensor.is_floating_point() else tensor
                 for tensor, feature, forecast in zip(tensors, features, self._forecast(past, call.step), strict=True)
             ]
-        kept = call.gates.store[index]
+        kept = call.gates.store[index] or not past  # what was never seen before is computed in any case
         if kept or call.gates.keep is not None:
             keep = None if call.gates.keep is None else call.gates.keep[index]
             newest = Stored(call.step, tuple(feature.detach() for feature in features), kept, keep)
@@ -216,7 +216,7 @@ class Mixture:
             moved = stored.keep - (1.0 if stored.kept else 0.0)  # zero, with a derivative
             with_it, without = (total, other) if stored.kept else (other, total)
             total = tuple(
-                a + moved.to(a) * (b - c).detach() if a.is_floating_point() else a
+                a + _scaled((b - c).detach(), moved) if a.is_floating_point() else a
                 for a, b, c in zip(total, with_it, without, strict=True)
             )
         return total
@@ -233,6 +233,12 @@ class Mixture:
                     total = total + leaf * weight
             found.append(total)
         return tuple(found)
+
+
+def _scaled(feature: Tensor, gate: Tensor) -> Tensor:
+    """A feature times a gate [], whose gradient is a sum over the whole feature and may exceed what 16 bits hold."""
+    wide = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return (gate.to(wide) * wide).to(feature.dtype)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """HarmoniCa's image-error proxy: what the cache at one step does to the final sample.
 
 λ_t weighs step t's loss. Both of its forms compare generations that begin alike: their common steps are run once, and
-what they gave is given again.
+what they gave is given again. For that the features of every step are held.
 """
 
 from collections.abc import Callable, Sequence

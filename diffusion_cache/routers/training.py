@@ -3,7 +3,8 @@
 Each trajectory is one call of the pipeline, on samples that no other trajectory has. At every step the denoiser runs
 twice on the state that the gates have led to: without a cache (the teacher, without gradients) and with mixed spans
 (the student), whose guided outputs are compared; the step's logits are updated, and the sampler goes on from the
-student's. No graph outlives its step; of features, those are held that forecasts can still depend on.
+student's. No graph outlives its step; of features, those are held that forecasts can still depend on,
+and of every step while the image-error proxy is measured.
 """
 
 import hashlib
@@ -58,7 +59,8 @@ class Settings:
 
     compute: share of the uncached run's arithmetic that its schedule takes, or None for whatever its gates and the
     recipe's beta lead to. trajectories: pipeline calls at most, of `batch` samples over all processes. accumulation:
-    trajectories that an update takes the mean gradient of. refreshes: how often the image-error proxy is measured.
+    trajectories that an update takes the mean gradient of (the last update those that are left, and the first one
+    without the trajectory that finds what compute costs). refreshes: how often the image-error proxy is measured.
     evaluate_every: trajectories between looks at the hard schedule's error on `held_out` samples; training ends after
     `patience` looks without a better one, and the best one's router is kept (without a compute, the last). seed: of the
     samples and random logits.
@@ -76,8 +78,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("compute", "seed") and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+            least = 0 if name == "seed" else 1
+            if name != "compute" and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.held_out > MOST_HELD_OUT:
             raise ConfigError(f"held_out may be {MOST_HELD_OUT} at most, not {self.held_out}")
 
@@ -257,7 +260,7 @@ class Trainer:
                 "seconds": self.spent + time.process_time() - self.began,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
-            if self.done % settings.accumulation == 0:
+            if self._completes(self.done):
                 self._keep()
         hard = self.hard(self.best_logits)
         facts = {
@@ -320,11 +323,13 @@ class Trainer:
         gate changes. Where the gate stands, at an end, it lacks half the curvature 2‖J_i‖²/n, J_i being the derivative
         of the outputs; the square of that of their product with a standard normal vector is ‖J_i‖² in the mean.
         """
-        loss = difference.square().mean()
+        count = difference.numel()
+        total = difference.square().sum()  # not the mean, whose gradient 16 bits may round to nothing
         if self.recipe.gates != HARD:
-            return [step], torch.autograd.grad(loss, gates[step].mix)
+            (slope,) = torch.autograd.grad(total, gates[step].mix)
+            return [step], [slope / count]
         mixes = [gate.mix for gate in gates.values()]
-        slopes = torch.autograd.grad(loss, mixes, retain_graph=True, materialize_grads=True)
+        slopes = torch.autograd.grad(total, mixes, retain_graph=True, materialize_grads=True)
         seed = (self.settings.seed * self.settings.trajectories + self.done) * self.profile.total + step
         generator = torch.Generator().manual_seed(
             seed * self.accelerator.num_processes + self.accelerator.process_index
@@ -332,19 +337,26 @@ class Trainer:
         probe = torch.randn(difference.shape, generator=generator).to(difference)
         along = torch.autograd.grad((difference * probe).sum(), mixes, materialize_grads=True)
         return list(gates), [
-            slope + (0.5 - mix.detach()) * 2 * other.square() / difference.numel()
+            (slope + (0.5 - mix.detach()) * 2 * other.square()) / count
             for slope, mix, other in zip(slopes, mixes, along, strict=True)
         ]
 
     def _update(self, step: int, change: Tensor, mix: Tensor) -> None:
         """One step of the optimiser, once a gradient of all trajectories that it is the mean of is there."""
-        row, settings = self.router.rows[step], self.settings
+        row = self.router.rows[step]
         mix.backward(change + (self.price or 0.0) * self.costs)
-        if row.grad is not None and (self.done + 1) % settings.accumulation == 0 and self.price is not None:
-            row.grad = self._reduced(row.grad) / settings.accumulation
+        if row.grad is not None and self._completes(self.done + 1) and self.price is not None:
+            first = self.done - self.done % self.settings.accumulation
+            if self.recipe.beta is None:
+                first = max(first, 1)  # the trajectory before found the price
+            row.grad = self._reduced(row.grad) / (self.done + 1 - first)
             self.optimizers[step].step()
             row.grad = None
             self.router.clamp(step)
+
+    def _completes(self, made: int) -> bool:
+        """Whether so many trajectories end with the last one that an update takes the mean gradient of."""
+        return made % self.settings.accumulation == 0 or made == self.settings.trajectories
 
     def _paid(self, lesson: Lesson) -> None:
         """The price that compute will have: what the last cell of the budget is worth, and then by dual ascent."""
@@ -451,6 +463,7 @@ class Trainer:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What a checkpoint must agree in to be gone on from."""
+        asked = range(self.settings.held_out), range(MOST_HELD_OUT, MOST_HELD_OUT + self.settings.batch)
         value = {
             "model": _digest(self.profile.fingerprint.to_json()),
             "steps": self.profile.total,
@@ -458,6 +471,9 @@ class Trainer:
             "profile": self.profile.facts.get("key"),
             "recipe": {"name": self.recipe.name, **asdict(self.recipe)},
             "settings": asdict(self.settings),
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
+            "samples": _digest([[list(given) for given in self.samples(numbers)] for numbers in asked]),
         }
         return json.loads(json.dumps(value))
 

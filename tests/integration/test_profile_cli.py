@@ -282,7 +282,7 @@ def test_a_finished_profile_is_not_made_again(pipe, whole, tmp_path, monkeypatch
         ({"sensitivity_samples": -1}, "sensitivity_samples"),
         ({"memory": 1.5}, "memory"),
         ({"scope": "blok"}, "Did you mean 'block'"),
-        ({"feature": "reidual"}, "feature must be one of"),
+        ({"feature": "reidual"}, "Did you mean 'residual'"),
         ({"depth": 2}, "depth is for scope 'cut'"),
     ],
 )
@@ -369,6 +369,10 @@ def test_the_command_profiles_a_shipped_model(tmp_path, monkeypatch, capfd):
     told = capfd.readouterr().err.replace("\n", " ")
     assert "flux-digits, flow-euler, 4 steps: profile of 2 spans at scope stack in profiles-local" in told
     assert [path.name for path in tmp_path.iterdir()] == ["profiles-local"]
+    run("model=flux-digits")  # which is there
+    with pytest.raises(ConfigError, match=r"flux-digits-flow-euler holds a profile of other settings: .*\(out=…"):
+        run("model=flux-digits", "num_samples=2")
+    assert same(Profile.load(tmp_path / "profiles-local" / "flux-digits-flow-euler"), made)
 
 
 def test_the_command_profiles_a_pipeline_from_a_folder(tmp_path):

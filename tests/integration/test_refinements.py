@@ -39,7 +39,9 @@ def test_a_profile_says_what_was_measured(profile):
 @torch.no_grad()
 def test_features_and_distances_are_those_of_the_layers(pipe, profile):
     decoder, given = Decoder(pipe.model, BLOCK), [call(**ONE_EACH), call(**ONE_EACH, seed=1)]
-    found = [block for arguments in given for block in blocks(pipe, decoder, arguments)]
+    found = []
+    for arguments in given:
+        assert blocks(pipe, decoder, arguments, found.append) == 3
     expected = torch.stack(logits(pipe, **ONE_EACH))
     left = torch.cat([decoder.logits(block.features[1, :, -1]) for block in found[:2]])
     torch.testing.assert_close(left, expected)
@@ -53,6 +55,15 @@ def test_features_and_distances_are_those_of_the_layers(pipe, profile):
     gram = profile.arrays["gram_residual"][2, 0]
     stored = float(gram[0, 0] + gram[last, last] - 2 * gram[0, last])
     assert stored == pytest.approx(float(distance / count), rel=1e-4)
+
+
+def test_a_block_is_handed_on_before_the_next_one_is_decoded(pipe):
+    ran, at = [], []
+    handle = pipe.model.register_forward_hook(lambda *_: ran.append(1))
+    blocks(pipe, Decoder(pipe.model, BLOCK), call(**ONE_EACH), lambda block: at.append(len(ran)))
+    handle.remove()
+    tried = len(ran) - 2 * BLOCK  # by the decoder, and before it
+    assert at == [tried + BLOCK, tried + 2 * BLOCK]
 
 
 def test_only_tokens_that_are_masked_later_count():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.fingerprint import STRICT, DenoiserFacts, Difference, Fingerprint, same_levels
@@ -153,6 +154,23 @@ def test_config_counts_without_private_keys():
     assert DenoiserFacts.of(Denoiser(_hidden=3)).config == facts.config
 
 
+def test_how_a_language_model_was_loaded_does_not_count(tmp_path):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, use_cache=False
+    )
+    model = LlamaForCausalLM(config)
+    facts = DenoiserFacts.of(model)
+    model.save_pretrained(tmp_path)
+    assert DenoiserFacts.of(LlamaForCausalLM.from_pretrained(tmp_path)) == facts
+    halved = DenoiserFacts.of(LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert (halved.config, halved.dtype) == (facts.config, "bfloat16")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "transformers_version": "0.1", "architectures": None}))
+    assert DenoiserFacts.of(LlamaForCausalLM.from_pretrained(tmp_path)) == facts
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "rms_norm_eps": 0.5}))
+    assert DenoiserFacts.of(LlamaForCausalLM.from_pretrained(tmp_path)).config != facts.config
+
+
 def with_lora(seed=0, name="style"):
     peft = pytest.importorskip("peft")
     model = Denoiser()
@@ -189,6 +207,20 @@ def test_lora_scale_counts_and_disabling_is_as_none():
     for layer in tuner_layers(model):
         layer.enable_adapters(False)
     assert DenoiserFacts.of(model) == plain
+
+
+def test_lora_of_another_precision_or_offloaded_cannot_be_compared():
+    own = fingerprint(with_lora())
+    lenient = {"transformer.weights": False, "transformer.lora": False}
+    assert named(own.differences(fingerprint(with_lora().bfloat16()))) == {"transformer.dtype": False, **lenient}
+    with pytest.warns(DiffusionCacheWarning, match="offloaded"):
+        offloaded = fingerprint(with_lora().to("meta"))
+    assert named(own.differences(offloaded)) == lenient
+    assert named(offloaded.differences(own)) == lenient
+    # what can be told apart is
+    for other in (with_lora(name="other"), Denoiser()):
+        assert named(own.differences(fingerprint(other.bfloat16())))["transformer.lora"]
+    assert named(own.differences(fingerprint(with_lora(seed=1)))) == {"transformer.lora": True}
 
 
 def test_fused_lora_is_other_weights():

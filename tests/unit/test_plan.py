@@ -192,6 +192,18 @@ def test_weights_for_another_number_of_spans():
         plan(schedule=Schedule((((True, True, True),),) * 6), nodes=nodes, weights=weights)
 
 
+@pytest.mark.parametrize("what", ["nodes", "weights", "correction"])
+def test_no_tensor_may_be_huge(what):
+    """Whatever the schedule: each of their numbers is looked at in Python when a plan is used."""
+    nodes, weights = empty(6, passes=1, spans=1)
+    given = {"nodes": nodes, "weights": weights, "correction": torch.full((6, 1, 1, 2, 1), NAN, dtype=torch.float64)}
+    shape = list(given[what].shape)
+    shape[given[what].ndim - (3 if what == "correction" else 2)] = 10**7 // 6 + 1
+    given[what] = given[what].flatten()[0].expand(shape)
+    with pytest.raises(ConfigError, match=f"{what}: expected at most 10,000,000 numbers"):
+        plan(**given)
+
+
 def test_a_node_must_be_computed_in_the_pass_that_uses_it():
     # step 1 is computed in the first pass alone; both reuse at step 2
     schedule = Schedule((((True,), (True,)), ((True,), (False,)), ((False,), (False,))))

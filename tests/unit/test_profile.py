@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import warnings
@@ -418,6 +419,15 @@ def test_arrays_by_someone_who_can_make_digests(stored, change, message):
         Profile.load(stored)
 
 
+def test_every_number_of_its_plans_counts(stored, monkeypatch):
+    count = sum(tensor.numel() for plan in profile().plans for tensor in plan.tensors().values())
+    monkeypatch.setattr("diffusion_cache.profile.MAX_PLAN_CELLS", count)
+    Profile.load(stored)
+    monkeypatch.setattr("diffusion_cache.profile.MAX_PLAN_CELLS", count - 1)
+    with pytest.raises(ConfigError, match="larger than any"):
+        Profile.load(stored)
+
+
 def test_no_pickle(stored):
     torch.save(arrays(), stored / ARRAYS)
     rewritten(stored, nothing)
@@ -543,6 +553,12 @@ def test_check_names_every_strict_difference_and_the_way_round_it():
 def test_check_refuses_to_ignore_what_is_not_there():
     with pytest.raises(ConfigError, match="Did you mean 'weights'"):
         profile().check(pipe(), {"transformer": model()}, ignore=("weihgts",))
+    with pytest.raises(ConfigError, match=r"no field 'transformer\.scheduler'"):
+        profile().check(pipe(), {"transformer": model()}, ignore=("transformer.scheduler",))
+    for name in ("steps", "noise_levels"):
+        with pytest.raises(ConfigError, match=f"ignore: {name} is of a run and not compared"):
+            profile().check(pipe(), {"transformer": model()}, ignore=(name,))
+    profile().check(pipe(), {"transformer": model()}, ignore=("guidance", "sample_shape", "transformer.dtype"))
 
 
 # --- resampling
@@ -612,11 +628,59 @@ def test_changes_add_up_and_ratios_multiply():
     torch.testing.assert_close(halves, made.arrays["residual_l1"][..., 1])
 
 
-def test_longer_steps_are_more_sensitive():
-    constant = replaced(sensitivity=torch.ones(2, 6))
-    after, _ = resampled(profile(arrays=constant), levels(3))
-    assert after.arrays["sensitivity"].tolist() == [[2.0] * 3] * 2
+def test_a_step_is_as_sensitive_as_it_is_long():
+    constant = profile(arrays=replaced(sensitivity=torch.ones(2, 6)))
+    after, _ = resampled(constant, levels(3))
+    assert after.arrays["sensitivity"].tolist() == [[2.5, 2.5, 1.0]] * 2
     assert not after.arrays["sensitivity_sampled"].any()
+    own = constant.noise_levels
+    after, _ = resampled(constant, (own[0], own[1], (own[1] + own[2]) / 2, own[2], own[4]))
+    torch.testing.assert_close(after.arrays["sensitivity"], torch.tensor([[1.0, 0.5, 0.5, 2.0, 2.0]] * 2))
+    after, _ = resampled(constant, (-9.0, -7.0, *own))  # beyond the profile's: they share its first step
+    torch.testing.assert_close(after.arrays["sensitivity"], torch.tensor([[1 / 3] * 3 + [1.0] * 5] * 2))
+
+
+def test_what_was_not_measured_is_unknown_there_alone():
+    """Where guidance ended, or a step was not seen."""
+    known = arrays()
+    arrays_with_gaps = {name: known[name].clone() for name in ("foreground_share", "residual_l1", "norm_ratio")}
+    grams = known["gram_residual"].clone()
+    grams[2] = known["gram_output"][2]
+    for tensor in (*arrays_with_gaps.values(), grams):
+        tensor[2, ..., 3] = NAN
+    grams[2, :, 3] = NAN  # of a span whose feature is its output
+    made = profile(arrays=replaced(**arrays_with_gaps, gram_residual=grams))
+    after, _ = resampled(made, levels(11))  # every other step is one of the profile's
+    assert after.arrays["foreground_share"][2].isnan().nonzero().flatten().tolist() == [5, 6, 7]
+    for name in ("residual_l1", "norm_ratio"):
+        assert after.arrays[name][2, 0].isnan().nonzero().flatten().tolist() == [0, 5, 6]
+        assert after.arrays[name][1, 0].isnan().nonzero().flatten().tolist() == [0]
+    gaps = after.arrays["gram_residual"][2, 0].isnan()
+    assert torch.equal(gaps, gaps.diagonal()[:, None] | gaps.diagonal())
+    assert gaps.diagonal().nonzero().flatten().tolist() == [5, 6, 7]
+    # and elsewhere as without gaps
+    whole, _ = resampled(profile(), levels(11))
+    for name in ("foreground_share", "residual_l1", "norm_ratio"):
+        found, expected = after.arrays[name], whole.arrays[name]
+        torch.testing.assert_close(found[..., 8:], expected[..., 8:])
+        torch.testing.assert_close(found[..., 1:5], expected[..., 1:5])
+
+
+def test_a_ratio_of_nothing_stays_where_it_is():
+    ratios = arrays()["norm_ratio"]
+    ratios[0, 0, 3] = 0.0
+    after, _ = resampled(profile(arrays=replaced(norm_ratio=ratios)), levels(11))
+    found = after.arrays["norm_ratio"][0, 0]
+    assert found[5:7].max() < 1e-15
+    torch.testing.assert_close(found[7] * found[8], ratios[0, 0, 4])
+
+
+def test_what_was_found_at_the_profiles_levels_is_dropped():
+    learned = {"select_weights": torch.ones(2, 3), "select_bias": torch.ones(2)}
+    facts = {"seconds": 1.5, "key": "ab", "select": {"choices": [{"held_out": {"values": [30.0]}}]}}
+    after, _ = resampled(profile(arrays={**arrays(), **learned}, facts=facts), levels(3))
+    assert after.facts == {"seconds": 1.5, "resampled_from_steps": STEPS}
+    assert not set(learned) & set(after.arrays)
 
 
 def test_levels_beyond_the_profile_take_its_nearest_step():
@@ -684,8 +748,20 @@ def test_offline(monkeypatch, tmp_path):
         Profile.from_pretrained("someone/profile")
     with pytest.raises(ConfigError, match="could not be uploaded"):
         profile().push_to_hub("someone/profile")
-    with pytest.raises(ConfigError, match="is no folder here"):
-        Profile.from_pretrained("no such//name")
+
+
+def test_names_that_are_no_repository_are_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    assert len(Profile.from_pretrained("dit-digits-ddim").plans) > 1
+    for name, told in (
+        ("dit-digits-ddm", "Did you mean 'dit-digits-ddim'?"),
+        ("./somewhere/else", "Known: dit-digits-ddim, "),
+        ("no such//name", "Known: "),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"is no folder, nor a profile that comes with the package. {re.escape(told)}"
+        ):
+            Profile.from_pretrained(name)
 
 
 def test_push_to_hub(monkeypatch):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from language_models import BLOCK, model
+from language_models import BLOCK, Llama, model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.language.decoder import Decoder
 from diffusion_cache.language.store import Store
+from diffusion_cache.reference import fill_forward
 
 
 @pytest.mark.parametrize("reach", [BLOCK, 2, 1, 8 * BLOCK, None])
@@ -18,6 +19,16 @@ def test_how_far_attention_looks_is_measured(reach):
     assert Decoder(made, BLOCK, watching=True).reach == reach
     assert not any(module._forward_hooks for module in made.modules())
     assert made.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_how_far_attention_looks_is_measured_in_16_bits(dtype):
+    assert Decoder(fill_forward.load(dtype), fill_forward.BLOCK).reach == fill_forward.BLOCK
+
+
+def test_rounding_that_reaches_every_token_is_not_taken_for_attention():
+    made = model(cls=Rounding)
+    assert Decoder(made, BLOCK).reach == BLOCK
 
 
 def test_a_causal_model_of_transformers_as_it_is():
@@ -56,6 +67,15 @@ def test_attention_that_forgets_is_refused():
     made.config.sliding_window = 1024
     with pytest.raises(ConfigError, match="Llama has sliding_window=1024"):
         Decoder(made, BLOCK)
+
+
+class Rounding(Llama):
+    """Adds to every logit what depends on the last token, as little as rounding would."""
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits + 1e-6 * input_ids[:, -1, None, None]
+        return output
 
 
 class Scaled(LlamaForCausalLM):

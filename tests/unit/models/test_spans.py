@@ -436,6 +436,15 @@ def test_controlnets_and_autoencoders_are_no_denoisers():
         find_denoisers(SimpleNamespace(components=components))
 
 
+def test_containers_of_motion_modules_are_no_denoisers(models):
+    from diffusers import MotionAdapter
+
+    adapter = MotionAdapter((8, 8), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4)
+    assert list(find_denoisers(SimpleNamespace(components={"unet": models["unet"], "motion_adapter": adapter}))) == [
+        "unet"
+    ]
+
+
 def test_no_pipeline(models):
     with pytest.raises(ConfigError, match=r"for a bare denoiser use diffusion_cache\.run"):
         find_denoisers(models["dit"])

@@ -1,6 +1,7 @@
 """Batches and their uncached runs: what is noted of them, and that nothing is left behind."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Reuse
 from diffusion_cache.policies import Guarded, Interval
-from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, last_state, state_of, teach
+from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, device_of, last_state, state_of, teach
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.reference.reacher import Reacher, act
 
@@ -54,6 +55,15 @@ def test_what_is_noted_of_an_uncached_run(name, options, calls, rows):
     assert len({tuple(state.flatten()[:3].tolist()) for state in teacher.states}) == STEPS
     assert len(teacher.noise_levels) == STEPS
     assert all(a < b for a, b in itertools.pairwise(teacher.noise_levels))
+
+
+def test_where_a_pipeline_runs():
+    """A denoiser in a loop of one's own is where its weights are; a pipeline may keep its elsewhere."""
+    assert device_of(Loop(Reacher().to("meta"), None)) == torch.device("meta")
+    pipe = reference.load("dit-digits")
+    pipe.transformer.to("meta")
+    assert device_of(SimpleNamespace(components=pipe.components)) == torch.device("meta")
+    assert device_of(SimpleNamespace(components=pipe.components, _execution_device="cpu")) == torch.device("cpu")
 
 
 def test_nothing_is_left_behind():

@@ -13,7 +13,7 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.static import static_plan
 from diffusion_cache.profiling.generation import teach
-from diffusion_cache.profiling.rectify import rectified, reuse_errors
+from diffusion_cache.profiling.rectify import _uncached_outputs, rectified, reuse_errors
 
 MODEL = "flux-digits"
 COMPUTED = [True, False, False, True, False, True, True, False]
@@ -174,9 +174,25 @@ def test_what_cannot_be_fitted(teacher, plan):
         ({"target": "noise"}, "one of output, teacher, state, not 'noise'"),
         ({"plan": replace(plan, scope="stack"), "target": "state"}, "what the denoiser gives, not a stack"),
         ({"plan": replace(plan, sigmas=LEVELS)}, "other noise levels than this plan"),
+        ({"plan": replace(plan, nodes=None, weights=None)}, "has no weights, beside which corrections stand"),
     ]:
         with pytest.raises(ConfigError, match=message):
             rectified(teacher, **{"plan": plan, **arguments})
+
+
+@pytest.mark.parametrize("target", ["output", "teacher", "state"])
+def test_steps_without_weights_are_left_as_they_are(teacher, plan, target):
+    weights = plan.weights.clone()
+    weights[2] = torch.nan
+    made = rectified(teacher, replace(plan, weights=weights), target)
+    assert list(made.facts["rectified"]["left"]) == ["2"]
+    assert made.correction[2].isnan().all()
+    assert made.correction[[1, 4, 7]].isfinite().all()
+
+
+def test_of_the_uncached_run_what_the_plan_reuses_is_kept(teacher, plan):
+    outputs = _uncached_outputs(teacher, plan)
+    assert [step for step, *_ in outputs] == [1, 2, 4, 7]
 
 
 def test_along_moved_noise_levels(batch, teacher, plan):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +15,11 @@ from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.profile import SpanFacts
 from diffusion_cache.profiling import sensitivity as module
-from diffusion_cache.profiling.generation import Batch, teach
+from diffusion_cache.profiling.generation import Batch, last_state, teach
 from diffusion_cache.profiling.recorder import Recorder, surveyed
 from diffusion_cache.profiling.sensitivity import (
     Group,
     branch_kind,
-    last_state,
     reuse_errors,
     sampled_steps,
     sensitivities,
@@ -53,6 +53,12 @@ def profiled(made, scope=None):
     return [one.facts for one in survey.spans], recorder.arrays()["gram_residual"]
 
 
+def last(made):
+    with last_state(made.pipe.scheduler) as found:
+        made.call()
+    return found[0]
+
+
 def relative(state, teacher):
     wanted = teacher.states[-1].double()
     return float((state.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
@@ -74,7 +80,7 @@ def test_one_step_reused_at_a_time(flux):
     for step in (1, 3, 5):
         mask = "".join("0" if i == step else "1" for i in range(STEPS))
         with diffusion_cache.cached(pipe, policy="mask", mask=mask, forecaster="reuse", scope="stack"):
-            error = relative(last_state(teacher.batch), teacher)
+            error = relative(last(teacher.batch), teacher)
         squares = [
             (g[step, step] + g[step - 1, step - 1] - 2 * g[step, step - 1], g[step, step], g.diagonal().mean())
             for g in grams[:, 0]
@@ -108,7 +114,7 @@ def test_squared_errors_of_two_steps_against_their_sum(flux):
             ratios.append(error**2 / (known[f"[[0, {one}]]"] ** 2 + known[f"[[0, {other}]]"] ** 2))
             mask = "".join("0" if i in (one, other) else "1" for i in range(STEPS))
             with diffusion_cache.cached(teacher.batch.pipe, policy="mask", mask=mask, forecaster="reuse"):
-                assert relative(last_state(teacher.batch), teacher) == pytest.approx(error, rel=1e-6)
+                assert relative(last(teacher.batch), teacher) == pytest.approx(error, rel=1e-6)
     assert sorted(found.additivity) == pytest.approx(sorted(ratios))
     told = found.facts()
     assert told["groups"] == [{"name": "all", "spans": None}]
@@ -129,7 +135,7 @@ def test_one_group_of_many_spans():
     for group, part in enumerate(("attn1", "ff")):
         for step in (1, 3):
             handles = [getattr(block, part).register_forward_hook(reusing(step)) for block in blocks]
-            error = relative(last_state(made), teacher)
+            error = relative(last(made), teacher)
             for handle in handles:
                 handle.remove()
             assert known[f"[[{group}, {step}]]"] == pytest.approx(error, rel=1e-4)
@@ -185,8 +191,11 @@ def test_groups_that_cannot_be_reused(flux):
 def test_a_result_that_is_not_finite(flux, monkeypatch):
     teacher, facts, grams = flux
 
-    def last(batch):
-        return last_state(batch) / 0
+    @contextmanager
+    def last(scheduler):
+        with last_state(scheduler) as found:
+            yield found
+        found[0] = found[0] / 0
 
     monkeypatch.setattr(module, "last_state", last)
     with pytest.raises(ConfigError, match="reusing step 1 gives latents that are not finite"):

@@ -15,7 +15,7 @@ from diffusion_cache.planning.static import static_plan
 from diffusion_cache.policies import Guarded, Planned
 from diffusion_cache.profiling.generation import attached, last_state, teach
 from diffusion_cache.profiling.recorder import surveyed
-from diffusion_cache.routers.mixing import Following, Gates, Mixture, detached, tensor_of
+from diffusion_cache.routers.mixing import Following, Gates, Mixture, _scaled, detached, tensor_of
 from diffusion_cache.routers.proxy import CUMULATIVE, REMOVED, image_errors
 
 STEPS = 5
@@ -163,6 +163,25 @@ def test_later_outputs_know_what_was_kept(order, kept):
     expected = float(((ran(True) - ran(False)) * direction).sum().detach())
     assert float(slope) == pytest.approx(expected, rel=1e-4)
     assert abs(expected) > 0.1
+
+
+def test_what_is_first_seen_at_a_step_that_is_not_kept_is_kept_all_the_same():
+    """Nothing could be forecast without it."""
+    case = Case("flux-digits", "denoiser")
+    keep = torch.zeros(1, requires_grad=True)
+
+    def last(first):
+        return case.last([Gates(torch.tensor([float(step < 1)]), (step < 1 and first,), keep) for step in range(STEPS)])
+
+    assert torch.equal(last(first=False), last(first=True))
+
+
+def test_the_gradient_of_a_gate_may_exceed_16_bits():
+    gate = torch.tensor(0.5, requires_grad=True)
+    output = _scaled(torch.ones(2**17, dtype=torch.float16), gate)
+    assert output.dtype == torch.float16
+    output.sum(dtype=torch.float64).backward()
+    assert gate.grad == 2**17
 
 
 @pytest.mark.parametrize("variant", [REMOVED, CUMULATIVE])

@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from diffusion_cache.planning.static import evaluations
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.reference.data import digits_of
 from diffusion_cache.registry import routers
+from diffusion_cache.routers.lesson import Lesson
 from diffusion_cache.routers.mixing import Gates
 from diffusion_cache.routers.router import Router, above, random_logits, starts
 from diffusion_cache.routers.training import CHECKPOINT, PRICE_RATE, Settings, Trainer, train
@@ -30,6 +30,7 @@ ALONE = SimpleNamespace(
     process_index=0,
     is_main_process=True,
     device=torch.device("cpu"),
+    mixed_precision="no",
     reduce=lambda value, how: value,
     autocast=lambda: torch.autocast("cpu", enabled=False),
 )
@@ -188,6 +189,30 @@ def test_the_change_of_a_hard_gate_is_that_of_flipping_it(stacks, tmp_path):
     assert (straight - torch.stack(expected)).abs().min() > 0.5  # what leaving the curvature out would give
 
 
+def test_gradients_survive_16_bits(stacks, tmp_path):
+    """That of a mean over many elements would be rounded to nothing on its way back."""
+    trainer = stacks.trainer(tmp_path, routers.get("sdt")())
+    mix = torch.full((1,), 0.5, requires_grad=True)
+    slope = torch.full((2**18,), 1e-2, dtype=torch.float16)
+    _, (change,) = trainer._changes(1, (mix.half() * slope).double(), {1: Gates(mix, (True,))})
+    assert float(change) == pytest.approx(2 * 0.5 * 1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(1e-9, [1.5, 3.5, 5.0]), (None, [2.0, 3.5, 5.0])])
+def test_an_update_is_the_mean_of_the_gradients_that_there_are(stacks, tmp_path, beta, expected):
+    """Of five trajectories two at a time: the last one alone, and without the first where that finds the price."""
+    settings = replace(SHORT, trajectories=5, accumulation=2)
+    trainer = stacks.trainer(tmp_path, routers.get("sdt")(beta=beta), settings)
+    row, found = trainer.router.rows[1], []
+    gate = row.detach().sigmoid()
+    trainer.costs = torch.zeros(len(row))  # so that gradients are those of losses alone
+    trainer.optimizers = {1: SimpleNamespace(step=lambda: found.append(float((row.grad / gate / (1 - gate)).mean())))}
+    for trainer.done in range(5):
+        trainer._update(1, torch.full((len(row),), trainer.done + 1.0), row.sigmoid())
+        trainer._paid(SimpleNamespace(changes={step: torch.ones(len(row)) for step in range(1, STEPS)}))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_resumed_training_is_the_same_to_the_bit(stacks, tmp_path):
     recipe = routers.get("harmonica")(order=1)
 
@@ -237,6 +262,14 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     assert weight.requires_grad
 
 
+def test_guidance_that_is_not_linear_is_told(stacks):
+    lesson = Lesson(SimpleNamespace(rows=2, stored=None), None)
+    draw = torch.Generator().manual_seed(0)
+    lesson.calls = [(torch.randn(2, 8, generator=draw), torch.randn(2, 8, generator=draw))]
+    with pytest.raises(ConfigError, match="train without guidance_rescale"):
+        lesson._difference(SimpleNamespace(model_output=torch.randn(1, 8, generator=draw)))
+
+
 def test_trainings_do_not_go_on_from_others(stacks, tmp_path):
     recipe, once = routers.get("sdt")(), replace(SHORT, trajectories=1)
     stacks.train(tmp_path, recipe, once)
@@ -244,6 +277,15 @@ def test_trainings_do_not_go_on_from_others(stacks, tmp_path):
         stacks.train(tmp_path, recipe, replace(once, seed=1))
     with pytest.raises(ConfigError, match="another recipe"):
         stacks.train(tmp_path, routers.get("sdt")(lr=0.5), once)
+    half = SimpleNamespace(**{**vars(ALONE), "mixed_precision": "bf16"})
+    with pytest.raises(ConfigError, match="another precision"):
+        stacks.train(tmp_path, recipe, once, accelerator=half)
+
+    def sevens(numbers):
+        return [("7", seed) for _, seed in samples(numbers)]
+
+    with pytest.raises(ConfigError, match="another samples"):
+        train(stacks.batch, sevens, stacks.profile, recipe, once, folder=tmp_path, accelerator=ALONE)
     with pytest.raises(ConfigError, match="another model and steps"):
         Shop("flux-digits", "stack", steps=3).train(tmp_path, recipe, once)
     (tmp_path / CHECKPOINT).write_bytes(b"nothing")
@@ -278,23 +320,19 @@ def test_other_steps_than_the_profile_has(stacks, tmp_path):
         other.train(tmp_path, routers.get("sdt")())
 
 
-@pytest.mark.parametrize("settings", [{"trajectories": 0}, {"batch": 1.5}, {"held_out": 5000}])
+@pytest.mark.parametrize("settings", [{"trajectories": 0}, {"batch": 1.5}, {"held_out": 5000}, {"seed": -2}])
 def test_numbers_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=r"must be|may be"):
         Settings(**settings)
 
 
-def rank(index, port, folder, shop, settings):
+def rank(index, folder, shop, settings):
     """What one of two processes does: train, and leave its logits after each update."""
     from accelerate import Accelerator
 
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=index, world_size=2)
     torch.save(updates(shop, folder / "shared", settings, Accelerator(cpu=True)), folder / f"{index}.pt")
 
 
@@ -312,15 +350,17 @@ def test_two_processes_agree_with_one(tmp_path):
     shop = Shop("flux-digits", "stack", steps=6)
     settings = replace(SHORT, trajectories=4, evaluate_every=4, compute=None)  # 20 updates
     gradient, logits = updates(shop, tmp_path / "alone", settings, ALONE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("fork")
-    ranks = [context.Process(target=rank, args=(i, port, tmp_path, shop, settings)) for i in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
+    ranks = [context.Process(target=rank, args=(i, tmp_path, shop, settings)) for i in range(2)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]  # None for a hang
+    finally:
+        for process in ranks:
+            process.kill()
     found = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)]
     assert torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][0], gradient, rtol=1e-4, atol=1e-7)
