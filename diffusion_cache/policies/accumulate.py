@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..context import PassState, Policy, Step, Verdict
-from ..errors import ConfigError
+from .thresholds import check_threshold
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Accumulate(Policy):
     tuned = "threshold"
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"{self.name}: threshold must be a number ≥ 0, not {self.threshold}")
+        check_threshold(self.name, self.threshold)
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if value is None:

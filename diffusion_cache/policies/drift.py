@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..context import Needs, PassState, Past, Step, Verdict
 from ..errors import ConfigError
-from ..plan import Band, Plan
+from ..plan import Band
 from ..signals import relative_l1
 
 SIGNAL = "input"
@@ -33,11 +33,6 @@ class Drift:
     def __post_init__(self) -> None:
         if not self.factor > 0:
             raise ConfigError(f"guard_factor must be a number above 0, not {self.factor}")
-
-    @classmethod
-    def of(cls, plan: Plan, factor: float = FACTOR, strict: bool = False) -> "Drift | None":
-        """The guard that a plan carries, if it does."""
-        return None if plan.guard is None else cls(plan.guard, factor, strict)
 
     @property
     def needs(self) -> Needs:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..context import Needs, Past
 from ..registry import policies
+from ..signals import mean_abs
 from .accumulate import Accumulate
 
 
@@ -40,8 +41,3 @@ class EasyCache(Accumulate):
         given = mean_abs(signals["output"] - past.computed["output"])
         taken = mean_abs(signals["input"] - past.computed["input"])
         return {"kappa": torch.where(given == 0, torch.zeros_like(given), given / taken)}
-
-
-def mean_abs(tensor: Tensor) -> Tensor:
-    """Of each row, in float32."""
-    return tensor.float().abs().flatten(1).mean(1)

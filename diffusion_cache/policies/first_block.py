@@ -1,5 +1,8 @@
 """Decide by how much the first blocks' residual has changed: FBCache, and DBCache with more probe and tail blocks.
 
+DBCache's limits on reuse are the guards warmup, max_reused and max_consecutive; its cap on the sum of the changes that
+are reused is left out.
+
 Source: the caches of the para-attn and cache-dit projects. With r = probe(x) − x, reuse while L1r(r_s, r_c) ≤
 threshold, where c is the last computed step; the rest of the stacks is then forecast from the probe's output.
 """
@@ -13,6 +16,7 @@ from ..context import Needs, PassState, Past, Policy, Step, Verdict
 from ..errors import ConfigError
 from ..registry import policies
 from ..signals import relative_l1
+from .thresholds import check_threshold
 
 
 @policies.register("first_block")
@@ -33,8 +37,7 @@ class FirstBlock(Policy):
     tuned = "threshold"
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"first_block: threshold must be a number ≥ 0, not {self.threshold}")
+        check_threshold(self.name, self.threshold)
         if self.front < 1 or self.back < 0:
             raise ConfigError(f"first_block: needs front ≥ 1 and back ≥ 0, not front={self.front}, back={self.back}")
 

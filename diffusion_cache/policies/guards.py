@@ -1,6 +1,7 @@
 """Guards: limits on reuse, and on computing the unconditional pass, that hold for every policy, as one wrapper."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest, noise_share
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffusionCacheWarning
 from ..schedule import Schedule
 from .drift import Drift
 from .exchange import remaining, replaced
@@ -70,6 +71,24 @@ class Guards:
                 "or in a loop of your own pass noise_levels to diffusion_cache.run"
             )
         return self.sigma_min - 1e-6 <= noise_share(step.noise_level) <= self.sigma_max + 1e-6
+
+    @cached_property
+    def _told(self) -> set[int]:
+        """Lengths of runs in which nothing can be reused."""
+        return set()
+
+    def check(self, total: int) -> None:
+        """Warn, once for a length, where they leave nothing to reuse in runs of so many steps."""
+        first = max(self.warmup, self._first_step(self.start, total))
+        end = min(total - self.last, self._first_step(self.end, total))
+        if first >= end and total > 1 and total not in self._told:
+            self._told.add(total)
+            warnings.warn(
+                f"nothing is reused in a run of {total} steps: warmup={self.warmup}, last={self.last}, "
+                f"start={self.start:g} and end={self.end:g} have all of them computed",
+                DiffusionCacheWarning,
+                stacklevel=3,
+            )
 
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""
@@ -138,6 +157,7 @@ class Guarded:
 
     def schedule(self, total: int) -> Schedule | None:
         """The schedule of a run of `total` steps, or None where it is decided from signals."""
+        self.guards.check(total)
         if self.policy.needs.signals or (self.drift is not None and self.drift.total == total):
             return None
         own = self.policy.schedule_of(total, self.spans)

@@ -25,7 +25,8 @@ class MagCache(Policy):
     run time, so the whole schedule is known beforehand.
 
     ratios: γ_s = mean over tokens of ‖R_s‖ / ‖R_{s−1}‖, one a step from step 0 on, or a sequence of such for each
-    guidance branch that is a call of its own, in their order. A run of other steps takes the ratio of the nearest noise
+    guidance branch that is a call of its own, in their order (`MagCache.from_profile` takes them from a profile, and
+    profile="published/magcache/…" has those of real models). A run of other steps takes the ratio of the nearest noise
     level, or, without `levels` (log-SNR, one a ratio), of the nearest share of the run. retention: share of the
     run, at its start, that is computed. always: steps of the ratios that are computed as well, and those where a ratio
     is further from 1 than `max_deviation`.

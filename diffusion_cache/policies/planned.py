@@ -57,9 +57,10 @@ class Planned(Policy):
         return self._stretched[total]
 
     def _warn(self, difference: str) -> None:
+        forecasts = "Taylor forecasts take the place of fitted weights, " if self.plan.history > 1 else ""
         warnings.warn(
-            f"plan {self.plan.name!r} is for {difference}: steps at the nearest noise levels are computed, Taylor "
-            "forecasts take the place of fitted weights, and the plan's stated quality does not hold"
+            f"plan {self.plan.name!r} is for {difference}: steps at the nearest noise levels are computed, {forecasts}"
+            "and the plan's stated quality does not hold"
             + (", nor does the band of its guard, which is off" if self.plan.guard is not None else "")
             + ". Make a plan for these steps",
             DiffusionCacheWarning,

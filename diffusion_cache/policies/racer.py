@@ -6,6 +6,7 @@ through the last two features forecast. A step at risk is computed at once, and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ..errors import ConfigError
 from ..registry import policies
 from ..schedule import Schedule
 from .mask import Mask
+from .thresholds import check_threshold
 
 
 @policies.register("racer")
@@ -37,8 +39,7 @@ class Racer(Policy):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ConfigError(f"racer: every must be at least 1, not {self.every} (1 computes every step)")
-        if not self.threshold >= 0:
-            raise ConfigError(f"racer: threshold must be a number ≥ 0, not {self.threshold}")
+        check_threshold(self.name, self.threshold)
         if self.risk_history < 3:
             raise ConfigError(
                 f"racer: risk_history must be at least 3 features, not {self.risk_history}: two give one line alone"
@@ -50,9 +51,15 @@ class Racer(Policy):
     def needs(self) -> Needs:
         return Needs(signals=("disagreement",), history=self.risk_history)
 
+    @cached_property
+    def _schedules(self) -> dict[int, Schedule]:
+        return {}
+
     def schedule(self, total: int) -> Schedule:
-        computed = Mask(self.mask).computed(total) if self.mask else range(0, total, self.every)
-        return Schedule.uniform(step in computed for step in range(total))
+        if total not in self._schedules:
+            computed = Mask(self.mask).computed(total) if self.mask else range(0, total, self.every)
+            self._schedules[total] = Schedule.uniform(step in computed for step in range(total))
+        return self._schedules[total]
 
     def measure(self, signals: Mapping[str, Tensor], past: Past) -> Tensor:
         return signals["disagreement"]
@@ -60,5 +67,6 @@ class Racer(Policy):
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         if step.total is None:
             raise ConfigError("racer needs the run's number of steps: pass num_steps to diffusion_cache.run")
+        assert value is not None  # without one, the schedule is gone by
         # written so that NaN computes
-        return Verdict(value is None or not value <= self.threshold, f"risk {value or 0.0:.3g}")
+        return Verdict(not value <= self.threshold, f"risk {value:.3g}")

@@ -1,4 +1,4 @@
-"""Ratios γ_s = mean over tokens of ‖R_s‖ / ‖R_{s−1}‖ of residuals from step to step, one list a guidance branch."""
+"""Ratios γ_s = mean over tokens of ‖R_s‖ / ‖R_{s−1}‖ of residuals from step to step, one list a denoiser call."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def streams_of(method: str, given: Any) -> Streams:
 
 
 def ratios_of(profile: Profile, method: str) -> Streams:
-    """Those that a profile has measured; of several spans, each step's ratio that is furthest from 1.
+    """Those that a profile has measured; of several spans and branches in one call, at each step the furthest from 1.
 
     Raises:
         ConfigError: for a profile without them.
@@ -36,6 +36,6 @@ def ratios_of(profile: Profile, method: str) -> Streams:
     if "norm_ratio" not in profile.arrays:
         raise ConfigError(f"{method}: the profile holds no norm_ratio: profile again, at scope stack or denoiser")
     measured = profile.arrays["norm_ratio"].double().nan_to_num(1.0)  # [spans, passes, steps]
-    furthest = measured.log().abs().argmax(0, keepdim=True)
-    ratios = torch.take_along_dim(measured, furthest, 0)[0].tolist()
-    return tuple(map(tuple, ratios[:: profile.row_passes]))
+    calls = measured.unflatten(1, (-1, profile.row_passes)).transpose(1, 2).flatten(0, 1)  # [candidates, calls, steps]
+    furthest = calls.log().abs().argmax(0, keepdim=True)
+    return tuple(map(tuple, torch.take_along_dim(calls, furthest, 0)[0].tolist()))

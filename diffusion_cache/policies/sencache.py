@@ -16,6 +16,7 @@ from ..context import Needs, PassState, Past, Policy, Step, Verdict, noise_share
 from ..errors import ConfigError
 from ..plain import numbers
 from ..registry import policies
+from .thresholds import check_threshold
 
 
 @policies.register("sencache")
@@ -36,8 +37,7 @@ class SenCache(Policy):
     tuned = "threshold"
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"sencache: threshold must be a number ≥ 0, not {self.threshold}")
+        check_threshold(self.name, self.threshold)
         levels = numbers("sencache: levels must be numbers (log-SNR)", self.levels, lambda x: not math.isnan(x), 0)
         object.__setattr__(self, "levels", levels)
         for name in ("input_norm", "time_norm"):

@@ -14,6 +14,7 @@ from ..context import Needs, PassState, Past, Policy, Step, Verdict
 from ..errors import ConfigError
 from ..registry import policies
 from ..signals import relative_l1
+from .thresholds import check_threshold
 
 FLOOR = 0.01
 
@@ -34,8 +35,7 @@ class SpeCa(Policy):
     scopes = frozenset({"stack"})
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"speca: threshold must be a number ≥ 0, not {self.threshold}")
+        check_threshold(self.name, self.threshold)
         if not 0 < self.decay <= 1:
             raise ConfigError(f"speca: decay must be above 0 and at most 1, not {self.decay}")
 

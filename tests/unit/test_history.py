@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_cache import ops
-from diffusion_cache.history import History, is_finite
+from diffusion_cache.differences import DifferenceHistory
+from diffusion_cache.history import History, finite, is_finite
 
 
 def feature(value, shape=(2, 3), dtype=torch.float32):
@@ -344,6 +347,25 @@ def test_on_host():
     assert not history.on_host
 
 
+@pytest.mark.parametrize("made", [lambda: History(2), lambda: History(2, "int8"), lambda: DifferenceHistory(2, "int8")])
+def test_numbers_of_rows_are_brought_to_the_device_once(made):
+    """Later ones wait for nothing, also where rows come together again."""
+
+    def observed():
+        history = made()
+        for step, rows in enumerate(([2], [1, 0, 2], [0, 1, 2])):
+            history.observe(step, [feature(step, (len(rows), 4, 16))], [None], rows, 3)
+            history.taken([2, 0])
+        history.observe(3, [feature(3, (3, 4, 16))], [None])
+        return history
+
+    expected = observed()
+    with RecordedGraph([]):  # refuses what would wait
+        found = observed()
+    assert found.lanes == expected.lanes
+    assert all(map(torch.equal, found.tensors(), expected.tensors()))
+
+
 # what is finite
 
 
@@ -360,6 +382,32 @@ def test_is_finite_looks_at_every_tensor(dtype, bad, place):
 def test_nothing_and_integers_are_finite():
     assert is_finite([])
     assert is_finite([torch.arange(4), torch.tensor([True, False])])
+
+
+class Operations(TorchDispatchMode):
+    """The names of those that are run, and the dtypes of what each is first given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        dtype = args[0].dtype if args and isinstance(args[0], torch.Tensor) else None
+        self.seen.append((operator.overloadpacket.__name__, dtype))
+        return operator(*args, **(kwargs or {}))
+
+
+def test_codes_are_not_summed_up_and_there_is_one_read():
+    history = History(3, "int8")
+    for step in range(3):
+        history.observe(step, [feature(step, (4, 8, 32))], [None])
+    with Operations() as operations:
+        assert is_finite(history.tensors())
+    assert [name for name, _ in operations.seen].count("_local_scalar_dense") == 1
+    assert {dtype for name, dtype in operations.seen if name == "sum"} == {torch.float32}
+    with Operations() as operations:
+        finite(history.tensors())
+    assert "_local_scalar_dense" not in [name for name, _ in operations.seen]
 
 
 def test_opposite_infinities_do_not_cancel():

@@ -73,6 +73,17 @@ def test_what_is_stored_goes_out_alone():
     assert carrier.asked == 8
 
 
+def test_what_is_stored_is_checked_on_its_way_out():
+    carrier = LateCarrier()
+    history, other, away = History(1), History(1), Offload()
+    away._carriers[torch.device("cpu")] = carrier
+    for step, value in enumerate((1.0, float("nan"), 2.0)):
+        away.observe(history, step, [torch.full((2, 3), value)], [None])
+        away.observe(other, step, [torch.ones(2, 3)], [None])
+    assert carrier.made == 0
+    assert [bool(away.finite[each]) for each in (history, other)] == [False, True]
+
+
 def test_a_failure_leaves_nothing():
     history, away = History(2), Offload()
     away.observe(history, 0, [torch.ones(2, 3)], [None])

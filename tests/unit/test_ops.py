@@ -1,9 +1,13 @@
 """Operations on the cached path against float64 references."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 
-from diffusion_cache import ops
+from diffusion_cache import count_sketch, ops
 from diffusion_cache.count_sketch import keys_of
 from diffusion_cache.errors import ConfigError
 
@@ -189,6 +193,85 @@ def test_modes_of_the_kernels():
         ops._mode({"DIFFUSION_CACHE_KERNELS": "interpret"})
 
 
+def test_numbers_that_come_again_are_shared():
+    with torch.inference_mode():
+        first = ops.shared((1.0, 2.0), CPU)
+    assert ops.shared((1.0, 2.0), CPU) is first
+    assert ops.shared((1.0, 2.0), CPU, torch.int64).dtype == torch.int64
+    assert ops.on_device((1.0, 2.0), CPU) is not ops.on_device((1.0, 2.0), CPU)
+    scaled = torch.ones(2, requires_grad=True) * first  # which is of use outside of the mode that it was made in
+    scaled.sum().backward()
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 7)  # the second one is not there
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Says whether a capture is under way on a device whose kernels nothing is known of yet; returns a switch."""
+    state = SimpleNamespace(on=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(ops, "on_device", lambda *_: torch.ones(1))
+    yield state
+    ops._WORKS.pop(CUDA, None)
+    ops._shared.cache_clear()
+
+
+def test_nothing_is_tried_or_kept_in_a_capture(monkeypatch, capturing):
+    tried = []
+    monkeypatch.setattr(ops, "_try_kernel", lambda device: tried.append(device) or True)
+    assert not ops._kernels_run(CUDA)
+    assert ops.shared((1.0,), CUDA) is not ops.shared((1.0,), CUDA)
+    capturing.on = False
+    assert tried == []
+    assert ops._kernels_run(CUDA)
+    assert ops._kernels_run(CUDA)
+    assert tried == [CUDA]
+    kept = ops.shared((1.0,), CUDA)
+    assert ops.shared((1.0,), CUDA) is kept
+    capturing.on = True
+    assert ops._kernels_run(CUDA)
+    assert ops.shared((1.0,), CUDA) is not kept
+
+
+def test_want_of_memory_says_nothing_of_kernels(monkeypatch, capturing):
+    capturing.on = False
+    for error, known in ((torch.OutOfMemoryError("full"), {}), (RuntimeError("no compiler"), {CUDA: False})):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            patch.setattr(torch, "ones", fail)
+            assert not ops._kernels_run(CUDA)
+        assert {device: runs for device, runs in ops._WORKS.items() if device == CUDA} == known
+        assert len(told) == len(known)
+
+
+class Subclass(torch.Tensor):
+    """What makes its own of operations."""
+
+
+def test_kernels_take_plain_tensors_and_are_launched_right_away_unless_operations_are_watched(monkeypatch):
+    launched = []
+    kernel = SimpleNamespace(launch=lambda base, *_: launched.append(base) or base)
+    monkeypatch.setattr(ops, "_MODE", "interpret")
+    monkeypatch.setattr(ops, "_kernels_run", lambda device: True)
+    monkeypatch.setattr(ops, "_kernel", lambda name: kernel)
+    base, features = random((2, 5, 8), torch.float32, 1), [random((2, 5, 8), torch.float32, 2)]
+    expected = base + 0.5 * features[0]
+    assert ops.forecast(base, features, (0.5,)) is base
+    of_others = ops.forecast(base.as_subclass(Subclass), features, (0.5,))
+    assert torch.equal(of_others.as_subclass(torch.Tensor), expected)
+    with RecordedGraph([]) as graph:
+        found = ops.forecast(base, features, (0.5,))
+    assert torch.equal(found, expected)
+    assert [operator for operator, *_ in graph.operations] == [torch.ops.diffusion_cache.forecast_residual.default]
+    assert len(launched) == 1
+
+
 def coded(shape, code, seed):
     return ops.encode_residual(random(shape, torch.float32, seed), None, code)
 
@@ -290,3 +373,21 @@ def test_relative_change_in_float64(measure):
     }
     found = ops.relative_change(a.float(), b.float(), measure)
     assert torch.allclose(found.double(), expected[measure], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", keys_of(7, 20, 30).stages)
+def test_hashes_are_the_same_in_32_bits(key):
+    numbers = [0, 1, 5, 2**31 - 1, 2**31 + 5, 2**40 + 3]
+    narrow = torch.tensor(numbers).to(torch.int32)
+    assert count_sketch.mix(narrow, key).tolist() == [count_sketch.mix(number, key) for number in numbers]
+
+
+def test_a_sketch_waits_for_nothing():
+    """Of samples whose signs are those of two hashes, in runs so late that their indices take more than 32 bits."""
+    flat, sums = random((3, 300), torch.float32, 1), torch.zeros(3, 64)
+    with RecordedGraph([]):
+        ops.add_sketch(sums, flat, 2**29, 22, 5)
+    expected = torch.zeros(3, 64)
+    for sample in range(3):
+        ops.add_sketch(expected[sample : sample + 1], flat[sample : sample + 1], 2**29, 22 + sample, 5)
+    assert torch.equal(sums, expected)

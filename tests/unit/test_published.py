@@ -253,6 +253,25 @@ def test_a_mask_published_for_the_runs_steps_is_preferred():
     assert entry.mask(15) == entry.mask(99) == entry.mask() == "111101101101101"
 
 
+@pytest.mark.parametrize("name", ["scm/slow-15", "scm/fast-28"])
+def test_a_run_goes_by_the_mask_published_for_its_steps(name):
+    entry = ENTRIES[name]
+    policy = Mask(**entry.driven().options)
+    for steps in (entry.steps, *map(int, entry.figures["masks_by_steps"])):
+        assert policy.computed(steps) == {step for step, mark in enumerate(entry.mask(steps)) if mark == "1"}
+    assert policy.mask == entry.mask()
+
+
+def test_entries_are_carried_out_with_the_forecaster_of_their_source():
+    """All that are driven reuse what was computed last, but for MeanCache, whose own is none of ours."""
+    found = {entry.method: set() for entry in ENTRIES.values() if entry.has_mask or entry.name == "teacache/flux-dev"}
+    for entry in ENTRIES.values():
+        if entry.has_mask or entry.name == "teacache/flux-dev":
+            found[entry.method].add(entry.driven().forecaster)
+    assert found.pop("meancache") == {None}
+    assert set(map(frozenset, found.values())) == {frozenset({"reuse"})}
+
+
 def test_step_lists_count_from_their_base(tmp_path):
     figures = {"budget": 3, "computed_steps": [1, 3, 5], "step_base": 1}
     assert written(tmp_path, "lemica/mine-3of5", figures=figures, steps=5).mask() == "10101"
@@ -294,7 +313,8 @@ def computed_steps(entry: published.Published, steps: int, **options) -> list[in
     """Drive a tiny model of the entry's class for a run, with equal inputs; the steps that were computed."""
     model, case = model_of(entry.transformer)
     driven = entry.driven()
-    options = {"policy": driven.policy, "scope": driven.scope, **driven.options, **options}
+    forecaster = driven.forecaster or "taylor"
+    options = {"policy": driven.policy, "forecaster": forecaster, "scope": driven.scope, **driven.options, **options}
     if driven.policy == "mask":
         options |= {"mask": entry.mask(steps), "scope": None, "blocks": ()}  # the tiny model has fewer blocks
     with torch.no_grad(), dc.run(model, num_steps=steps, **options) as run:
@@ -357,7 +377,7 @@ def test_an_entry_drives_a_pipeline():
         dc.reference.images("flux-digits", pipe(**dc.reference.inputs("flux-digits", (3,), (5,), steps=6)))
         summary = dc.summary(pipe)
     coefficients = ENTRIES["teacache/flux-dev"].figures["coefficients"]
-    assert f"TeaCache(threshold=0.6, coefficients={tuple(coefficients)})".lower() in summary.method.lower()
+    assert f"TeaCache(threshold=0.6, coefficients={tuple(coefficients)}) + reuse(".lower() in summary.method.lower()
     assert summary.records[0].computed
     assert summary.records[-1].reason == "last steps"
     assert summary.reused > 0

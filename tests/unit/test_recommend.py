@@ -19,7 +19,7 @@ from diffusers import (
 
 import diffusion_cache as dc
 from diffusion_cache import advice, reference
-from diffusion_cache.advice import Figures, Measured, Pick
+from diffusion_cache.advice import Figures, Measured, Pick, _share
 from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.fingerprint import Fingerprint
 from diffusion_cache.models import find_denoisers
@@ -270,6 +270,14 @@ def test_what_was_published_for_this_very_model():
     assert longer.steps == 50
     assert 20 <= longer.mask(50).count("1") <= 26  # about half
     assert load(dc.recommend(pipe, 50, speedup=3).options["profile"]).mask(50).count("1") < 20
+    # MagCache's steps and shares are those that its policy computes, of each guidance branch apart
+    wan = load("magcache/wan2.1-t2v-1.3b-50")
+    schedules = wan.magcache_schedule(50).values()
+    assert len(schedules) == 2
+    assert _share(wan, 50) == pytest.approx(sum(schedule.count("1") for schedule in schedules) / 100)
+    listed = load("scm/slow-15")
+    assert _share(listed, 12) == listed.mask(12).count("1") / 12
+    assert _share(listed, 30) == pytest.approx(listed.mask().count("1") / 15)
     # of the same class, but of another model: no more than a hint
     other = dc.recommend(reference.load("flux-digits"), 28)
     assert "profile" not in other.options

@@ -84,6 +84,9 @@ def test_affine_is_a_correction_of_the_output():
     assert (Affine().corrected_channels, Affine((1.0, 1.0)).corrected_channels) == (0, 0)
     assert Affine().correction(query()) is None
     assert Affine(2.0).blend(query()) is None
+    listed = Affine([2.0, 3.0])  # read once, for it is asked for at every reused span
+    assert (listed.scale, listed.bias) == ((2.0, 3.0), (0.0,))
+    assert listed.correction(query()) is listed.correction(query(target=6))
 
 
 @pytest.mark.parametrize(

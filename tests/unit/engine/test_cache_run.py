@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
 from diffusion_cache.engine.cache_run import row_groups
@@ -12,14 +13,18 @@ from diffusion_cache.engine.intercept import ATTRIBUTE
 
 
 @pytest.fixture
-def compiled():
+def denoiser():
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
+    return DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=2, norm_num_groups=16,
         sample_size=4, patch_size=2, num_embeds_ada_norm=4,
-    )  # fmt: skip
-    model.eval().compile(backend="eager")
-    yield model
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def compiled(denoiser):
+    denoiser.compile(backend="eager")
+    yield denoiser
     torch._dynamo.reset()
 
 
@@ -81,3 +86,31 @@ def test_guidance_branches_are_told_from_samples_that_are_alike(seeds, labels, g
     assert row_groups((noise[seeds],), given) == groups
     assert row_groups((), {"sample": noise[seeds], "class_labels": torch.tensor(labels)}) == groups
     assert row_groups(([*noise[seeds]],), given) == 1  # a list of samples has no rows
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read back one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator is torch.ops.aten._local_scalar_dense.default
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_features_that_wait_on_the_host_are_not_read_there_at_the_end(denoiser, spoilt):
+    if spoilt:
+        denoiser.transformer_blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
+    run = dc.run(denoiser, "interval", every=2, num_steps=4, scope="block", cache_device="cpu", cache_dtype="int8")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", dc.DiffusionCacheWarning)
+        cached = run.__enter__()
+        for t in TIMES:
+            call(denoiser, t)
+            cached.next_step()
+        with Reads() as reads:
+            run.__exit__(None, None, None)
+    assert reads.count == 0  # but for one list of all
+    own = [str(one.message) for one in told if issubclass(one.category, dc.DiffusionCacheWarning)]
+    assert ["not finite" in message and "transformer_blocks.1" in message for message in own] == [True] * spoilt

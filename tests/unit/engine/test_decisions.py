@@ -260,6 +260,17 @@ def test_samples_that_cannot_be_told_apart_are_computed_together():
     assert "samples of a batch cannot be told apart" in run.told[0]
 
 
+@pytest.mark.parametrize(("batch", "granularity"), [(2, "sample"), (2, "batch"), (1, "sample")])
+def test_numbers_of_rows_that_no_sample_has_are_told_of(batch, granularity):
+    """Three numbers for two samples: which is whose cannot be known, and the largest is taken for both."""
+    of_three = type("OfThree", (Above,), {"measure": lambda self, signals, past: torch.tensor([0.0, 0.9, 0.0])})
+    run = Run(of_three(0.5), granularity=granularity)
+    for index in range(2):
+        frame = run.measured(index, [0.0] * batch)
+    assert frame.asking == [True] * batch
+    assert len(run.told) == (batch > 1 and granularity == "sample")
+
+
 @pytest.mark.parametrize(
     ("values", "apart", "granularity"),
     [
@@ -621,6 +632,34 @@ def test_ranks_agree_on_lagged_numbers_as_well():
     run = Run(Above(0.5), agree=lambda measured: measured + 1, sync="lagged")
     frames = [run.measured(index, [0.0]) for index in range(3)]
     assert frames[2].reason == "value 1.0"
+
+
+class Verified(Above):
+    """Looks at what a call gave, at its end."""
+
+    @property
+    def needs(self):
+        return Needs(signals=("tail_output",), verify=True)
+
+    def measure(self, signals, past):
+        return signals["tail_output"]
+
+    def decide(self, step, value, state):
+        return Verdict(value is not None and value > self.limit, f"value {value}")
+
+
+def test_a_number_of_another_batch_is_not_gone_by():
+    run = Run(Verified(0.5))
+    found = []
+    for index, values in enumerate(([0.0] * 4, [0.0, 0.0, 1.0, 1.0], [0.0, 0.0], [0.0, 0.0])):
+        frame = Frame(step(index, None, 1, len(values)), KEY, (True,), len(values))
+        frame.signals = {}
+        run.decisions.after_probe(frame, True)
+        found.append(frame.reason)
+        frame.signals = {"tail_output": torch.tensor(values)}
+        frame.reused = [REUSED]
+        run.decisions.close(frame)
+    assert found == ["warm-up", "value 0.0", "value None", "value 0.0"]
 
 
 # together with others, and failures

@@ -115,6 +115,17 @@ def test_a_result_that_would_be_wider_than_the_stream_is_made_plainly():
     assert result.dtype == torch.float32
 
 
+@pytest.mark.parametrize("number", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_number_makes_nothing_wider(number):
+    given, gate = terms(torch.bfloat16), torch.tensor(0.7, dtype=number)
+    x, expected = X.bfloat16(), gate * plain(given)
+    result = x + gate * Deferred(given, torch.bfloat16)
+    gated = (gate * Deferred(given, torch.bfloat16)).clone()
+    assert result.dtype == gated.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(gated, expected)
+    assert (result - (x + expected)).abs().max() <= torch.finfo(torch.bfloat16).eps * 4 * expected.abs().max()
+
+
 def test_codes():
     features = [ops.encode_residual(feature, None, "int8") for feature in terms().features]
     given = Terms(features, torch.tensor([-1.0, 2.0]), None, [])

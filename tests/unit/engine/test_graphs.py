@@ -1,12 +1,16 @@
 """What graphs take for given, and the stand-in for them: strict enough that what would be wrong on a GPU is wrong."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from recorded_graph import RecordingCapturer
 from torch import nn
 
+import diffusion_cache as dc
 from diffusion_cache.engine import graphs
-from diffusion_cache.errors import ConfigError
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 
 
 def captured(body):
@@ -149,3 +153,160 @@ def test_what_has_changed_of_a_denoiser(change):
     CHANGES[change](model)
     assert graphs._condition(model) != before
     del kept  # alive until now, or its memory may have become that of what replaced it
+
+
+class FakeStream:
+    def __init__(self, *_):
+        self.waited_for = []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What `Capturer` uses of torch.cuda, with `torch.cuda.graph` itself. failing: where a capture goes wrong."""
+    own = FakeStream()
+    state = type("Cuda", (), dict(own=own, stream=own, failing="", undone=[]))()
+
+    class FakeGraph:
+        def capture_begin(self, pool, **_):
+            self.begun_in = pool
+            if state.failing == "begin":
+                raise RuntimeError("cannot begin")
+
+        def capture_end(self):
+            if state.failing == "end":
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def pool(self):
+            return self.begun_in
+
+    class Generator:
+        def clone_state(self):
+            return "cloned"
+
+        def graphsafe_set_state(self, generator):
+            state.undone.append(("generator", generator))
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, state.stream = state.stream, stream
+        try:
+            yield
+        finally:
+            state.stream = before
+
+    for name, fake in dict(
+        CUDAGraph=FakeGraph,
+        Stream=FakeStream,
+        stream=on,
+        current_stream=lambda device=None: state.stream,
+        set_stream=lambda stream: setattr(state, "stream", stream),
+        device=lambda device: contextlib.nullcontext(),
+        graph_pool_handle=lambda: (0, 1),
+        default_generators=[Generator()],
+        synchronize=lambda: None,
+        empty_cache=lambda: None,
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(
+            torch._C, name, lambda device, pool, name=name: state.undone.append((name, device, pool)), raising=False
+        )
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    graphs._side_stream.cache_clear()
+    yield state
+    graphs._side_stream.cache_clear()
+
+
+def refuse():
+    raise ValueError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("failing", ["begin", "end", "body"])
+def test_a_capture_that_fails_leaves_the_stream_and_the_allocator_as_they_were(cuda, failing):
+    capturer = graphs.Capturer(torch.device("cuda", 0))
+    first, made = capturer.capture(lambda: cuda.stream is not cuda.own, None)
+    assert made
+    assert cuda.undone == []
+    cuda.failing = failing
+    with pytest.raises((RuntimeError, ValueError)):
+        capturer.capture(refuse, first)
+    assert cuda.stream is cuda.own
+    assert cuda.undone == [
+        ("_cuda_endAllocateToPool", 0, (0, 1)),
+        ("_cuda_releasePool", 0, (0, 1)),
+        ("generator", "cloned"),
+    ]
+
+
+def test_a_warm_up_that_fails_is_waited_for(cuda):
+    capturer = graphs.Capturer(torch.device("cuda", 0))
+    with pytest.raises(ValueError):
+        capturer.warm(refuse)
+    side = graphs._side_stream(torch.device("cuda", 0))
+    assert cuda.stream is cuda.own
+    assert (side.waited_for, cuda.own.waited_for) == ([cuda.own], [side])
+
+
+class Watched(RecordingCapturer):
+    """Notes beside which graph each was captured. failing: the captures that fail, by their numbers."""
+
+    def __init__(self, failing=()):
+        super().__init__()
+        self.failing = failing
+        self.beside = []
+
+    def capture(self, body, beside):
+        self.beside.append(beside)
+        if len(self.beside) - 1 in self.failing:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return super().capture(body, beside)
+
+
+class Denoiser(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states * 1.5
+
+
+def loop(batches):
+    """A run whose every second step is reused, at these batch sizes."""
+    denoiser = Denoiser().eval()
+    options = dict(every=2, scope="denoiser", num_steps=len(batches), cuda_graphs=True)
+    with torch.no_grad(), dc.run(denoiser, "interval", **options) as run:
+        for batch in batches:
+            denoiser(torch.ones(batch, 3, 8))
+            run.next_step()
+
+
+def test_a_pool_in_which_a_capture_failed_takes_no_more_graphs(monkeypatch):
+    watched = Watched(failing=[1])
+    monkeypatch.setattr(graphs, "capturer", lambda device: watched)
+    with pytest.warns(DiffusionCacheWarning, match="could not be captured"):
+        loop([1] * 4 + [2] * 4)
+    first, second, _ = watched.graphs
+    assert watched.beside == [None, first, None, second]  # computed and reused, at one batch size and at another
+
+
+def test_one_capture_at_a_time(monkeypatch):
+    """What another thread runs on the stream that is captured would become a part of the graph."""
+    inside, most = [], []
+
+    class Slow(RecordingCapturer):
+        def warm(self, body):
+            inside.append(1)
+            try:
+                threading.Event().wait(0.05)
+                most.append(len(inside))
+                return super().warm(body)
+            finally:
+                inside.pop()
+
+    monkeypatch.setattr(graphs, "capturer", lambda device: Slow())
+    threads = [threading.Thread(target=loop, args=([1] * 4,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4

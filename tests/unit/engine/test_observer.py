@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import small
 import torch
 
 import diffusion_cache as dc
@@ -256,7 +257,7 @@ def test_a_call_of_a_compiled_denoiser_made_again(fresh_compiler):
                 kept = nodes == [list(visit.state.history.nodes) for visit in frame.reused]
                 found.append((frame.step.index, kept, torch.equal(repeated, output[0])))
 
-    pipe = reference.load(name)
+    pipe = small.load(name)
     pipe.transformer.compile(backend="eager")
     with attached(pipe, method("stack"), Observer()):
         expected = generate(name, pipe)

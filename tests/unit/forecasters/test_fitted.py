@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import small
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -256,10 +257,10 @@ def fresh_compiler():
 def test_branches_of_a_denoiser_compiled_as_a_whole(name, rows, channels, fresh_compiler):
     """At some steps their weights differ or outputs are corrected, at others not: two graphs serve all."""
     method = (Mask(MASK), Fitted(table(2, alike=(4,), channels=channels), branches=rows))
-    plain = reference.load(name)
+    plain = small.load(name)
     with dc.cached(plain, *method, scope="stack"):
         expected = generate(name, plain)
-    pipe, backend = reference.load(name), CompileCounterWithBackend("eager")
+    pipe, backend = small.load(name), CompileCounterWithBackend("eager")
     pipe.transformer.compile(backend=backend, fullgraph=True)
     with dc.cached(pipe, *method, scope="stack"), warnings.catch_warnings():
         warnings.simplefilter("error", dc.DiffusionCacheWarning)

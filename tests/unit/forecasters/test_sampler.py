@@ -17,11 +17,11 @@ FLOW = NoiseLevels([2 * (math.log(1 - s) - math.log(s)) for s in (0.9, 0.7, 0.6,
 
 def test_even_steps_are_adams_bashforth():
     """Points up to the step's start: the textbook's coefficients, oldest first."""
-    assert mean_weights([2.0], 2.0, 1.0) == (1.0,)
-    assert mean_weights([3.0, 2.0], 2.0, 1.0) == pytest.approx((-1 / 2, 3 / 2))
-    assert mean_weights([4.0, 3.0, 2.0], 2.0, 1.0) == pytest.approx((5 / 12, -16 / 12, 23 / 12))
+    assert mean_weights((2.0,), 2.0, 1.0) == (1.0,)
+    assert mean_weights((3.0, 2.0), 2.0, 1.0) == pytest.approx((-1 / 2, 3 / 2))
+    assert mean_weights((4.0, 3.0, 2.0), 2.0, 1.0) == pytest.approx((5 / 12, -16 / 12, 23 / 12))
     expected = (-9 / 24, 37 / 24, -59 / 24, 55 / 24)
-    assert mean_weights([5.0, 4.0, 3.0, 2.0], 2.0, 1.0) == pytest.approx(expected)
+    assert mean_weights((5.0, 4.0, 3.0, 2.0), 2.0, 1.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -37,6 +37,11 @@ def test_polynomials_in_the_samplers_variable_are_integrated_exactly(order):
         start, end = times[target], times[target + 1]
         mean = (polynomial.integ()(end) - polynomial.integ()(start)) / (end - start)
         assert forecast == pytest.approx(mean, abs=1e-9)
+
+
+def test_spans_that_ask_alike_share_the_weights():
+    query = Query([0, 1], 2, times=FLOW.times("x"))
+    assert Sampler(2).weights(query) is Sampler(2).weights(query)
 
 
 def test_the_variable_is_the_samplers():

@@ -21,7 +21,7 @@ def band(total, signal="input_turn", mean=1.0, spread=0.1):
 def guarded(mask, strict=False, factor=2.0, **guards):
     schedule = Schedule.uniform(entry == "1" for entry in mask)
     plan = Plan("a", "stack", None, "auto", schedule, (), guard=band(len(mask)))
-    return Guarded(Planned(plan), Guards(**guards), Drift.of(plan, factor, strict))
+    return Guarded(Planned(plan), Guards(**guards), Drift(plan.guard, factor, strict))
 
 
 def walk(policy, total, values):

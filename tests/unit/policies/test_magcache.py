@@ -3,12 +3,15 @@
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from diffusion_cache import published
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import MagCache
+from diffusion_cache.policies.ratios import ratios_of
 from diffusion_cache.profile import Profile, shipped_profiles
 
 LEVELS = (-4.0, -2.0, 0.0, 2.0)
@@ -87,6 +90,12 @@ def test_ratios_of_a_profile():
     for step, ratio in enumerate(policy.streams[0]):
         spans = [one[step] if step else 1.0 for one in measured]
         assert ratio == pytest.approx(max(spans, key=lambda value: abs(math.log(value))))
+    # two branches in the rows of each of two calls: of them, as of spans, the ratio furthest from 1
+    arrays = {"norm_ratio": torch.tensor([[[1.0, 1.1], [1.0, 0.5], [1.0, 1.2], [1.0, 1.1]], [[1.0, 1.3]] * 4])}
+    assert ratios_of(SimpleNamespace(arrays=arrays, row_passes=2), "magcache") == (
+        (1.0, pytest.approx(0.5)),
+        (1.0, pytest.approx(1.3)),
+    )
     without = {name: array for name, array in profile.arrays.items() if name != "norm_ratio"}
     with pytest.raises(ConfigError, match="the profile holds no norm_ratio"):
         MagCache.from_profile(replace(profile, arrays=without))

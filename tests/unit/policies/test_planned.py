@@ -85,8 +85,17 @@ def test_a_number_of_steps_alone_stretches_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert policy.schedule(24) is stretched
+    assert "Taylor" in str(told[0].message)  # in place of weights for three features
     assert stretched.nfe == 10
     assert stretched.row(0, 0) == (True,)
+
+
+def test_a_plan_that_only_reuses_is_told_of_no_taylor_forecasts():
+    nodes = torch.full((12, 1, 1), -1, dtype=torch.int32)
+    weights = torch.full((12, 1, 1, 1), math.nan, dtype=torch.float64)
+    policy = Planned(replace(plan(noise_levels=()), nodes=nodes, weights=weights))
+    with pytest.warns(DiffusionCacheWarning, match="levels are computed, and the plan's stated quality does not hold"):
+        policy.schedule(24)
 
 
 @pytest.mark.parametrize(

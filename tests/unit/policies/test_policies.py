@@ -16,6 +16,13 @@ from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
 from diffusion_cache.schedule import Schedule
 
 
+@pytest.fixture
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 def step(index, total=None):
     return Step(index, total, index, None, "0", (slice(None),))
 
@@ -123,6 +130,7 @@ def test_very_short_runs(total, guards, expected):
     assert text(Guarded(Interval(3), Guards(**guards)).schedule(total)) == expected
 
 
+@pytest.mark.filterwarnings("ignore::diffusion_cache.errors.DiffusionCacheWarning")  # which some of them deserve
 def test_schedule_equals_step_by_step_for_random_guards():
     rng = random.Random(0)
     for _ in range(300):
@@ -293,8 +301,9 @@ def test_mask_that_starts_with_reuse_computes_first_and_warns_once():
     ],
 )
 def test_mask_rescaled(mask, expected):
-    assert text(Guarded(Mask(mask)).schedule(len(expected))) == expected
-    assert walked(Guarded(Mask(mask)), len(expected), len(expected)) == expected
+    policy = Guarded(Mask(mask))
+    assert text(policy.schedule(len(expected))) == expected
+    assert walked(policy, len(expected), len(expected)) == expected
 
 
 def test_rescaling_keeps_the_first_step_the_share_and_its_own_length():
@@ -302,11 +311,22 @@ def test_rescaling_keeps_the_first_step_the_share_and_its_own_length():
     for _ in range(200):
         length = rng.randint(2, 40)
         mask = "1" + "".join(rng.choice("01") for _ in range(length - 1))
-        assert Mask(mask).computed(length) == {i for i in range(length) if mask[i] == "1"}
+        policy = Mask(mask)
+        assert policy.computed(length) == {i for i in range(length) if mask[i] == "1"}
         for total in (1, 2, 7, length + 1, length + 13, 100):
-            computed = Mask(mask).computed(total)
+            computed = policy.computed(total)
             assert {0} <= computed <= set(range(total))
             assert len(computed) == math.ceil(Fraction(mask.count("1") * total, length))
+
+
+def test_a_run_goes_by_the_mask_of_its_length(silent):
+    policy = Mask("1010", others=("100", [1, 1, 0, 0, 0]))
+    assert policy.others == ("100", "11000")
+    assert [text(Guarded(policy).schedule(total)) for total in (3, 4, 5, 8)] == ["100", "1010", "11000", "11001100"]
+    assert hash(policy) == hash(Mask("1010", others=["100", "11000"]))
+    for others in ("100", [1, 0], ["12"], 3):
+        with pytest.raises(ConfigError, match="mask: "):
+            Mask("1010", others=others)
 
 
 def test_rescaling_keeps_where_steps_are_dense():
@@ -321,6 +341,20 @@ def test_shortened_interval_is_one():
 def test_mask_under_guards():
     guards = Guards(warmup=2, last=1, max_consecutive=2)
     assert text(Guarded(Mask("1000000000"), guards).schedule(10)) == "1100100101"
+
+
+@pytest.mark.parametrize("guards", [Guards(warmup=3, last=1), Guards(warmup=9), Guards(start=0.5, end=0.5)])
+def test_guards_that_leave_nothing_to_reuse_are_told_of_once(guards):
+    with pytest.warns(DiffusionCacheWarning, match="nothing is reused in a run of 4 steps: warmup=") as told:
+        found = [Guarded(policy, guards).schedule(4) for policy in (Interval(4), FirstBlock())]
+    assert len(told) == 1
+    assert text(found[0]) == "1111"
+    assert found[1] is None
+
+
+def test_guards_that_leave_a_step_are_not_told_of(silent):
+    assert text(Guarded(Interval(4), Guards(warmup=2, last=1)).schedule(4)) == "1101"
+    assert text(Guarded(Interval(4)).schedule(1)) == "1"
 
 
 # schedules of a policy's own

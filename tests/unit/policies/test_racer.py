@@ -28,6 +28,8 @@ def test_without_risk_it_goes_by_its_schedule():
     assert walk(Racer(mask="11000010"), 8, {})[0] == "11000010"
     assert walk(Racer(mask="10"), 4, {})[0] == "1100"  # stretched to the length of the run
     assert walk(Racer(every=3, threshold=0.5), 10, {4: 0.5})[0] == "1001001001"
+    policy = Racer(mask="11000010")
+    assert policy.schedule(8) is policy.schedule(8)  # asked for at every step, for every sample
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from diffusion_cache.signals import axis_filter, filtered_l1
 from diffusion_cache.signals import filtered as module
+from diffusion_cache.signals import filtered_l1
+from diffusion_cache.signals.filtered import axis_filter
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,12 @@ def test_filtered_l1_against_full_transforms(sizes, monkeypatch):
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(module, "CHUNK", 1)  # a channel at a time
     torch.testing.assert_close(filtered_l1(now, before, *levels), got)
+
+
+def test_a_video_of_one_frame_is_an_image():
+    now, before = torch.randn(2, 2, 3, 6, 8)
+    image = filtered_l1(now, before, 0.5, -1.5)
+    torch.testing.assert_close(filtered_l1(now[:, :, None], before[:, :, None], 0.5, -1.5), image)
 
 
 def test_each_row_may_have_a_noise_level_of_its_own():

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
 
+import grams
 import plans
 import pytest
 import torch
@@ -86,12 +87,14 @@ def test_the_union_takes_over_updates_of_feed_forwards_behind_and_passes_them_on
     assert bubbling_union(steps, [4], [1, 3, 4]) == steps  # nothing runs behind it
 
 
+ATTENTION = {"flux-digits": "FluxAttention", "wan-moving-digits": "WanAttention"}
+
+
 @pytest.mark.parametrize("model", sorted(reference.MODELS))
 def test_feed_forwards_are_told_from_attention_by_name(model):
     spans = find_layout(reference.spec(model).build(), "branch").spans
-    kinds = {type(span.members[0]).__name__: branch_kind(span.name) == "feed-forward" for span in spans}
-    assert set(kinds.values()) <= {True, False}
-    assert {name for name, feed_forward in kinds.items() if feed_forward} == {"FeedForward"}
+    kinds = {(type(span.members[0]).__name__, branch_kind(span.name) == "feed-forward") for span in spans}
+    assert kinds == {("FeedForward", True), (ATTENTION.get(model, "Attention"), False)}
 
 
 def test_the_plan_extends_the_worst_branches_and_no_others(profile):
@@ -107,6 +110,15 @@ def test_the_plan_extends_the_worst_branches_and_no_others(profile):
         assert few <= more if place in worst else few == more
     assert alone.schedule.nfe == pytest.approx(3)
     assert united.nfe > alone.nfe > 3  # what is no branch is computed at every step
+
+
+def test_it_goes_by_the_feature_that_is_reused():
+    """A profile may be of residuals, however alike the outputs are."""
+    features = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [0, 1]], [[1.0, 0], [0, 1], [0, 1], [0, 1]]])
+    profile = grams.profile_of(features, "branch", names=["0.attn", "0.ff"], feature="residual")
+    profile = replace(profile, arrays={**profile.arrays, "gram_output": torch.ones(2, 1, 4, 4)})
+    plan = BAC(updates=2, upstream=0).plan(profile)
+    assert update_sets(plan) == [{0, 3}, {0, 1}]
 
 
 def test_one_schedule_for_all(profile):

@@ -145,6 +145,7 @@ def test_spans_of_the_stack_together(pipe):
     [
         ({"threshold": -0.1}, "at least 0"),
         ({"threshold": float("nan")}, "at least 0"),
+        ({"threshold": float("inf")}, "a finite number of at least 0, not inf"),
         ({"threshold": 0.1, "feature": "hidden"}, "one of auto, residual, output"),
         ({"threshold": 0.1, "adjust": "C"}, "'none', 'A' or 'B'"),
     ],

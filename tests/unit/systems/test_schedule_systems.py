@@ -318,6 +318,20 @@ def test_laptop_is_for_one_denoiser():
         Laptop().plan(replace(profile, spans=spans))
 
 
+def test_settings_that_are_infinite():
+    with pytest.raises(ConfigError, match="gamma must be above 0 and finite, not inf"):
+        MeanCache(nfe=3, gamma=math.inf)
+    with pytest.raises(ConfigError, match="alpha and max_lag must be finite and at least 0, not inf"):
+        SmoothCache(alpha=math.inf)
+
+
+@pytest.mark.parametrize("system", [DPCache, LeMiCa, MeanCache])
+def test_spans_without_a_share_leave_nothing_to_choose(system):
+    profile = grams.profile_of(seeded(2, 4, 3), "block", shares=[0.0, 0.0])
+    with pytest.raises(ConfigError, match="spans take no share of the denoiser's work"):
+        system(nfe=2).plan(profile)
+
+
 def test_evaluations_that_are_no_number():
     with pytest.raises(ConfigError, match="nfe must be a finite number, not nan"):
         DPCache(nfe=math.nan)

@@ -1,5 +1,7 @@
 """DeepCache and step rehash: their schedules by hand, and on UNets of images and videos."""
 
+from dataclasses import replace
+
 import grams
 import numpy as np
 import pipelines_unet
@@ -95,6 +97,15 @@ def test_similarity_weighs_passes_alike_whatever_their_size():
     near, far = [[1.0, 0], [1, 0]], [[1.0, 0], [0, 1]]
     profile = grams.profile_of(torch.tensor([[near, far]]) * torch.tensor([[[[1.0]], [[100.0]]]]), "cut", depth=1)
     assert similarities(profile)[0, 1] == pytest.approx(0.5)
+
+
+def test_step_rehash_goes_by_the_feature_that_is_reused():
+    """A profile may be of residuals, however alike the outputs are."""
+    angles = np.radians([0, 10, 60, 65, 90])
+    profile = grams.profile_of(np.stack([np.cos(angles), np.sin(angles)], axis=1)[None], "cut", feature="residual")
+    profile = replace(profile, arrays={**profile.arrays, "gram_output": torch.ones(1, 1, 5, 5)})
+    keys = StepRehash(gamma=0.9).plan(profile).schedule.computed
+    assert keys == (0, 2, 4)
 
 
 def test_step_rehash_by_number_of_full_steps():
