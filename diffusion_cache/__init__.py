@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .advice import recommend
     from .api import cached, disable, enable, inspect, run, summary, tune
     from .chunks import Stream
+    from .profile import Profile
     from .slicing import slice_features
 
 __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
+    "Profile": ".profile",
     "Stream": ".chunks",
     "recommend": ".advice",
     "slice_features": ".slicing",
@@ -32,6 +34,7 @@ __all__ = [
     "DiffusionCacheError",
     "DiffusionCacheWarning",
     "NoSpansError",
+    "Profile",
     "Stream",
     "cached",
     "disable",

@@ -180,18 +180,11 @@ def enable(
         own = {name: asked.pop(name) for name in resolve.system_fields(method) if asked.get(name) is not None}
         refuse(asked, lambda name, _: f"{name} comes from the method: give {name} or method, not both")
         return _attached(pipe, resolve.system(pipe, method, profile, ignore, how, {**options, **own}), group)
-    given = isinstance(plan, Plan)
-    if given and (speedup, min_psnr, nfe) != (None, None, None):
-        raise ConfigError("speedup, min_psnr and nfe choose among a profile's plans, and this plan is given already")
-    if profile is not None or (given and not ignore):
-        refuse(
-            {**parts, "target_reuse": target_reuse},
-            lambda name, _: f"{name} comes from the profile: give {name} or profile, not both",
-        )
-        return _attached(pipe, resolve.planned(pipe, profile, wish, watch, ignore, how, options), group)
+    if profile is not None or isinstance(plan, Plan):
+        refuse({**parts, "target_reuse": target_reuse}, _of_the_profile)
+        denoisers = find_denoisers(pipe)
+        return _attached(pipe, resolve.planned(pipe, denoisers, profile, wish, watch, ignore, how, options), group)
     target = wish.pop("speedup") if policy is not None else None
-    if given:
-        wish["plan"] = None
     refuse({**wish, "ignore": ignore or None, **watch}, needs_profile)
     chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
     made = resolve.method(*chosen, scope, depth, how, options, corrector)
@@ -199,6 +192,10 @@ def enable(
     if target_reuse is not None or target is not None:
         tuner = _tuner(made, Target(target_reuse, target), group, options)
     return _attached(pipe, made, group, tuner)
+
+
+def _of_the_profile(name: str, _: Any) -> str:
+    return f"{name} comes from the profile: give {name} or profile, not both"
 
 
 def _attached(pipe: Any, method: Method, group: "ProcessGroup | None", tuner: Tuner | None = None) -> Session:
@@ -255,10 +252,10 @@ def tune(
         others: as for `enable`.
 
     Raises:
-        ConfigError: as for `enable`; for a policy without a tuned field, a call of which nothing can be reused, and
-            denoisers that ranks share.
+        ConfigError: as for `enable`; for a policy without a tuned field, a call of which nothing can be reused, a
+            target beyond what the guards leave to reuse, and denoisers that ranks share.
 
-    Warns where the target cannot be met; the nearest that can be is found then.
+    Warns where a policy goes from less than the target to more at once; the nearest is found then.
     """
     how = {"granularity": granularity, "sync": sync}
     method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
@@ -310,10 +307,16 @@ class Run:
 @contextlib.contextmanager
 def run(
     model: nn.Module,
-    policy: str | Policy = DEFAULT_POLICY,
-    forecaster: str | Forecaster = DEFAULT_FORECASTER,
+    policy: str | Policy | None = None,
+    forecaster: str | Forecaster | None = None,
     *,
     corrector: str | Corrector | None = None,
+    profile: "str | Path | Profile | None" = None,
+    speedup: float | None = None,
+    min_psnr: float | None = None,
+    nfe: float | None = None,
+    plan: "str | Plan | None" = None,
+    ignore: Collection[str] = (),
     num_steps: int | None = None,
     noise_levels: Sequence[float] | None = None,
     scope: str | None = None,
@@ -328,13 +331,15 @@ def run(
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
-    """One generation of a bare denoiser, cached. Options and errors as for `enable`.
+    """One generation of a bare denoiser, cached. Arguments and errors as for `enable`.
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. With a stream, whose run it is, `run.chunks(numbers)` says before a
-    call which chunks it holds. num_steps: needed by policies that place their computed steps
-    relative to the end. noise_levels: log-SNR log(α²/σ²) of each step, needed by policies and guards that go by it;
-    forecasters that integrate like the sampler need `context.NoiseLevels`, which say in which variable.
+    call which chunks it holds. profile: of such a loop (`profiling.generation.Loop`). num_steps: needed by plans, and
+    by policies that place their computed steps relative to the end. noise_levels: log-SNR log(α²/σ²) of each step,
+    needed by policies and guards that go by it; forecasters that integrate like the sampler need
+    `context.NoiseLevels`, which say in which variable. A plan takes them to be those of its profile where they are not
+    given.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
@@ -352,7 +357,24 @@ def run(
         "stream": stream,
         "cuda_graphs": cuda_graphs,
     }
-    method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
+    parts = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
+    wish = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
+    if profile is not None or isinstance(plan, Plan):
+        refuse(parts, _of_the_profile)
+        method = resolve.planned(
+            None,
+            {"denoiser": model},
+            profile,
+            wish,
+            dict.fromkeys(("guard", "guard_factor", "strict")),
+            ignore,
+            how,
+            options,
+        )
+    else:
+        refuse({**wish, "ignore": ignore or None}, needs_profile)
+        chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
+        method = resolve.method(*chosen, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, levels)

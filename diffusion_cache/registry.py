@@ -97,6 +97,9 @@ class Registry(Generic[T]):
         if name not in self._classes:
             self._load()
         if name not in self._classes:
+            other = _elsewhere(name)
+            if other:
+                raise ConfigError(f"Unknown {self.kind} {name!r}. Give {other} instead.")
             raise unknown_name(self.kind, name, self._classes)
         return self._classes[name]
 
@@ -126,3 +129,20 @@ correctors: Registry[Any] = Registry("corrector", "diffusion_cache.correctors")
 systems: Registry[Any] = Registry("system", "diffusion_cache.systems")
 languages: Registry[Any] = Registry("language cache", "diffusion_cache.language")
 routers: Registry[Any] = Registry("router", "diffusion_cache.routers")
+
+# what methods are called elsewhere
+ALIASES = {
+    "dbcache": "policy='first_block' with front=… and back=…",
+    "fbcache": "policy='first_block'",
+    "first_block_cache": "policy='first_block'",
+    "taylorseer": "forecaster='taylor'",
+}
+
+
+def _elsewhere(name: str) -> str | None:
+    """How a method is asked for whose name is of another kind, or another project's."""
+    kinds = {"policy": policies, "forecaster": forecasters, "corrector": correctors, "method": systems}
+    for keyword, registry in kinds.items():
+        if name in registry.names():
+            return f"{keyword}={name!r}"
+    return ALIASES.get(name.lower())

@@ -142,9 +142,11 @@ class Inspection:
 def summarise(session: Session, cache_run: CacheRun) -> Summary:
     """What a run has done so far."""
     layouts = cache_run.layouts.values()
+    scopes = tuple(dict.fromkeys(layout.scope for layout in layouts))
+    scope = scopes[0] if len(scopes) == 1 else session.method.scope  # the one that the default stood for
     return Summary(
-        method=_described(replace(session.method, guarded=cache_run.decisions.guarded)),
-        scopes=tuple(dict.fromkeys(layout.scope for layout in layouts)),
+        method=_described(replace(session.method, guarded=cache_run.decisions.guarded, scope=scope)),
+        scopes=scopes,
         spans=sum(len(layout.spans) for layout in layouts),
         total=cache_run.clock.total,
         records=tuple(cache_run.records),

@@ -53,7 +53,10 @@ class Listed(str, Enum):
     systems = "systems"
     languages = "languages"
     routers = "routers"
+    guards = "guards"
     models = "models"
+    profiles = "profiles"
+    published = "published"
 
 
 # options of several commands
@@ -132,7 +135,7 @@ def _train_router(context: typer.Context) -> None:
 
 @app.command("plan")
 def _plan(
-    profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],
+    profile: Annotated[Path, typer.Argument(help="A profile: its folder, or the name of a shipped one.")],
     model: _Model = None,
     speedup: Annotated[
         str | None, typer.Option(help="Plans that are measured to be so many times as fast: 2,3.")
@@ -154,7 +157,9 @@ def _plan(
     device: _Device = "auto",
     offload: _Offload = "none",
     threads: _Threads = None,
-    out: Annotated[Path | None, typer.Option(help="Where to store profile and plans. Default: PROFILE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to store profile and plans. Default: PROFILE, if it is a folder.")
+    ] = None,
 ) -> None:
     """Make plans from a profile, to a speed, a number of evaluations or a quality, and store them with it."""
     from .interrupts import kept_interrupts
@@ -186,7 +191,7 @@ def _plan(
 
 @app.command("select")
 def _select(
-    profile: Annotated[Path, typer.Argument(help="The folder of a profile with plans.")],
+    profile: Annotated[Path, typer.Argument(help="A profile with plans: its folder, or the name of a shipped one.")],
     out: Annotated[Path, typer.Option(help="Where to store the profile with its groups of plans.")],
     nfe: Annotated[str, typer.Option(help="Start from its plans of at most so many denoiser evaluations: 25,17.")],
     model: _Model = None,
@@ -228,7 +233,7 @@ def _select(
 
 @app.command("show")
 def _show(
-    profile: Annotated[Path, typer.Argument(help="The folder of a profile.")],
+    profile: Annotated[Path, typer.Argument(help="A profile: its folder, or the name of a shipped one.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures. Default: the profile's own.")] = None,
 ) -> None:
     """Show a profile and its plans: tables, and pictures of what was measured."""
@@ -252,18 +257,17 @@ def _report(
 
 @app.command("list")
 def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List policies, forecasters, correctors, systems, caches for language models, routers, or shipped models."""
-    if what is Listed.models:
-        from .. import reference
-
-        table = Table("model", "pipeline", "samplers", "steps", "guidance")
-        for spec in reference.MODELS.values():
-            row = (spec.name, spec.pipeline, ", ".join(spec.samplers), str(spec.steps), f"{spec.guidance:g}")
-            table.add_row(*row)
-    elif what is Listed.systems:
-        table = _systems()
-    elif what is Listed.forecasters:
-        table = _forecasters()
+    """List methods of a kind, guards, or what comes with the package: models, profiles, published figures."""
+    tables = {
+        Listed.forecasters: _forecasters,
+        Listed.guards: _guards,
+        Listed.models: _models,
+        Listed.profiles: _profiles,
+        Listed.published: _published,
+        Listed.systems: _systems,
+    }
+    if what in tables:
+        table = tables[what]()
     else:
         from .. import registry
 
@@ -311,6 +315,52 @@ def _systems() -> Table:
         table.add_row(
             name, escape(system.paper), *serves, profile, escape(_options(systems, name)), escape(_about(system))
         )
+    return table
+
+
+def _models() -> Table:
+    from .. import reference
+
+    table = Table("model", "pipeline", "samplers", "steps", "guidance")
+    for spec in reference.MODELS.values():
+        row = (spec.name, spec.pipeline, ", ".join(spec.samplers), str(spec.steps), f"{spec.guidance:g}")
+        table.add_row(*row)
+    return table
+
+
+def _guards() -> Table:
+    """Options that go with any policy."""
+    from ..policies import Guards
+
+    table = Table("guard", "default", caption=" ".join((Guards.__doc__ or "").split()), expand=True)
+    for field in dataclasses.fields(Guards):
+        table.add_row(field.name, repr(field.default))
+    return table
+
+
+def _profiles() -> Table:
+    """Shipped profiles and their plans, for enable(pipe, profile=…)."""
+    from ..profile import Profile, shipped_profiles
+
+    table = Table("profile", "denoisers", "scheduler", "steps", "plans")
+    for name, folder in shipped_profiles().items():
+        profile = Profile.load(folder)
+        facts = profile.fingerprint
+        classes = ", ".join(denoiser.class_name for denoiser in facts.denoisers.values())
+        table.add_row(
+            name, classes, facts.scheduler, str(profile.total), ", ".join(plan.name for plan in profile.plans)
+        )
+    return table
+
+
+def _published() -> Table:
+    """Ready-made figures of real models, for enable(pipe, profile=…)."""
+    from .. import published
+
+    table = Table("profile", "model", "denoiser", "source")
+    for name in published.names():
+        entry = published.load(name)
+        table.add_row(f"published/{name}", escape(entry.model), entry.transformer or "", escape(entry.source))
     return table
 
 

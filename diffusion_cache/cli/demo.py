@@ -27,6 +27,8 @@ from ..evaluation.contenders import spaced_mask
 from ..evaluation.prompts import FITTING_SEEDS
 from ..evaluation.subjects import Shipped
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
+from ..planning.choose import choose
+from ..profile import Profile, shipped_profiles
 from .figures import model_figure, overview_figure
 from .page import html_page
 from .results import ModelResult, Panel, Row
@@ -40,9 +42,9 @@ THRESHOLDS = (1e-3, 4.0)  # from nearly always computing to nearly never
 BISECTIONS = 4
 REUSE, TAYLOR = {"forecaster": "reuse"}, {"forecaster": "taylor", "order": 1}
 FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR = "fewer steps", "uniform, reuse", "uniform, Taylor"
-SPACED_TAYLOR, FIRST_BLOCK = "spaced, Taylor", "first block"
-FOCUS = (SPACED_TAYLOR, INTERVALS[-1])  # the row whose images are shown
-STAGES = 3 + 5 * len(INTERVALS)
+SPACED_TAYLOR, FIRST_BLOCK, PLAN = "spaced, Taylor", "first block", "plan"
+FOCUS = (PLAN, SPACED_TAYLOR)  # the method whose images are shown, at the smallest budget: the first that there is
+STAGES = 3 + 6 * len(INTERVALS)
 
 
 @dataclass(frozen=True)
@@ -210,18 +212,30 @@ def fit_thresholds(subject: Subject, fitting: Samples, costs: StepCosts, shares:
     return [min(tried, key=lambda threshold: abs(tried[threshold] - share)) for share in shares]
 
 
-def budget_methods(steps: int, every: int, spacing: float, threshold: float) -> tuple[Method, ...]:
+def budget_methods(subject: Subject, every: int, spacing: float, threshold: float) -> tuple[Method, ...]:
     """The cached rows of one budget."""
+    steps, computed = subject.steps, math.ceil(subject.steps / every)
     always = {"policy": "interval", "every": 1}
     uniform = {"policy": "interval", "every": every}
-    spaced = {"policy": "mask", "mask": spaced_mask(steps, math.ceil(steps / every), spacing), **TAYLOR}
+    spaced = {"policy": "mask", "mask": spaced_mask(steps, computed, spacing), **TAYLOR}
     first_block = {"policy": "first_block", "threshold": threshold, **TAYLOR}
     return (
         Method(UNIFORM_REUSE, {**uniform, **REUSE}, {**always, **REUSE}),
         Method(UNIFORM_TAYLOR, {**uniform, **TAYLOR}, {**always, **TAYLOR}),
         Method(SPACED_TAYLOR, spaced, {**spaced, "mask": (1,) * steps}),
         Method(FIRST_BLOCK, first_block, {**first_block, "threshold": 0.0}, adaptive=True),
+        *planned_method(subject, computed),
     )
+
+
+def planned_method(subject: Subject, computed: int) -> tuple[Method, ...]:
+    """The best plan of so many evaluations, where the model has a shipped profile of so many steps."""
+    name = f"{subject.spec.name}-{subject.spec.samplers[0]}"
+    folder = shipped_profiles().get(name)
+    if folder is None or (profile := Profile.load(folder)).total != subject.steps:
+        return ()
+    options = {"profile": name, "plan": choose(profile.plans, nfe=computed).name}
+    return (Method(PLAN, options, {**options, "max_reused": 0}),)
 
 
 @dataclass(frozen=True)
@@ -300,7 +314,7 @@ def measure_model(settings: Settings, name: str, progress: Callable[[str], None]
         steps = max(1, round(subject.steps * budget.share))
         run = subject.generate(reporting, steps)
         add(FEWER_STEPS, budget.every, {"num_inference_steps": steps}, run, partial(subject.call, timed, steps))
-        methods = budget_methods(subject.steps, budget.every, budget.spacing, budget.threshold)
+        methods = budget_methods(subject, budget.every, budget.spacing, budget.threshold)
         if altering is None:  # a method's control is the same at every budget
             altering = altering_methods(subject, fitting.first(CONTROL_SAMPLES), methods)
         for method in methods:
@@ -319,6 +333,7 @@ def measure_model(settings: Settings, name: str, progress: Callable[[str], None]
                 problem if method.label in altering else None,
             )
 
+    focus = next(row for label in FOCUS for row in reversed(rows) if row.label == label)
     return ModelResult(
         name=name,
         pipeline=subject.spec.pipeline,
@@ -334,13 +349,13 @@ def measure_model(settings: Settings, name: str, progress: Callable[[str], None]
             for what, value in (("spacing exponent", budget.spacing), ("first-block threshold", budget.threshold))
         },
         rows=tuple(rows),
-        focus=next(row for row in rows if (row.label, row.every) == FOCUS),
+        focus=focus,
         panels=tuple(
             Panel(label, _shown(shown))
             for label, shown in (
                 ("uncached", uncached.images),
-                (SPACED_TAYLOR, images[FOCUS]),
-                (FEWER_STEPS, images[FEWER_STEPS, FOCUS[1]]),
+                (focus.label, images[focus.label, focus.every]),
+                (FEWER_STEPS, images[FEWER_STEPS, focus.every]),
             )
         ),
     )
@@ -388,7 +403,7 @@ def run_demo(models: Sequence[str], out: Path, settings: Settings, console: Cons
     (out / "demo.png").write_bytes(overview)
     summary = {**facts, "models": [result.to_json() for result in results]}
     (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    overall = overview_markdown(results, baselines=(FEWER_STEPS, UNIFORM_REUSE))
+    overall = overview_markdown(results, (FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR, PLAN))
     (out / "table.md").write_text(f"{overall}\n{markdown_table(results)}", encoding="utf-8")
     (out / "index.html").write_text(html_page(results, facts, overview, pictures), encoding="utf-8")
     for result in results:

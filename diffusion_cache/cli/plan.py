@@ -27,7 +27,7 @@ from ..plan import Plan
 from ..planning import guarantee
 from ..planning.build import Planner, Search
 from ..planning.choose import choose
-from ..profile import JSON_FILE, Profile
+from ..profile import JSON_FILE, Profile, folder_of
 from ..profiling.generation import Batch, Teacher, teach
 from ..reference.models import scheduler
 from ..registry import unknown_name
@@ -110,6 +110,9 @@ def make_plans(
         if wishes.min_psnr is not None:
             raise ConfigError(f"{told}: give --held-out {needed} or more")
         console.print(f"{told}. These plans cannot be chosen by min_psnr.", soft_wrap=True)
+    shipped, folder = not folder.is_dir(), folder_of(folder)
+    if shipped and out is None:
+        raise ConfigError(f"{folder.name} comes with the package: say where to store it with its plans, --out FOLDER")
     profile = Profile.load(folder)
     out = folder if out is None else out
     stored = stored_in(out, profile)

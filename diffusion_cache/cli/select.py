@@ -15,7 +15,7 @@ from ..plan import Plan, Quality
 from ..planning.choose import choose
 from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
 from ..planning.selector import Selector
-from ..profile import Profile
+from ..profile import Profile, folder_of
 from ..profiling.generation import Teacher, teach
 from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of, stored_in
 from .progress import announcing
@@ -48,6 +48,7 @@ def make_selector(
             look the same, and plans that are best for every prompt as they are.
     """
     quieten_libraries()
+    folder = folder_of(folder)
     profile = Profile.load(folder)
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out} is the profile's own folder, whose other plans would be lost: give --out another one")

@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..fingerprint import Fingerprint
 from ..plan import Plan
 from ..planning.selector import STORED, Choice, Selector
-from ..profile import Profile
+from ..profile import Profile, folder_of
 
 _MANY = 40  # spans listed
 _DRAWN = 24  # plans drawn
@@ -44,6 +44,7 @@ def show(folder: Path, out: Path | None, console: Console) -> list[Path]:
     Raises:
         ConfigError: if there is no sound profile, or the pictures cannot be written.
     """
+    folder = folder_of(folder)
     profile = Profile.load(folder)
     console.print(_fingerprint_table(profile))
     console.print(_span_table(profile))

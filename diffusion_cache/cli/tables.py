@@ -45,7 +45,8 @@ NOTES = (
     "share of the uncached run. Wall, CPU: uncached time over this row's time, median over paired runs that take "
     "turns in one process. PSNR (dB) and SSIM: against the uncached output of the same seed, unquantised; p5 is the "
     "5th percentile. Fewer steps: a shorter sampler run without a cache, at the same FLOPs as the rows below them. "
-    "First block (with Taylor, too) pays for its probe at every step."
+    "First block (with Taylor, too) pays for its probe at every step. Plan: the best one of the model's shipped "
+    "profile that computes no more steps, fitted on other seeds."
 )
 
 
@@ -92,27 +93,27 @@ def rich_table(result: ModelResult) -> Table:
     return table
 
 
-def overview_markdown(results: Sequence[ModelResult], baselines: Sequence[str]) -> str:
-    """One row per model and budget: the best row beside the baselines, as PSNR mean / worst in dB."""
-
-    def psnr(row: Row | None) -> str:
-        quality = row and row.quality
-        return f"{decibels(quality.psnr_mean)} / {decibels(quality.psnr_worst)}" if quality else _ABSENT
-
-    names = ("model (pipeline, sampler)", "faster", "FLOPs", *baselines, "best cached", "which")
-    lines = ["| " + " | ".join(names) + " |", "| --- " + "| ---: " * (len(names) - 2) + "| --- |"]
+def overview_markdown(results: Sequence[ModelResult], labels: Sequence[str]) -> str:
+    """One row per model and budget: PSNR mean / worst in dB and speed of these methods, the best mean in bold."""
+    names = ("model (pipeline, sampler)", "budget", *labels)
+    lines = ["| " + " | ".join(names) + " |", "| --- | --- " + "| ---: " * len(labels) + "|"]
     for result in results:
-        for best in best_rows(result.rows):
-            others = {row.label: row for row in result.rows if row.every == best.every}
-            cells = [
-                f"{result.name} ({result.pipeline}, {result.sampler})",
-                COLUMNS["wall"](best),
-                COLUMNS["FLOPs"](best),
-            ]
-            cells += [psnr(others.get(label)) for label in baselines]
-            cells += [f"**{psnr(best)}**", f"{best.label}, {COLUMNS['budget'](best)}"]
+        for every in dict.fromkeys(row.every for row in result.rows):
+            rows = {row.label: row for row in result.rows if row.every == every and row.label in labels}
+            best = best_rows(list(rows.values()))
+            cells = [f"{result.name} ({result.pipeline}, {result.sampler})", f"1 in {every}"]
+            cells += [_overview(rows.get(label), best) for label in labels]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"PSNR mean / worst in dB over {len(results[0].reporting_seeds)} seeds.", ""])
+    count = len(results[0].reporting_seeds)
+    return "\n".join([*lines, "", f"PSNR mean / worst in dB over {count} seeds, and how many times as fast.", ""])
+
+
+def _overview(row: Row | None, best: Sequence[Row]) -> str:
+    if row is None or row.quality is None:
+        return _ABSENT
+    psnr = f"{decibels(row.quality.psnr_mean)} / {decibels(row.quality.psnr_worst)}"
+    shown = f"**{psnr}**" if any(row is other for other in best) else psnr
+    return f"{shown}, {COLUMNS['wall'](row)}"
 
 
 def markdown_table(results: Sequence[ModelResult]) -> str:

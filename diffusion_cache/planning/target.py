@@ -147,7 +147,7 @@ class Tuner:
                 "there are too few steps, or the guards leave none"
             )
         share = self._scheduled(session.last_run) or seen
-        wished = self.target.reuse
+        wished, timing = self.target.reuse, None
         if wished is None:
             uncached = replace(self.method, guarded=Guarded(Interval(1)))
             session.observer = None
@@ -156,17 +156,27 @@ class Tuner:
             )
             assert self.target.speedup is not None
             wished = reuse_for(self.target.speedup, timing.wall_ratio, most)
-            self._warn_unless(wished <= most, f"speedup {self.target.speedup:g}", f"{timing.wall_ratio:.2f}")
         tolerance = STEPS_OFF / count.steps
+        if wished > most + tolerance:
+            reached = f"speedup={timing.wall_ratio:.2f}" if timing is not None else f"target_reuse={most:.3g}"
+            raise ConfigError(
+                f"policy {self.method.guarded.policy.name!r} reuses at most {most * count.steps:.4g} of {count.steps} "
+                f"steps of this call, whatever its {self.field}: ask for {reached} at most, or have fewer steps kept "
+                "from being reused (warmup, last, max_consecutive, …)"
+            )
         if wished > most - tolerance:
             found, tried = (math.inf, most), 1
         else:
             start = getattr(self.method.guarded.policy, self.field)
             values = nearest(share, wished, start if 0 < start < math.inf else 0.1, tolerance)
             found, tried = min(values.items(), key=lambda item: abs(item[1] - wished)), len(values) + 1
-        if self.target.reuse is not None:
-            off = abs(found[1] - wished) * count.steps
-            self._warn_unless(off <= 1, f"target_reuse={self.target.reuse:g}", f"{found[1]:.3g}")
+        if self.target.reuse is not None and abs(found[1] - wished) * count.steps > 1:
+            warnings.warn(
+                f"policy {self.method.guarded.policy.name!r} cannot meet target_reuse={self.target.reuse:g} in this "
+                f"call: the nearest that its {self.field} allows is {found[1]:.3g}, which is taken",
+                DiffusionCacheWarning,
+                stacklevel=2,
+            )
         return Tuned(found[0], found[1], count.steps, tried)
 
     def _scheduled(self, run: CacheRun | None) -> Callable[[float], float] | None:
@@ -184,15 +194,6 @@ class Tuner:
             return sum(row.count(False) / len(row) for row in rows) / len(rows)
 
         return share
-
-    def _warn_unless(self, met: bool, target: str, closest: str) -> None:
-        if not met:
-            warnings.warn(
-                f"policy {self.method.guarded.policy.name!r} cannot meet {target} in this call: the nearest that its "
-                f"{self.field} and its guards allow is {closest}, which is taken",
-                DiffusionCacheWarning,
-                stacklevel=2,
-            )
 
 
 class Counted(Observer):

@@ -115,6 +115,9 @@ METHODS = [
     bad(dict(policy="firstblock"), "Unknown policy 'firstblock'", "Did you mean 'first_block'?"),
     bad(dict(policy="zzz"), "Unknown policy 'zzz'", "Known: ", "first_block", "interval", "mask"),
     bad(dict(policy=""), "Unknown policy ''", "Known: "),
+    bad(dict(policy="deepcache"), "Unknown policy 'deepcache'. Give method='deepcache' instead."),
+    bad(dict(policy="FBCache"), "Unknown policy 'FBCache'. Give policy='first_block' instead."),
+    bad(dict(policy="taylorseer"), "Give forecaster='taylor' instead."),
     bad(dict(forecaster="tailor"), "Unknown forecaster 'tailor'", "Did you mean 'taylor'?"),
     bad(dict(forecaster="zzz"), "Unknown forecaster 'zzz'", "Known: ", "reuse", "taylor_paper"),
     # unknown options
@@ -156,7 +159,13 @@ METHODS = [
     bad(dict(policy="first_block", threshold=float("nan")), "threshold must be a number ≥ 0", "nan"),
     bad(dict(policy="first_block", front=0), "front ≥ 1", "front=0"),
     bad(dict(policy="first_block", back=-1), "back ≥ 0", "back=-1"),
-    bad(dict(policy="mask"), "policy 'mask'", "missing", "'mask'"),
+    bad(dict(policy="mask"), "policy 'mask' needs the option 'mask': one entry a step"),
+    bad(dict(policy="magcache"), "policy 'magcache' needs the option 'ratios': γ_s = ", "published/magcache/"),
+    bad(dict(corrector="magnitude"), "corrector 'magnitude' needs the option 'ratios': γ of every step"),
+    bad(
+        dict(corrector="magnitude", ratios=[1.0]),
+        "corrector 'magnitude' does not mend what forecaster 'taylor' gives: take forecaster='reuse'",
+    ),
     bad(dict(policy="mask", mask=""), "mask: give a string or sequence of 0 and 1, one a step", "not ''"),
     bad(dict(policy="mask", mask=[]), "mask: give a string or sequence of 0 and 1", "not []"),
     bad(dict(policy="mask", mask="1020"), "mask: give a string or sequence of 0 and 1", "'1020'"),
@@ -437,7 +446,8 @@ def test_run(unchanged, options, words):
 
 def test_run_with_the_number_of_steps():
     assert two_calls(policy="mask", mask="10", num_steps=2).reused == 1
-    assert two_calls(policy="interval", last=1, num_steps=2).reused == 0
+    with pytest.warns(dc.DiffusionCacheWarning, match="nothing is reused in a run of 2 steps: warmup=1, last=1"):
+        assert two_calls(policy="interval", last=1, num_steps=2).reused == 0
 
 
 @pytest.mark.parametrize("levels", [[-2.0, 2.0], np.array([-2.0, 2.0]), torch.tensor([-2.0, 2.0])])

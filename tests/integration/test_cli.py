@@ -15,7 +15,7 @@ from diffusion_cache.cli import app, demo
 from diffusion_cache.cli.results import Row
 from diffusion_cache.cli.tables import COLUMNS
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.measure import quality
+from diffusion_cache.measure import psnr, quality
 from diffusion_cache.profile import shipped_profiles
 
 
@@ -42,12 +42,26 @@ def test_help_needs_no_heavy_import():
         ("forecasters", ["reuse", "taylor", "order=1", "rfc", "non-linear", "denoiser"]),
         ("correctors", ["affine", "alignment", "magnitude", "ratios", "shrink", "strength=0.8"]),
         ("languages", ["prefix", "dkv", "refresh=8", "elastic", "sub_block"]),
+        ("guards", ["warmup", "max_consecutive", "unconditional_every", "first steps computed"]),
         ("models", list(reference.MODELS)),
+        ("profiles", ["dit-digits-ddim", "FluxTransformer2DModel", "nfe-25"]),
+        ("published", ["published/magcache/flux-dev-28", "FluxTransformer2DModel"]),
     ],
 )
 def test_list(what, expected):
     output = run("list", what)
     assert all(text in output for text in expected)
+
+
+def test_shipped_profiles_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nfe-25" in run("show", "dit-digits-ddim")
+    assert [path.name for path in tmp_path.iterdir()] == ["profile-pictures"]
+    told = run("show", "dit-digits", code=2)
+    assert (
+        "'dit-digits' is no folder, nor a profile that comes with the package. Did you mean 'dit-digits-ddim'?" in told
+    )
+    assert "say where to store it with its plans, --out FOLDER" in run("plan", "dit-digits-ddim", "--nfe", "25", code=2)
 
 
 def test_env_names_versions_and_threads():
@@ -165,7 +179,19 @@ def test_demo_writes_pictures_page_and_figures(tmp_path):
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     table = (tmp_path / "table.md").read_text()
     assert all(header in table for header in COLUMNS)
-    assert table.count("| 1 in 3 |") + table.count("| **1 in 3** |") == 5
+    assert table.count("| 1 in 3 |") + table.count("| **1 in 3** |") == 5 + 1  # and in the overview
+
+
+def test_the_demo_goes_by_the_shipped_plan_of_so_many_evaluations():
+    """Where there is one: a run of another length has none."""
+    (method,) = demo.planned_method(demo.Subject("dit-digits"), 17)
+    assert method.options == {"profile": "dit-digits-ddim", "plan": "nfe-17"}
+    assert demo.planned_method(demo.Subject("dit-digits", steps=8), 4) == ()
+    subject, samples = demo.Subject("dit-digits"), demo.Samples.numbered(1, 0)
+    assert demo.altering_methods(subject, samples, [method]) == set()
+    run = subject.generate_cached(samples, method.options)
+    assert run.nfe == 17
+    assert psnr(run.images, subject.call(samples)).item() > 35
 
 
 def test_no_speed_for_a_method_that_changes_the_image_when_it_computes_everything(monkeypatch):

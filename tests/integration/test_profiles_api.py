@@ -101,6 +101,26 @@ def test_another_guidance_than_the_profiles_is_told_once(found, pipe, given):
     assert "this call is at 1:" in message
 
 
+@pytest.mark.parametrize("given", ["profile", "method"])
+def test_another_size_than_the_profiles_is_told_once(given):
+    pipe = reference.load("flux-digits")
+
+    def told(**size):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe(**{**reference.inputs("flux-digits", (3,), (5,), 20), "latents": None, **size})
+        return [str(warning.message) for warning in caught if "made for latents of" in str(warning.message)]
+
+    chosen = {"nfe": 20} if given == "profile" else {"method": "dpcache", "nfe": 20}
+    dc.enable(pipe, profile="flux-digits-flow-euler", **chosen)
+    assert told() == []
+    (message,) = told(height=16, width=24)
+    assert message.startswith("the plan was made for latents of [64, 4], and this call's are of [96, 4]: features")
+    assert told(height=16, width=24) == told() == []
+    dc.enable(pipe, profile="flux-digits-flow-euler", **chosen, ignore=["sample_shape"])
+    assert told(height=16, width=24) == []
+
+
 def kept(count=4):
     return plans.drawn(300, count)
 
@@ -212,8 +232,10 @@ def test_published_figures_by_name(pipe, silent):
     dc.enable(pipe, profile=name)
     images = generate(pipe)
     assert STEPS // 2 <= dc.summary(pipe).computed < STEPS
-    dc.enable(pipe, "mask", mask=published.load(name).mask())
+    dc.enable(pipe, "mask", "reuse", mask=published.load(name).mask())
     assert torch.equal(generate(pipe), images)
+    dc.enable(pipe, "mask", "taylor", mask=published.load(name).mask())
+    assert not torch.equal(generate(pipe), images)
     with pytest.raises(ConfigError, match="is for DiTTransformer2DModel, and this pipeline has FluxTransformer2DModel"):
         dc.enable(reference.load("flux-digits"), profile=name)
     with pytest.raises(ConfigError, match="speedup says nothing"):

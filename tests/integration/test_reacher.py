@@ -6,8 +6,12 @@ from safetensors.torch import load_file
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.plan import Plan
+from diffusion_cache.profiling.generation import Loop
+from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.reference import reacher, reaching
 from diffusion_cache.reference.models import BARE
+from diffusion_cache.schedule import Schedule
 
 FEW = 10
 
@@ -134,3 +138,41 @@ def test_cached_in_a_loop_of_ones_own(model):
         assert not torch.allclose(act(), expected, atol=0.1)
         assert run.summary().hit_rate == 1 - 1 / reacher.STEPS
     assert torch.equal(act(), expected)
+
+
+def test_a_loop_of_ones_own_runs_by_a_plan_of_its_profile(model):
+    loop = Loop(model, reacher.scheduler())
+    observation = torch.randn(2, reacher.OBSERVED, 2, generator=torch.Generator().manual_seed(0))
+
+    def make(samples):
+        def actions():
+            generators = [torch.Generator().manual_seed(seed) for _, seed in samples]
+            return reacher.act(model, observation[: len(samples)], generators, FEW, loop.scheduler)
+
+        return loop.batch(actions, len(samples))
+
+    samples = [("", 3), ("", 4)]
+    profile = measure(make, samples, Options("stack", batch=2, sensitivity_samples=0))
+    half = Plan("half", "stack", None, "auto", Schedule.uniform([True, False] * (FEW // 2)), profile.noise_levels)
+    stored = profile.with_plans([half])
+    expected = make(samples).call()
+    for wish in (dict(plan="half"), dict(nfe=FEW / 2)):
+        with dc.run(model, profile=stored, num_steps=FEW, **wish) as run:
+            actions = make(samples).call()
+        assert [record.computed for record in run.summary().records] == [True, False] * (FEW // 2)
+        assert not torch.equal(actions, expected)
+    with dc.run(model, plan=half, num_steps=FEW) as run:
+        assert torch.equal(make(samples).call(), actions)
+    assert torch.equal(make(samples).call(), expected)
+    other = reacher.load()
+    for parameter in other.parameters():
+        parameter.data += 1
+    for denoiser, options, problem in (
+        (other, dict(profile=stored, plan="half"), "is not of this model"),
+        (model, dict(profile=stored, plan="half", policy="interval"), "policy comes from the profile"),
+        (model, dict(plan=half, nfe=3), "this plan is given already"),
+        (model, dict(nfe=3), "nfe needs a profile"),
+        (model, dict(profile=stored, nfe=1), "no plan takes 1 "),
+    ):
+        with pytest.raises(dc.ConfigError, match=problem), dc.run(denoiser, num_steps=FEW, **options):
+            pass

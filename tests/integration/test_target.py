@@ -1,15 +1,19 @@
 """enable(policy=…, target_reuse=…) and speedup=…: found at the first call, kept, and met from other noise."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import Verdict
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.measure import count_blocks, timing
 from diffusion_cache.planning import kept
 from diffusion_cache.planning.target import Counted
+from diffusion_cache.policies import FirstBlock
 
 NAME, STEPS = "flux-digits", 12
 
@@ -137,13 +141,25 @@ def test_a_speedup_is_turned_into_a_share(pipe, monkeypatch):
     monkeypatch.setattr(timing, "elapsed", counted)
     found = dc.tune(pipe, call((1,), steps=5), "first_block", speedup=1.3)
     assert found.reuse == dc.tune(pipe, call((1,), steps=5), "first_block", target_reuse=1 - 1 / 1.3).reuse
-    with pytest.warns(DiffusionCacheWarning, match="cannot meet speedup 50 .* the nearest .* is"):
-        assert dc.tune(pipe, call((1,), steps=5), "first_block", speedup=50).reuse == pytest.approx(0.8)
+    with pytest.raises(ConfigError, match=r"at most 4 of 5 steps .* ask for speedup=\d\.\d\d at most"):
+        dc.tune(pipe, call((1,), steps=5), "first_block", speedup=50)
 
 
-def test_a_target_beyond_the_guards_is_told_with_the_nearest(pipe):
-    with pytest.warns(DiffusionCacheWarning, match=r"cannot meet target_reuse=0.9 .* is 0.5"):
-        found = dc.tune(pipe, call(steps=8), "first_block", target_reuse=0.9, warmup=4)
+@dataclass(frozen=True)
+class AllOrNothing(FirstBlock):
+    def decide(self, step, value, state):
+        return Verdict(self.threshold < 1, "all or nothing")
+
+
+def test_the_nearest_is_taken_where_a_policy_reuses_more_than_the_target_or_far_less(pipe):
+    with pytest.warns(DiffusionCacheWarning, match=r"cannot meet target_reuse=0.4 .* is 0.75, which is taken"):
+        assert dc.tune(pipe, call(steps=4), AllOrNothing(), target_reuse=0.4).value >= 1
+
+
+def test_a_target_beyond_the_guards_is_refused_with_the_nearest(pipe):
+    with pytest.raises(ConfigError, match=r"at most 4 of 8 steps .* ask for target_reuse=0.5 at most"):
+        dc.tune(pipe, call(steps=8), "first_block", target_reuse=0.9, warmup=4)
+    found = dc.tune(pipe, call(steps=8), "first_block", target_reuse=0.55, warmup=4)  # half a step more: near enough
     assert (found.reuse, found.tried) == (0.5, 1)
     with pytest.raises(ConfigError, match="reuses nothing of this call"):
         dc.tune(pipe, call(steps=4), "first_block", target_reuse=0.5, warmup=4)
