@@ -16,7 +16,9 @@ from .errors import ConfigError
 from .models import default_scope, find_denoisers, unwrap
 from .plan import Plan
 from .planning.choose import choose
+from .policies import Guarded
 from .profile import Profile, shipped_profiles
+from .registry import policies
 
 FEW_STEPS = 8  # models made for so few have hardly a step that is like the one before it
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
@@ -312,9 +314,11 @@ def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedu
 
 
 def _share(entry: published.Published, steps: int) -> float:
-    """The share of computed steps."""
-    mask = entry.mask(steps)
-    return mask.count("1") / len(mask)
+    """The share of computed steps, over all guidance passes."""
+    driven = entry.driven()
+    schedule = Guarded(policies.get(driven.policy)(**driven.options)).schedule(steps)
+    assert schedule is not None  # of an entry with a mask
+    return schedule.nfe / steps
 
 
 def _entries(denoisers: Mapping[str, nn.Module]) -> list[published.Published]:

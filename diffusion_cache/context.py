@@ -434,10 +434,12 @@ class Corrector(ABC):
     """How a forecast is mended, linearly, so that one weighted sum serves. A frozen dataclass of primitives.
 
     needs_signals: names of `SIGNALS`, known before the call, that it compares; it is given them as `Query.signals`.
-    static: whether it depends on steps alone. history: features that it needs at least.
+    static: whether it depends on steps alone. history: features that it needs at least. forecasters: names of those
+    whose forecasts it mends, None for any.
     """
 
     name: ClassVar[str]
+    forecasters: ClassVar[frozenset[str] | None] = None
     needs_signals: ClassVar[tuple[str, ...]] = ()
     history: ClassVar[int] = 1
 

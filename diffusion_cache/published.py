@@ -30,7 +30,10 @@ PARTS = ({ALL}, {"attn", "mlp"})  # masks of these parts together cover a whole 
 
 
 class Driven(NamedTuple):
-    """A policy with its options and those of the guards; forecaster and scope where the entry is for one alone."""
+    """A policy with its options and those of the guards; scope where the entry is for one alone.
+
+    forecaster: the one that the figures were made with; None where that of the source is none of this package's.
+    """
 
     policy: str
     options: dict[str, Any]
@@ -178,9 +181,11 @@ class Published:
         return _DRIVEN.get(self.method, Published._by_mask)(self)
 
     def _by_mask(self) -> Driven:
-        if self.blocks:
-            return Driven("mask", {"mask": self.mask(), "blocks": self.blocks}, "reuse", "block")
-        return Driven("mask", {"mask": self.mask()})
+        others = tuple(map(_joined, self._stated("masks_by_steps", {}).values()))
+        options = {"mask": self.mask(), "others": others, "blocks": self.blocks}
+        # MeanCache forecasts mean velocities, by a rule of its own for each gap (`edge_order`)
+        forecaster = None if self.method == "meancache" else "reuse"
+        return Driven("mask", options, forecaster, "block" if self.blocks else None)
 
     def _by_ratios(self) -> Driven:
         figures, steps = self.figures, self.steps
@@ -197,7 +202,7 @@ class Published:
             "always": tuple(sorted(always)),
             "max_deviation": self._stated("max_single_step_deviation", math.inf),
         }
-        return Driven("magcache", options, scope="stack")
+        return Driven("magcache", options, "reuse", "stack")
 
     def _by_modulated_input(self) -> Driven:
         kind = self._stated("signal_kind", "one that its source does not name")
@@ -218,7 +223,7 @@ class Published:
             "warmup": max(self._stated("forced_first_steps", 1), 1),
             "last": self._stated("forced_last_steps", 0),
         }
-        return Driven("teacache", options, scope="stack")
+        return Driven("teacache", options, "reuse", "stack")
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ of policies, forecasters, correctors, systems and guards, as they were given by 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from .ops import CODES
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
 from .policies import Drift, Guarded, Guards, Planned
-from .profile import Profile, shipped_profiles
+from .profile import Profile
 from .registry import Registry, check_options, suggest, unknown_name
 from .registry import correctors as corrector_registry
 from .registry import forecasters as forecaster_registry
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 DEFAULT_POLICY, DEFAULT_FORECASTER, DEFAULT_LANGUAGE = "first_block", "taylor", "prefix"
 PUBLISHED = "published/"
+UNKNOWN_OF_LOOPS = ("pipeline", "scheduler", "scheduler_config", "spacing")
 # how samples are decided on, and what features are stored in: options of the engine, whatever the policy
 HOW = {
     "granularity": ("sample", "batch"),
@@ -92,6 +94,7 @@ def method(
 
 def planned(
     pipe: Any,
+    denoisers: Mapping[str, nn.Module],
     profile: str | Path | Profile | None,
     wish: Mapping[str, Any],
     watch: Mapping[str, Any],
@@ -101,20 +104,28 @@ def planned(
 ) -> Method:
     """What a profile's plan, or a plan itself, stands for.
 
-    wish: speedup, min_psnr, nfe and plan, which say which one; watch: guard, guard_factor and strict.
+    pipe: None for a bare denoiser. wish: speedup, min_psnr, nfe and plan, which say which one; watch: guard,
+    guard_factor and strict.
     """
     if options.get("unconditional_every", 1) != 1:
         raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
-    denoisers = find_denoisers(pipe)
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
         return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
     plan = wish["plan"]
-    if profile is not None:
+    if isinstance(plan, Plan):
+        refuse({**wish, "plan": None}, _given_already)
+    if profile is None:
+        refuse({"ignore": ignore or None}, needs_profile)
+    else:
         found, how = _checked(profile, pipe, denoisers, ignore, how)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
     made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
     return dataclasses.replace(made, guarded=dataclasses.replace(made.guarded, drift=_drift(plan, **watch)))
+
+
+def _given_already(name: str, _: Any) -> str:
+    return f"{name} chooses among a profile's plans, and this plan is given already: leave {name} out"
 
 
 def system(
@@ -231,8 +242,9 @@ def _published(
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
     driven = entry.driven()
-    forecaster = driven.forecaster or DEFAULT_FORECASTER
-    return method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
+    options = {"forecaster": driven.forecaster or DEFAULT_FORECASTER, **driven.options, **options}
+    forecaster = options.pop("forecaster")
+    return method(driven.policy, forecaster, driven.scope, None, how, options)
 
 
 def _checked(
@@ -242,10 +254,12 @@ def _checked(
     ignore: Collection[str],
     how: Mapping[str, Any],
 ) -> tuple[Profile, dict[str, Any]]:
-    """A profile that matches the pipeline, and `how` with the guidance that calls are expected to have."""
+    """A profile that matches the pipeline, and `how` with the guidance and size that calls are expected to have."""
     found = _profile(given)
-    found.check(pipe, denoisers, ignore)
-    return found, {**how, "guidance": None if "guidance" in ignore else found.fingerprint.guidance}
+    # whoever calls a bare denoiser says nothing of the sampler beyond the noise levels, which plans compare themselves
+    found.check(pipe, denoisers, ignore if pipe is not None else (*ignore, *UNKNOWN_OF_LOOPS))
+    expected = {name: getattr(found.fingerprint, name) for name in ("guidance", "sample_shape") if name not in ignore}
+    return found, {**how, **expected}
 
 
 def _profile(given: str | Path | Profile) -> Profile:
@@ -254,7 +268,7 @@ def _profile(given: str | Path | Profile) -> Profile:
         return given
     if not isinstance(given, (str, Path)):
         raise ConfigError(f"profile must be a Profile, its folder, a shipped name or a repository, not {given!r}")
-    return Profile.from_pretrained(given if Path(given).exists() else shipped_profiles().get(str(given), given))
+    return Profile.from_pretrained(given)
 
 
 def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, Any]) -> Any:
@@ -280,10 +294,24 @@ def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, A
 
 def _construct(what: str, cls: type[T], options: dict[str, Any]) -> T:
     check_options(what, cls, options)
+    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    for field in fields:
+        required = field.init and field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in options:
+            raise ConfigError(f"{what} needs the option {field.name!r}{_said_of(field.name, cls)}")
     try:
         return cls(**options)
-    except TypeError as error:  # a missing option, or a method that lacks its abstract parts
+    except TypeError as error:  # a method that lacks its abstract parts
         raise ConfigError(f"{what}: {error}") from error
+
+
+def _said_of(field: str, cls: type) -> str:
+    """What the class's docstring, or one that it inherits from, says of a field in its first sentence on it."""
+    for base in cls.__mro__:
+        found = re.search(rf"\b{field}: (.*?)\.(?: |$)", " ".join((base.__doc__ or "").split()))
+        if found:
+            return f": {found[1]}"
+    return ""
 
 
 def _fields(of: Any) -> list[str]:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..context import Blend, Corrector, Query
 from ..errors import ConfigError
 from ..registry import correctors
+from ..signals import mean_abs
 
 
 @correctors.register("alignment")
@@ -39,11 +38,7 @@ class Alignment(Corrector):
             return None
         assert query.signals is not None
         now, (*_, a, b) = query.signals["probe_residual"]
+        start = a.float()
         # 0/0 is where nothing has moved
-        factor = (_distance(now, a) / _distance(b, a)).nan_to_num(self.least).clamp(self.least, self.most)
+        factor = (mean_abs(now - start) / mean_abs(b - start)).nan_to_num(self.least).clamp(self.least, self.most)
         return Blend(factor, (*(0.0,) * (len(query.nodes) - 2), 1.0 - factor, 0.0))
-
-
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """mean|one − other| of each row: [rows] from two [rows, ...]."""
-    return (one.float() - other.float()).abs().flatten(1).mean(1)

@@ -15,10 +15,13 @@ class Magnitude(Corrector):
     """ŷ = ĥ·Π γ_s over the steps s since the last computed one, γ_s = ‖F_s‖/‖F_{s−1}‖ as measured beforehand.
 
     ratios: γ of every step of the run, the first one's unused, for residuals of the span that is cached (MagCache,
-    arXiv 2506.09045, measures the one from first to last block). For forecaster "reuse": others extrapolate the size.
+    arXiv 2506.09045, measures the one from first to last block). Other forecasters than "reuse" extrapolate the size
+    themselves.
     """
 
     ratios: tuple[float, ...]
+
+    forecasters = frozenset({"reuse"})
 
     def __post_init__(self) -> None:
         wanted = "magnitude: ratios must be one number above 0 for each step"

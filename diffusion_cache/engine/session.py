@@ -55,8 +55,9 @@ class Method:
     """What a session does: a guarded policy, a forecaster, and where.
 
     scope None: each denoiser's default, or denoiser where policy or forecaster do not serve that. granularity, sync,
-    cache_dtype, cache_device, max_cache_bytes, stream, cuda_graphs: see `diffusion_cache.enable`. guidance: the scale
-    at which it was planned, None where that does not matter or is not known.
+    cache_dtype, cache_device, max_cache_bytes, stream, cuda_graphs: see `diffusion_cache.enable`. guidance,
+    sample_shape: the scale and the size of a sample's latents at which it was planned, None where they do not matter or
+    are not known.
 
     Raises:
         ConfigError: if both the forecaster and the corrector scale outputs, or for parts that do not serve a stream or
@@ -75,6 +76,7 @@ class Method:
     max_cache_bytes: int | None = None
     stream: Stream | None = None
     guidance: float | None = None
+    sample_shape: tuple[int, ...] | None = None
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -82,10 +84,18 @@ class Method:
             self._check_stream()
         if self.cuda_graphs:
             self._check_graphs()
-        if self.corrector is not None and self.corrector.corrected_channels and self.forecaster.corrected_channels:
+        if self.corrector is None:
+            return
+        if self.corrector.corrected_channels and self.forecaster.corrected_channels:
             raise ConfigError(
                 f"forecaster {self.forecaster.name!r} scales outputs itself: leave corrector {self.corrector.name!r} "
                 "out"
+            )
+        served = self.corrector.forecasters
+        if served is not None and self.forecaster.name not in served:
+            raise ConfigError(
+                f"corrector {self.corrector.name!r} does not mend what forecaster {self.forecaster.name!r} gives: take "
+                f"forecaster={' or '.join(map(repr, sorted(served)))}"
             )
 
     def __str__(self) -> str:
@@ -291,6 +301,8 @@ class Session(Attached):
     def attach_pipeline(self, pipe: Any) -> None:
         """Attach to all denoisers of a pipeline, or to none: whatever is wrong is raised before anything changes."""
         denoisers = find_denoisers(pipe)
+        for name, denoiser in denoisers.items():
+            _check_other_caches(denoiser, "pipe", name)
         layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
         if self.method.guarded.policy.for_one_sampler:
             self._sampler = self._sampler or Fingerprint.of(pipe, {})
@@ -312,6 +324,7 @@ class Session(Attached):
 
     def attach_model(self, model: nn.Module) -> None:
         """Attach to a bare denoiser; any of diffusers' schedulers then counts its steps."""
+        _check_other_caches(model, "model")
         layout = self.method.layout(model)
         try:
             self._bind("denoiser", model, layout)
@@ -506,6 +519,15 @@ class Session(Attached):
                 f"{MEANINGS['guidance']}, and the plan's stated quality does not hold. Make a profile at this guidance"
             )
 
+    def check_size(self, sample: Tensor) -> None:
+        """Tell once where latents are not of the size that their plan was made at. sample: [rows, …]."""
+        planned, found = self.method.sample_shape, tuple(sample.shape[1:])
+        if planned is not None and found != planned and self.method.stream is None:
+            self._tell(
+                f"the plan was made for latents of {list(planned)}, and this call's are of {list(found)}: "
+                f"{MEANINGS['sample_shape']}, and the plan's stated quality does not hold. Make a profile at this size"
+            )
+
     def _tell(self, message: str) -> None:
         """Once while enabled."""
         if message not in self._told:
@@ -517,9 +539,10 @@ class Session(Attached):
         try:
             current = find_denoisers(pipe)
             for name in [*self._handlers]:
-                if current.get(name) is not self.denoisers[name]:
+                if current.get(name) is not self.denoisers[name] or _other_cache(self.denoisers[name]):
                     self._unbind(name)
             for name, denoiser in current.items():
+                _check_other_caches(denoiser, "pipe", name)
                 if name not in self._handlers:
                     self._bind(name, denoiser, self.method.layout(denoiser))
                     self._patch_cache_context(denoiser)
@@ -533,6 +556,27 @@ class Session(Attached):
                 DiffusionCacheWarning,
                 stacklevel=4,
             )
+
+
+def _other_cache(denoiser: nn.Module) -> str:
+    """Whose cache is on in a denoiser beside this one, if any is."""
+    inner = unwrap(denoiser)
+    if getattr(inner, "is_cache_enabled", False):
+        return "diffusers"
+    return "cache-dit" if {"_is_cached", "_context_manager"} <= vars(inner).keys() else ""
+
+
+def _check_other_caches(denoiser: nn.Module, owner: str, name: str = "") -> None:
+    """That no other cache is on, which would reuse what is said here to be computed.
+
+    Raises:
+        ConfigError: if one is.
+    """
+    other = _other_cache(denoiser)
+    if other:
+        place = f"{owner}.{name}" if name else owner
+        end = f"{place}.disable_cache()" if other == "diffusers" else f"cache_dit.disable_cache({owner})"
+        raise ConfigError(f"the cache of {other} is on for {name or owner}: call {end} first")
 
 
 def _member_handler(span: Span, member: int) -> Callable:
@@ -613,6 +657,7 @@ def _counted_step(original: Callable) -> Callable:
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
             if isinstance(sample, Tensor) and sample.ndim:
                 run.samples = len(sample)
+                run.session.check_size(sample)
         return result
 
     return step

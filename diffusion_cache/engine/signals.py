@@ -96,9 +96,14 @@ def _probe_input(entry: Entry) -> Tensor:
 
 def _probe_residual(entry: Entry) -> Tensor:
     before, version = entry.frame.probe_input, entry.frame.probe_version
-    if before is not None and before.shape == entry.stream.shape and (version is None or before._version == version):
-        return entry.stream - before.detach()
-    return entry.stream.clone()
+    if before is None or before.shape != entry.stream.shape:
+        return entry.stream.clone()
+    if version is not None and before._version != version:
+        raise RuntimeError(
+            f"the first block before {entry.span.name} writes into what it is given, so that what it adds is not "
+            "known: under torch.inference_mode(), where that is copied first, it is"
+        )
+    return entry.stream - before.detach()
 
 
 def _modulated_input(entry: Entry) -> Tensor:

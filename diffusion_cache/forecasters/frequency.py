@@ -14,7 +14,7 @@ from ..context import Feature, NonLinear, Query
 from ..errors import ConfigError
 from ..registry import forecasters
 from ..signals.bands import low_pass
-from .weights import polynomial_weights
+from .weights import check_degree, polynomial_weights
 
 
 @forecasters.register("frequency")
@@ -34,9 +34,8 @@ class Frequency(NonLinear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("low", "high"):
-            if not 0 <= getattr(self, name) <= 7:
-                raise ConfigError(f"frequency: {name} must be from 0 to 7, not {getattr(self, name)}")
+        check_degree("frequency: low", self.low)
+        check_degree("frequency: high", self.high)
         if not 0 <= self.cutoff <= 1:
             raise ConfigError(f"frequency: cutoff must be from 0 to 1, not {self.cutoff}")
 

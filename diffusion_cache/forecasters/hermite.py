@@ -6,7 +6,7 @@ from math import factorial
 from ..context import Feature, Forecaster, Query
 from ..errors import ConfigError
 from ..registry import forecasters
-from .weights import expansion_weights, hermite_polynomials
+from .weights import check_degree, expansion_weights, hermite_polynomials
 
 
 @forecasters.register("hermite")
@@ -24,8 +24,7 @@ class Hermite(Forecaster):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.order, int) or not 0 <= self.order <= 7:
-            raise ConfigError(f"hermite: order must be a whole number from 0 to 7, not {self.order!r}")
+        check_degree("hermite: order", self.order)
         if not 0 < self.sigma <= 1:
             raise ConfigError(f"hermite: sigma must be above 0 and at most 1, not {self.sigma}")
 

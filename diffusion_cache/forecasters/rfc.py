@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..context import Feature, NonLinear, Query
-from ..errors import ConfigError
 from ..registry import forecasters
-from .weights import polynomial_weights
+from .weights import check_degree, polynomial_weights
 
 
 @forecasters.register("rfc")
@@ -30,8 +29,7 @@ class RFC(NonLinear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.order <= 7:
-            raise ConfigError(f"rfc: order must be from 0 to 7, not {self.order}")
+        check_degree("rfc: order", self.order)
 
     @property
     def history(self) -> int:

@@ -38,4 +38,5 @@ class Sampler(Forecaster):
         return 0
 
     def weights(self, query: Query) -> tuple[float, ...]:
-        return mean_weights(*query.in_time())
+        points, start, end = query.in_time()
+        return mean_weights(tuple(points), start, end)

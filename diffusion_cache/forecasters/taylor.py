@@ -7,9 +7,8 @@ TaylorSeer (arXiv 2503.06923) forecasts features by a Taylor expansion with fini
 from dataclasses import dataclass
 
 from ..context import Feature, Forecaster, Query
-from ..errors import ConfigError
 from ..registry import forecasters
-from .weights import polynomial_weights
+from .weights import check_degree, polynomial_weights
 
 
 @forecasters.register("taylor")
@@ -27,8 +26,7 @@ class Taylor(Forecaster):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.order, int) or not 0 <= self.order <= 7:
-            raise ConfigError(f"taylor: order must be a whole number from 0 to 7, not {self.order!r}")
+        check_degree("taylor: order", self.order)
 
     @property
     def history(self) -> int:

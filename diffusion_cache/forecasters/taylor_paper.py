@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from math import factorial
 
 from ..context import Feature, Forecaster, Query
-from ..errors import ConfigError
 from ..registry import forecasters
-from .weights import expansion_weights
+from .weights import check_degree, expansion_weights
 
 
 @forecasters.register("taylor_paper")
@@ -24,8 +23,7 @@ class TaylorPaper(Forecaster):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.order, int) or not 0 <= self.order <= 7:
-            raise ConfigError(f"taylor_paper: order must be a whole number from 0 to 7, not {self.order!r}")
+        check_degree("taylor_paper: order", self.order)
 
     @property
     def history(self) -> int:

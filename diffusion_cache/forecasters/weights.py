@@ -2,10 +2,20 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
 from numpy.polynomial.chebyshev import chebvander
+
+from ..errors import ConfigError
+
+
+def check_degree(what: str, degree: Any) -> None:
+    """ConfigError unless a polynomial's degree is a whole number from 0 to 7."""
+    if not isinstance(degree, Integral) or not 0 <= int(degree) <= 7:
+        raise ConfigError(f"{what} must be a whole number from 0 to 7, not {degree!r}")
 
 
 def polynomial_weights(nodes: Sequence[float], target: float, order: int) -> tuple[float, ...]:
@@ -22,7 +32,8 @@ def polynomial_weights(nodes: Sequence[float], target: float, order: int) -> tup
     return tuple(weights)
 
 
-def mean_weights(points: Sequence[float], start: float, end: float) -> tuple[float, ...]:
+@lru_cache(maxsize=1024)  # spans and guidance branches ask alike
+def mean_weights(points: tuple[float, ...], start: float, end: float) -> tuple[float, ...]:
     """Of each point's value in the mean, from start to end, of the polynomial through all of them."""
     weights = []
     for a, point in enumerate(points):
@@ -63,7 +74,7 @@ def hermite_polynomials(x: float, count: int) -> list[float]:
 
 
 @lru_cache(maxsize=1024)  # spans and guidance branches ask alike
-def ridge_weights(nodes: Sequence[float], target: float, total: int, degree: int, ridge: float) -> tuple[float, ...]:
+def ridge_weights(nodes: tuple[float, ...], target: float, total: int, degree: int, ridge: float) -> tuple[float, ...]:
     """Of each node's feature in the regression's value at the target."""
     design = chebvander(2 * np.array([*nodes, target]) / max(total - 1, 1) - 1, degree)
     known = design[:-1]

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from .. import ops
-from .filtered import axis_filter, filtered_l1
+from .filtered import filtered_l1
 from .grids import Grid, grid_of
 
-__all__ = ["Grid", "axis_filter", "filtered_l1", "grid_of", "relative_l1"]
+__all__ = ["Grid", "filtered_l1", "grid_of", "mean_abs", "relative_l1"]
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
@@ -15,3 +15,8 @@ def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
     A zero reference gives infinity unless nothing changed.
     """
     return ops.relative_change(current, previous)
+
+
+def mean_abs(tensor: Tensor) -> Tensor:
+    """mean|tensor| of each batch row, in float32: [batch] from [batch, ...]."""
+    return tensor.float().abs().flatten(1).mean(1)

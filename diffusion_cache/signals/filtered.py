@@ -10,7 +10,7 @@ LIMIT = 60.0  # beyond, a noise level (log-SNR) changes nothing in float64
 def filtered_l1(now: Tensor, before: Tensor, level: float | Tensor, level_before: float | Tensor) -> Tensor:
     """L1r of two maps [B, C, (F,) H, W], each filtered for its own noise level (log-SNR, or [B] of them): [B] float32.
 
-    Along each axis by `axis_filter`, with exponent 2 for images and 3 for videos. 0/0 is NaN and x/0 infinite.
+    Along each axis by `axis_filter`, exponent 3 with several frames and 2 with one. 0/0 is NaN and x/0 infinite.
     """
     batch, count = now.shape[:2]
     step = max(1, CHUNK // max(1, now[:, 0].numel()))
@@ -44,9 +44,10 @@ def _filtered(x: Tensor, noise_level: float | Tensor) -> Tensor:
     """[B, C, (F,) H, W] filtered along all axes but the first two."""
     sizes = x.shape[2:]
     axes = tuple(range(2, x.ndim))
+    exponent = 3 if len(sizes) == 3 and sizes[0] > 1 else 2
     spectrum = torch.fft.rfftn(x, dim=axes)
     for axis, size in zip(axes, sizes, strict=True):
-        gain = axis_filter(size, noise_level, exponent=len(sizes)).to(x)
+        gain = axis_filter(size, noise_level, exponent).to(x)
         gain = gain[..., : spectrum.shape[axis]]  # of the last axis only half is there
         spectrum *= gain.view(*gain.shape[:-1], *[-1 if dim == axis else 1 for dim in range(gain.ndim - 1, x.ndim)])
     return torch.fft.irfftn(spectrum, s=sizes, dim=axes)

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.dynamic import best_schedule
 from ..planning.static import marks, static_plan
+from ..planning.surrogate import own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
@@ -51,12 +52,13 @@ class BAC(System):
     def plan(self, profile: Profile) -> Plan:
         if len({span.denoiser for span in profile.spans}) > 1:
             raise ConfigError(f"{self.name} is for one denoiser, and this profile has spans of several")
-        alike = similarity(profile.arrays["gram_output"])
+        grams = torch.from_numpy(own_grams(profile))
+        alike = similarity(grams)
         if self.unified:
             steps = [update_steps(alike.mean(dim=0), self.updates)] * len(profile.spans)
         else:
             steps = [update_steps(values, self.updates) for values in alike]
-        apart = spread(profile.arrays["gram_output"], [span.elements for span in profile.spans])
+        apart = spread(grams, [span.elements for span in profile.spans])
         worst = sorted(apart.argsort(descending=True)[: self.upstream].tolist())
         names = [span.name for span in profile.spans]
         forward = [place for place, name in enumerate(names) if branch_kind(name) == FEED_FORWARD]

@@ -93,11 +93,10 @@ class System(ABC):
             )
         return self.parts(profile)
 
-    def require(self, profile: Profile, *arrays: str) -> None:
-        """ConfigError where the profile lacks one of the arrays."""
-        for array in arrays:
-            if array not in profile.arrays:
-                raise ConfigError(f"{self.name} reads {array}, which this profile does not have: profile again with it")
+    def require(self, profile: Profile, array: str, how: str = "profile again with it") -> None:
+        """ConfigError where the profile lacks the array, with how it comes to have it."""
+        if array not in profile.arrays:
+            raise ConfigError(f"{self.name} reads {array}, which this profile does not have: {how}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

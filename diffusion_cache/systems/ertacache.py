@@ -1,5 +1,6 @@
 """ERTACache: a schedule from replaying the residuals of full runs, and reused steps that go less far."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,8 +37,8 @@ class ERTACache(System):
     scopes = frozenset({"denoiser", "stack"})
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"ertacache: threshold must be at least 0, not {self.threshold}")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"ertacache: threshold must be a finite number of at least 0, not {self.threshold}")
         if self.feature not in FEATURES:
             raise ConfigError(f"ertacache: feature must be one of {', '.join(FEATURES)}, not {self.feature!r}")
         if self.adjust not in ("none", *KINDS):

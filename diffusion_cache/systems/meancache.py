@@ -1,5 +1,6 @@
 """MeanCache: the schedule with the least sum of powers of its gaps' damages, which keeps peaks down."""
 
+import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError
@@ -23,8 +24,8 @@ class MeanCache(Optimal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gamma > 0:
-            raise ConfigError(f"meancache: gamma must be above 0, not {self.gamma}")
+        if not 0 < self.gamma < math.inf:
+            raise ConfigError(f"meancache: gamma must be above 0 and finite, not {self.gamma}")
 
     def best(self, damage: Array, count: int) -> Best:
         return best_schedule(edge_powers(damage, self.gamma), range(count, count + 1), "sum")[count]

@@ -48,7 +48,11 @@ class Optimal(System):
 
     def plan(self, profile: Profile) -> Plan:
         total, share = profile.total, spared(profile)
-        count = math.floor(total - (total - self.nfe) / share + 1e-9) if share > 0 else total
+        if not share > 0:
+            raise ConfigError(
+                f"{self.name}: the profile's spans take no share of the denoiser's work, so that no schedule spares any"
+            )
+        count = math.floor(total - (total - self.nfe) / share + 1e-9)
         if not 1 <= count <= total:
             least = total - (total - 1) * share
             raise ConfigError(f"{self.name}: nfe must be from {least:.4g} to {total}, not {self.nfe:g}")

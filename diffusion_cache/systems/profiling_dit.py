@@ -6,6 +6,7 @@ neighbouring background blocks. After `full_steps` complete steps the background
 linearly from `interval_from` to `interval_to` over the rest of the run.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -49,9 +50,9 @@ class ProfilingDiT(System):
         for share in (self.background, self.tau):
             if share is not None and not 0 <= share <= 1:
                 raise ConfigError(f"profiling_dit: background and tau are shares between 0 and 1, not {share}")
-        if self.full_steps < 1 or not min(self.interval_from, self.interval_to) >= 1:
+        if self.full_steps < 1 or not all(1 <= steps < math.inf for steps in (self.interval_from, self.interval_to)):
             raise ConfigError(
-                "profiling_dit: full_steps and both intervals must be at least 1, not "
+                "profiling_dit: full_steps and both intervals must be at least 1 and finite, not "
                 f"{self.full_steps}, {self.interval_from} and {self.interval_to}"
             )
 
@@ -61,11 +62,8 @@ class ProfilingDiT(System):
         Raises:
             ConfigError: for a profile without R, or of several denoisers.
         """
-        if "foreground_share" not in profile.arrays:
-            raise ConfigError(
-                "profiling_dit compares attention with the foreground, which this profile does not have: "
-                "`diffusion-cache profile scope=block attention=true foreground=…` (motion, or a file of masks)"
-            )
+        how = "`diffusion-cache profile scope=block attention=true foreground=…` (motion, or a file of masks)"
+        self.require(profile, "foreground_share", how)
         if len({span.denoiser for span in profile.spans}) > 1:
             raise ConfigError("profiling_dit is for pipelines with one denoiser")
         mean = profile.arrays["foreground_share"].nanmean(dim=1)
@@ -116,7 +114,10 @@ class ProfilingDiT(System):
         assert profile is not None
         names = [profile.spans[span].name for span in self.background_blocks(profile)]
         if not names:
-            raise ConfigError("profiling_dit: no block is a background block, so there is nothing to reuse: raise tau")
+            option = "background" if self.tau is None else "tau"
+            raise ConfigError(
+                f"profiling_dit: no block is a background block, so there is nothing to reuse: raise {option}"
+            )
         refreshed = set(self.refreshed(profile.total))
         mask = [int(step in refreshed) for step in range(profile.total)]
         return Parts(Mask(mask, names), Reuse(), "block", None)

@@ -1,5 +1,6 @@
 """SmoothCache: each type of layer is reused for as many steps as its output changes little."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,9 +52,9 @@ class SmoothCache(System):
     denoisers = frozenset({"transformer"})
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0 or self.max_lag < 0:
+        if not 0 <= self.alpha < math.inf or self.max_lag < 0:
             raise ConfigError(
-                f"smooth_cache: alpha and max_lag must be at least 0, not {self.alpha} and {self.max_lag}"
+                f"smooth_cache: alpha and max_lag must be finite and at least 0, not {self.alpha} and {self.max_lag}"
             )
 
     def plan(self, profile: Profile) -> Plan:

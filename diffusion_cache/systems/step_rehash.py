@@ -7,15 +7,15 @@ import numpy as np
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.static import static_plan
-from ..planning.surrogate import TINY, Array
+from ..planning.surrogate import TINY, Array, own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
 
 
 def similarities(profile: Profile) -> Array:
-    """Cosine between the output of two steps, from its mean inner products; mean over cuts and passes: [T, T]."""
-    gram = profile.arrays["gram_output"].double().numpy()
+    """Cosine between the features of two steps, from their mean inner products; mean over cuts and passes: [T, T]."""
+    gram = own_grams(profile)
     norm = np.sqrt(gram.diagonal(axis1=2, axis2=3))
     return (gram / np.maximum(norm[..., :, None] * norm[..., None, :], TINY)).mean(axis=(0, 1))
 
