@@ -181,9 +181,9 @@ def enable(
         refuse(asked, lambda name, _: f"{name} comes from the method: give {name} or method, not both")
         return _attached(pipe, resolve.system(pipe, method, profile, ignore, how, {**options, **own}), group)
     if profile is not None or isinstance(plan, Plan):
-        refuse({**parts, "target_reuse": target_reuse}, _of_the_profile)
-        denoisers = find_denoisers(pipe)
-        return _attached(pipe, resolve.planned(pipe, denoisers, profile, wish, watch, ignore, how, options), group)
+        parts["target_reuse"] = target_reuse
+        made = resolve.planned(pipe, find_denoisers(pipe), profile, parts, wish, watch, ignore, how, options)
+        return _attached(pipe, made, group)
     target = wish.pop("speedup") if policy is not None else None
     refuse({**wish, "ignore": ignore or None, **watch}, needs_profile)
     chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
@@ -192,10 +192,6 @@ def enable(
     if target_reuse is not None or target is not None:
         tuner = _tuner(made, Target(target_reuse, target), group, options)
     return _attached(pipe, made, group, tuner)
-
-
-def _of_the_profile(name: str, _: Any) -> str:
-    return f"{name} comes from the profile: give {name} or profile, not both"
 
 
 def _attached(pipe: Any, method: Method, group: "ProcessGroup | None", tuner: Tuner | None = None) -> Session:
@@ -360,17 +356,8 @@ def run(
     parts = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
     wish = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     if profile is not None or isinstance(plan, Plan):
-        refuse(parts, _of_the_profile)
-        method = resolve.planned(
-            None,
-            {"denoiser": model},
-            profile,
-            wish,
-            dict.fromkeys(("guard", "guard_factor", "strict")),
-            ignore,
-            how,
-            options,
-        )
+        watch = dict.fromkeys(("guard", "guard_factor", "strict"))
+        method = resolve.planned(None, {"denoiser": model}, profile, parts, wish, watch, ignore, how, options)
     else:
         refuse({**wish, "ignore": ignore or None}, needs_profile)
         chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster

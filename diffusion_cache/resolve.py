@@ -96,6 +96,7 @@ def planned(
     pipe: Any,
     denoisers: Mapping[str, nn.Module],
     profile: str | Path | Profile | None,
+    parts: Mapping[str, Any],
     wish: Mapping[str, Any],
     watch: Mapping[str, Any],
     ignore: Collection[str],
@@ -104,13 +105,17 @@ def planned(
 ) -> Method:
     """What a profile's plan, or a plan itself, stands for.
 
-    pipe: None for a bare denoiser. wish: speedup, min_psnr, nfe and plan, which say which one; watch: guard,
-    guard_factor and strict.
+    pipe: None for a bare denoiser. parts: what the profile says itself, None each, but for a forecaster beside
+    published figures, which say when to compute. wish: speedup, min_psnr, nfe and plan, which say which one; watch:
+    guard, guard_factor and strict.
     """
     if options.get("unconditional_every", 1) != 1:
         raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
-        return _published(profile, denoisers, {**wish, **watch, "ignore": ignore or None}, how, options)
+        refuse({**parts, "forecaster": None}, _of_the_profile)
+        wish = {**wish, **watch, "ignore": ignore or None}
+        return _published(profile, denoisers, parts["forecaster"], wish, how, options)
+    refuse(parts, _of_the_profile)
     plan = wish["plan"]
     if isinstance(plan, Plan):
         refuse({**wish, "plan": None}, _given_already)
@@ -122,6 +127,10 @@ def planned(
             plan = choose(found.plans, **wish)
     made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
     return dataclasses.replace(made, guarded=dataclasses.replace(made.guarded, drift=_drift(plan, **watch)))
+
+
+def _of_the_profile(name: str, _: Any) -> str:
+    return f"{name} comes from the profile: give {name} or profile, not both"
 
 
 def _given_already(name: str, _: Any) -> str:
@@ -232,6 +241,7 @@ def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bo
 def _published(
     name: str,
     denoisers: Mapping[str, nn.Module],
+    forecaster: str | Forecaster | None,
     wish: Mapping[str, Any],
     how: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -242,9 +252,8 @@ def _published(
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
     driven = entry.driven()
-    options = {"forecaster": driven.forecaster or DEFAULT_FORECASTER, **driven.options, **options}
-    forecaster = options.pop("forecaster")
-    return method(driven.policy, forecaster, driven.scope, None, how, options)
+    forecaster = forecaster or driven.forecaster or DEFAULT_FORECASTER
+    return method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
 
 
 def _checked(

@@ -259,7 +259,7 @@ class CacheRun:
         if frame.actions is not None and len(frame.actions) not in (1, len(spans)):
             count = len(frame.actions)
             self.warn(f"the policy's schedule is for {count} spans, but there are {len(spans)}: computing")
-            frame.actions = (True,)
+            frame.actions, frame.stores = (True,), (False,)
         if name not in self.session.traced and any(len(span.members) > 1 for span in spans):
             frame.trace = []
         if frame.actions is None or not all(frame.actions) or frame.trace is not None or name in self.session.compiled:

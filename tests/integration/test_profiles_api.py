@@ -235,7 +235,11 @@ def test_published_figures_by_name(pipe, silent):
     dc.enable(pipe, "mask", "reuse", mask=published.load(name).mask())
     assert torch.equal(generate(pipe), images)
     dc.enable(pipe, "mask", "taylor", mask=published.load(name).mask())
-    assert not torch.equal(generate(pipe), images)
+    assert not torch.equal(forecast := generate(pipe), images)
+    dc.enable(pipe, profile=name, forecaster="taylor")
+    assert torch.equal(generate(pipe), forecast)
+    with pytest.raises(ConfigError, match="scope comes from the profile"):
+        dc.enable(pipe, profile=name, scope="block")
     with pytest.raises(ConfigError, match="is for DiTTransformer2DModel, and this pipeline has FluxTransformer2DModel"):
         dc.enable(reference.load("flux-digits"), profile=name)
     with pytest.raises(ConfigError, match="speedup says nothing"):

@@ -64,7 +64,7 @@ def intercepted(model):
 
 @pytest.mark.parametrize(
     "method",
-    [{"policy": "interval", "every": 3}, {"policy": "first_block", "threshold": 0.2}],
+    [{"policy": "interval", "every": 3}, {"policy": "dicache", "threshold": 0.02}],
     ids=lambda m: m["policy"],
 )
 def test_blocks_that_write_into_their_input_in_inference_mode(method):
@@ -77,6 +77,20 @@ def test_blocks_that_write_into_their_input_in_inference_mode(method):
     assert 0 < sum(computed) < STEPS
     assert also == computed
     assert torch.allclose(images, expected, atol=1e-6)
+
+
+def test_what_a_first_block_adds_is_not_taken_for_what_it_gives():
+    """Where it writes into its input and that was not copied, which inference tensors are, steps are computed."""
+    model = Denoiser(writes=True).eval().requires_grad_(False)
+    method = dict(policy="first_block", threshold=0.2, forecaster="reuse", num_steps=STEPS)
+    expected = loop(model)
+    with torch.inference_mode(), dc.run(model, **method) as run:
+        loop(model, run)
+        assert run.summary().computed < STEPS
+    told = pytest.warns(DiffusionCacheWarning, match="the first block before blocks.* writes into what it is given")
+    with told, torch.no_grad(), dc.run(model, **method) as run:
+        assert torch.equal(loop(model, run), expected)
+        assert run.summary().computed == STEPS
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -13,8 +13,9 @@ import zoo
 from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache, nearest_interp
 
 import diffusion_cache as dc
-from diffusion_cache import published
+from diffusion_cache import published, resolve
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.forecasters import Hermite, Reuse
 from diffusion_cache.policies.mask import Mask
 
 NAMES = published.names()
@@ -381,6 +382,15 @@ def test_an_entry_drives_a_pipeline():
     assert summary.records[0].computed
     assert summary.records[-1].reason == "last steps"
     assert summary.reused > 0
+
+
+def test_an_entry_may_go_with_another_forecaster():
+    name, (model, _) = "published/fora/dit-xl-2-256-50-every-2", model_of("DiTTransformer2DModel")
+    wish = dict.fromkeys(("speedup", "min_psnr", "nfe", "plan"))
+    watch = dict.fromkeys(("guard", "guard_factor", "strict"))
+    for options, forecaster in (({}, Reuse()), ({"forecaster": "hermite", "order": 1}, Hermite(1))):
+        made = resolve.planned(None, {"denoiser": model}, name, wish, watch, (), {}, options)
+        assert made.forecaster == forecaster
 
 
 def test_an_entry_without_a_threshold_says_so(tmp_path):
