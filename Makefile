@@ -15,7 +15,7 @@ venv: .venv/.stamp ## create .venv with the package and its development tools
 	@touch $@
 
 test: venv ## run the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 contracts: venv ## run the contract tests for every combination of methods, scopes and models
 	OMP_NUM_THREADS=1 DIFFUSION_CACHE_ALL_CASES=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal tests/contracts
@@ -23,8 +23,8 @@ contracts: venv ## run the contract tests for every combination of methods, scop
 aot: venv ## compile every kernel for GPUs that need not be here, and read the machine code
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_aot.py --full
 
-kernels-full: venv aot ## the same, and every kernel against its reference by Triton's interpreter (or on the GPU)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels/test_interpreted.py tests/gpu --full
+kernels-full: venv aot ## the same, every kernel by Triton's interpreter (and on a GPU if there is one), and the GPU benchmark, tiny
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 tests/kernels tests/gpu tests/integration/test_bench_gpu.py --ignore tests/kernels/test_aot.py --full
 
 demo: venv ## generate with and without the cache and report speed and quality
 	.venv/bin/diffusion-cache demo --out demo_output

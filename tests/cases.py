@@ -1,10 +1,11 @@
 """What the contracts run over: every registered policy × forecaster × scope it declares × shipped model.
 
-That is CASES with DIFFUSION_CACHE_ALL_CASES=1 (`make contracts`). Else it is a part of them that still has every policy
-and every forecaster at every scope of every model, and every policy with every forecaster.
+That is CASES and PAIRS with DIFFUSION_CACHE_ALL_CASES=1 (`make contracts`). Else CASES still have every policy and
+every forecaster at every scope of every model, and PAIRS every policy with every forecaster as well.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,8 +17,8 @@ from diffusion_cache.context import SCOPES, Needs, NoiseLevels, Policy, Verdict
 STEPS = 6
 NOISE_LEVELS = NoiseLevels((2.0 * step - STEPS for step in range(STEPS)), "flow")  # for loops of one's own
 
-# options that make a policy reuse something in a run of STEPS steps, and options that make it compute every step;
-# a newly registered policy must be listed here
+# options that make a policy reuse something in a run of STEPS steps, and options that make it compute every step, where
+# it decides by its own decisions; a newly registered policy must be listed here
 REUSING: dict[str, dict[str, Any]] = {
     "interval": {"every": 2},
     "centered": {"every": 2},
@@ -39,18 +40,18 @@ COMPUTING: dict[str, dict[str, Any]] = {
     "interval": {"every": 1},
     "centered": {"every": 1},
     "mask": {"mask": "1"},
-    "first_block": {"warmup": STEPS},
-    "dicache": {"warmup": STEPS},
-    "easycache": {"warmup": STEPS},
+    "first_block": {"threshold": 0.0},
+    "dicache": {"threshold": 0.0},
+    "easycache": {"threshold": 0.0},
     "growing_window": {"window": 1.0, "growth": 0.0},
     "magcache": {"ratios": (1.0,) * STEPS, "max_skip": 0},
     "pab": {"spatial": 1, "temporal": 1, "cross": 1, "feed_forward": 1},
-    "ra_cfg": {"guidance": 1.5, "warmup": STEPS},
+    "ra_cfg": {"guidance": 1.5, "threshold": 0.0},
     "racer": {"every": 1},
-    "seacache": {"warmup": STEPS},
-    "sencache": {"warmup": STEPS},
+    "seacache": {"threshold": 0.0},
+    "sencache": {"threshold": 0.0},
     "speca": {"warmup": STEPS},
-    "teacache": {"warmup": STEPS},
+    "teacache": {"threshold": 0.0},
 }
 
 
@@ -95,14 +96,14 @@ ALL_CASES = [
 
 def covered(case: Case) -> set[tuple[str, ...]]:
     """What a case is an example of."""
-    return {
-        (case.policy, case.scope, case.model),
-        (case.forecaster, case.scope, case.model),
-        (case.policy, case.forecaster),
-    }
+    return {(case.policy, case.scope, case.model), (case.forecaster, case.scope, case.model)}
 
 
-def covering(cases: list[Case]) -> list[Case]:
+def covered_with_pairs(case: Case) -> set[tuple[str, ...]]:
+    return covered(case) | {(case.policy, case.forecaster)}
+
+
+def covering(cases: list[Case], covered: Callable[[Case], set[tuple[str, ...]]]) -> list[Case]:
     """A few of the cases that cover whatever all of them do, chosen greedily."""
     missing = set().union(*map(covered, cases))
     chosen = []
@@ -113,7 +114,9 @@ def covering(cases: list[Case]) -> list[Case]:
     return sorted(chosen, key=str)  # by model, each of which is loaded once
 
 
-CASES = ALL_CASES if os.environ.get("DIFFUSION_CACHE_ALL_CASES") else covering(ALL_CASES)
+CASES = PAIRS = ALL_CASES
+if not os.environ.get("DIFFUSION_CACHE_ALL_CASES"):
+    CASES, PAIRS = covering(ALL_CASES, covered), covering(ALL_CASES, covered_with_pairs)
 
 
 class Subject:

@@ -7,10 +7,28 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="the kernels' tests that `make test` leaves out as well")
+    parser.addoption("--full", action="store_true", help="what `make test` leaves out as well")
+
+
+# modules that take minutes, which are handed out first
+LONG = (
+    "test_invariants",
+    "test_pipeline_zoo",
+    "test_accidents_more",
+    "test_accidents",
+    "test_evaluate",
+    "test_interpreted_engine",
+    "test_interpreted",
+    "test_compile",
+    "test_graphs",
+    "test_loops",
+    "test_pipelines",
+    "test_bench_gpu",
+)
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not config.getoption("--full"):
         left_out = [item for item in items if "full" in item.keywords]
         config.hook.pytest_deselected(items=left_out)
@@ -21,6 +39,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 os.environ["DIFFUSION_CACHE_FOLDER"] = ""  # nothing is kept in, or read from, the cache folder of whoever runs this

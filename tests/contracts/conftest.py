@@ -12,5 +12,6 @@ def subject(case) -> Subject:
 
 
 def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "case" in metafunc.fixturenames and "case" not in chosen:
         metafunc.parametrize("case", CASES, ids=str)

@@ -44,7 +44,8 @@ def test_streams(asynchronous, uncached, policy, forecaster):
     scope = "stack" if "stack" in scopes else min(scopes)
     options = dict(policy=policy, forecaster=forecaster, scope=scope, stream=dc.Stream())
     if policy not in SERVING[0] or forecaster not in SERVING[1]:
-        with pytest.raises(dc.ConfigError):
+        why = "compares one step with another" if policy not in SERVING[0] else "goes by step numbers"
+        with pytest.raises(dc.ConfigError, match=why):
             dc.enable(pipe, **options, **REUSING[policy])
     else:
         with dc.cached(pipe, **options, **COMPUTING[policy]):

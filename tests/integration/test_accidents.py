@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import json
-import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +12,23 @@ from functools import cache
 
 import diffusers
 import pytest
+import small
 import torch
+from accidents import DIT, FLUX, PIPES, UNET, WAN, Stop, denoiser_of, load, made, untouched, warned
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.engine import intercept, patches
+from diffusion_cache.engine import intercept
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.history import History
 from diffusion_cache.policies import FirstBlock, Interval
 
-DIT, UNET, FLUX, WAN = "dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"
 STEPS = 6
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
     pytest.mark.filterwarnings("error::diffusion_cache.errors.DiffusionCacheWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' own, with NumPy 2
 ]
@@ -40,33 +41,6 @@ def call(name, steps=STEPS, labels=(3,), seeds=(5,), guidance=None, **extra):
 
 def generate(name, pipe, *args, **kwargs):
     return reference.images(name, pipe(**call(name, *args, **kwargs)))
-
-
-_made = []
-
-
-def made(pipe):
-    _made.append(pipe)
-    return pipe
-
-
-def load(name, **options):
-    return made(reference.load(name, **options))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Whatever a test did: once everything is disabled, no class is patched that was not before."""
-    before = set(patches._patches)
-    yield
-    for pipe in _made:
-        dc.disable(pipe)
-    _made.clear()
-    assert set(patches._patches) == before
-
-
-def denoiser_of(name, pipe):
-    return getattr(pipe, reference.spec(name).denoiser)
 
 
 def blocks_of(name, pipe):
@@ -99,10 +73,6 @@ def sharing(name, pipe, scheduler=None):
     return made(other)
 
 
-def untouched(module):
-    return not [name for name, child in module.named_modules() if intercept.ATTRIBUTE in vars(child)]
-
-
 def computed(summary, key=None):
     """One character a call, 1 where it was computed."""
     return "".join(str(int(r.computed)) for r in summary.records if key in (None, r.pass_name))
@@ -126,20 +96,6 @@ def replaying(denoiser, records):
         assert not remaining
     finally:
         del denoiser.forward
-
-
-@contextlib.contextmanager
-def warned(count, match):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    messages = [str(w.message) for w in caught if issubclass(w.category, dc.DiffusionCacheWarning)]
-    assert len(messages) == count, messages
-    assert all(match in message for message in messages)
-
-
-class Stop(Exception):
-    pass
 
 
 def stopping(step, error=Stop):
@@ -1146,7 +1102,7 @@ def test_a_pipeline_dropped_without_disable_leaves_nothing_on_a_shared_denoiser(
     other = sharing(DIT, pipe)
     session = dc.enable(other, "interval", every=2)
     generate(DIT, other, 2)
-    _made.remove(other)
+    PIPES.remove(other)
     del other
     gc.collect()
     try:
@@ -1154,19 +1110,6 @@ def test_a_pipeline_dropped_without_disable_leaves_nothing_on_a_shared_denoiser(
         assert vars(type(pipe))["__call__"] is plain_call
     finally:
         session.detach_model()
-
-
-@each_model
-def test_a_pickled_denoiser_is_uncached(name):
-    pipe = load(name)
-    dc.enable(pipe, "interval", every=2)
-    generate(name, pipe)
-    other = pickle.loads(pickle.dumps(denoiser_of(name, pipe)))
-    assert untouched(other)
-    plain = load(name)
-    setattr(plain, reference.spec(name).denoiser, other)
-    assert torch.equal(generate(name, plain), uncached(name))
-    assert torch.equal(generate(name, pipe), every_two(name))
 
 
 @each_model
@@ -1188,17 +1131,6 @@ def test_a_saved_denoiser_reloads_equal(name, tmp_path):
     setattr(plain, reference.spec(name).denoiser, other)
     # equal weights read from a file lie elsewhere in memory, which alone changes how sums are rounded
     torch.testing.assert_close(generate(name, plain), uncached(name), rtol=0, atol=1e-5)
-
-
-def test_a_saved_pipeline_reloads_uncached(tmp_path):
-    pipe = load(DIT)
-    dc.enable(pipe, "interval", every=2)
-    generate(DIT, pipe)
-    pipe.save_pretrained(tmp_path)
-    assert not [path for path in tmp_path.rglob("*.json") if "diffusion_cache_mark" in path.read_text()]
-    other = diffusers.DiTPipeline.from_pretrained(tmp_path, vae=pipe.vae)
-    other.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(DIT, other), uncached(DIT))
 
 
 # hooks
@@ -1248,34 +1180,6 @@ def test_accelerates_hooks_in_any_order(name, hooked_first, unhooked_first):
     assert torch.equal(generate(name, pipe), uncached(name))
     assert set(calls.values()) == {0}
     assert untouched(modules[0])
-
-
-@pytest.mark.parametrize("offloaded_first", [True, False])
-@pytest.mark.parametrize("how", ["accelerate", "group"])
-def test_offloading(how, offloaded_first, monkeypatch):
-    """Parameters are elsewhere between the calls of their module (here only in name: there is one device)."""
-    pipe = load(WAN)
-    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
-
-    def offload():
-        if how == "accelerate":
-            from accelerate import cpu_offload
-
-            cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
-            assert {p.device.type for p in pipe.transformer.blocks.parameters()} == {"meta"}
-        else:
-            cpu = torch.device("cpu")
-            pipe.transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
-
-    if offloaded_first:
-        offload()
-    dc.enable(pipe, "interval", every=2)
-    if not offloaded_first:
-        offload()
-    assert torch.equal(generate(WAN, pipe), every_two(WAN))
-    assert dc.summary(pipe).hit_rate == 0.5
-    dc.disable(pipe)
-    assert torch.equal(generate(WAN, pipe), uncached(WAN))
 
 
 @pytest.mark.parametrize(("scope", "root", "block"), [("denoiser", 3, 3), ("stack", 6, 3), ("block", 6, 3)])
@@ -1493,14 +1397,6 @@ def test_compiled_blocks(name, how, compiled_first):
     assert len(traced) == graphs
 
 
-def small_dit():
-    """Two blocks: quick to compile as a whole."""
-    torch.manual_seed(0)
-    config = dict(reference.load(DIT).transformer.config) | {"num_layers": 2}
-    pipe = made(reference.assemble(DIT, diffusers.DiTTransformer2DModel.from_config(config).eval()))
-    return pipe, generate(DIT, pipe)
-
-
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_a_denoiser_compiled_as_a_whole_is_cached_as_a_whole(how):
     torch._dynamo.reset()
@@ -1510,7 +1406,8 @@ def test_a_denoiser_compiled_as_a_whole_is_cached_as_a_whole(how):
         traced.append(graph)
         return graph.forward
 
-    pipe, plain = small_dit()
+    pipe = made(small.load(DIT))
+    plain = generate(DIT, pipe)
     with dc.cached(pipe, "interval", every=2, scope="denoiser"):
         expected = generate(DIT, pipe)
     assert not torch.equal(expected, plain)
@@ -1530,7 +1427,8 @@ def test_a_denoiser_compiled_as_a_whole_is_cached_as_a_whole(how):
 
 def test_an_adaptive_policy_on_stacks_of_a_denoiser_compiled_as_a_whole_is_told():
     torch._dynamo.reset()
-    pipe, plain = small_dit()
+    pipe = made(small.load(DIT))
+    plain = generate(DIT, pipe)
     dc.enable(pipe, "first_block", threshold=1e9)
     pipe.transformer.compile(backend="eager")
     with warned(1, "compiled as a whole, use scope 'denoiser'"):

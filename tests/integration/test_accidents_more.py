@@ -4,7 +4,6 @@ Beside the cached pipeline stands a twin to which the same is done and which is 
 not at all. As far as numbers go, nothing else may make a difference.
 """
 
-import contextlib
 import copy
 import importlib.util
 import io
@@ -18,13 +17,13 @@ from functools import cache
 import diffusers
 import pytest
 import torch
+from accidents import DIT, FLUX, UNET, WAN, Stop, denoiser_of, load, made, untouched, warned
 from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache import history, ops, reference
-from diffusion_cache.engine import intercept, patches
+from diffusion_cache.engine import patches
 
-DIT, UNET, FLUX, WAN = "dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"
 STEPS = 6
 CPU = torch.device("cpu")
 PLANNED, ADAPTIVE = dict(policy="interval", every=2), dict(policy="first_block", threshold=0.4)
@@ -33,6 +32,7 @@ PARTLY = {DIT: dict(policy="first_block", threshold=0.25), UNET: dict(policy="fi
 TWO = dict(labels=(3, 8), seeds=(5, 6), steps=10)
 
 pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
     pytest.mark.filterwarnings("error::diffusion_cache.errors.DiffusionCacheWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' own, with NumPy 2
 ]
@@ -50,39 +50,8 @@ def generate(name, pipe, steps=STEPS, labels=(3,), seeds=(5,), guidance=None, **
     return reference.images(name, pipe(**reference.inputs(name, labels, seeds, steps=steps, guidance=guidance) | extra))
 
 
-_made = []
-
-
-def made(pipe):
-    _made.append(pipe)
-    return pipe
-
-
-def load(name, **options):
-    return made(reference.load(name, **options))
-
-
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """Whatever a test did: once everything is disabled, no class is patched that was not before."""
-    before = set(patches._patches)
-    yield
-    for pipe in _made:
-        dc.disable(pipe)
-    _made.clear()
-    assert set(patches._patches) == before
-
-
-def denoiser_of(name, pipe):
-    return getattr(pipe, reference.spec(name).denoiser)
-
-
 def put(name, pipe, denoiser):
     setattr(pipe, reference.spec(name).denoiser, denoiser)
-
-
-def untouched(module):
-    return not [name for name, child in module.named_modules() if intercept.ATTRIBUTE in vars(child)]
 
 
 @cache
@@ -97,6 +66,11 @@ def anew(name, pipe, method=PLANNED, **given):
         return images, records(pipe)
 
 
+@cache
+def expected_of(name):
+    return anew(name, load(name))
+
+
 def records(pipe):
     return [(r.step, r.pass_name, r.computed, r.reason, r.spans_reused) for r in dc.summary(pipe).records]
 
@@ -108,20 +82,6 @@ def partly(seen):
 
 def computed(pipe):
     return "".join(str(int(r.computed)) for r in dc.summary(pipe).records)
-
-
-@contextlib.contextmanager
-def warned(count, match):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    messages = [str(w.message) for w in caught if issubclass(w.category, dc.DiffusionCacheWarning)]
-    assert len(messages) == count, messages
-    assert all(match in message for message in messages)
-
-
-class Stop(Exception):
-    pass
 
 
 def at_step(step, act):
@@ -211,7 +171,7 @@ def test_stopped_before_any_block(name):
     with pytest.raises(Stop):
         generate(name, pipe)
     hook.remove()
-    assert torch.equal(generate(name, pipe), anew(name, load(name))[0])
+    assert torch.equal(generate(name, pipe), expected_of(name)[0])
 
 
 @pytest.mark.parametrize("name", PARTLY)
@@ -362,13 +322,13 @@ def test_enabled_for_the_first_time_in_a_callback(name):
     assert torch.equal(
         generate(name, pipe, **at_step(1, lambda pipe, kwargs: dc.enable(pipe, **PLANNED) and None)), uncached(name)
     )
-    assert torch.equal(generate(name, pipe), anew(name, load(name))[0])
+    assert torch.equal(generate(name, pipe), expected_of(name)[0])
 
 
 @with_callbacks
 def test_looked_at_in_a_callback(name):
     pipe = load(name)
-    expected, _ = anew(name, load(name))
+    expected, _ = expected_of(name)
     dc.enable(pipe, **PLANNED)
     before = generate(name, pipe, steps=3)
     seen = []
@@ -443,7 +403,7 @@ def test_lora_before_enabling(name):
     dc.enable(pipe, **PLANNED)
     assert torch.equal(generate(name, pipe), anew(name, plain)[0])
     LORA["unload"](name, pipe)
-    assert torch.equal(generate(name, pipe), anew(name, load(name))[0])
+    assert torch.equal(generate(name, pipe), expected_of(name)[0])
     LORA["load"](name, pipe)
     dc.disable(pipe)
     assert torch.equal(generate(name, pipe), adapted)
@@ -489,16 +449,19 @@ OFFLOAD = {
 }
 
 
-@in_any_order
 @pytest.mark.parametrize("how", OFFLOAD)
-@each_model
+@pytest.mark.parametrize(
+    ("name", "first", "undone_first"),
+    [(WAN, first, undone) for first in (True, False) for undone in (True, False)]
+    + [(DIT, True, False), (UNET, False, True), (FLUX, False, False)],
+)
 def test_offloading(name, how, first, undone_first, monkeypatch):
     pipe, others = load(name), {}
     monkeypatch.setattr(type(pipe), "_execution_device", CPU)  # it asks the autoencoder, which stays
     acts = [lambda: others.update(undo=OFFLOAD[how](name, pipe)), lambda: dc.enable(pipe, **PLANNED)]
     for act in acts if first else acts[::-1]:
         act()
-    expected, seen = anew(name, load(name))
+    expected, seen = expected_of(name)
     assert torch.equal(generate(name, pipe), expected)
     assert records(pipe) == seen
     assert torch.equal(generate(name, pipe), expected)
@@ -665,7 +628,7 @@ def test_gguf(tmp_path):
 @each_model
 def test_a_saved_pipeline_reloads_uncached_and_can_be_enabled(name, tmp_path):
     pipe = load(name)
-    expected, _ = anew(name, load(name))
+    expected, _ = expected_of(name)
     dc.enable(pipe, **PLANNED)
     generate(name, pipe)
     pipe.save_pretrained(tmp_path)
@@ -701,7 +664,7 @@ def test_a_copy_of_the_denoiser_runs_on_its_own(name, duplicate, within):
     if within and name == DIT:
         pytest.skip("DiTPipeline has no callbacks")
     pipe, copies = load(name), []
-    expected, _ = anew(name, load(name))
+    expected, _ = expected_of(name)
     dc.enable(pipe, **PLANNED)
 
     def take(pipe, kwargs):
@@ -761,7 +724,7 @@ def test_diffusers_hooks_in_any_order(name, first, undone_first):
     acts = [hook, lambda: dc.enable(pipe, **PLANNED)]
     for act in acts if first else acts[::-1]:
         act()
-    expected, seen = anew(name, load(name))
+    expected, seen = expected_of(name)
     assert torch.equal(generate(name, pipe), expected)
     assert records(pipe) == seen
     calls = [own.calls for own in hooks.values()]
@@ -1046,7 +1009,7 @@ def out_of_memory(function, calls):
 def test_no_room_for_one_feature(name, forecaster, monkeypatch):
     """That step is computed all the same, and the next one too: as with a mask that says so."""
     method = dict(policy="interval", every=2, forecaster=forecaster, scope="denoiser")
-    per_step = len(anew(name, load(name))[1]) // STEPS
+    per_step = len(expected_of(name)[1]) // STEPS
     missing = set(range(per_step, 2 * per_step))  # those of the second computed step
     mask = dict(policy="mask", mask="101110", forecaster=forecaster, scope="denoiser")
     expected, _ = anew(name, load(name), mask)

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import small
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -44,30 +45,30 @@ def counting(backend="eager"):
     return CompileCounterWithBackend(backend)
 
 
-def cached_uncompiled(name, steps, **method):
-    pipe = reference.load(name)
+def cached_uncompiled(name, steps, load=small.load, **method):
+    pipe = load(name)
     with dc.cached(pipe, **method):
         return generate(name, pipe, steps)
 
 
 @pytest.mark.parametrize(
-    ("name", "scope", "compile_it", "before"),
+    ("load", "name", "scope", "compile_it", "before"),
     [
-        ("flux-digits", "stack", wrap, True),
-        ("flux-digits", "stack", wrap, False),
-        ("flux-digits", "stack", in_place, True),
-        ("flux-digits", "stack", in_place, False),
-        ("dit-digits", "stack", in_place, False),
-        ("wan-moving-digits", "stack", wrap, False),
-        ("flux-digits", "denoiser", wrap, True),
-        ("unet-digits", "denoiser", in_place, False),
+        (reference.load, "flux-digits", "stack", wrap, True),
+        (small.load, "flux-digits", "stack", wrap, False),
+        (small.load, "flux-digits", "stack", in_place, True),
+        (small.load, "flux-digits", "stack", in_place, False),
+        (small.load, "dit-digits", "stack", in_place, False),
+        (small.load, "wan-moving-digits", "stack", wrap, False),
+        (small.load, "flux-digits", "denoiser", wrap, True),
+        (small.load, "unet-digits", "denoiser", in_place, False),
     ],
 )
-def test_a_whole_denoiser_has_two_graphs_and_no_break(name, scope, compile_it, before):
+def test_a_whole_denoiser_has_two_graphs_and_no_break(load, name, scope, compile_it, before):
     method = dict(policy="interval", forecaster="taylor", every=2, scope=scope)
-    expected, longer = cached_uncompiled(name, STEPS, **method), cached_uncompiled(name, STEPS + 3, **method)
+    expected, longer = (cached_uncompiled(name, steps, load, **method) for steps in (STEPS, STEPS + 3))
     # aot_eager functionalises as the real backends do: writes into what blocks pass on would be seen
-    pipe, backend = reference.load(name), counting("aot_eager" if compile_it is wrap else "eager")
+    pipe, backend = load(name), counting("aot_eager" if compile_it is wrap else "eager")
     attributes = {key: dict(vars(module)) for key, module in getattr(pipe, denoiser_name(name)).named_modules()}
     uncached = generate(name, pipe)
     if before:
@@ -114,8 +115,8 @@ def test_what_a_reused_graph_holds():
 
 def test_another_size_is_learned_anew():
     name, method = "flux-digits", dict(policy="interval", forecaster="taylor", every=2, scope="stack")
-    plain = reference.load(name)
-    pipe, backend = reference.load(name), counting()
+    plain = small.load(name)
+    pipe, backend = small.load(name), counting()
     wrap(name, pipe, backend)
     dc.enable(plain, **method)
     dc.enable(pipe, **method)
@@ -127,7 +128,7 @@ def test_another_size_is_learned_anew():
 def test_a_mask_with_a_long_warmup(forecaster):
     name = "dit-digits"
     method = dict(policy="mask", forecaster=forecaster, mask="11110100", scope="stack")
-    pipe, backend = reference.load(name), counting()
+    pipe, backend = small.load(name), counting()
     wrap(name, pipe, backend)
     dc.enable(pipe, **method)
     assert (generate(name, pipe) - cached_uncompiled(name, STEPS, **method)).abs().max() <= 1e-5
@@ -136,7 +137,7 @@ def test_a_mask_with_a_long_warmup(forecaster):
 
 def test_always_computing_compiles_once():
     name = "flux-digits"
-    pipe, backend = reference.load(name), counting()
+    pipe, backend = small.load(name), counting()
     uncached = generate(name, pipe)
     wrap(name, pipe, backend)
     with dc.cached(pipe, "interval", every=1, scope="stack"):
@@ -158,7 +159,7 @@ def test_always_computing_compiles_once():
 def test_compiled_blocks(method, before):
     """Each block has its one graph; decisions, adaptive ones as well, stay outside."""
     name = "flux-digits"
-    pipe, backend = reference.load(name), counting()
+    pipe, backend = small.load(name), counting()
     uncompiled = cached_uncompiled(name, STEPS, **method)
     if before:
         repeated_blocks(name, pipe, backend)
@@ -187,7 +188,7 @@ def test_compiled_blocks(method, before):
     ids=["block", "branch", "adaptive", "cut"],
 )
 def test_what_a_whole_compiled_denoiser_hides_is_told(name, method):
-    pipe = reference.load(name)
+    pipe = small.load(name)
     uncached = generate(name, pipe)
     wrap(name, pipe, "eager")
     with dc.cached(pipe, **method), pytest.warns(dc.DiffusionCacheWarning, match="compiled as a whole"):
@@ -201,7 +202,7 @@ def test_what_a_whole_compiled_denoiser_hides_is_told(name, method):
 
 def test_runs_of_a_bare_denoiser_share_their_graphs():
     name = "flux-digits"
-    pipe, backend = reference.load(name), counting()
+    pipe, backend = small.load(name), counting()
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
     generate(name, pipe)
@@ -220,7 +221,7 @@ def test_runs_of_a_bare_denoiser_share_their_graphs():
 
 def test_features_of_a_compiled_denoiser_are_released():
     name = "flux-digits"
-    pipe = reference.load(name)
+    pipe = small.load(name)
     wrap(name, pipe, "eager")
     dc.enable(pipe, "interval", "taylor", every=2, scope="stack")
     generate(name, pipe)
@@ -233,7 +234,7 @@ def test_features_of_a_compiled_denoiser_are_released():
 def test_calls_from_outside_the_run_pass_through():
     """An uncached pipeline on the same compiled transformer, called from a callback, gives what it always gives."""
     name = "flux-digits"
-    pipe, other = reference.load(name), reference.load(name)
+    pipe, other = small.load(name), small.load(name)
     wrap(name, pipe, "eager")
     other.transformer = pipe.transformer
     expected = generate(name, other, 2)
@@ -252,7 +253,7 @@ def test_calls_from_outside_the_run_pass_through():
 
 def test_forwards_replaced_in_the_meantime_stay():
     name = "flux-digits"
-    pipe = reference.load(name)
+    pipe = small.load(name)
     wrap(name, pipe, "eager")
     block = pipe.transformer.transformer_blocks[1]
     with dc.cached(pipe, "interval", "taylor", every=2, scope="stack"):
@@ -267,14 +268,14 @@ def test_forwards_replaced_in_the_meantime_stay():
     assert block.forward is hooked
     torch._dynamo.reset()
     pipe.transformer = pipe.transformer._orig_mod
-    expected = generate(name, reference.load(name))
+    expected = generate(name, small.load(name))
     assert torch.equal(generate(name, pipe), expected)
     assert len(calls) == STEPS
 
 
 def test_each_forecaster_keeps_its_own_features():
     name = "flux-digits"
-    pipe = reference.load(name)
+    pipe = small.load(name)
     wrap(name, pipe, "eager")
     for feature in ("residual", "output", "residual"):
         method = dict(policy="interval", forecaster="reuse", feature=feature, every=2, scope="stack")

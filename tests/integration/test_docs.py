@@ -1,22 +1,63 @@
-"""The code in docs/ runs."""
+"""The code in docs/ and in CONTRIBUTING.md runs."""
 
 import re
 from pathlib import Path
 
+import language_models
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+import diffusion_cache as dc
+from diffusion_cache import reference, registry
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize(
     ("page", "printed"),
-    [("slicing.md", "the least that works is max_bytes="), ("streams.md", "6 calls computed and 5 reused")],
+    [
+        ("memory.md", "int8-delta "),
+        ("slicing.md", "the least that works is max_bytes="),
+        ("streams.md", "6 calls computed and 5 reused"),
+    ],
 )
 def test_every_line_of_code_runs(page, printed, capsys):
-    text = (DOCS / page).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = BLOCK.findall((ROOT / "docs" / page).read_text())
     assert blocks
     names = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert printed in capsys.readouterr().out
+
+
+@pytest.fixture
+def examples():
+    """Of CONTRIBUTING.md, as modules of the packages that they are written for."""
+    kinds = {
+        "policies": (registry.policies, "powers"),
+        "forecasters": (registry.forecasters, "mean"),
+        "systems": (registry.systems, "turns"),
+        "language": (registry.languages, "masked"),
+    }
+    packages = []
+    for section in (ROOT / "CONTRIBUTING.md").read_text().split("\n## "):
+        for block in BLOCK.findall(section):
+            packages.append(re.search(r"`diffusion_cache/(\w+)/", section).group(1))
+            exec(compile(block, section, "exec"), {"__name__": f"diffusion_cache.{packages[-1]}._example"})
+    assert packages == [*kinds]
+    yield
+    for kind, name in kinds.values():
+        kind.unregister(name)
+
+
+def test_the_examples_of_contributing_work(examples):
+    pipe = reference.load("dit-digits")
+    with dc.cached(pipe, "powers", "mean"):
+        pipe(**reference.inputs("dit-digits", [3], [5], steps=6))
+        assert [record.step for record in dc.summary(pipe).records if record.computed] == [0, 1, 2, 4]
+    with pytest.raises(dc.ConfigError, match="turns plans from measurements"):
+        dc.enable(pipe, method="turns")
+    pipe = language_models.pipeline(language_models.model())
+    with dc.cached(pipe, method="masked"):
+        pipe(**language_models.call())
+        assert dc.summary(pipe).executed < dc.summary(pipe).tokens

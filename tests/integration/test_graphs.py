@@ -77,7 +77,8 @@ def test_images_are_the_same(case, capturers):
     counts = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", DiffusionCacheWarning)
-        for labels, seed in (((3,), 0), ((8, 1), 4), ((5,), 9)):
+        # a third one for what has few steps
+        for labels, seed in (((3,), 0), ((8, 1), 4), ((5,), 9))[: 3 if "policy" in method else 2]:
             expected = generate(name, plain, labels, steps, seed)
             found = generate(name, pipe, labels, steps, seed)
             assert (found - expected).abs().max() <= 1e-6

@@ -244,7 +244,7 @@ def test_records(name, sampler):
     assert (summary.total, summary.spans) == (total, spans)
     assert (summary.computed, summary.reused) == ((total - reused) * len(PASSES[name]), reused * len(PASSES[name]))
     assert summary.hit_rate == pytest.approx(reused / total)
-    assert summary.scopes == ("cut",) if name == "unet-digits" else ("stack",)
+    assert summary.scopes == (("cut",) if name == "unet-digits" else ("stack",))
 
 
 def test_true_guidance_of_flux_is_a_second_pass():

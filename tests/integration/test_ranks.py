@@ -1,16 +1,13 @@
 """Ranks that share the work on a sample decide alike, and nothing is sent where they need not.
 
-Each scenario runs in two processes over gloo: this file, run as a script, is what a rank does.
+Each scenario runs in two processes over gloo, forked so that they need not import and load everything again.
 """
 
 import datetime
 import functools
 import math
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +23,9 @@ RANKS, SECONDS = 2, 120
 LABELS, SEEDS, STEPS = (3, 8, 1, 5), (5, 6, 7, 8), 10
 
 # what a rank does: scenarios by name, each giving what the test compares
+
+
+load = functools.cache(reference.load)  # once, before the ranks are forked
 
 
 def count_all_reduces():
@@ -53,7 +53,7 @@ def context_parallel(name, threshold, **parallel):
     from diffusers import ContextParallelConfig
 
     sent, tokens = count_all_reduces(), set()
-    pipe = reference.load(name)
+    pipe = load(name)
     block = (getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks)[1]
     block.register_forward_hook(
         lambda module, args, output: tokens.add((output[-1] if isinstance(output, tuple) else output).shape[1])
@@ -93,7 +93,7 @@ def ring():
     """Ring attention on the CPU: what diffusers says to it."""
     from diffusers import ContextParallelConfig
 
-    pipe = reference.load("flux-digits")
+    pipe = load("flux-digits")
     torch.accelerator.device_count = lambda: 1
     mesh = dist.init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("ring", "ulysses"))
     pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=RANKS, mesh=mesh))
@@ -108,7 +108,7 @@ def data_parallel():
     """A batch of four: all of it on each rank, and half of it on each."""
     name, rank = "flux-digits", dist.get_rank()
     sent = count_all_reduces()
-    pipe = reference.load(name)
+    pipe = load(name)
     session = dc.enable(pipe, "first_block", "reuse", threshold=0.5)
     whole = generate(name, pipe)
     together = records(pipe)
@@ -213,17 +213,17 @@ def agreements():
     errors = []
     for group in (own[1 - rank], mesh):
         try:
-            dc.enable(reference.load("dit-digits"), group=group)
+            dc.enable(load("flux-digits"), group=group)
         except dc.ConfigError as error:
             errors.append(str(error))
     return found | {"errors": errors}
 
 
-SCENARIOS = [flux, wan, ring, data_parallel, sharded_by_hand, agreements]
-
-
-def work(name, rank, folder):
-    torch.set_num_threads(1)
+def work(scenario, rank, folder):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with open(folder / f"{rank}.log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -231,11 +231,10 @@ def work(name, rank, folder):
         world_size=RANKS,
         timeout=datetime.timedelta(seconds=SECONDS / 2),
     )
-    (scenario,) = (scenario for scenario in SCENARIOS if scenario.__name__ == name)
-    found = Path(folder, f"{rank}.part")
+    found = folder / f"{rank}.part"
     torch.save(scenario(), found)
     found.rename(found.with_suffix(".pt"))
-    while len([*Path(folder).glob("*.pt")]) < RANKS:
+    while len([*folder.glob("*.pt")]) < RANKS:
         time.sleep(0.05)  # another may still be reading what this one sent
     os._exit(0)  # gloo's threads can end a process that shuts down by an abort
 
@@ -246,29 +245,28 @@ def work(name, rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Runs a scenario on two ranks, once, and gives what each found; a hang fails."""
+    for name in ("flux-digits", "wan-moving-digits"):
+        load(name)
 
     @functools.cache
     def run(scenario):
         tmp_path = tmp_path_factory.mktemp(scenario.__name__)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        logs = [tmp_path / f"{rank}.log" for rank in range(RANKS)]
-        processes = []
+        context = torch.multiprocessing.get_context("fork")
+        processes = [context.Process(target=work, args=(scenario, rank, tmp_path)) for rank in range(RANKS)]
         try:
-            for rank, log in enumerate(logs):
-                command = [sys.executable, __file__, scenario.__name__, str(rank), str(tmp_path)]
-                with log.open("w") as stream:
-                    processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
+            for process in processes:
+                process.start()
             deadline = time.monotonic() + SECONDS
-            while any(process.poll() is None for process in processes):
-                if time.monotonic() > deadline or any(process.poll() for process in processes):
+            while any(process.exitcode is None for process in processes):
+                if time.monotonic() > deadline or any(process.exitcode for process in processes):
                     break
                 time.sleep(0.05)
-            codes = [process.poll() for process in processes]
+            codes = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        told = "\n".join(log.read_text()[-3000:] for log in logs)
+                process.join()
+        told = "\n".join(log.read_text()[-3000:] for log in tmp_path.glob("*.log"))
         assert codes == [0] * RANKS, f"{scenario.__name__}: exit codes {codes}, None for a hang\n{told}"
         return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
@@ -380,7 +378,3 @@ def test_what_is_no_process_group_is_told(group):
         dc.run(pipe.transformer, group=group),
     ):
         pass
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), sys.argv[3])

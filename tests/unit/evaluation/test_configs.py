@@ -46,6 +46,24 @@ def test_every_option_composes(group):
         assert group in composed(f"{group}={name}", *more)
 
 
+LAUNCHERS = {
+    "basic": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "joblib": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    "submitit": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("config", ["evaluate", "profile", "fit_signal"])
+def test_every_launcher_composes(config, launcher):
+    pytest.importorskip(LAUNCHERS[launcher].rpartition(".")[0])
+    assert sorted(LAUNCHERS) == options("launcher")
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        found = compose(config, [f"launcher={launcher}"], return_hydra_config=True)
+    assert found.hydra.launcher._target_ == LAUNCHERS[launcher]
+
+
 @pytest.mark.parametrize("name", [*registry.policies.names(), *methods()])
 def test_every_method_expands_into_contenders(name, tmp_path):
     required = {"mask": "method.policy.mask='10'", "magcache": "method.policy.ratios=[1.0, 0.9]"}
