@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST = 2**31 - 1  # indices are hashed as 31-bit numbers: products of two of them fit in int64
+LARGEST = 2**31 - 1  # indices are hashed as 31-bit numbers: the lowest bits, which stay where int32 wraps around
 SIGNS_PER_HASH = 24  # samples that take their signs from the bits of one hash
 STAGES = 3  # of a permutation
 CHUNK = 2**22  # elements of all batch rows that are hashed and gathered at once
@@ -46,9 +46,9 @@ def add(sums: Tensor, flat: Tensor, run: int, first: int, stages: list[int], sig
 
 
 def permutation(run: Tensor, width: int, stages: list[int]) -> Tensor:
-    """For each run of elements [count, 1], which of its elements each of the sums takes: [count, width]."""
+    """For each run of elements [count, 1], int32, which of its elements each of the sums takes: [count, width]."""
     mask, half = width - 1, width.bit_length() // 2
-    at = torch.arange(width, device=run.device)
+    at = torch.arange(width, dtype=torch.int32, device=run.device)
     for multiplier, offset in zip(stages[::2], stages[1::2], strict=True):
         # each is a bijection: an odd multiplier, an offset, an xor with higher bits
         at = (at * ((mix(run, multiplier) & mask) | 1) + mix(run, offset)) & mask
@@ -57,7 +57,7 @@ def permutation(run: Tensor, width: int, stages: list[int]) -> Tensor:
 
 
 def mix(value: Number, key: int) -> Number:
-    """31 well-mixed bits of each number (0 … 2³¹ − 1) and the key: two rounds of multiply and xor-shift."""
+    """31 well-mixed bits of each number and the key, its lowest 31 bits: two rounds of multiply and xor-shift."""
     value = (value + key) & LARGEST
     value = ((value ^ (value >> 16)) * 0x2C1B3C6D) & LARGEST
     value = ((value ^ (value >> 12) ^ key ^ 0x5BD1E995) * 0x297A2D39) & LARGEST
@@ -69,18 +69,15 @@ def _folded(piece: Tensor, opening: int, first: int, width: int, stages: list[in
     batch, device = len(piece), piece.device
     count = -(-piece.shape[1] // width)
     piece = F.pad(piece, (0, count * width - piece.shape[1]))
-    run = torch.arange(opening, opening + count, device=device)[:, None]
+    run = torch.arange(opening, opening + count, dtype=torch.int32, device=device)[:, None]
     source = permutation(run, width, stages) + (run - opening) * width
     gathered = piece.index_select(1, source.flatten()).float().view(batch, count, width)
-    index = run * width + torch.arange(width, device=device)
-    for place, key in enumerate(signs):
-        numbers = range(first, first + batch)
-        rows = [
-            row for row, number in enumerate(numbers) if number // SIGNS_PER_HASH == first // SIGNS_PER_HASH + place
-        ]
-        shifts = torch.tensor([numbers[row] % SIGNS_PER_HASH for row in rows], device=device)
+    index = run * width + torch.arange(width, dtype=torch.int32, device=device)
+    for group, key in enumerate(signs, start=first // SIGNS_PER_HASH):
+        low, high = max(first, group * SIGNS_PER_HASH), min(first + batch, (group + 1) * SIGNS_PER_HASH)
+        shifts = torch.arange(low, high, dtype=torch.int32, device=device) % SIGNS_PER_HASH
         negative = (mix(index, key) >> shifts[:, None, None]) & 1
-        gathered[rows[0] : rows[-1] + 1] *= 1 - 2 * negative
+        gathered[low - first : high - first] *= 1 - 2 * negative
     return gathered.sum(1)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
-from .history import History, Lane, store, writable
+from .history import History, Lane, row_index, store, writable
 
 DIFFERENCES = {"int8-delta": "int8", "fp8-delta": "fp8"}  # of a cache_dtype, the code of the differences
 NEWEST = 0  # the slot of every lane's newest feature
@@ -79,15 +78,15 @@ class DifferenceHistory(History):
                 groups.setdefault((slot, replaces), []).append(position)
         for (slot, replaces), positions in sorted(groups.items()):
             before = self._second(slot) if replaces else self.slots[NEWEST]
-            given = torch.tensor(positions, device=newest[0].device)
-            target = torch.tensor([rows[position] for position in positions], device=newest[0].device)
+            given = row_index(positions, newest[0])
+            target = row_index([rows[position] for position in positions], newest[0])
             older = [tensor.index_select(0, target) for tensor in before]
             parts = self._stored(older, [tensor.index_select(0, given) for tensor in newest], [])
             if slot == len(self.slots):
                 # zeros: a row that has not filled a slot weighs it with zero, which must not meet a NaN
                 self.slots.append([part.new_zeros(len(self.lanes), *part.shape[1:]) for part in parts])
             self._write(slot, target, parts)
-        self._write(NEWEST, torch.tensor(rows, device=newest[0].device), newest)
+        self._write(NEWEST, row_index(rows, newest[0]), newest)
 
     def _write(self, slot: int, rows: Tensor, parts: Sequence[Tensor]) -> None:
         self.slots[slot] = [writable(tensor) for tensor in self.slots[slot]]

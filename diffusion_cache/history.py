@@ -143,11 +143,12 @@ class History:
             return
         moved = [row for row, lane in enumerate(self.lanes) if lane != first]
         if moved:
-            before = [[tensor[moved] for tensor in feature] for feature in self.slots]
+            index = row_index(moved, self.slots[0][0])
+            before = [[tensor.index_select(0, index) for tensor in feature] for feature in self.slots]
             for place, (_, slot) in enumerate(first):
                 for i, tensor in enumerate(self.slots[slot]):
                     values = [before[self.lanes[row][place][1]][i][j] for j, row in enumerate(moved)]
-                    tensor[moved] = torch.stack(values)
+                    tensor.index_copy_(0, index, torch.stack(values))
         del self.lanes[1:]
 
     def _claim(self, lane: Lane, node: float) -> int:
@@ -178,15 +179,14 @@ class History:
         for slot, positions in by_slot.items():
             self.slots[slot] = [writable(tensor) for tensor in self.slots[slot]]
             for into, feature in zip(self.slots[slot], features, strict=True):
-                source = torch.tensor(positions, device=feature.device)
-                target = torch.tensor([rows[position] for position in positions], device=feature.device)
-                into.index_copy_(0, target, feature.index_select(0, source))
+                target = row_index([rows[position] for position in positions], feature)
+                into.index_copy_(0, target, feature.index_select(0, row_index(positions, feature)))
 
     def taken(self, rows: Sequence[int]) -> "History":
         """A copy of these rows alone, each with its lane, in this order."""
         copy = History(self.capacity, self.dtype)
         copy.lanes, copy._coded = [self.lanes[row] for row in rows], self._coded
-        index = torch.tensor(rows, device=self.slots[0][0].device)
+        index = row_index(rows, self.slots[0][0])
         copy.slots = [[tensor.index_select(0, index) for tensor in feature] for feature in self.slots]
         return copy
 
@@ -259,9 +259,20 @@ class History:
         return self.slots[0][0].device.type == "cpu"
 
 
+def row_index(rows: Sequence[int], like: Tensor) -> Tensor:
+    """Batch rows as an index for tensors on a device."""
+    return ops.shared(tuple(rows), like.device, torch.int64)
+
+
+def finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether the tensors hold only finite numbers, as a bool on their device: codes tell it by their scales."""
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack([one.to(sums[0].device) for one in sums]).isfinite().all() if sums else torch.tensor(True)
+
+
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors hold only finite numbers; reads a sum of each back to the host."""
-    return all(bool(tensor.sum(dtype=torch.float32).isfinite()) for tensor in tensors)
+    """Whether the tensors hold only finite numbers; reads back to the host, once."""
+    return bool(finite(tensors))
 
 
 def _is_writable(tensor: Tensor) -> bool:

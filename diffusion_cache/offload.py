@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .history import History
+from .history import History, finite
 
 
 class Carrier(ABC):
@@ -106,10 +106,12 @@ class Offload:
     """Where the features of one run are: their histories hold host tensors, and arrivals what was asked for of them.
 
     resident_bytes: the most that features have taken on the device at once, those of the last span used among them.
+    finite: of each history, whether all that was ever stored is, as a bool on its device.
     """
 
     def __init__(self) -> None:
         self.resident_bytes = 0
+        self.finite: dict[History, Tensor] = {}
         self._carriers: dict[torch.device, Carrier] = {}
         self._device: dict[History, torch.device] = {}
         self._arrivals: dict[History, Arrival] = {}
@@ -135,6 +137,8 @@ class Offload:
             history.slots = [[] for _ in waiting]  # what is stored anew is not written over what waits
         self.drop(history)
         history.observe(node, outputs, bases, rows, batch)
+        here = finite(history.tensors())
+        self.finite[history] = here & self.finite[history] if history in self.finite else here
         self._used = history.nbytes
         self._count()
         history.slots = [
@@ -175,6 +179,7 @@ class Offload:
     def release(self) -> None:
         """After `finish`, let go of all histories."""
         self._device.clear()
+        self.finite.clear()
 
     def _count(self) -> None:
         taken = self._used + sum(arrival.nbytes for arrival in self._arrivals.values())

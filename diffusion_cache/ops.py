@@ -9,7 +9,7 @@ Triton's interpreter (slow: to check them without a GPU).
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -78,14 +78,14 @@ def forecast(
     if isinstance(weights, Tensor):
         values, scales, dtype = _split(features)
         if len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, weights, correction):
-            return _forecast_residual(base, values, scales, weights, correction, dtype)
+            return _run("forecast_residual", base, values, scales, weights, correction, dtype)
     else:
         used = [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
         weights = [weights[j] for j in used]
         values, scales, dtype = _split([features[j] for j in used])
         if any(weights) and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
-            known = _on_device(tuple(weights), values[0].device, _stream(values[0]))
-            return _forecast_residual(base, values, scales, known, correction, dtype)
+            known = shared(tuple(weights), values[0].device)
+            return _run("forecast_residual", base, values, scales, known, correction, dtype)
     return _forecast(base, values, scales, weights, correction, dtype)
 
 
@@ -122,9 +122,9 @@ def gated_forecast(
     if isinstance(weights, Tensor):
         table = weights
     else:
-        table = _on_device(tuple(weights[j] for j in used), values[0].device, _stream(values[0]))
+        table = shared(tuple(weights[j] for j in used), values[0].device)
     if len(values) <= _KERNEL_SLOTS and _has_kernel(base.dtype, base, gate, *values, table, correction):
-        return _gated_residual(base, gate, values, scales, table, correction)
+        return _run("gated_residual", base, gate, values, scales, table, correction)
     return _gated(base, gate, values, scales, table, correction)
 
 
@@ -157,7 +157,7 @@ def encode_residual(out: Tensor, base: Tensor | None, code: str, into: Coded | N
         scales = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
         into = Coded(torch.empty(out.shape, dtype=CODES[code], device=out.device), scales, out.dtype)
     if out.shape[-1] <= _KERNEL_ROW and _has_kernel(out.dtype, out, base):
-        _store_residual(into.codes, into.scales, out, base)
+        _run("store_residual", into.codes, into.scales, out, base)
     else:
         _store(into.codes, into.scales, out, base)
     return into
@@ -170,7 +170,7 @@ def relative_change(current: Tensor, previous: Tensor, measure: str = "l1") -> T
     cosine of the angle between them. A zero reference gives infinity unless nothing changed.
     """
     if _has_kernel(current.dtype, current, previous) and current.dtype == previous.dtype:
-        return _relative_l1(current, previous, measure)
+        return _run("relative_l1", current, previous, measure)
     return _relative(current, previous, measure)
 
 
@@ -182,8 +182,10 @@ def add_sketch(sums: Tensor, flat: Tensor, run: int, first: int, seed: int) -> N
     sample; samples of different numbers have signs of their own. width: a power of two.
     """
     keys = count_sketch.keys_of(seed, first, len(sums))
-    add = _count_sketch if flat.shape[1] and _has_kernel(flat.dtype, flat) else count_sketch.add
-    add(sums, flat, run, first, *keys)
+    if flat.shape[1] and _has_kernel(flat.dtype, flat):
+        _run("count_sketch", sums, flat, run, first, *keys)
+    else:
+        count_sketch.add(sums, flat, run, first, *keys)
 
 
 def channel_axis(feature: Tensor) -> int:
@@ -303,6 +305,31 @@ def _relative(current: Tensor, previous: Tensor, measure: str) -> Tensor:
     return torch.where(difference == 0, torch.zeros_like(difference), ratio)
 
 
+# numbers of the host
+
+
+def on_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A new tensor of these numbers, for which the host does not wait for the device."""
+    values = torch.tensor(numbers, dtype=dtype)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def shared(numbers: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same of a few numbers that come again, as weights do that spans share in a step; not to be written into."""
+    if device.type != "cuda":
+        return _shared(numbers, device, dtype, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return on_device(numbers, device, dtype)  # in memory of the graph
+    return _shared(numbers, device, dtype, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=256)
+def _shared(numbers: tuple[Any, ...], device: torch.device, dtype: torch.dtype, stream: int) -> Tensor:
+    """stream: on which they can be relied on."""
+    with torch.inference_mode(False):  # so that they serve outside of it as well
+        return on_device(numbers, device, dtype)
+
+
 # as kernels
 
 
@@ -312,23 +339,40 @@ def _has_kernel(dtype: torch.dtype, like: Tensor, *others: Tensor | None) -> boo
         return False
     if not (like.is_cuda or (_MODE == "interpret" and like.device.type == "cpu")) or like.ndim < 2 or not like.numel():
         return False
-    if torch.is_grad_enabled() and _wants_gradient([like, *others]):
+    tensors = [like, *[other for other in others if other is not None]]
+    if any([type(tensor) is not Tensor for tensor in tensors]):
+        return False  # what is made of others is for them to say
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return False
     return _kernels_run(like.device)
 
 
-def _wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+_WORKS: dict[torch.device, bool] = {}  # whether Triton works there
 
 
-@functools.cache
 def _kernels_run(device: torch.device) -> bool:
     """Whether Triton works there, which is tried once; it may lack a compiler."""
-    if find_spec("triton") is None:
-        return False
+    if device not in _WORKS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # what is tried would become a part of the graph
+        try:
+            _WORKS[device] = find_spec("triton") is not None and _try_kernel(device)
+        except torch.OutOfMemoryError:
+            return False  # which says nothing of Triton
+    return _WORKS[device]
+
+
+def _try_kernel(device: torch.device) -> bool:
+    """Whether a kernel runs, told if not.
+
+    Raises:
+        OutOfMemoryError: where there is no room to find out.
+    """
     try:
         one = torch.ones(1, 16, device=device)
         _kernel("forecast_residual").launch(one, [one], [], torch.ones(1, device=device), None, one.dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so cached steps use PyTorch "
@@ -340,19 +384,19 @@ def _kernels_run(device: torch.device) -> bool:
     return True
 
 
+@functools.cache
 def _kernel(name: str) -> Any:
     return import_module(f".kernels.{name}", __package__)
 
 
-@functools.lru_cache(maxsize=256)
-def _on_device(weights: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
-    """Weights that spans share in a step are brought there once. stream: on which they can be relied on."""
-    values = torch.tensor(weights, dtype=torch.float32)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+def _run(name: str, *arguments: Any) -> Any:
+    """What an operator gives of tensors that `_has_kernel` is true of.
 
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    Its kernel is launched right away unless operations are being watched: the dispatcher takes longer than all else.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return getattr(torch.ops.diffusion_cache, name)(*arguments)
+    return _kernel(name).launch(*arguments)
 
 
 def _operator(plain: Callable, name: str, schema: str, mutated: Sequence[str] = ()) -> Any:

@@ -2,7 +2,9 @@
 
 For each op, shape, dtype and code: the median time of a launch with a cold L2 cache, the bytes that it must move, the
 fraction of the copy's bandwidth that it reaches, and the times of the same in eager PyTorch and compiled by
-`torch.compile`. Every tile configuration is timed; `ms` is of the one that launches take, `best_ms` of the fastest.
+`torch.compile`, empty where that fails. An op that hardly writes is compared with PyTorch's sum of as many bytes
+(`baseline`: copy or read). Every tile configuration is timed; `ms` is of the one that launches take, `best_ms` of the
+fastest. All are times of the device alone, which has something else to do while the host gets ready.
 
 An op whose output is wrong, compared with its reference in fresh numbers and poisoned memory, gets no speed, and the
 exit status is 1. Without a CUDA device only `--tiny` works: small tensors through Triton's interpreter, which shows
@@ -14,6 +16,7 @@ that everything runs and is right, and gives no speed at all.
 
 import argparse
 import csv
+import math
 import os
 import re
 import sys
@@ -44,8 +47,9 @@ COLUMNS = (
     "bytes",
     "correct",
     "ms",
-    "copy_ms",
-    "of_copy",
+    "baseline",
+    "baseline_ms",
+    "of_baseline",
     "eager_ms",
     "compiled_ms",
     "best_ms",
@@ -55,11 +59,15 @@ COLUMNS = (
 )
 L2_BYTES = 256 * 2**20  # more than any L2 cache holds
 REPEATS = 30
+AHEAD_CYCLES = 2_000_000  # of the device's clock, about a millisecond: what the host may take to launch one run
 
 
 @dataclass
 class Case:
-    """One op at one size. run: a launch with a tile configuration; plain: the same in PyTorch, of `arguments`."""
+    """One op at one size. run: a launch with a tile configuration; plain: the same in PyTorch, of `arguments`.
+
+    reads: whether almost all of the bytes are read, and not half of them written.
+    """
 
     op: str
     shape: str
@@ -73,6 +81,7 @@ class Case:
     arguments: tuple
     check: Callable[[], bool]
     configs: tuple[tuple[int, int], ...]
+    reads: bool = False
 
 
 def cases(device: torch.device, tiny: bool, only: Sequence[str]) -> Iterator[Case]:
@@ -190,7 +199,7 @@ def store_residual(name: str, sizes: tuple, dtype: str, code: str, slots: int, d
         ops._store,
         given,
         check,
-        ((op.TILE, 4),),
+        (op.config_for(math.prod(sizes[1:-1]), sizes[-1]),),
     )
 
 
@@ -214,6 +223,7 @@ def relative_l1(name: str, sizes: tuple, dtype: str, code: str, slots: int, devi
         given,
         check,
         op.CONFIGS,
+        reads=True,
     )
 
 
@@ -241,6 +251,7 @@ def count_sketch(name: str, sizes: tuple, dtype: str, code: str, slots: int, dev
         (sums, *given),
         check,
         op.CONFIGS,
+        reads=True,
     )
 
 
@@ -255,12 +266,16 @@ MAKERS: dict[str, tuple[Callable[..., Case], tuple[tuple[str, int], ...]]] = {
 
 
 def timed(run: Callable[[], Any], flush: Tensor) -> float:
-    """Milliseconds on the device, the median over runs before each of which L2 was filled with something else."""
+    """Milliseconds on the device, the median over runs before each of which L2 was filled with something else.
+
+    By reading: what is written there would be written back during the run.
+    """
     for _ in range(3):
         run()
     pairs = []
     for _ in range(REPEATS):
-        flush.zero_()
+        flush.sum()
+        torch.cuda._sleep(AHEAD_CYCLES)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -270,21 +285,38 @@ def timed(run: Callable[[], Any], flush: Tensor) -> float:
     return median(begin.elapsed_time(end) for begin, end in pairs)
 
 
-def measured(case: Case, flush: Tensor) -> dict[str, Any]:
-    """The times of one case, all taken now."""
-    # half of the bytes are read and half are written
-    source, target = torch.empty(2, case.bytes // 2, dtype=torch.uint8, device=flush.device)
+def baseline(case: Case, device: torch.device) -> Callable[[], Any]:
+    """What moves the bytes of a case and does nothing else."""
+    if case.reads:
+        return torch.zeros(case.bytes // 4, device=device).sum
+    source, target = torch.empty(2, case.bytes // 2, dtype=torch.uint8, device=device)
+    return partial(target.copy_, source)
+
+
+def compiled_ms(case: Case, flush: Tensor) -> float | str:
+    """The time of the case's PyTorch compiled; "" where that fails, which is said."""
     torch._dynamo.reset()  # or the shapes before would count as recompilations
     compiled = torch.compile(case.plain, fullgraph=True, dynamic=False)
+    try:
+        return timed(partial(compiled, *case.arguments), flush)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"{case.op} {case.shape}: not compiled: {type(error).__name__}: {reason}", file=sys.stderr)
+        return ""
+
+
+def measured(case: Case, flush: Tensor) -> dict[str, Any]:
+    """The times of one case, all taken now."""
     by_config = {config: timed(partial(case.run, config), flush) for config in case.configs}
     best = min(by_config, key=by_config.__getitem__)
-    taken, copy = by_config[case.configs[0]], timed(partial(target.copy_, source), flush)
+    taken, moved = by_config[case.configs[0]], timed(baseline(case, flush.device), flush)
     return {
         "ms": taken,
-        "copy_ms": copy,
-        "of_copy": copy / taken,
+        "baseline": "read" if case.reads else "copy",
+        "baseline_ms": moved,
+        "of_baseline": moved / taken,
         "eager_ms": timed(partial(case.plain, *case.arguments), flush),
-        "compiled_ms": timed(partial(compiled, *case.arguments), flush),
+        "compiled_ms": compiled_ms(case, flush),
         "best_ms": by_config[best],
         "best_config": "×".join(map(str, best)),
     }
@@ -326,10 +358,12 @@ def shown(entry: dict[str, Any]) -> str:
         return f"{name}  WRONG: not timed"
     if entry["ms"] == "":
         return f"{name}  right"
-    eager, compiled = (entry[key] / entry["ms"] for key in ("eager_ms", "compiled_ms"))
+    eager, compiled = (
+        "not" if entry[key] == "" else f"{entry[key] / entry['ms']:.2f}×" for key in ("eager_ms", "compiled_ms")
+    )
     return (
-        f"{name}  {entry['ms']:.4f} ms, {entry['of_copy']:.1%} of the copy, eager {eager:.2f}×, "
-        f"compiled {compiled:.2f}×, best {entry['best_ms']:.4f} ms at {entry['best_config']}"
+        f"{name}  {entry['ms']:.4f} ms, {entry['of_baseline']:.1%} of the {entry['baseline']}, eager {eager}, "
+        f"compiled {compiled}, best {entry['best_ms']:.4f} ms at {entry['best_config']}"
     )
 
 
@@ -347,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("there is no CUDA device; TRITON_INTERPRET=1 and --tiny check the ops without one")
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "interpreter"
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if cuda and not options.tiny else None
+    flush = torch.zeros(L2_BYTES // 4, device=device) if cuda and not options.tiny else None
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("-tiny" if options.tiny else "")
     rows: list[dict[str, Any]] = []
     complete = True

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..context import KNOWN_AFTER, PassState, Past, Step, Verdict, largest
 from ..errors import ConfigError, DiffusionCacheError
+from ..history import row_index
 from ..models import is_unconditional, unconditional_last
 from ..policies import Guarded
 from ..schedule import Schedule
@@ -127,7 +128,7 @@ class Decisions:
         verdicts = list(frame.verdicts)
         try:
             past = self._kept[frame.key].past if frame.key in self._kept else Past()
-            number = self._measured(frame.signals, past)
+            number = self._measured(frame, frame.signals, past)
             values = [None] * len(samples) if number is None else self._values(frame, number.read(), samples)
             for i, (value, state) in enumerate(zip(values, states, strict=True)):
                 if not verdicts[i].compute:
@@ -172,15 +173,19 @@ class Decisions:
         asking, count, apart = sum(frame.asking), len(verdicts), frame.apart
         frame.reason = next((v.reason for v in verdicts if v.compute), verdicts[0].reason)
         frame.actions = (asking > 0,)
-        if 0 < asking < count and not apart and self._granularity == "sample":
-            self._warn(
-                "samples of a batch cannot be told apart in this model, so a call is computed for all of them if any "
-                "asks for it (granularity 'batch'): an image may depend on its neighbours in the batch"
-            )
+        if 0 < asking < count and not apart:
+            self._tell_of_neighbours()
         if apart and 0 < asking < count:
             frame.actions = (False,)
             frame.rows = sorted(row for rows, asks in zip(samples, frame.asking, strict=True) if asks for row in rows)
             frame.reason = f"{asking} of {count} samples: {frame.reason}"
+
+    def _tell_of_neighbours(self) -> None:
+        if self._granularity == "sample":
+            self._warn(
+                "samples of a batch cannot be told apart in this model, so a call is computed for all of them if any "
+                "asks for it (granularity 'batch'): an image may depend on its neighbours in the batch"
+            )
 
     def _verdicts(self, frame: Frame, states: Sequence[PassState], samples: Sequence[Sequence[int]]) -> list[Verdict]:
         forced = [self.guarded.guards.forced(frame.step, state) for state in states]
@@ -201,18 +206,22 @@ class Decisions:
             kept = None
         if kept is None:
             return None
+        if kept.number is not None and kept.number.batch != frame.batch:
+            kept.number = None  # whose rows are of other samples
         if self.guarded.needs.verify:
             return kept.number
         if self._sync != "lagged":
-            return self._measured(signals, kept.past) if needed else None
+            return self._measured(frame, signals, kept.past) if needed else None
         # copied while this call runs, for the next one
-        before, kept.number = kept.number, self._measured(signals, kept.past)
+        before, kept.number = kept.number, self._measured(frame, signals, kept.past)
         return before
 
     def _values(self, frame: Frame, by_row: list[float], samples: Sequence[Sequence[int]]) -> list[float | None]:
         """Each sample's number."""
         batch = sum(map(len, samples))
         if len(by_row) % batch:
+            if len(samples) > 1:
+                self._tell_of_neighbours()
             return [largest(by_row)] * len(samples)
         folded = len(by_row) // batch  # frames and the like, which some models fold into the batch
         by_row = [largest(by_row[row * folded : (row + 1) * folded]) for row in range(batch)]
@@ -231,11 +240,11 @@ class Decisions:
         branches = [own, *others] if is_unconditional(frame.key[1]) else [*others, own]
         return [[value for values in sample for value in values] for sample in zip(*branches, strict=True)]
 
-    def _measured(self, signals: Mapping[str, Tensor], past: Past) -> "Number | None":
+    def _measured(self, frame: Frame, signals: Mapping[str, Tensor], past: Past) -> "Number | None":
         measured = self.guarded.measure(signals, past)
         if measured is None:
             return None
-        return Number(measured if self._agree is None else self._agree(measured))
+        return Number(measured if self._agree is None else self._agree(measured), frame.batch)
 
     def close(self, frame: Frame) -> None:
         """At the end of a call: remember what was computed of it."""
@@ -262,7 +271,7 @@ class Decisions:
         """Keep of this call what the next ones are compared with."""
         kept, needs = self._kept.setdefault(frame.key, Kept()), self.guarded.needs
         if needs.verify and not needs.rollback:
-            kept.number = self._measured(signals, kept.past) if frame.reused else None
+            kept.number = self._measured(frame, signals, kept.past) if frame.reused else None
         if not frame.reused or frame.rows is not None:
             rows = frame.rows if frame.reused else None
             remembered = self.guarded.remember(signals, kept.past)
@@ -299,12 +308,13 @@ class Kept:
 
 
 class Number:
-    """A measured number per row on its way to the host.
+    """A measured number per row of a call on its way to the host. batch: rows of the call's sample.
 
     On CUDA the copy is asynchronous, and reading waits for its event: never for whether it happens to be there.
     """
 
-    def __init__(self, measured: Tensor):
+    def __init__(self, measured: Tensor, batch: int):
+        self.batch = batch
         self._event: Any = None
         self._host = measured
         if measured.is_cuda:
@@ -325,7 +335,7 @@ def _replaced(kept: Mapping[str, Tensor], new: Mapping[str, Tensor], rows: Seque
         return dict(new)
     whole = {}
     for name, tensor in new.items():
-        index = torch.tensor(rows, device=tensor.device)
+        index = row_index(rows, tensor)
         # not in place: a step may be kept as the previous one as well
         base = kept[name] if name in kept else torch.full_like(tensor, math.nan)
         whole[name] = base.index_copy(0, index, tensor.index_select(0, index))

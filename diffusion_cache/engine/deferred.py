@@ -95,6 +95,8 @@ def _gated(a: Any, b: Any) -> Tensor | None:
     branch, gate = (a, b) if isinstance(a, Deferred) else (b, a)
     if not _is_open(branch, gate) or branch._gate is not None or gate.ndim > 3:
         return None
+    if gate.ndim == 0:
+        gate = gate.to(branch.dtype)  # one number is not what makes others wider
     if gate.ndim < 3:
         gate = gate[(None,) * (3 - gate.ndim)]
     if any(size not in (1, whole) for size, whole in zip(gate.shape, branch.shape, strict=True)):

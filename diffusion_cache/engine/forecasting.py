@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..context import Blend, Correction, NonLinear, Query, Signals
 from ..errors import ConfigError
-from ..history import History
+from ..history import History, row_index
 from ..models import Span
 from .frame import Frame, PassKey
 from .structure import Inputs, flatten, row_output
@@ -128,7 +128,7 @@ class Forecasts:
         for lane, rows in rows_of.items():
             lane = lane[-forecaster.history :]
             (query,) = self._queries(frame, span, tuple(node for node, _ in lane), frame.step.index)
-            index = torch.tensor(rows, device=whole.device) if len(rows_of) > 1 else None
+            index = row_index(rows, whole) if len(rows_of) > 1 else None
             held = [stored[slot] if index is None else stored[slot].index_select(0, index) for _, slot in lane]
             features = history.restored(held)
             made = features[-1]
@@ -230,8 +230,7 @@ class Forecasts:
             if not frame.reused:
                 tail.observe(frame.step.index, [given], [None])
             elif frame.rows is not None:
-                index = torch.tensor(frame.rows, device=given.device)
-                rows = given.index_select(0, index)
+                rows = given.index_select(0, row_index(frame.rows, given))
                 tail.observe(frame.step.index, [rows], [None], frame.rows, frame.batch)
         except Exception as error:
             tail.clear()
@@ -248,7 +247,7 @@ class Forecasts:
             if kept.slots and [tensor.shape for tensor in kept.slots[0]] != [tensor.shape for tensor in signals]:
                 kept.clear()
             if rows is not None:
-                signals = [tensor.index_select(0, torch.tensor(rows, device=tensor.device)) for tensor in signals]
+                signals = [tensor.index_select(0, row_index(rows, tensor)) for tensor in signals]
             kept.observe(frame.step.index, signals, [None] * len(signals), rows, frame.batch)
         except Exception as error:
             kept.clear()
@@ -272,19 +271,22 @@ def _spread(table: Sequence[Any], rows: int) -> list[Any]:
 
 def _table(rows: Sequence[Sequence[float | Tensor]], feature: Tensor) -> Tensor:
     """[rows, weights] of weights that are numbers or tensors [rows], of which each row takes its own."""
-    numbers = as_tensor([[0.0 if isinstance(w, Tensor) else w for w in row] for row in rows], feature)
+    known = tuple(tuple(0.0 if isinstance(w, Tensor) else w for w in row) for row in rows)
+    numbers = ops.shared(known, feature.device, wide_dtype(feature))
     tensors = {id(w): w for row in rows for w in row if isinstance(w, Tensor)}
     if not tensors:
         return numbers
-    places = {known: 1 + place for place, known in enumerate(tensors)}  # 0: a number
-    chosen = as_tensor([[places.get(id(w), 0) for w in row] for row in rows], feature).long()
+    places = {w: 1 + place for place, w in enumerate(tensors)}  # 0: a number
+    chosen = ops.shared(tuple(tuple(places.get(id(w), 0) for w in row) for row in rows), feature.device, torch.int64)
     by_row = torch.stack([numbers.new_zeros(len(rows)), *(w.to(numbers) for w in tensors.values())], dim=1)
     return torch.where(chosen > 0, by_row.gather(1, chosen), numbers)
 
 
 def as_tensor(weights: Sequence[Any], feature: Tensor) -> Tensor:
-    """Weights for features like this one, on its device."""
-    values = torch.tensor(weights, dtype=torch.float64 if feature.dtype == torch.float64 else torch.float32)
-    if feature.is_cuda:
-        return values.pin_memory().to(feature.device, non_blocking=True)  # or the host would wait
-    return values.to(feature.device)
+    """Weights for features like this one, on its device; not shared, or compiled code would be specialised."""
+    return ops.on_device(weights, feature.device, wide_dtype(feature))
+
+
+def wide_dtype(feature: Tensor) -> torch.dtype:
+    """Of numbers that features like this one are multiplied by."""
+    return torch.float64 if feature.dtype == torch.float64 else torch.float32

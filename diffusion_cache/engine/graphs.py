@@ -6,6 +6,7 @@ arguments, weights and slots are written into before a replay, and a feature is 
 its slot afterwards, which its weight then follows. Deciding, weighing and storing stay outside.
 """
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -48,24 +49,47 @@ class Capturer:
         """What the function gives, run on the stream that it is captured on, where kernels are then known."""
         side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            made = body()
-        current.wait_stream(side)
-        return made
+        try:
+            with torch.cuda.stream(side):
+                return body()
+        finally:
+            current.wait_stream(side)  # memory that the function let go of is not another's before it is done
 
     def capture(self, body: Callable[[], Any], beside: Any) -> tuple[Any, Any]:
         """The graph, with `replay()`, and what the function gave: tensors that hold something after a replay.
 
         beside: a graph of the same pool, if there is one.
         """
-        graph = torch.cuda.CUDAGraph()
-        pool = None if beside is None else beside.pool()
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=pool, stream=_side_stream(self._device), capture_error_mode="thread_local"),
-        ):
-            made = body()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        pool = torch.cuda.graph_pool_handle() if beside is None else beside.pool()
+        side = _side_stream(self._device)
+        with torch.cuda.device(self._device):
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    made = body()
+            except BaseException:
+                torch.cuda.set_stream(current)
+                _abandon(self._device.index, pool)
+                raise
         return graph, made
+
+
+def _abandon(device: int, pool: Any) -> None:
+    """Undo what torch leaves behind of a capture that could not end.
+
+    Without that, the allocator takes the capture for one that goes on, and refuses to empty its cache; before torch had
+    a state for each capture, the generator refused as well to give numbers outside of one.
+    """
+    # these raise where the capture has ended, and all that failed was what it was of; older torch has other names
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+# torch has one capture in a process at a time, and what another thread ran on the side stream would become a part of it
+_CAPTURING = threading.RLock()
 
 
 @functools.cache
@@ -125,10 +149,14 @@ class Made(NamedTuple):
 
 
 class Entry:
-    """One way of calling a denoiser, seen once at least. slots: of the spans that the graph reads."""
+    """One way of calling a denoiser, seen once at least. slots: of the spans that the graph reads.
+
+    shares: whether others may be captured into its graph's pool, in which no capture has failed.
+    """
 
     def __init__(self) -> None:
         self.graph: Any = None
+        self.shares = True
         self.made: Made | None = None
         self.inputs: list[Tensor] = []
         self.numbers: Tensor | None = None
@@ -255,13 +283,17 @@ class Graphs:
             finally:
                 run.frame = outer
 
-        beside = next((other.graph for other in self._entries.values() if other.graph is not None), None)
+        others = [other for other in self._entries.values() if other.graph is not None]
+        beside = next((other.graph for other in others if other.shares), None)
         made = None
         try:
-            made = self._capturer.warm(body)
-            entry.graph, entry.made = self._capturer.capture(body, beside)
+            with _CAPTURING:
+                made = self._capturer.warm(body)
+                entry.graph, entry.made = self._capturer.capture(body, beside)
         except Exception as error:
-            entry.failed, entry.graph = True, None
+            entry.failed = True
+            for other in others:
+                other.shares = False
             self._tell(f"a call could not be captured, and its like go without graphs: {type(error).__name__}: {error}")
             return made
         entry.inputs = [leaf for leaf in fixed if isinstance(leaf, Tensor)]

@@ -12,7 +12,7 @@ from .. import ops
 from ..chunks import ChunkHistory, Chunks
 from ..differences import DIFFERENCES, DifferenceHistory
 from ..errors import DiffusionCacheError
-from ..history import History, is_finite
+from ..history import History, finite, is_finite, row_index
 from ..models import Called, Span
 from ..offload import Offload
 from .forecasting import Forecasts, as_tensor
@@ -359,7 +359,7 @@ class SpanCalls:
         assert template is not None
         assert forecast is not None
         assert rows is not None
-        index = torch.tensor(rows, device=next(iter(visit.inputs.values())).device)
+        index = row_index(rows, next(iter(visit.inputs.values())))
         output = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
         if member < len(visit.span.members) - 1:
             return state.passthrough[member].spread(output, index)
@@ -584,7 +584,7 @@ class SpanCalls:
             whole = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
             if not all(len(leaf) == frame.batch for leaf in whole if leaf.ndim):
                 return False
-            index = torch.tensor([frame.batch - 1], device=whole[0].device)
+            index = row_index([frame.batch - 1], whole[0])
             with forked_rng():
                 alone = inner(*select_rows(args, frame.batch, index), **select_rows(kwargs, frame.batch, index))
             parts = [leaf for leaf in flatten(alone)[0] if isinstance(leaf, Tensor)]
@@ -666,11 +666,15 @@ class SpanCalls:
         """Let go of every feature, telling of those that could not be checked on the way."""
         self._count_bytes()
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
+        if self._offload is None:
+            late = [(span, finite(history.tensors())) for span, history in newest if not history.on_host]
+        else:
+            late = [(span, self._offload.finite[history]) for span, history in newest]
+        # read at once, wherever they are
+        known = torch.stack([held.to(late[0][1].device) for _, held in late]).tolist() if late else []
+        unchecked = [span for (span, _), holds in zip(late, known, strict=True) if not holds]
         if self._offload is not None:
             self._offload.finish()
-        late = [(span, history) for span, history in newest if self._offload is not None or not history.on_host]
-        unchecked = [span for span, history in late if not is_finite(history.tensors())]
-        if self._offload is not None:
             self._offload.release()
         self._states.clear()
         self._order.clear()

@@ -4,7 +4,7 @@ sums[b, j] += Σ_r s(b, r, j) · x[b, r · width + π_r(j)] over runs r of `widt
 both hashes of indices (`diffusion_cache/count_sketch.py`; Charikar, Chen and Farach-Colton 2002).
 
 Each program makes some of one sample's sums over a part of the runs, hashing in registers what PyTorch writes to memory
-as 64-bit indices and signs. The parts are added up in one order, so that the same sums come out every time. Bytes
+as indices and signs. The parts are added up in one order, so that the same sums come out every time. Bytes
 moved: one read of x, whose elements are gathered within a run, which L2 holds.
 """
 
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import start
+from .tiles import parts_of, start
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}  # of the largest sum
 SHAPES = {"FLUX 1024²": (1, 4608, 3072), "Wan 480p": (1, 32760, 1536), "DiT-XL/2": (2, 256, 1152)}
 WIDTH = 2**15  # that it is timed at
 CONFIGS = ((1024, 4), (512, 4), (2048, 8))
 PARTS = 16  # of the runs
-LARGEST = tl.constexpr(0x7FFFFFFF)
+LARGEST = tl.constexpr(0x7FFFFFFF)  # hashes are of 31 bits, which 32-bit arithmetic keeps though it wraps around
 SIGNS_PER_HASH = 24
 
 
@@ -71,18 +71,20 @@ def kernel(
     SIGNS_PER_HASH: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ):
-    """partial: [PARTS, batch, WIDTH]. numbers: run, first, six keys of stages, and those of the groups' signs."""
+    """partial: [PARTS, batch, WIDTH]. numbers, int32: run, first, six keys of stages, those of the groups' signs."""
     across: tl.constexpr = WIDTH // TILE_COLUMNS
     program = tl.program_id(0)
-    column = (program % across) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS).to(tl.int64)
-    entry = ((program // across) % batch).to(tl.int64)
+    column = (program % across) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    entry = (program // across) % batch
     part = program // (across * batch)
     opening = tl.load(numbers)
     first = tl.load(numbers + 1)
     key = tl.load(numbers + 8 + (first + entry) // SIGNS_PER_HASH - first // SIGNS_PER_HASH)
     shift = (first + entry) % SIGNS_PER_HASH
     total = tl.zeros((TILE_COLUMNS,), tl.float32)
-    for place in range(part, tl.cdiv(elements, WIDTH), PARTS):
+    row = flat + entry.to(tl.int64) * stride
+    begin = part.to(tl.int64) * WIDTH
+    for place in range(part, parts_of(elements, WIDTH), PARTS):
         run = opening + place
         at = column
         for stage in tl.static_range(3):
@@ -90,8 +92,9 @@ def kernel(
             offset = mixed(run, tl.load(numbers + 3 + 2 * stage))
             at = (at * ((multiplier & (WIDTH - 1)) | 1) + offset) & (WIDTH - 1)
             at = at ^ (at >> HALF)
-        at += (run - opening) * WIDTH
-        value = tl.load(flat + entry * stride + at, mask=at < elements, other=0.0).to(tl.float32)
+        element = begin + at
+        value = tl.load(row + element, mask=element < elements, other=0.0).to(tl.float32)
+        begin += PARTS * WIDTH
         negative = (mixed(run * WIDTH + column, key) >> shift) & 1
         total += tl.where(negative == 1, -value, value)
     tl.store(partial + (part.to(tl.int64) * batch + entry) * WIDTH + column, total)
@@ -117,7 +120,9 @@ def launch(
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     elements, warps = config
     tile = min(elements, width)
-    numbers = torch.tensor([run, first, *stages, *signs], device=flat.device)
+    numbers = torch.tensor([run, first, *stages, *signs], dtype=torch.int32)
+    numbers = numbers.pin_memory() if flat.is_cuda else numbers  # or the host would wait for the copy
+    numbers = numbers.to(flat.device, non_blocking=True)
     partial = torch.empty(PARTS, batch, width, device=flat.device, dtype=torch.float32)
     start(
         kernel,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codes import decode_reference
 from .sums import corrected, operands, weighted_sum
-from .tiles import CONFIGS, channels_last, layout, place, start, tiling
+from .tiles import CONFIGS, layout, place, start, tiling
 
 # of the largest magnitude among the terms of a sum: float32 rounding of it, and one rounding to the result's dtype
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -104,20 +104,22 @@ def launch(
     the scales of these. A base may be broadcast over its batch or be a slice of a longer sequence; anything else that
     is not contiguous, nor channels-last throughout, is made so first.
     """
-    given = operands(features, scales, weights, correction)
-    like = features[-1 if given.code else 0]
+    like = features[-1 if scales else 0]
+    laid_out = layout(like)
+    moved = not scales and laid_out is not torch.contiguous_format
+    given = operands(features, scales, weights, correction, moved)
+    form = given.form
     if base is not None and base.shape != like.shape:
         raise ValueError(f"base and features have one shape, not {list(base.shape)} and {list(like.shape)}")
-    moved = not given.code and channels_last(like)
     if out is None:
-        out = torch.empty_like(like, dtype=dtype, memory_format=layout(like))
+        out = torch.empty_like(like, dtype=dtype, memory_format=laid_out)
     target = out.movedim(1, -1) if moved else out
     if not target.is_contiguous():
         raise ValueError("out must be contiguous, or channels-last like the features")
     if base is not None:
         base = base.movedim(1, -1) if moved else base
         base = base if base[0].is_contiguous() else base.contiguous()
-    tiles = tiling(given.batch, given.rows, given.columns, config)
+    tiles = tiling(form.batch, form.rows, form.columns, config)
     start(
         kernel,
         tiles.programs,
@@ -129,15 +131,15 @@ def launch(
         given.scales,
         given.weights,
         given.correction,
-        given.rows,
-        given.columns,
+        form.rows,
+        form.columns,
         0 if base is None else base.stride(0),
-        given.weight_stride,
-        given.correction_stride,
-        given.channels,
-        given.group,
-        CODE=given.code,
-        KIND=given.kind,
+        form.weight_stride,
+        form.correction_stride,
+        form.channels,
+        form.group,
+        CODE=form.code,
+        KIND=form.kind,
         **tiles.sizes,
     )
     return out

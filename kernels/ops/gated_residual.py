@@ -105,6 +105,7 @@ def launch(
     Dtypes and `out` are those of `forecast_residual.launch`; the gate may be of any of them.
     """
     given = operands(features, scales, weights, correction, whole_rows=True)
+    form = given.form
     shape = features[0].shape
     if base.shape != shape or len(shape) != 3 or gate.ndim != 3:
         raise ValueError(
@@ -118,7 +119,7 @@ def launch(
         out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    tiles = tiling(given.batch, given.rows, given.columns, config)
+    tiles = tiling(form.batch, form.rows, form.columns, config)
     start(
         kernel,
         tiles.programs,
@@ -131,17 +132,17 @@ def launch(
         given.scales,
         given.weights,
         given.correction,
-        given.rows,
-        given.columns,
+        form.rows,
+        form.columns,
         base.stride(0),
         gate.stride(0) if len(gate) > 1 else 0,
         gate.stride(1),
-        given.weight_stride,
-        given.correction_stride,
-        given.channels,
-        given.group,
-        CODE=given.code,
-        KIND=given.kind,
+        form.weight_stride,
+        form.correction_stride,
+        form.channels,
+        form.group,
+        CODE=form.code,
+        KIND=form.kind,
         GATE_ROWS=gate.shape[1] > 1,
         GATE_COLUMNS=gate.shape[2] > 1,
         **tiles.sizes,

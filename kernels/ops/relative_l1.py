@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import forecast_residual
-from .tiles import CONFIGS, channels_last, start
+from .tiles import CONFIGS, ceil_div, channels_last, parts_of, start
 
 MEASURES = ("l1", "l2", "cosine")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
@@ -46,7 +46,7 @@ def kernel(
     TILE_COLUMNS: tl.constexpr,
 ):
     """partial: [programs, 3], the sums that the measure is made of over PARTS tiles of one sample."""
-    across = tl.cdiv(columns, TILE_COLUMNS * PARTS)
+    across = parts_of(columns, TILE_COLUMNS * PARTS)
     program = tl.program_id(0)
     entry = (program // across).to(tl.int64)
     begin = (program % across).to(tl.int64) * (TILE_COLUMNS * PARTS)
@@ -111,7 +111,7 @@ def launch(current: Tensor, previous: Tensor, measure: str = "l1", config: tuple
     b = previous if previous[0].is_contiguous() else previous.contiguous()
     elements, warps = config
     batch, columns = len(a), a[0].numel()
-    parts = triton.cdiv(columns, elements * PARTS)
+    parts = ceil_div(columns, elements * PARTS)
     partial = torch.empty(batch, parts, 3, device=a.device, dtype=torch.float32)
     result = torch.empty(batch, device=a.device, dtype=torch.float32)
     start(

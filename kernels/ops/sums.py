@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,19 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import code_of, decode, raw
-from .tiles import channels_last
 
 SLOTS = 8
 
 
-class Operands(NamedTuple):
-    """Features and what they are combined with, as kernels take them: a tensor is [batch, rows, columns]."""
+class Form(NamedTuple):
+    """What of a launch follows from shapes and dtypes alone; a tensor is [batch, rows, columns]."""
 
-    slots: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
-    weights: Tensor
     weight_stride: int
-    correction: Tensor | None
     correction_stride: int
     channels: int
     group: int  # rows that share a channel, where channels run along the rows
@@ -33,7 +29,22 @@ class Operands(NamedTuple):
     kind: str  # of the correction: "" for none, "all" for a number, by "column" or by "row" for channels
 
 
-def check(features: Sequence[Tensor], scales: Sequence[Tensor], weights: Tensor, correction: Tensor | None) -> None:
+class Operands(NamedTuple):
+    """Features and what they are combined with, as kernels take them."""
+
+    slots: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    weights: Tensor
+    correction: Tensor | None
+    form: Form
+
+
+def check(
+    features: Sequence[tuple[torch.Size, torch.dtype]],
+    scales: Sequence[torch.Size],
+    weights: torch.Size,
+    correction: torch.Size | None,
+) -> None:
     """Nothing may be read that is not there.
 
     Raises:
@@ -41,22 +52,20 @@ def check(features: Sequence[Tensor], scales: Sequence[Tensor], weights: Tensor,
     """
     if not 1 <= len(features) <= SLOTS:
         raise ValueError(f"a launch takes 1 to {SLOTS} features, not {len(features)}")
-    if weights.shape[-1] != len(features):
-        raise ValueError(f"{weights.shape[-1]} weights for {len(features)} features")
-    shape = features[0].shape
+    if weights[-1] != len(features):
+        raise ValueError(f"{weights[-1]} weights for {len(features)} features")
+    shape = features[0][0]
     batch, channels = shape[0], shape[-1 if len(shape) <= 3 else 1]
-    if any(feature.shape != shape for feature in features) or any(scale.shape != shape[:-1] for scale in scales):
+    if any(other != shape for other, _ in features) or any(scale != shape[:-1] for scale in scales):
         raise ValueError("features have one shape, and their scales the same without the last axis")
-    found = [code_of(feature.dtype) for feature in features]
+    found = [code_of(dtype) for _, dtype in features]
     plain = len(features) - len(scales)
     if any(found[:plain]) or "" in found[plain:] or len(set(found[plain:])) > 1:
         raise ValueError(f"features in one code come last, each with its scales: {found} with {len(scales)}")
-    if weights.ndim == 2 and len(weights) != batch:
-        raise ValueError(f"weights for {len(weights)} rows, of which there are {batch}")
-    if correction is not None and (
-        len(correction) not in (1, batch) or correction.shape[1:] not in ((2, 1), (2, channels))
-    ):
-        raise ValueError(f"a correction is [1 or {batch}, 2, 1 or {channels}], not {list(correction.shape)}")
+    if len(weights) == 2 and weights[0] != batch:
+        raise ValueError(f"weights for {weights[0]} rows, of which there are {batch}")
+    if correction is not None and (correction[0] not in (1, batch) or correction[1:] not in ((2, 1), (2, channels))):
+        raise ValueError(f"a correction is [1 or {batch}, 2, 1 or {channels}], not {list(correction)}")
 
 
 def operands(
@@ -64,20 +73,50 @@ def operands(
     scales: Sequence[Tensor],
     weights: Tensor,
     correction: Tensor | None,
+    moved: bool = False,
     whole_rows: bool = False,
 ) -> Operands:
     """The operands of one launch. features: plain numbers, and then those in codes; scales: of these. weights,
     correction: as `ops.forecast` takes them.
 
-    whole_rows: keep the last axis apart even where nothing differs along it.
+    moved: whether the kernel walks through images and videos with their channels last. whole_rows: keep the last axis
+    apart even where nothing differs along it.
     """
+    form = _form(
+        tuple((feature.shape, feature.dtype) for feature in features),
+        tuple(scale.shape for scale in scales),
+        weights.shape,
+        None if correction is None else correction.shape,
+        moved,
+        whole_rows,
+    )
+    if moved:
+        features = [feature.movedim(1, -1) for feature in features]
+    return Operands(
+        tuple(raw(feature).contiguous() for feature in features),
+        tuple(scale.contiguous() for scale in scales),
+        weights.to(torch.float32).contiguous(),
+        None if correction is None else correction.to(torch.float32).contiguous(),
+        form,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _form(
+    features: tuple[tuple[torch.Size, torch.dtype], ...],
+    scales: tuple[torch.Size, ...],
+    weights: torch.Size,
+    correction: torch.Size | None,
+    moved: bool,
+    whole_rows: bool,
+) -> Form:
+    """Found once for each way of calling, as a step makes tens of launches alike."""
     check(features, scales, weights, correction)
-    code = code_of(features[-1].dtype)
-    inner = features[0].ndim <= 3
-    if not code and channels_last(features[0]):
-        features, inner = [feature.movedim(1, -1) for feature in features], True
-    shape = features[0].shape
-    channels = 1 if correction is None else correction.shape[-1]
+    shape, code = features[0][0], code_of(features[-1][1])
+    inner = moved or len(shape) <= 3
+    if moved:
+        shape = torch.Size([shape[0], *shape[2:], shape[1]])
+    channels = 1 if correction is None else correction[-1]
     if code or whole_rows or (channels > 1 and inner):
         rows, columns = math.prod(shape[1:-1]), shape[-1]
     elif channels > 1:
@@ -85,13 +124,9 @@ def operands(
     else:
         rows, columns = 1, math.prod(shape[1:])
     kind = "" if correction is None else "all" if channels == 1 else "column" if inner else "row"
-    return Operands(
-        tuple(raw(feature).contiguous() for feature in features),
-        tuple(scale.contiguous() for scale in scales),
-        weights.to(torch.float32).contiguous(),
-        len(features) if weights.ndim == 2 else 0,
-        None if correction is None else correction.to(torch.float32).contiguous(),
-        2 * channels if correction is not None and len(correction) > 1 else 0,
+    return Form(
+        len(features) if len(weights) == 2 else 0,
+        2 * channels if correction is not None and correction[0] > 1 else 0,
         channels,
         rows // channels if kind == "row" else 1,
         shape[0],

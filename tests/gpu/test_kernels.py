@@ -60,17 +60,26 @@ def test_changes_are_those_of_pytorch(measure, plain):
     assert torch.allclose(found, plain(ops.relative_change, current, previous, measure), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(plain):
     base, features = random(*SHAPE), [random(*SHAPE) for _ in range(2)]
-    ops.forecast(base, features, (0.25, 0.5))  # the first call compiles
-    ops.relative_change(base, features[0])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.forecast(base, features, (0.5, 0.25))
+    gate, sums = random(SHAPE[0], 1, SHAPE[2]), torch.zeros(SHAPE[0], 1024, device="cuda")
+
+    def everything(weights, seed):
+        ops.forecast(base, features, weights)
+        ops.gated_forecast(base, gate, features, weights)
         ops.relative_change(base, features[0])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        ops.encode_residual(base, features[0], "int8")
+        ops.add_sketch(sums, base.flatten(1), 0, 23, seed)
+        ops.shared((0, 1), base.device, torch.int64)
+
+    for way in (lambda *given: everything(*given), lambda *given: plain(everything, *given)):
+        way((0.25, 0.5), 1)  # the first call compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            way((0.5, 0.25), 2)  # with numbers that are not on the device yet
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_than_two_to_the_31_elements():

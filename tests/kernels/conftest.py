@@ -1,6 +1,6 @@
 """What needs a GPU or Triton's interpreter, which is chosen when Triton is imported, so in a process of its own.
 
-`test_interpreted.py` starts such processes.
+`test_interpreted*.py` start such processes.
 """
 
 import os

@@ -108,24 +108,13 @@ def test_gated_residual(dtype, code, architecture, shape):
     assert_fast(machine, {VECTOR[code]: 2, 128: 2}, {128: 1}, narrow=2 * (1 + ROWS))
 
 
-@pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(store_residual.SHAPES))
+@pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(store_residual.SHAPES, DTYPES))
 def test_store_residual(dtype, code, architecture, shape):
     kind = DTYPE[dtype]
-    (feature,), scales = slots(shape, kind, code, 1)
-    given = (feature, scales[0] if code else None, meta(shape, kind), meta(shape, kind))
+    (feature,), (scales,) = slots(shape, kind, code, 1)
+    given = (feature, scales, meta(shape, kind), meta(shape, kind))
     (machine,) = compiled(store_residual, architecture, partial(store_residual.launch, *given))
     assert_fast(machine, {128: 2}, {VECTOR[code]: 1}, narrow=0)
-
-
-@pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(TWO, quick=()))
-def test_store_residual_with_sums(dtype, code, architecture, shape):
-    kind = DTYPE[dtype]
-    (feature, previous), scales = slots(shape, kind, code, 2)
-    inputs = meta(shape, kind), meta(shape, kind)
-    own, before = scales or (None, None)
-    launch = partial(store_residual.launch, feature, own, *inputs, previous, before, with_sums=True)
-    (machine,) = compiled(store_residual, architecture, launch)
-    assert_fast(machine, {128: 2, VECTOR[code]: 3}, {VECTOR[code]: 1}, narrow=ROWS)
 
 
 @pytest.mark.parametrize(("dtype", "code", "architecture", "shape"), cases(TWO, codes=("",)))
