@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -159,24 +161,21 @@ class Recommendation:
 def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Recommendation:
     """What to use with a pipeline, and why. Nothing is run.
 
-    steps: how many the pipeline will be called with; None for its own default. speedup: 1.5, 2 or 3, in work that the
-    denoiser is spared; the time that is saved depends on the machine. In order: nothing for few-step models; a shipped
-    profile of these very weights and this sampler; what was published for this very model; else, of the methods that
-    need no profile, what was best for 95% of samples on the small models that are most like it, as in the table of
-    `results/reference_all/report.md`.
+    steps: how many the pipeline will be called with; None for its own default. speedup: in work that the denoiser is
+    spared, 1.5, 2 or 3 where other models are gone by; the time that is saved depends on the machine. In order: nothing
+    for few-step models; a shipped profile of these very weights and this sampler; what was published for this very
+    model; else, of the methods that need no profile, what was best for 95% of samples on the small models that are most
+    like it, as in the table of `results/reference_all/report.md`.
 
     Raises:
-        ConfigError: if this is no diffusers pipeline, for steps below 1, or another speedup.
+        ConfigError: if this is no diffusers pipeline, for steps below 1, or a speedup that there is nothing for.
         NoSpansError: if it has nothing to cache.
     """
     denoisers = find_denoisers(pipe)
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ConfigError(f"steps must be a whole number of at least 1, not {steps!r}")
-    if speedup not in SPEEDUPS:
-        raise ConfigError(
-            f"speedup must be {', '.join(f'{one:g}' for one in SPEEDUPS)}, which were measured, not {speedup!r}: for "
-            "others make a profile of the model, enable(pipe, profile=…, speedup=…)"
-        )
+    if not isinstance(speedup, Real) or not 1 < speedup < math.inf:
+        raise ConfigError(f"speedup must be a number above 1, not {speedup!r}")
     if steps is None:
         found = _shipped_profile(pipe, denoisers, None, speedup)
         if found is not None:
@@ -335,6 +334,11 @@ def picks() -> list[Pick]:
 
 def _measured(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup: float) -> Recommendation:
     """What was measured to be best on the most similar models."""
+    if speedup not in SPEEDUPS:
+        raise ConfigError(
+            f"speedup must be {', '.join(f'{one:g}' for one in SPEEDUPS)}, which were measured on other models, not "
+            f"{speedup!r}: for others make a profile of this one, enable(pipe, profile=…, speedup=…)"
+        )
     table = {((pick.kind, pick.scheduler), pick.equal, pick.by): pick for pick in picks() if pick.speedup == speedup}
     place = next((place for place in _places(pipe, denoisers) if (place, "nfe", "p5") in table), None)
     if place is None:
