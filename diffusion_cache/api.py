@@ -134,7 +134,7 @@ def enable(
             parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
             none, as every sample is decided on by itself.
         options: fields of the policy, forecaster, corrector or system, and of `policies.Guards` (warmup, last, start,
-            end, max_consecutive, max_reused, sigma_max, sigma_min).
+            end, max_consecutive, max_reused, sigma_max, sigma_min, unconditional_every).
 
     Raises:
         ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
