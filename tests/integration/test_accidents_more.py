@@ -746,27 +746,6 @@ def test_diffusers_hooks_in_any_order(name, first, undone_first):
     assert untouched(denoiser)
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_diffusers_own_cache_on_the_same_denoiser(ours_first):
-    """Ours lies around it: what ours computes, theirs may reuse."""
-    config = diffusers.FirstBlockCacheConfig(threshold=0.3)
-    twin, pipe = load(FLUX), load(FLUX)
-    twin.transformer.enable_cache(config)
-    theirs = generate(FLUX, twin)
-    assert not torch.equal(theirs, uncached(FLUX))
-    acts = [lambda: dc.enable(pipe, "interval", every=1), lambda: pipe.transformer.enable_cache(config)]
-    for act in acts if ours_first else acts[::-1]:
-        act()
-    assert torch.equal(generate(FLUX, pipe), theirs)
-    pipe.transformer.disable_cache()
-    assert torch.equal(generate(FLUX, pipe), uncached(FLUX))
-    pipe.transformer.enable_cache(config)
-    dc.disable(pipe)
-    assert torch.equal(generate(FLUX, pipe), theirs)
-    pipe.transformer.disable_cache()
-    assert torch.equal(generate(FLUX, pipe), uncached(FLUX))
-
-
 # modes of torch
 
 
