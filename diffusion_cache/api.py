@@ -186,8 +186,7 @@ def enable(
         return _attached(pipe, made, group)
     target = wish.pop("speedup") if policy is not None else None
     refuse({**wish, "ignore": ignore or None, **watch}, needs_profile)
-    chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-    made = resolve.method(*chosen, scope, depth, how, options, corrector)
+    made = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
     tuner = None
     if target_reuse is not None or target is not None:
         tuner = _tuner(made, Target(target_reuse, target), group, options)
@@ -356,12 +355,10 @@ def run(
     parts = {"policy": policy, "forecaster": forecaster, "corrector": corrector, "scope": scope, "depth": depth}
     wish = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     if profile is not None or isinstance(plan, Plan):
-        watch = dict.fromkeys(("guard", "guard_factor", "strict"))
-        method = resolve.planned(None, {"denoiser": model}, profile, parts, wish, watch, ignore, how, options)
+        method = resolve.planned(None, {"denoiser": model}, profile, parts, wish, {}, ignore, how, options)
     else:
         refuse({**wish, "ignore": ignore or None}, needs_profile)
-        chosen = DEFAULT_POLICY if policy is None else policy, DEFAULT_FORECASTER if forecaster is None else forecaster
-        method = resolve.method(*chosen, scope, depth, how, options, corrector)
+        method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, levels)

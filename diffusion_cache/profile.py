@@ -377,13 +377,12 @@ def folder_of(name_or_path: str | Path) -> Path:
     Raises:
         ConfigError: if there is neither.
     """
-    shipped = shipped_profiles()
-    if not Path(name_or_path).is_dir() and str(name_or_path) not in shipped:
-        raise ConfigError(
-            f"{str(name_or_path)!r} is no folder, nor a profile that comes with the package. "
-            f"{suggest(str(name_or_path), shipped)}"
-        )
-    return Path(name_or_path) if Path(name_or_path).is_dir() else shipped[str(name_or_path)]
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    name, shipped = str(name_or_path), shipped_profiles()
+    if name not in shipped:
+        raise ConfigError(f"{name!r} is no folder, nor a profile that comes with the package. {suggest(name, shipped)}")
+    return shipped[name]
 
 
 def _is_repository(name: str | Path) -> bool:

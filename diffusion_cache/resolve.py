@@ -61,20 +61,22 @@ def needs_profile(name: str, value: Any) -> str:
 
 
 def method(
-    policy: str | Policy,
-    forecaster: str | Forecaster,
+    policy: str | Policy | None,
+    forecaster: str | Forecaster | None,
     scope: str | None,
     depth: int | None,
     how: Mapping[str, Any],
     options: Mapping[str, Any],
     corrector: str | Corrector | None = None,
 ) -> Method:
-    """A policy with a forecaster, by names or as instances.
+    """A policy with a forecaster, by names or as instances; None for the default.
 
     Raises:
         ConfigError: for unknown names, options and values.
     """
     _check(scope, depth, how)
+    policy = DEFAULT_POLICY if policy is None else policy
+    forecaster = DEFAULT_FORECASTER if forecaster is None else forecaster
     remaining = dict(options)
     guards = _construct("guards", Guards, _take(remaining, _fields(Guards)))
     built_policy = _build(policy_registry, policy, Policy, remaining)
@@ -219,7 +221,9 @@ def _check(scope: str | None, depth: int | None, how: Mapping[str, Any]) -> None
         raise ConfigError(f"stream takes a diffusion_cache.Stream(…), not {stream!r}")
 
 
-def _drift(plan: Plan, guard: str | None, guard_factor: float | None, strict: bool | None) -> Drift | None:
+def _drift(
+    plan: Plan, guard: str | None = None, guard_factor: float | None = None, strict: bool | None = None
+) -> Drift | None:
     """What a plan's runs are watched by, if they are to be."""
     if guard is None:
         refuse(
@@ -252,7 +256,7 @@ def _published(
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
     driven = entry.driven()
-    forecaster = forecaster or driven.forecaster or DEFAULT_FORECASTER
+    forecaster = driven.forecaster if forecaster is None else forecaster
     return method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})
 
 

@@ -134,12 +134,8 @@ def launch(
         form.rows,
         form.columns,
         0 if base is None else base.stride(0),
-        form.weight_stride,
-        form.correction_stride,
-        form.channels,
-        form.group,
-        CODE=form.code,
-        KIND=form.kind,
+        *form.numbers,
+        **form.constants,
         **tiles.sizes,
     )
     return out

@@ -28,6 +28,15 @@ class Form(NamedTuple):
     code: str
     kind: str  # of the correction: "" for none, "all" for a number, by "column" or by "row" for channels
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """What kernels take last, in their order."""
+        return self.weight_stride, self.correction_stride, self.channels, self.group
+
+    @property
+    def constants(self) -> dict[str, str]:
+        return {"CODE": self.code, "KIND": self.kind}
+
 
 class Operands(NamedTuple):
     """Features and what they are combined with, as kernels take them."""

@@ -1,5 +1,7 @@
-"""The code in docs/ and in CONTRIBUTING.md runs."""
+"""The code in docs/ and in CONTRIBUTING.md runs, and the tables of README.md are those of committed results."""
 
+import csv
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 import diffusion_cache as dc
 from diffusion_cache import reference, registry
+from diffusion_cache.planning.choose import choose
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -61,3 +64,26 @@ def test_the_examples_of_contributing_work(examples):
     with dc.cached(pipe, method="masked"):
         pipe(**language_models.call())
         assert dc.summary(pipe).executed < dc.summary(pipe).tokens
+
+
+def test_the_demo_in_readme_is_the_committed_one():
+    table = (ROOT / "docs" / "demo.md").read_text().partition("\n\n")[0]
+    assert table.count("\n") == 9
+    assert table in (ROOT / "README.md").read_text()
+
+
+def test_the_plans_in_readme_are_those_that_ship():
+    """Mean and 5th percentile as evaluated, with the worst of the plan's own held-out samples."""
+    rows = list(csv.DictReader((ROOT / "results" / "plans" / "summary.csv").open()))
+    found = {
+        (row["model"], row["sampler"], json.loads(row["settings"])["plan"]): (row["psnr_mean"], row["psnr_p5"])
+        for row in rows
+        if row["method"] == "plan"
+    }
+    readme = (ROOT / "README.md").read_text()
+    for model, sampler in dict.fromkeys(key[:2] for key in found):
+        profile = dc.Profile.from_pretrained(f"{model}-{sampler}")
+        plans = [choose(profile.plans, nfe=profile.total / part) for part in (2, 3, 4, 5)]
+        figures = [(*map(float, found[model, sampler, plan.name]), plan.quality.worst) for plan in plans]
+        cells = " | ".join(f"{mean:.1f} / {p5:.1f} ({worst:.1f})" for mean, p5, worst in figures)
+        assert f"| {model}, {sampler} | {cells} |" in readme
