@@ -388,8 +388,9 @@ def test_an_entry_may_go_with_another_forecaster():
     name, (model, _) = "published/fora/dit-xl-2-256-50-every-2", model_of("DiTTransformer2DModel")
     wish = dict.fromkeys(("speedup", "min_psnr", "nfe", "plan"))
     watch = dict.fromkeys(("guard", "guard_factor", "strict"))
-    for options, forecaster in (({}, Reuse()), ({"forecaster": "hermite", "order": 1}, Hermite(1))):
-        made = resolve.planned(None, {"denoiser": model}, name, wish, watch, (), {}, options)
+    for said, options, forecaster in ((None, {}, Reuse()), ("hermite", {"order": 1}, Hermite(1))):
+        parts = {"forecaster": said}
+        made = resolve.planned(None, {"denoiser": model}, name, parts, wish, watch, (), {}, options)
         assert made.forecaster == forecaster
 
 
