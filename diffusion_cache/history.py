@@ -92,7 +92,10 @@ class History:
     def _stored(self, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], old: Sequence[Tensor]) -> list[Tensor]:
         """What a slot holds of a feature, written into what it held before where that serves."""
         parts: list[Tensor] = []
-        self._coded = [out.dtype if self._encodes(out) else None for out in outputs]
+        if self.dtype == "model":
+            self._coded = [None] * len(outputs)
+        else:
+            self._coded = [out.dtype if self._encodes(out) else None for out in outputs]
         for out, base, coded in zip(outputs, bases, self._coded, strict=True):
             here = old[len(parts) :]
             if coded is None:

@@ -3,7 +3,6 @@
 import functools
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -83,7 +82,7 @@ class CacheRun:
         self.guidance: float | None = None  # the scale in the pipeline's call
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
-        self._passes: Counter[tuple[str, str]] = Counter()  # of this step so far, by denoiser and name
+        self._passes: dict[tuple[str, str], int] = {}  # of this step so far, by denoiser and name
         self.chunks: tuple[int, ...] | None = None  # of a stream, those that calls hold, where the user's loop tells
         self._ladder = Ladder()
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
@@ -277,8 +276,7 @@ class CacheRun:
         if position == 0:
             self._passes.clear()
         name = self.pass_name or (self.guided[position] if position < len(self.guided) else str(position))
-        self._passes[denoiser, name] += counted
-        count = self._passes[denoiser, name]
+        count = self._passes[denoiser, name] = self._passes.get((denoiser, name), 0) + counted
         return name if count < 2 else f"{name}.{count}"
 
     def _chunks(self, args: tuple, kwargs: dict[str, Any], batch: int) -> Chunks | None:
@@ -468,7 +466,7 @@ def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:
     sample = sample_of(args, kwargs)
     if isinstance(sample, (list, tuple)):
         return max(len(sample), 1)
-    return len(sample) if isinstance(sample, Tensor) and sample.ndim else 1
+    return sample.shape[0] if isinstance(sample, Tensor) and sample.ndim else 1
 
 
 def row_groups(args: tuple, kwargs: dict[str, Any]) -> int:

@@ -248,14 +248,19 @@ class Decisions:
 
     def close(self, frame: Frame) -> None:
         """At the end of a call: remember what was computed of it."""
-        states = self._states.setdefault(frame.key, [PassState()])
-        verdicts = frame.verdicts or [Verdict(True, "")] * len(states)
+        states = self._states.get(frame.key)
+        if states is None:
+            states = self._states[frame.key] = [PassState()]
         all_computed = not frame.reused
-        for state, verdict in zip(states, verdicts, strict=True):
+        if not frame.verdicts:
+            for state in states:
+                state.update(frame.step.index, all_computed)
+            return  # signals are taken to be decided by
+        for state, verdict in zip(states, frame.verdicts, strict=True):
             asked = frame.rows is not None and verdict.compute
             state.update(frame.step.index, all_computed or asked, verdict.accumulated)
             # with all for the sake of one, a step is extra for those as well that would have reused it
-            if any(v.extra for v in verdicts) and (verdict.extra or (all_computed and not verdict.compute)):
+            if any(v.extra for v in frame.verdicts) and (verdict.extra or (all_computed and not verdict.compute)):
                 state.extra += (frame.step.index,)
         if frame.signals is None:
             return

@@ -55,7 +55,7 @@ class Interceptor:
             setattr(self.module, ATTRIBUTE, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.inner(*args, **kwargs)  # part of something larger that is compiled: see compiled.py
         inner = self.inner if self.runner is None else functools.partial(self.runner, self.inner)
         run = ACTIVE.get()

@@ -47,6 +47,7 @@ class SpanCalls:
     def __init__(self, run: "CacheRun"):
         self._run = run
         self._method = run.session.method
+        self._spares_passes = self._method.guarded.guards.unconditional_every > 1
         self.forecasts = Forecasts(run)
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
@@ -59,8 +60,7 @@ class SpanCalls:
     @property
     def _relates_passes(self) -> bool:
         """Whether a step's later passes are forecast as differences from its first one, which change far less."""
-        guards = self._method.guarded.guards
-        return guards.unconditional_every > 1 and not self._run.forecaster.keeps_inputs
+        return self._spares_passes and not self._run.forecaster.keeps_inputs
 
     @property
     def _first_bytes(self) -> int:
@@ -156,7 +156,8 @@ class SpanCalls:
         inputs = tensor_inputs(args, kwargs)
         if span in session.written:
             inputs = copied(inputs)
-        inputs |= self._first_pass(frame, span)
+        if self._spares_passes:
+            inputs |= self._first_pass(frame, span)
         if frame.actions is None:
             try:
                 take(self._run, frame, span, inner, args, kwargs, inputs)
@@ -166,10 +167,11 @@ class SpanCalls:
                 self._run.warn_failure("taking signals", error)  # a policy computes where it has none to go by
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
-        reuse = not self._computes(frame, span)
-        visit = Visit(span, state, inputs, signature(inputs), self.stores(frame, span) or reuse)
+        reuse = not self._entry(frame.actions, span)
+        visit = Visit(span, state, inputs, signature(inputs), reuse or self._entry(frame.stores, span))
         forecast = reuse and self._forecast(frame, visit)
-        self._prefetch(frame.key, state.place + 1, frame.actions)
+        if self._offload is not None:
+            self._prefetch(frame.key, state.place + 1, frame.actions)
         if forecast:
             frame.reused.append(visit)
             frame.computed += visit.rows is not None
@@ -394,9 +396,6 @@ class SpanCalls:
         span, state = visit.span, visit.state
         if visit.independent is not None:
             self._run.session.independent[span, visit.entered] = self._agreed(visit)
-        feature = self._run.forecaster.feature
-        residual = span.stores_residual if feature == "auto" else feature == "residual"
-        keeps = self._run.forecaster.keeps_inputs
         if state.template is None or state.signature != visit.entered:
             self._reshape(state, members=False)
             # kept over runs: to tell which input an output continues may take reading them back
@@ -405,6 +404,8 @@ class SpanCalls:
         tensors = state.template.split(output) if state.template else None
         if tensors is None:
             self._reshape(state, members=False)
+            feature, keeps = self._run.forecaster.feature, self._run.forecaster.keeps_inputs
+            residual = span.stores_residual if feature == "auto" else feature == "residual"
             if (residual or keeps) and len(visit.unchanged_inputs()) < len(visit.inputs):
                 self._run.session.written.add(span)  # where it began is not known any more; copied from now on
                 return None
@@ -415,17 +416,20 @@ class SpanCalls:
         if not tensors or state.template is None:
             self.give_up(state, span, "returns no tensors")
             return None
-        self._note_output(frame, visit, tensors)
-        self._note_first_pass(frame, visit, tensors)
+        if frame.signals is not None:
+            self._note_output(frame, visit, tensors)
+        if self._spares_passes:
+            self._note_first_pass(frame, visit, tensors)
         kept = _kept(state.template, visit.inputs)
-        if visit.stores and self._fits(state, [*tensors, *kept]):
+        stored = [*tensors, *kept]
+        if visit.stores and self._fits(state, stored):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
+            bases += [None] * len(kept)
             if frame.recording is not None:
-                made = state.history.encoded([*tensors, *kept], [*bases, *[None] * len(kept)])
-                frame.recording.stored.append(self._recorded(frame, visit, *made))
+                frame.recording.stored.append(self._recorded(frame, visit, *state.history.encoded(stored, bases)))
                 return tensors
             if frame.chunks is None:
-                self._observe(frame, visit, [*tensors, *kept], [*bases, *[None] * len(kept)])
+                self._observe(frame, visit, stored, bases)
             elif len(tensors) == 1 and frame.chunks.divides(tensors[0]):
                 assert isinstance(state.history, ChunkHistory)
                 state.history.observe_chunks(frame.chunks, tensors[0], bases[0])

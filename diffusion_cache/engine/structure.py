@@ -50,20 +50,17 @@ def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
     for name, value in given:
         if isinstance(value, Tensor):
             found[name] = value
-        elif value is not None:
-            _note(name, value, found)
+        elif isinstance(value, (list, tuple, dict)):
+            _note_inside(name, value, found)
     return found
 
 
-def _note(key: int | str, value: Any, found: Inputs) -> None:
-    if isinstance(value, Tensor):
-        found[key] = value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _note(f"{key}.{i}", item, found)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            _note(f"{key}.{name}", item, found)
+def _note_inside(key: int | str, value: list | tuple | dict, found: Inputs) -> None:
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, Tensor):
+            found[f"{key}.{name}"] = item
+        elif isinstance(item, (list, tuple, dict)):
+            _note_inside(f"{key}.{name}", item, found)
 
 
 def image_stream(inputs: Inputs) -> Tensor:
@@ -166,6 +163,10 @@ class Template:
         """The output's tensors, or None if its structure is another."""
         if self.shape.kind == "tensor":
             return [output] if isinstance(output, Tensor) else None
+        if type(output) is tuple and self.shape.kind == "tuple" and len(self.tensors) == len(self.constants):
+            # what most blocks return, the quick way
+            fits = len(output) == len(self.tensors) and all([isinstance(leaf, Tensor) for leaf in output])
+            return list(output) if fits else None
         flat, shape = flatten(output)
         if shape != self.shape or [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)] != self.tensors:
             return None

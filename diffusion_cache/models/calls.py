@@ -11,6 +11,7 @@ from torch import Tensor
 from ..context import Condition
 
 UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
+_CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache_flag", "kv_caches")
 TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
 
@@ -20,7 +21,9 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     By the arguments in use: kv_cache_mode (Flux2, QwenImage21, WanAnimate2, SanaWM's refiner), kv_cache_flag
     (AnyFlow), kv_caches (GlmImage).
     """
-    mode, flag, caches = (kwargs.get(name) for name in ("kv_cache_mode", "kv_cache_flag", "kv_caches"))
+    if kwargs.keys().isdisjoint(_CACHE_ARGUMENTS):
+        return False
+    mode, flag, caches = (kwargs.get(name) for name in _CACHE_ARGUMENTS)
     if isinstance(mode, str) and ("extract" in mode or "capture" in mode):
         return True
     if isinstance(flag, Mapping) and flag.get("is_cache_step"):
