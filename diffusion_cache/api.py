@@ -90,14 +90,16 @@ def enable(
         corrector: what mends each forecast, by name (see `diffusion-cache list correctors`) or instance; None for
             nothing.
         method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
-            plan from a profile at their own scope. Of the arguments below, it takes those that are its fields.
+            plan from a profile at their own scope. An argument below that is also an option of the system (nfe) goes to
+            the system.
         profile: instead of a policy, what was measured of this model and sampler: a Profile, its folder, the name of a
             shipped one ("dit-digits-ddim"), a repository, or ready-made figures ("published/magcache/flux-dev-28").
-        speedup, min_psnr, nfe, plan: which of the profile's plans: the best one with that measured speed; the cheapest
-            one whose PSNR (dB, against the uncached image) is at least that for 95% of prompts; the best one of at
-            most so many denoiser evaluations; the one called so, or a Plan.
-        target_reuse, speedup: of a policy that decides by a threshold (teacache, first_block, …), with no profile: have
-            it found, see `tune`. It is searched when the pipeline is first called, and once more for calls of other
+        speedup, min_psnr, nfe, plan: which of the profile's plans, one of the four, or none where it has a single plan:
+            the best one that was at least so many times as fast where it was measured; the cheapest one whose PSNR (dB,
+            against the uncached image) is at least that for 95% of prompts; the best one of at most so many denoiser
+            evaluations; the one called so, or a Plan.
+        target_reuse, speedup: of a named policy that decides by a threshold (teacache, first_block, …), with no
+            profile: have it found, see `tune`. It is searched when the pipeline is first called, and once more for calls of other
             steps, sizes or guidance.
         ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
         guard: the signal ("input_turn" or "input_l1") that a plan carries a band of, to watch each sample by: where it
@@ -110,7 +112,7 @@ def enable(
             only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
             where samples cannot be told apart); "batch" computes all if any asks.
         sync: with an adaptive policy or a guard, "immediate" has the host wait for each step's signal; "lagged" decides
-            by that of the step before, which is on the host by then. The first steps, which have none, are computed;
+            by that of the step before, which is on the host by then, at a loss of quality (README). The first steps, which have none, are computed;
             so is the one after a computed step, where the number of that one asks for it too.
         cache_dtype: what features are stored in: "model" for the model's own dtype; "fp8" (e4m3) or "int8" for one byte
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
@@ -244,7 +246,11 @@ def tune(
         target_reuse: share of the steps to reuse, between 0 and 1; the guards keep some from being reused.
         speedup: of a whole call on this machine, uncached time over cached. Both are timed in turn, the latter with as
             much reused as can be; the share in between that is needed follows, as time falls in proportion to it.
-        others: as for `enable`.
+        policy, forecaster, corrector, scope, depth, granularity, sync, options: as for `enable`.
+
+    Returns:
+        value, of the threshold, and reuse, the share of the steps that it reuses, with all that was tried:
+        `enable(pipe, policy="teacache", threshold=tune(pipe, inputs, "teacache", target_reuse=0.5).value)`.
 
     Raises:
         ConfigError: as for `enable`; for a policy without a tuned field, a call of which nothing can be reused, a
@@ -326,11 +332,12 @@ def run(
     group: "ProcessGroup | None" = None,
     **options: Any,
 ) -> Iterator[Run]:
-    """One generation of a bare denoiser, cached. Arguments and errors as for `enable`.
+    """One generation of a bare denoiser, cached; gives a `Run`. Arguments and errors as for `enable`, which has more
+    of them: method, target_reuse, guard and strict are for pipelines.
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. With a stream, whose run it is, `run.chunks(numbers)` says before a
-    call which chunks it holds. profile: of such a loop (`profiling.generation.Loop`). num_steps: needed by plans, and
+    call which chunks it holds. profile: of such a loop (`profiling.generation.Loop`), not of a pipeline. num_steps: needed by plans, and
     by policies that place their computed steps relative to the end. noise_levels: log-SNR log(α²/σ²) of each step,
     needed by policies and guards that go by it; forecasters that integrate like the sampler need
     `context.NoiseLevels`, which say in which variable. A plan takes them to be those of its profile where they are not
@@ -421,8 +428,8 @@ def inspect(
 
     inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes
     come from the last generation, if the cache is enabled at this scope. What is enabled stays enabled.
-    policy: whose probe and tail blocks are no part of the spans, and which may ask for more features to be kept; None
-    for one that does neither. options: fields of policy, forecaster and corrector.
+    policy: the one that is meant to be used: blocks that it always computes are no part of the spans, and features that
+    it keeps count. None for a plain schedule. forecaster, corrector, scope, depth, options: as for `enable`.
 
     Raises:
         ConfigError, NoSpansError: as `enable`.
