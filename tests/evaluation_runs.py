@@ -61,6 +61,7 @@ def write_run(
         "model": {"name": model},
         "sampler": {"name": sampler},
         "steps": None,
+        "threads": 1,
         "prompts": {"kind": "classes", "n": None},
         **(conditions or {}),
         "contender": {"kind": kind, "method": method, "scope": scope, "label": label or method, "settings": settings}
@@ -68,7 +69,7 @@ def write_run(
         "metrics": ["psnr", "ssim"],
         "timing": {"pairs": 0 if quality_only else 3},
         "batch": len(psnr),  # so that runs with other samples or steps have folders of their own
-        "threads": steps,
+        "of": steps,
     }
     text = json.dumps(config, sort_keys=True)
     folder = experiment / "runs" / hashlib.sha1(text.encode()).hexdigest()[:12]

@@ -318,7 +318,7 @@ class Rival(Contender):
         return peer(self.peer).why_not(subject.pipe)
 
 
-def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+def expand(node: Mapping[str, Any], model: str, sampler: str = "") -> list[dict[str, Any]]:
     """A `method` configuration without its grid, once for every combination of the grid's values.
 
     grid: dotted keys of the node and the values each takes; points: a list of such choices instead, or as well;
@@ -332,7 +332,7 @@ def expand(node: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
     node = dict(node)
     if node["kind"] == "rival":
         rest = {"kind": "rival", "label": node.get("label"), "peer": node["peer"]}
-        return [{**rest, "settings": settings} for settings in settings_of(node, model)]
+        return [{**rest, "settings": settings} for settings in settings_of(node, model, sampler)]
     chosen = (node.pop("models", None) or {}).get(model) or node
     grid, points = chosen.get("grid") or {}, chosen.get("points") or []
     node.pop("grid", None), node.pop("points", None)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ def run_job(job: Job, progress: Progress, team: Team) -> list[Path]:
             if refused is not None:
                 if team.leads:
                     for node in todo:
-                        store.partial(job.run_config(node)).rmdir()
+                        shutil.rmtree(store.partial(job.run_config(node)))
                 progress(f"left out: {refused}", 0, 0)
                 return []
     return [store.path(config) for config in configs]
@@ -260,6 +261,7 @@ def _summary(
         "problem": problem,
         "random_weights": lead.get("random_weights", False),
         "quality_only": not timing,
+        "device": lead.get("device"),
         **{name: _mean([row[name] for row in rows]) for name in RATIOS},
         **{name: lead[name] for name in RATIOS if name in lead},
         "nfe": _mean([row["nfe"] for row in rows]),

@@ -41,15 +41,17 @@ NOTES = (
     "NFE: denoiser evaluations, FLOPs: operations that really ran, both as a share of the uncached run. Speed: wall "
     "time of the uncached run over this one's, median of pairs that take turns in one process (smallest to largest "
     "pair). PSNR in dB and SSIM: against the uncached output of the same noise, unquantised; at least 95% of the "
-    "samples reach p5. A sample equal to its reference has infinite PSNR, and then so has the mean."
+    "samples reach p5, which of 20 samples or fewer is the worst. A sample equal to its reference has infinite PSNR, "
+    "and then so has the mean."
 )
 
 MARGINS_NOTE = (
     "PSNR in dB, mean / 5th percentile. Others are all that follow no plan, baselines and our own methods as well as "
     "rivals, and of each the best setting, which may be another one for the 5th percentile. At equal NFE all may "
-    f"exceed the budget by {TOLERANCE - 1:.0%}, but the plan behind a margin spends no more than the other (and need "
-    "not be the plan shown); at equal speed others are at least as fast as the plan shown, whatever their NFE. Speeds "
-    "are compared by wall time on a GPU, and by this process's time on a CPU. "
+    f"exceed the budget by {TOLERANCE - 1:.0%}, but the plan behind a margin spends no more than the other, or the "
+    "least of all plans where each spends more (and need not be the plan shown); at equal speed others are as fast as "
+    "the plan shown, less the same share for what timing misses by, whatever their NFE. Speeds are compared by wall "
+    "time on a GPU, and by this process's time on a CPU. "
     "Margin: the plan's PSNR less the other's."
 )
 
@@ -184,7 +186,7 @@ class Margin:
     budget: its name. plan: the best within the budget times TOLERANCE. others, plans: by (what is equal, statistic of
     PSNR), the best other and the plan that is compared with it. At equal "nfe" others spend at most the budget times
     TOLERANCE, and the plan at most what the other does (or as little as any); at equal "speed" others were measured to
-    be at least as fast as `plan`. None where there is no such run.
+    be at least as fast as `plan`, or slower by no more than TOLERANCE. None where there is no such run.
     """
 
     subject: tuple[str, str]
@@ -216,7 +218,7 @@ def margins(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> list
             speed = None if plan is None else plan.speed
             pools = {
                 "nfe": [run for run in others if _spends_at_most(ratio * TOLERANCE, run)],
-                "speed": [run for run in others if speed is not None and (run.speed or 0.0) >= speed],
+                "speed": [run for run in others if speed is not None and (run.speed or 0.0) * TOLERANCE >= speed],
             }
             best = {(equal, by): _best_by(by, pools[equal]) for equal in EQUALS for by in STATISTICS}
             plans = {key: plan if key[0] == "speed" else _matching(made, other) for key, other in best.items()}
@@ -258,6 +260,7 @@ def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
         "steps": run.steps,
         **{key: run.costs[key] for key in (*RATIOS, *SPEEDS, *RESOURCES)},
         "psnr_mean": psnr.mean,
+        "psnr_se": psnr.se,
         "psnr_p5": psnr.p5,
         "psnr_min": psnr.worst,
         "psnr_worst_seed": psnr.worst_seed,
@@ -271,6 +274,7 @@ def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
         "problem": run.problem,
         "random_weights": run.random_weights,
         "note": run.note,
+        "git": run.environment.get("git"),
         "pareto": pareto,
         "run": run.folder.name,
     }
@@ -347,6 +351,8 @@ def _share(value: float | None) -> str:
 def markdown(experiment: Experiment) -> str:
     """Compact tables over all models, of the plans' margins and of what to take without one, then each model's own."""
     parts = [f"# {markdown_text(experiment.name)}", ""]
+    for remark in remarks(experiment):
+        parts += [markdown_text(remark), ""]
     table = overview_table(experiment.runs)
     if table:
         parts += [table, "PSNR in dB, mean / 5th percentile, of each method's best setting within the NFE budget.", ""]
@@ -361,6 +367,29 @@ def markdown(experiment: Experiment) -> str:
         parts += [f"Left out, {len(experiment.left_out)} run(s) that cannot be read:", ""]
         parts += [f"- {markdown_text(reason)}" for reason in experiment.left_out] + [""]
     return "\n".join(parts)
+
+
+def remarks(experiment: Experiment) -> list[str]:
+    """What is missing in an experiment, and what its runs do not have in common."""
+    found = []
+    if experiment.unfinished:
+        found.append(f"{experiment.unfinished} run(s) are unfinished: the same command goes on with them.")
+    trained = [run for run in experiment.runs if not run.random_weights]
+    families = [family for family in dict.fromkeys(run.family for run in trained) if family[1] != UNCACHED]
+    for subject in dict.fromkeys(run.subject for run in trained):
+        there = {run.family for run in trained if run.subject == subject}
+        absent = [
+            f"{method} (rival)" if kind == "rival" else method
+            for kind, method in families
+            if (kind, method) not in there
+        ]
+        if absent:
+            names = ", ".join(absent)
+            found.append(f"{', '.join(subject)}: nothing of {names}, which do not serve the model or were not run.")
+    for name, values in merged_environments(experiment.runs)["varies"].items():
+        told = ", ".join(f"{one['runs']} with {one['value']}" for one in values[:4])
+        found.append(f"Not all runs were made with the same {name}: {told}{', …' if len(values) > 4 else ''}.")
+    return found
 
 
 def overview_table(runs: Sequence[Run], budgets: Mapping[str, float] = BUDGETS) -> str:

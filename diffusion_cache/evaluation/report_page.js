@@ -687,6 +687,7 @@
     flawed.set(text, (flawed.get(text) || 0) + 1);
   }
   const problems = [
+    ...data.remarks,
     ...data.left_out.map((reason) => `Left out: ${reason}`),
     ...[...flawed].map(([text, count]) => (count > 1 ? `${text} (${count} runs)` : text)),
   ];

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, DiffusionCacheWarning
-from .report import BUDGETS, CALL, CHOICES_NOTE, NOTES, choices_tables, choose, csv_row, pareto_runs
+from .report import BUDGETS, CALL, CHOICES_NOTE, NOTES, choices_tables, choose, csv_row, pareto_runs, remarks
 from .runs import SAMPLE_METRICS, Experiment, Run, extremes, settings_text
 from .store import IMAGES
 
@@ -116,6 +116,7 @@ def page_data(experiment: Experiment, environments: Mapping[str, Any]) -> dict[s
             "call": CALL,
             "tables": [table._asdict() for table in choices_tables(experiment.runs)],
         },
+        "remarks": remarks(experiment),
         "left_out": list(experiment.left_out),
         "environment": environments,
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -19,6 +20,7 @@ import torch
 from filelock import ReadWriteLock
 from torch import Tensor
 
+from .. import reference
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..measure import PairedTiming, elapsed, paired
 from . import distribution, environment, metrics
@@ -26,9 +28,12 @@ from .accounting import Accountant, Observed
 from .contenders import Contender, Uncached, contender, expand
 from .prompts import Sample, samples
 from .store import Store, environment_facts, read_tensors, write_tensors
-from .subjects import Output, Subject, subject
+from .subjects import Output, Subject, device_name, subject
 
 Progress = Callable[[str, int, int], None]  # what runs, done, of how many
+SAME_OUTPUT = 1e-3  # root-mean-square difference, of images in [0, 1]
+# torch raises bare RuntimeErrors of these
+MACHINE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|NCCL|out of memory|can't allocate memory", re.IGNORECASE)
 FEW_STEPS = 4  # enough to see whether a pipeline is as it was
 KEYS = ("model", "sampler", "prompts", "metrics", "timing", "batch", "steps", "threads")
 
@@ -55,11 +60,18 @@ class Job:
     @cached_property
     def nodes(self) -> list[dict[str, Any]]:
         """The `method` configuration once for each choice of settings."""
-        nodes = expand(self.config["method"], self.config["model"]["name"])
+        nodes = expand(self.config["method"], self.config["model"]["name"], self._sampler)
         corrector = self.config.get("corrector") or {}
         if not corrector.get("name"):
             return nodes  # as they were before there were correctors: their runs are kept by what nodes hold
         return [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
+
+    @property
+    def _sampler(self) -> str:
+        """The sampler's name; of a shipped model that is run with its own, that one's."""
+        given, model = self.config["sampler"]["name"], self.config["model"]["name"]
+        spec = reference.MODELS.get(model)
+        return given or (spec.samplers[0] if spec else "")
 
     @property
     def is_rival(self) -> bool:
@@ -96,6 +108,13 @@ class Job:
             "steps": steps,
             "share": [self.ranks.index, self.ranks.count],
         }
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether a failure says nothing of the method that ran: no memory, no disk, a device that is lost."""
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(MACHINE.search(str(error)))
 
 
 class Generated(NamedTuple):
@@ -210,11 +229,28 @@ class Worker:
         path = self.store.reference(self.job.reference_key(self.steps))
         found = read_tensors(path)
         if found is not None and found[1]:
+            self._check_reference(found[0]["images"], path)
             return Output(found[0]["images"], found[0]["latents"]), Observed.of_facts(found[1])
         made = self.generate(Uncached("baseline", "uncached"), "uncached outputs")
         plain = dataclasses.replace(made.works[0], reads=made.reads)
         write_tensors(path, made.output._asdict(), plain.facts)
         return made.output, plain
+
+    def _check_reference(self, images: Tensor, path: Path) -> None:
+        """That the stored uncached outputs are this pipeline's, by the first sample of all.
+
+        Raises:
+            ConfigError: if they are another's.
+        """
+        first = self.alone[self.steps]
+        if self.job.ranks.index:
+            return  # whose samples are others
+        if images[:1].shape == first.shape and (images[:1] - first).square().mean().sqrt() <= SAME_OUTPUT:
+            return
+        raise ConfigError(
+            f"{path} holds uncached outputs that {self.subject.name} does not make: its weights have changed since, or "
+            "another device made them. Evaluate into another folder (out=…), or delete this one's runs and references"
+        )
 
     # runs
 
@@ -235,6 +271,7 @@ class Worker:
             "scope": what.scope,
             "problem": None,
             "rows": [],
+            "device": device_name(self.subject.device),
             "environment": environment_facts(),
         }
         images: dict[str, Tensor] = {}
@@ -245,9 +282,9 @@ class Worker:
             if what.kind != "rival":
                 raise
             facts["problem"] = f"cannot run: {error}"
-        except (OSError, MemoryError, torch.OutOfMemoryError):
-            raise  # the machine's fault, not the method's: to be tried again
         except Exception as error:
+            if is_of_the_machine(error):
+                raise  # to be tried again
             # one setting that fails must not take the others with it, and must not go unseen
             facts["problem"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if facts["problem"]:

@@ -24,15 +24,19 @@ SPEEDS = ("speed_ratio", "speed_low", "speed_high", "cpu_ratio")
 RESOURCES = ("seconds", "first_run_seconds", "peak_memory", "cache_bytes", "host_syncs")
 SAMPLE_METRICS = ("psnr", "ssim", "lpips")  # per sample, for the strip plots
 EQUALS = ("nfe", "speed")  # what runs are compared at: work, or time (`Run.speed`)
-COMPARED = ("model", "sampler", "prompts", "steps")  # parts of a configuration, alike in runs that are compared
+# parts of a configuration, alike in runs that are compared
+COMPARED = ("model", "sampler", "prompts", "steps", "threads")
 STATISTICS = ("mean", "p5")  # of a run's PSNR
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric over a run's samples. p5: its bad tail, reached or bettered by 95% of them; worst_seed: of `worst`."""
+    """One metric over a run's samples. se: the mean's standard error; p5: its bad tail, reached or bettered by 95% of
+    them; worst_seed: of `worst`.
+    """
 
     mean: float | None = None
+    se: float | None = None
     p5: float | None = None
     worst: float | None = None
     worst_seed: int | None = None
@@ -149,11 +153,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """runs: in the order of the tables. left_out: one sentence for each run that could not be read."""
+    """runs: in the order of the tables. left_out: one sentence for each run that could not be read. unfinished: how
+    many there are.
+    """
 
     name: str
     runs: tuple[Run, ...]
     left_out: tuple[str, ...] = ()
+    unfinished: int = 0
 
     @property
     def subjects(self) -> list[tuple[str, str]]:
@@ -205,7 +212,8 @@ def read_experiment(folder: Path) -> Experiment:
         raise ConfigError(f"{folder} is not a folder: give one that `diffusion-cache evaluate` wrote")
     home = folder / "runs"
     places = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
-    places = [path for path in places if path.suffix != ".partial"]
+    finished = [path for path in places if path.suffix != ".partial"]
+    unfinished, places = len(places) - len(finished), finished
     if not places:
         raise ConfigError(
             f"{folder} holds no finished runs (folders in {home}): run `diffusion-cache evaluate` first, or give "
@@ -220,7 +228,8 @@ def read_experiment(folder: Path) -> Experiment:
             warnings.warn(f"a run is left out of the report: {left_out[-1]}", DiffusionCacheWarning, stacklevel=3)
     if not runs:
         raise ConfigError(f"none of the {len(places)} runs in {home} can be read. The first: {left_out[0]}")
-    return Experiment(folder.resolve().name, tuple(sorted(_told_apart(runs), key=_order)), tuple(left_out))
+    ordered = tuple(sorted(_told_apart(runs), key=_order))
+    return Experiment(folder.resolve().name, ordered, tuple(left_out), unfinished)
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -280,6 +289,8 @@ def read_run(folder: Path) -> Run:
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
         correct, random_weights = bool(summary["correct"]), bool(summary["random_weights"])
+        device = summary.get("device")
+        conditions = _conditions(_json_object(folder / CONFIG))
         metrics = {} if random_weights else summary["metrics"]
         run = Run(
             folder=folder,
@@ -287,7 +298,7 @@ def read_run(folder: Path) -> Run:
             **{key: str(summary[key]) for key in ("model", "sampler", "scope", "method")},
             label=str(summary.get("label") or summary["method"]),
             settings=dict(summary["settings"]),
-            conditions=_conditions(_json_object(folder / CONFIG)),
+            conditions=conditions if device is None else {**conditions, "device": str(device)},
             steps=int(summary["steps"]),
             n=int(summary["n"]),
             correct=correct,
@@ -305,7 +316,7 @@ def read_run(folder: Path) -> Run:
             heatmap=_heatmap(summary.get("heatmap")),
             samples=_samples(folder / ROWS),
             environment=environment,
-            on_gpu=_on_gpu(folder / ENVIRONMENT, environment),
+            on_gpu=_has_gpu(folder / ENVIRONMENT, environment) if device is None else device != "cpu",
             pictures=not random_weights and _pictures(folder / IMAGES),
         )
     except KeyError as error:
@@ -315,7 +326,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _on_gpu(path: Path, environment: Mapping[str, Any]) -> bool:
+def _has_gpu(path: Path, environment: Mapping[str, Any]) -> bool:
     try:
         return bool(environment["gpu"])
     except KeyError:
@@ -357,10 +368,11 @@ def _score(name: str, facts: Mapping[str, Any]) -> Score:
     """A missing PSNR where samples equal their reference is an infinite one, which JSON cannot hold."""
     infinite = name.startswith("psnr") and bool(facts.get("identical"))
     found = {key: _number(facts.get(key)) for key in ("mean", "p5", "worst")}
+    se = _number(facts.get("se"))
     if infinite:
         found = {key: math.inf if value is None else value for key, value in found.items()}
     seed = facts.get("worst_seed")
-    return Score(**found, worst_seed=None if seed is None else int(seed))
+    return Score(**found, se=se, worst_seed=None if seed is None else int(seed))
 
 
 def _heatmap(facts: Any) -> dict[str, Any] | None:

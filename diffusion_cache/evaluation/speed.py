@@ -12,9 +12,9 @@ from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..measure import elapsed, executed_flops, paired
 from .architectures import architecture
 from .contenders import Contender, FewerSteps, Ours, Uncached, contender
-from .runner import Job, Progress, Spent, device_lock, timing_facts
+from .runner import Job, Progress, Spent, device_lock, is_of_the_machine, timing_facts
 from .store import Store, environment_facts, read_tensors, write_tensors
-from .subjects import DTYPES, device_of
+from .subjects import DTYPES, device_name, device_of
 
 
 class SpeedWorker:
@@ -41,7 +41,9 @@ class SpeedWorker:
         self.lock = device_lock(self.options["device"])
 
     def why_not(self, node: Mapping[str, Any]) -> str | None:
-        return "random weights have no pipeline, which published systems run on" if "system" in node else None
+        if "system" in node:
+            return "random weights have no pipeline, which published systems run on"
+        return "random weights have no norms to be measured" if node.get("norms") else None
 
     @torch.no_grad()
     def loop(self, steps: int, between: Callable[[], object] | None = None) -> torch.Tensor:
@@ -76,13 +78,16 @@ class SpeedWorker:
             "rows": [],
             "problem": None,
             "random_weights": True,
+            "device": device_name(self.options["device"]),
             "environment": environment_facts(),
         }
         try:
             facts |= self._measured(what)
-        except (DiffusionCacheError, OSError, MemoryError, torch.OutOfMemoryError):
+        except DiffusionCacheError:
             raise
         except Exception as error:
+            if is_of_the_machine(error):
+                raise
             facts["problem"] = f"failed: {type(error).__name__}: {error}"
         if facts["problem"]:
             warnings.warn(

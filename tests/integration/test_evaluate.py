@@ -27,7 +27,8 @@ from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import contenders, jobs, runner
 from diffusion_cache.evaluation.jobs import Team, run_job
 from diffusion_cache.evaluation.runner import Job
-from diffusion_cache.evaluation.store import Store
+from diffusion_cache.evaluation.speed import SpeedWorker
+from diffusion_cache.evaluation.store import Store, read_tensors, write_tensors
 
 SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
 # by the launcher for several jobs at once where it is installed
@@ -308,6 +309,22 @@ def test_a_setting_that_fails_does_not_take_the_others_with_it(tmp_path, monkeyp
     assert summaries[1]["problem"] == "failed: ZeroDivisionError: by chance"
 
 
+def test_a_fault_of_the_machine_is_not_the_methods(tmp_path, monkeypatch):
+    def generate(self, what, label, pairs=0):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="illegal memory access"):
+        task = job(tmp_path, "method=interval")
+        runner.Worker(task, Store(tmp_path), lambda *news: None)  # leaves the uncached outputs
+        patched.setattr(runner.Worker, "generate", generate)
+        run_job(task, lambda *news: None, Team())
+    assert len(made(tmp_path, "method=interval")) == 1
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert runner.is_of_the_machine(caught.value)
+    assert not runner.is_of_the_machine(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_random_weights_are_for_speed_only(tmp_path):
     options = ["model=random", "model.name=dit-xl-2", "model.tiny=true", "model.dtype=float32", "timing.pairs=1"]
     command.register_methods()
@@ -319,7 +336,12 @@ def test_random_weights_are_for_speed_only(tmp_path):
     assert summary["metrics"] == {}
     assert summary["n"] == 0
     assert summary["speed_ratio"] > 0
+    assert summary["device"] == "cpu"
     assert 0.5 <= summary["flops_ratio"] < 0.6
+    worker = SpeedWorker(Job(config, tmp_path), Store(tmp_path), lambda *news: None)
+    assert (
+        worker.why_not({"policy": {"name": "sencache"}, "norms": True}) == "random weights have no norms to be measured"
+    )
 
 
 def test_a_rival_runs_in_a_process_of_its_own(tmp_path):
@@ -585,3 +607,13 @@ def test_a_damaged_reference_is_made_again(tmp_path):
     (summary,) = made(tmp_path, "method=interval", "forecaster=reuse")
     assert summary["correct"] is True
     assert summary["metrics"]["psnr"]["mean"] != before["metrics"]["psnr"]["mean"]
+
+
+def test_references_of_other_weights_are_refused(tmp_path):
+    made(tmp_path, "method=interval")
+    (path,) = (tmp_path / "references").iterdir()
+    tensors, facts = read_tensors(path)
+    write_tensors(path, {**tensors, "images": tensors["images"].flip(0)}, facts)
+    with pytest.raises(ConfigError, match="holds uncached outputs that dit-digits does not make"):
+        made(tmp_path, "method=interval", "forecaster=reuse")
+    assert len(made(tmp_path, "method=interval")) == 1  # what is finished stays

@@ -76,17 +76,18 @@ class Peer(ABC):
             raise ConfigError(f"rival {self.name!r}: {error}") from None
 
 
-def settings_of(config: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+def settings_of(config: Mapping[str, Any], model: str, sampler: str = "") -> list[dict[str, Any]]:
     """The settings that a rival's configuration asks for on a model, in order.
 
     config: `settings` (common to all), and either `grid` (lists of values, of which every combination is taken) or
-    `points` (a list of settings); without both there is one. `models: {name: {...}}` replaces, for that model, the
-    whole `grid` or `points`, and single entries of `settings`.
+    `points` (a list of settings); without both there is one. `models: {name: {...}}` replaces, for that model, or for
+    a model with one of its samplers, "name/sampler", the whole `grid` or `points`, and single entries of `settings`.
 
     Raises:
         ConfigError: an unknown part, both a grid and points, or a part of the wrong shape.
     """
-    own = _part(config, "models", {}).get(model, {})
+    models = _part(config, "models", {})
+    own = models.get(f"{model}/{sampler}") or models.get(model, {})
     for given, known in ((config, PARTS_OF_A_CONFIG), (own, PARTS_OF_A_MODEL)):
         for name in given:
             if name not in known:

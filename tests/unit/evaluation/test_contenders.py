@@ -85,7 +85,7 @@ def test_ours_with_a_corrector():
 
 
 def test_a_job_gives_its_corrector_to_methods_that_have_none():
-    config = {"method": {**NODE, "grid": {"policy.every": [2, 3]}}, "model": {"name": "m"}}
+    config = {"method": {**NODE, "grid": {"policy.every": [2, 3]}}, "model": {"name": "m"}, "sampler": {"name": None}}
     without = Job(config, Path("nowhere")).nodes
     assert without == expand(config["method"], "m")
     assert Job({**config, "corrector": {"name": None}}, Path("nowhere")).nodes == without

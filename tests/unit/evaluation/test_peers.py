@@ -272,7 +272,7 @@ def test_shipped_grids(name):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert (config["kind"], config["peer"]) == ("rival", name)
     for model in RIVALS[name][0]:
-        points = settings_of(config, model)
+        points = settings_of(config, model, reference.spec(model).samplers[0])
         options = [peers[name].options(point) for point in points]
         assert 12 <= len(options) == len(set(options)) <= 16
         if name == "diffusers_mag":
@@ -291,6 +291,8 @@ def test_grids_and_points():
     assert settings_of(config, "m") == [{"a": 2, "b": b, "c": c} for b in (1, 2) for c in (3, 4)]
     assert settings_of(config, "n") == [{"a": 1, "b": 9}]
     assert settings_of({"settings": {"a": 1}}, "m") == [{"a": 1}]
+    sampled = {"settings": {"a": 1}, "models": {"m/ddim": {"settings": {"a": 2}}}}
+    assert [settings_of(sampled, "m", sampler) for sampler in ("ddim", "unipc")] == [[{"a": 2}], [{"a": 1}]]
 
 
 @pytest.mark.parametrize(

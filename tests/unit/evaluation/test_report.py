@@ -197,16 +197,35 @@ def test_margins_of_perfect_runs_and_of_none(tmp_path):
 
 
 def test_on_a_cpu_speeds_are_compared_by_its_time(tmp_path):
-    """Wall time says how busy the machine was as well: here the rival, 1.76 times as fast in CPU time, is slower."""
+    """Wall time says how busy the machine was as well: here the rival, 1.65 times as fast in CPU time, is slower."""
     on_cpu = {**ENVIRONMENT, "gpu": []}
     plan = {"nfe": 0.5, "speed": 1.8, "settings": {"nfe": 10, "plan": "half"}, "environment": on_cpu}
     write_plan(tmp_path, psnr=same(50), **plan)
     rival = write_run(tmp_path, kind="rival", method="x", nfe=0.6, psnr=same(60), speed=2.4, environment=on_cpu)
     summary = json.loads((rival / "summary.json").read_text())
-    (rival / "summary.json").write_text(json.dumps({**summary, "cpu_ratio": 1.76}))
+    (rival / "summary.json").write_text(json.dumps({**summary, "cpu_ratio": 1.65}))
     runs = read_experiment(tmp_path).runs
-    assert {run.method: run.speed for run in runs} == {"plan": pytest.approx(1.8 * 0.98), "x": 1.76}
+    assert {run.method: run.speed for run in runs} == {"plan": pytest.approx(1.8 * 0.98), "x": 1.65}
     assert report.margins(runs)[0].others["speed", "mean"] is None
+    # within what timing misses by
+    (rival / "summary.json").write_text(json.dumps({**summary, "cpu_ratio": 1.7}))
+    assert report.margins(read_experiment(tmp_path).runs)[0].others["speed", "mean"].folder == rival
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_compared_by_its_time(tmp_path):
+    folder = write_run(tmp_path, speed=2.0)
+    summary = json.loads((folder / "summary.json").read_text())
+    found = {}
+    for device in (None, "cpu", "NVIDIA H100"):
+        (folder / "summary.json").write_text(json.dumps({**summary, "device": device}))
+        (run,) = read_experiment(tmp_path).runs
+        found[device] = run.on_gpu, run.speed, run.conditions.get("device")
+    assert ENVIRONMENT["gpu"]
+    assert found == {
+        None: (True, 2.0, None),
+        "cpu": (False, pytest.approx(2.0 * 0.98), "cpu"),
+        "NVIDIA H100": (True, 2.0, "NVIDIA H100"),
+    }
 
 
 def test_margins_in_the_report(tmp_path):
@@ -480,6 +499,30 @@ def test_runs_under_other_conditions_are_not_compared(tmp_path):
     found = read_experiment(tmp_path)
     assert found.subjects == [("dit-digits steps=20", "ddim"), ("dit-digits steps=50", "ddim"), ("flux-digits", "ddim")]
     assert [len(found.of(subject)) for subject in found.subjects] == [1, 1, 1]
+
+
+def test_runs_of_other_threads_are_not_compared(tmp_path):
+    write_run(tmp_path)
+    write_run(tmp_path, conditions={"threads": 8})
+    found = read_experiment(tmp_path)
+    assert found.subjects == [("dit-digits threads=1", "ddim"), ("dit-digits threads=8", "ddim")]
+
+
+def test_what_is_missing_or_mixed_is_told(tmp_path):
+    write_run(tmp_path, method="interval")
+    assert report.remarks(read_experiment(tmp_path)) == []
+    write_run(tmp_path, kind="rival", method="x", environment={**ENVIRONMENT, "threads": 2})
+    write_run(tmp_path, model="flux-digits", method="interval")
+    (tmp_path / "runs" / "0123.partial").mkdir()
+    experiment = read_experiment(tmp_path)
+    told = [
+        "1 run(s) are unfinished: the same command goes on with them.",
+        "flux-digits, ddim: nothing of x (rival), which do not serve the model or were not run.",
+        "Not all runs were made with the same threads: 2 with 1, 1 with 2.",
+    ]
+    assert report.remarks(experiment) == told
+    text = report.markdown(experiment)
+    assert all(report.markdown_text(remark) in text.partition("| method |")[0] for remark in told)
 
 
 def test_environments_are_merged(tmp_path):
