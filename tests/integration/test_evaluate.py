@@ -313,11 +313,12 @@ def test_a_fault_of_the_machine_is_not_the_methods(tmp_path, monkeypatch):
     def generate(self, what, label, pairs=0):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="illegal memory access"):
-        task = job(tmp_path, "method=interval")
-        runner.Worker(task, Store(tmp_path), lambda *news: None)  # leaves the uncached outputs
+    task = job(tmp_path, "method=interval")
+    runner.Worker(task, Store(tmp_path), lambda *news: None)  # leaves the uncached outputs
+    with monkeypatch.context() as patched:
         patched.setattr(runner.Worker, "generate", generate)
-        run_job(task, lambda *news: None, Team())
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run_job(task, lambda *news: None, Team())
     assert len(made(tmp_path, "method=interval")) == 1
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
