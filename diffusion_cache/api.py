@@ -27,7 +27,7 @@ from .policies import Guarded, Interval
 from .policies.select import Select
 from .profile import Profile
 from .profiling.generation import attached
-from .resolve import DEFAULT_FORECASTER, DEFAULT_POLICY, needs_profile, refuse
+from .resolve import DEFAULT_FORECASTER, DEFAULT_POLICY, needs_profile, refuse, run_needs_profile
 from .summaries import Inspection, SpanInfo, Summary, summarise
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def enable(
             against the uncached image) is at least that for 95% of prompts; the best one of at most so many denoiser
             evaluations; the one called so, or a Plan.
         target_reuse, speedup: of a named policy that decides by a threshold (teacache, first_block, …), with no
-            profile: have it found, see `tune`. It is searched when the pipeline is first called, and once more for calls of other
-            steps, sizes or guidance.
+            profile: have it found, see `tune`. It is searched when the pipeline is first called, and once more for
+            calls of other steps, sizes or guidance.
         ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
         guard: the signal ("input_turn" or "input_l1") that a plan carries a band of, to watch each sample by: where it
             is more than guard_factor (default 10) times its spread above its mean, a step is computed that was to be
@@ -112,8 +112,9 @@ def enable(
             only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
             where samples cannot be told apart); "batch" computes all if any asks.
         sync: with an adaptive policy or a guard, "immediate" has the host wait for each step's signal; "lagged" decides
-            by that of the step before, which is on the host by then, at a loss of quality (README). The first steps, which have none, are computed;
-            so is the one after a computed step, where the number of that one asks for it too.
+            by that of the step before, which is on the host by then, at a loss of quality (README). The first steps,
+            which have none, are computed; so is the one after a computed step, where the number of that one asks for it
+            too.
         cache_dtype: what features are stored in: "model" for the model's own dtype; "fp8" (e4m3) or "int8" for one byte
             a number and a scale for each row of them, which takes half or a quarter of the memory and costs some
             quality; "int8-delta" or "fp8-delta" for the newest feature of each span as it is and each older one as its
@@ -337,11 +338,11 @@ def run(
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. With a stream, whose run it is, `run.chunks(numbers)` says before a
-    call which chunks it holds. profile: of such a loop (`profiling.generation.Loop`), not of a pipeline. num_steps: needed by plans, and
-    by policies that place their computed steps relative to the end. noise_levels: log-SNR log(α²/σ²) of each step,
-    needed by policies and guards that go by it; forecasters that integrate like the sampler need
-    `context.NoiseLevels`, which say in which variable. A plan takes them to be those of its profile where they are not
-    given.
+    call which chunks it holds. profile: of such a loop (`profiling.generation.Loop`), not of a pipeline. num_steps:
+    needed by plans, and by policies that place their computed steps relative to the end. noise_levels: log-SNR
+    log(α²/σ²) of each step, needed by policies and guards that go by it; forecasters that integrate like the sampler
+    need `context.NoiseLevels`, which say in which variable. A plan takes them to be those of its profile where they are
+    not given.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
@@ -364,7 +365,7 @@ def run(
     if profile is not None or isinstance(plan, Plan):
         method = resolve.planned(None, {"denoiser": model}, profile, parts, wish, {}, ignore, how, options)
     else:
-        refuse({**wish, "ignore": ignore or None}, needs_profile)
+        refuse({**wish, "ignore": ignore or None}, run_needs_profile)
         method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
     session = Session(method, group)
     session.attach_model(model)
@@ -450,13 +451,20 @@ def inspect(
         assert measuring.last_run is not None
         sizes = measuring.last_run.sizes
     elif before is not None and before.last_run is not None:
-        sizes = before.last_run.sizes
+        sizes = _seen(before.last_run)
     spans = tuple(
         SpanInfo(denoiser, span.name, span.kind, len(span.members), span.parameters, sizes.get((denoiser, span.name)))
         for denoiser, layout in layouts.items()
         for span in layout.spans
     )
     return Inspection(type(pipe).__name__, spans, method.history)
+
+
+def _seen(done: CacheRun) -> dict[tuple[str, str], int]:
+    """Bytes of one feature of each span of the denoisers that a run has stored any of; 0 of those never stored."""
+    ran = {denoiser for denoiser, _ in done.sizes}
+    spans = [(name, span.name) for name, layout in done.layouts.items() if name in ran for span in layout.spans]
+    return {**dict.fromkeys(spans, 0), **done.sizes}
 
 
 @dataclass(frozen=True)

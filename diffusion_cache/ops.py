@@ -310,7 +310,7 @@ def _relative(current: Tensor, previous: Tensor, measure: str) -> Tensor:
 
 def on_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A new tensor of these numbers, for which the host does not wait for the device."""
-    values = torch.tensor(numbers, dtype=dtype)
+    values = torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

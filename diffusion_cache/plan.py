@@ -20,6 +20,7 @@ from .schedule import Schedule
 
 FEATURES = ("auto", "residual", "output")
 GUARD_SIGNALS = ("input_l1", "input_turn")
+HELD_OUT_PROMPTS = "held_out_prompts"  # the name of a fact
 LEAST_SPREAD = 0.01  # of a signal, relative to its mean
 MAX_HISTORY = 8
 MAX_STEPS = 10_000
@@ -290,6 +291,12 @@ class Plan:
         """Features that the weights are for."""
         return self.nodes.shape[2]
 
+    @property
+    def held_out_prompts(self) -> int | None:
+        """How many different texts the samples behind `quality` are of, if that was told."""
+        told = self.facts.get(HELD_OUT_PROMPTS)
+        return told if isinstance(told, int) else None
+
     def computed(self) -> Tensor:
         """The schedule as a bool tensor [T, P, S]."""
         return torch.tensor(self.schedule.compute, dtype=torch.bool)
@@ -297,19 +304,23 @@ class Plan:
     def resampled(self, noise_levels: Sequence[float]) -> "Plan":
         """The plan for a run with other noise levels (log-SNR, one a step): another number of steps, another shift.
 
-        Where they are this plan's own to within 1e-3 step by step, the plan itself. Otherwise the share of computed
-        steps and the noise levels where they are dense are kept, while the weights (Taylor takes their place), their
-        corrections, moved sigmas and what was measured are dropped. A plan without noise levels is stretched to the
-        number of steps.
+        Where they are this plan's own to within 1e-3 step by step, the plan itself. Where they are a part of its own
+        (image to image, a run that ends early), its steps there, and the weights that are for features of these alone.
+        Otherwise the share of computed steps and the noise levels where they are dense are kept, of those that the run
+        goes through, while the weights (Taylor takes their place), their corrections, moved sigmas and what was
+        measured are dropped. A plan without noise levels is stretched to the number of steps.
         """
         if self.noise_levels and same_levels(self.noise_levels, noise_levels):
             return self
         total, history = len(noise_levels), self.history
         places = positions(self.noise_levels, noise_levels, self.total)
+        first = round(places[0])
+        if self.noise_levels and same_levels(self.noise_levels[first : first + total], noise_levels):
+            return self._part(first, first + total)
 
         @cache
         def lane(steps: tuple[int, ...]) -> frozenset[int]:
-            return frozenset(_resampled_steps(steps, self.total, places))
+            return frozenset(_resampled_steps(steps, places))
 
         computed = self.computed()
         _, passes, spans = computed.shape
@@ -317,15 +328,42 @@ class Plan:
         for p in range(passes):
             for s in range(spans):
                 after[list(lane(tuple(computed[:, p, s].nonzero().flatten().tolist()))), p, s] = True
-        schedule = _schedule(after)
         shape = (total, self.weights.shape[1], self.weights.shape[2], history)
+        nodes = torch.full((total, shape[2], history), -1, dtype=torch.int32)
+        return self._for_levels(noise_levels, after, nodes, torch.full(shape, math.nan, dtype=torch.float64))
+
+    def _part(self, first: int, end: int) -> "Plan":
+        """The plan for a run of some of its steps in succession, the first of which is computed."""
+        computed = self.computed()[first:end]
+        computed[0] = True
+        nodes, weights = self.nodes[first:end], self.weights[first:end].clone()
+        held = ((nodes == -1) | (nodes >= first)).all(dim=2)  # [T, S]
+        held[0] = False
+        held &= self.sigmas is None  # which the weights were chosen with
+        weights[~held[:, None, :, None].expand_as(weights)] = math.nan
+        nodes = torch.where(held[..., None] & (nodes >= 0), nodes - first, -1)
+        correction = None if self.correction is None else self.correction[first:end].clone()
+        if correction is not None:
+            correction[weights.isnan().all(dim=3)] = math.nan
+        return self._for_levels(self.noise_levels[first:end], computed, nodes, weights, correction)
+
+    def _for_levels(
+        self,
+        noise_levels: Sequence[float],
+        computed: Tensor,
+        nodes: Tensor,
+        weights: Tensor,
+        correction: Tensor | None = None,
+    ) -> "Plan":
+        """For another kind of run, without what was measured."""
+        schedule = _schedule(computed)
         return replace(
             self,
             schedule=schedule,
             noise_levels=tuple(float(level) for level in noise_levels),
-            nodes=torch.full((total, shape[2], history), -1, dtype=torch.int32),
-            weights=torch.full(shape, math.nan, dtype=torch.float64),
-            correction=None,
+            nodes=nodes,
+            weights=weights,
+            correction=correction,
             sigmas=None,
             nfe=self._nfe_of(schedule),
             facts={**self.facts, "resampled_from_steps": self.total},
@@ -420,15 +458,18 @@ def positions(old: Sequence[float], new: Sequence[float], total: int) -> "np.nda
     return np.maximum.accumulate(found)
 
 
-def _resampled_steps(computed: Sequence[int], total: int, places: "np.ndarray[Any, Any]") -> list[int]:
-    """New steps for the computed ones of `total` old steps; places: where each new step stands among the old."""
-    count = min(len(places), max(1, math.floor(len(computed) * len(places) / total + 0.5)))
+def _resampled_steps(computed: Sequence[int], places: "np.ndarray[Any, Any]") -> list[int]:
+    """New steps for the computed ones of old steps; places: where each new step stands among the old."""
+    # of the old steps, those that the new ones go through; the first is computed whatever it was
+    first, end = math.floor(places[0] + 1e-6), math.ceil(places[-1] - 1e-6) + 1
+    kept = [first, *(step for step in computed if first < step < end)]
+    count = min(len(places), max(1, math.floor(len(kept) * len(places) / (end - first) + 0.5)))
     # evenly in the rank of computed steps, which keeps them dense where they were; of several, the last one is kept
-    if len(computed) > 1 and count > 1:
-        ranks = np.linspace(0, len(computed) - 1, count)
+    if len(kept) > 1 and count > 1:
+        ranks = np.linspace(0, len(kept) - 1, count)
     else:
         ranks = np.arange(count) / count
-    wanted = np.interp(ranks, np.arange(len(computed) + 1), [*computed, total])
+    wanted = np.interp(ranks, np.arange(len(kept) + 1), [*kept, end])
     steps: list[int] = []
     for i, place in enumerate(wanted):
         nearest = int(np.argmin(np.abs(places - place))) if i else 0

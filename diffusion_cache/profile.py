@@ -216,7 +216,12 @@ class Profile:
             f"steps) and is resampled {'in log-SNR' if own else 'by the share of the run'}: features are assumed to "
             "change evenly between its steps"
             + (f", and as at its ends at {outside} levels beyond them" if outside else "")
-            + ("; its plans keep their share of computed steps, without fitted weights or figures" if plans else "")
+            + (
+                "; its plans keep their share of computed steps, without figures, and without fitted weights unless "
+                "these levels are some of theirs"
+                if plans
+                else ""
+            )
             + ". A profile made at these levels will do better.",
             DiffusionCacheWarning,
             stacklevel=2,

@@ -5,6 +5,7 @@ of policies, forecasters, correctors, systems and guards, as they were given by 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -56,8 +57,11 @@ def refuse(given: Mapping[str, Any], why: Callable[[str, Any], str]) -> None:
             raise ConfigError(why(name, value))
 
 
-def needs_profile(name: str, value: Any) -> str:
-    return f"{name} needs a profile: enable(pipe, profile=…, {name}={value!r})"
+def needs_profile(name: str, value: Any, door: str = "enable(pipe") -> str:
+    return f"{name} needs a profile: {door}, profile=…, {name}={value!r})"
+
+
+run_needs_profile = functools.partial(needs_profile, door="run(model")
 
 
 def method(
@@ -122,7 +126,7 @@ def planned(
     if isinstance(plan, Plan):
         refuse({**wish, "plan": None}, _given_already)
     if profile is None:
-        refuse({"ignore": ignore or None}, needs_profile)
+        refuse({"ignore": ignore or None}, run_needs_profile if pipe is None else needs_profile)
     else:
         found, how = _checked(profile, pipe, denoisers, ignore, how)
         if not isinstance(plan, Plan):
@@ -268,6 +272,8 @@ def _checked(
     how: Mapping[str, Any],
 ) -> tuple[Profile, dict[str, Any]]:
     """A profile that matches the pipeline, and `how` with the guidance and size that calls are expected to have."""
+    if isinstance(ignore, str) or not isinstance(ignore, Collection):
+        raise ConfigError(f"ignore must be a list of fields, as in ignore=['weights'], not {ignore!r}")
     found = _profile(given)
     # whoever calls a bare denoiser says nothing of the sampler beyond the noise levels, which plans compare themselves
     found.check(pipe, denoisers, ignore if pipe is not None else (*ignore, *UNKNOWN_OF_LOOPS))

@@ -88,7 +88,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class SpanInfo:
-    """One span. feature_bytes: of one stored feature over all passes, None until something was generated.
+    """One span. feature_bytes: of one stored feature over all passes, None until something was generated, 0 where
+    nothing was stored, as of spans that are always computed.
 
     Where the newest feature is stored otherwise than older ones ("int8-delta"), their mean.
     """

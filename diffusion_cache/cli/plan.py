@@ -152,9 +152,11 @@ def stored_in(out: Path, profile: Profile) -> Profile | None:
 def _told(plan: Plan) -> str:
     assert plan.quality is not None
     assert plan.speed is not None
+    prompts = f" of {plan.held_out_prompts} prompts" if plan.held_out_prompts is not None else ""
     return (
         f"{plan.name} computes {plan.nfe:.4g} of {plan.total}, {plan.speed.ratio:.2f}× as fast, "
         f"{plan.quality.mean:.1f} dB, and {plan.quality.p5:.1f} dB or more for 95% of {plan.quality.n} held-out samples"
+        f"{prompts}"
     )
 
 
@@ -168,7 +170,7 @@ class _Work:
     @property
     def least(self) -> int:
         """The fewest steps that a plan can compute."""
-        return 1 + self.planner.search.last
+        return self.planner.least
 
     def plan(self, computed: int) -> Plan:
         name = f"nfe-{computed}"
@@ -328,7 +330,8 @@ def _planner(profile: Profile, source: Source, settings: Settings, progress: Pro
     seeds = [sample.seed for sample in held_out]
     asked = [(sample.prompt, sample.seed) for kind in drawn.values() for sample in kind]
     origin = hashlib.sha256(json.dumps([asked, plain_json(source.call)]).encode()).hexdigest()[:16]
-    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress, origin)
+    texts = None if source.classes else different
+    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress, origin, texts)
 
 
 def source_of(profile: Profile, model: str | None, settings: Settings) -> Source:

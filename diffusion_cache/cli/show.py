@@ -3,7 +3,8 @@
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..fingerprint import Fingerprint
 from ..plan import Plan
 from ..planning.selector import STORED, Choice, Selector
 from ..profile import Profile, folder_of
+from ..profiling.trajectory import ONE_FEATURE
 
 _MANY = 40  # spans listed
 _DRAWN = 24  # plans drawn
@@ -63,8 +65,24 @@ def print_plans(plans: Sequence[Plan], console: Console) -> None:
     if plans:
         console.print(_plan_table(plans))
         _print_strips(plans, console)
+        for plan in plans:
+            left = _left_to_taylor(plan)
+            if left:
+                console.print(Text(left), soft_wrap=True)
     else:
         console.print("No plans yet.")
+
+
+def _left_to_taylor(plan: Plan) -> str:
+    """How many reused steps keep Taylor's weights that could have had others, and why; nothing where none do."""
+    left = plan.facts.get("left_to_taylor")
+    whys = left.values() if isinstance(left, Mapping) else ()
+    reasons = Counter(str(why) for why in whys if why != ONE_FEATURE)
+    if not reasons:
+        return ""
+    reused = plan.total - int(plan.computed().flatten(1).all(dim=1).sum())
+    told = "; ".join(f"{_clean(why)} ({count})" for why, count in reasons.most_common())
+    return f"{_clean(plan.name)}: {reasons.total()} of {reused} reused steps keep Taylor's weights: {told}"
 
 
 def print_choices(profile: Profile, console: Console) -> None:
@@ -204,6 +222,7 @@ def _plan_table(plans: Sequence[Plan]) -> Table:
         "steps": [str(plan.total) for plan in plans],
         "metric": [_ABSENT if quality is None else quality.metric for quality in qualities],
         "samples": [_ABSENT if quality is None else str(quality.n) for quality in qualities],
+        "prompts": [_ABSENT if (n := plan.held_out_prompts) is None else str(n) for plan in plans],
         "on": [_ABSENT if speed is None else f"{speed.device}, batch {speed.batch}" for speed in speeds],
         "guard": [unguarded if plan.guard is None else plan.guard.signal for plan in plans],
         "NFE": [f"{plan.nfe:.4g}" for plan in plans],

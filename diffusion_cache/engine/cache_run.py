@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 MAX_ROW_GROUPS = 4
 
+# torch.export goes by dynamo only if it is strict. is_compiling, which is all that torch 2.6 has, is true in later ones
+# as well while any other thread compiles
+IS_EXPORTING: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 class StepRecord(NamedTuple):
     """What happened in one denoiser call.
@@ -103,8 +107,8 @@ class CacheRun:
         self, name: str, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """Run the denoiser called `name`, its spans computed or reused."""
-        if self.frame is not None:
-            return inner(*args, **kwargs)  # a denoiser that calls itself
+        if self.frame is not None or IS_EXPORTING():  # a denoiser that calls itself, or is written down
+            return inner(*args, **kwargs)
         try:
             self.frame = frame = self._open_frame(name, spans, args, kwargs)
         except DiffusionCacheError:

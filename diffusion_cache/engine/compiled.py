@@ -94,6 +94,7 @@ class CompiledSpans:
         """Compute the step uncompiled, then reuse it, to see what blocks return and that nothing else is used."""
         for cell in self.cells.values():
             cell.template = None
+        kept = [run.spans.stores(frame, span) for span in self.spans]
         frame.actions, frame.stores = (True,), (True,)
         frame.reason = "learning what the blocks return"
         given = copied(args), copied(kwargs)
@@ -109,6 +110,9 @@ class CompiledSpans:
         patterns = run.decisions.patterns(frame.step.total)
         if all(not run.repeat(frame, pattern, self.denoiser._call_impl, *given) for pattern in patterns):
             self._kept.learned[key] = learned
+        for span, stores in zip(self.spans, kept, strict=True):
+            if not stores:
+                run.spans.forget(run.spans.state(frame.key, span, 0))
         return output
 
     def _prepare(self, run: "CacheRun", frame: Frame, span: Span, learned: Learned | None) -> None:
@@ -117,14 +121,17 @@ class CompiledSpans:
         cell.reuse, cell.template, cell.feature = False, None, None
         if learned is None or state.unusable:
             return
-        if state.signature != learned.signature or state.template is None:
+        if state.signature != learned.signature:
             run.spans.forget(state)
+        if state.template is None:  # forgotten, with whatever history there was then
             state.template, state.signature = learned.template, learned.signature
             state.passthrough = dict(learned.passthrough)
-        state.history.reserve(learned.like)
-        cell.template, cell.passthrough, cell.slots = state.template, state.passthrough, state.history.slots
+        cell.template, cell.passthrough = state.template, state.passthrough
         cell.weights, cell.correction = run.spans.slot_weights(frame, span, state)
         cell.reuse = cell.weights is not None
+        if cell.reuse:
+            state.history.reserve(learned.like)
+            cell.slots = state.history.slots
 
     def _store(self, run: "CacheRun", frame: Frame, span: Span) -> None:
         cell, state = self.cells[span], run.spans.state(frame.key, span, 0)

@@ -323,7 +323,7 @@ class Number:
         self._event: Any = None
         self._host = measured
         if measured.is_cuda:
-            self._host = torch.empty(measured.shape, dtype=measured.dtype, pin_memory=True)
+            self._host = torch.empty(measured.shape, dtype=measured.dtype, device="cpu", pin_memory=True)
             self._host.copy_(measured, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(measured.device))

@@ -428,13 +428,15 @@ def _numbers(run: "CacheRun", frame: Frame, reused: "Sequence[tuple[Span, int, S
             return None
         if state.history.slots[0][0].dtype == torch.float64:
             dtype = torch.float64
-        weights, correction = [None if part is None else torch.tensor(part, dtype=torch.float64) for part in found]
+        weights, correction = [
+            None if part is None else torch.tensor(part, dtype=torch.float64, device="cpu") for part in found
+        ]
         assert weights is not None
         sizes.append((tuple(weights.shape), None if correction is None else tuple(correction.shape)))
         for part in (weights, correction):
             if part is not None:
                 parts += [part.flatten(), part.new_zeros(_aligned(part.numel()) - part.numel())]
-    values = torch.cat(parts).to(dtype) if parts else torch.zeros(0)
+    values = torch.cat(parts).to(dtype) if parts else torch.zeros(0, device="cpu")
     if parts and reused[0][2].history.slots[0][0].is_cuda:
         values = values.pin_memory()  # or the host would wait for the copy
     return Numbers(values, sizes)

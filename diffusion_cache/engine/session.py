@@ -538,24 +538,40 @@ class Session(Attached):
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""
         try:
             current = find_denoisers(pipe)
-            for name in [*self._handlers]:
-                if current.get(name) is not self.denoisers[name] or _other_cache(self.denoisers[name]):
-                    self._unbind(name)
-            for name, denoiser in current.items():
-                _check_other_caches(denoiser, "pipe", name)
-                if name not in self._handlers:
-                    self._bind(name, denoiser, self.method.layout(denoiser))
-                    self._patch_cache_context(denoiser)
-                elif not all(is_intercepted(module, self) for module, _ in self._handlers[name]):
-                    layout = self.layouts[name]  # compiled since
-                    self._unbind(name)
-                    self._bind(name, denoiser, layout)
         except DiffusionCacheError as error:
-            warnings.warn(
-                f"running without the cache, which cannot be attached any more: {error}",
-                DiffusionCacheWarning,
-                stacklevel=4,
-            )
+            _warn_uncached("", error)
+            return
+        for name in [*self._handlers]:
+            if current.get(name) is not self.denoisers[name] or _other_cache(self.denoisers[name]):
+                self._unbind(name)
+        for name, denoiser in current.items():
+            try:
+                self._follow(name, denoiser)
+            except DiffusionCacheError as error:
+                _warn_uncached(f" in {name}", error)
+
+    def _follow(self, name: str, denoiser: nn.Module) -> None:
+        """Attach to a denoiser that is new or was compiled since.
+
+        Raises:
+            ConfigError, NoSpansError: if it cannot be cached.
+        """
+        _check_other_caches(denoiser, "pipe", name)
+        if name not in self._handlers:
+            self._bind(name, denoiser, self.method.layout(denoiser))
+            self._patch_cache_context(denoiser)
+        elif not all(is_intercepted(module, self) for module, _ in self._handlers[name]):
+            layout = self.layouts[name]  # compiled since
+            self._unbind(name)
+            self._bind(name, denoiser, layout)
+
+
+def _warn_uncached(where: str, error: DiffusionCacheError) -> None:
+    warnings.warn(
+        f"running without the cache{where}, which cannot be attached any more: {error}",
+        DiffusionCacheWarning,
+        stacklevel=5,
+    )
 
 
 def _other_cache(denoiser: nn.Module) -> str:
@@ -657,7 +673,8 @@ def _counted_step(original: Callable) -> Callable:
             sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
             if isinstance(sample, Tensor) and sample.ndim:
                 run.samples = len(sample)
-                run.session.check_size(sample)
+                if run.any_scheduler or _is_own(run, self):
+                    run.session.check_size(sample)
         return result
 
     return step
@@ -678,6 +695,12 @@ def _noted_timesteps(original: Callable) -> Callable:
 
 def _counts(run: CacheRun, scheduler: Any) -> bool:
     return run.any_scheduler or run.session.token in _marks(scheduler)
+
+
+def _is_own(run: CacheRun, scheduler: Any) -> bool:
+    """Whether this is the pipeline's scheduler itself: a copy steps latents of another kind (LTX2's audio)."""
+    pipe = run.pipe() if run.pipe is not None else None
+    return getattr(pipe, "scheduler", None) is scheduler
 
 
 def _noted_progress_bar(original: Callable) -> Callable:

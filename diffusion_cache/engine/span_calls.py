@@ -150,8 +150,11 @@ class SpanCalls:
             return None
         session = self._run.session
         watched = (session.observer is not None or self._relates_passes) and not frame.fills_cache
-        if frame.actions is not None and not any(frame.stores) and all(frame.actions) and not watched:
+        stores = frame.actions is None or self.stores(frame, span)  # what is decided on now may be reused later
+        if not (stores or watched):
             frame.computed += 1
+            if self._offload is not None:
+                self._prefetch(frame.key, state.place + 1, frame.actions)
             return None
         inputs = tensor_inputs(args, kwargs)
         if span in session.written:
@@ -167,9 +170,8 @@ class SpanCalls:
                 self._run.warn_failure("taking signals", error)  # a policy computes where it has none to go by
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
-        reuse = not self._entry(frame.actions, span)
-        visit = Visit(span, state, inputs, signature(inputs), reuse or self._entry(frame.stores, span))
-        forecast = reuse and self._forecast(frame, visit)
+        visit = Visit(span, state, inputs, signature(inputs), stores)
+        forecast = not self._entry(frame.actions, span) and self._forecast(frame, visit)
         if self._offload is not None:
             self._prefetch(frame.key, state.place + 1, frame.actions)
         if forecast:
@@ -178,8 +180,7 @@ class SpanCalls:
             frame.visits[span] = visit
             return visit
         frame.computed += 1
-        # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
-        if state.unusable or not (visit.stores or watched):
+        if state.unusable:
             return None
         if state.template is not None and state.signature != visit.entered:
             self._reshape(state)
@@ -200,7 +201,8 @@ class SpanCalls:
 
     def stores(self, frame: Frame, span: Span) -> bool:
         """Whether a span's feature is stored, if it is computed."""
-        return self._entry(frame.stores, span)
+        # computed for want of a history, a feature is one: the second of two denoisers starts in the middle of a plan
+        return self._entry(frame.stores, span) or not self._computes(frame, span)
 
     def _entry(self, entries: tuple[bool, ...], span: Span) -> bool:
         return entries[self._run.session.span_index[span] if len(entries) > 1 else 0]

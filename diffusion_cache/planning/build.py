@@ -17,11 +17,11 @@ from ..fingerprint import same_levels
 from ..forecasters.fitted import Fitted
 from ..measure import paired
 from ..plain import plain_json
-from ..plan import GUARD_SIGNALS, Plan, Quality, Speed
+from ..plan import GUARD_SIGNALS, HELD_OUT_PROMPTS, Plan, Quality, Speed
 from ..policies import Guarded, Planned
 from ..profile import Profile
 from ..profiling import trajectory
-from ..profiling.generation import Batch, Teacher, attached
+from ..profiling.generation import Batch, Teacher, attached, dtype_of
 from ..profiling.polish import polish
 from ..profiling.replay import Replay
 from ..registry import unknown_name
@@ -75,6 +75,7 @@ class Planner:
     profile: of the same. fitting: weights and schedules are chosen on it; tuning: strengths and finalists are.
     held_out: what a plan states is measured on these, which nothing else has seen; seeds: of the held-out samples.
     origin: what tells these samples from others (prompts, seeds, arguments of calls); a plan says of which it is.
+    prompts: how many different texts the held-out samples are of, None for samples of classes or of nothing.
     A search also starts from the steps of the nearest plans, made by this planner or in the profile.
     """
 
@@ -86,6 +87,7 @@ class Planner:
     search: Search = field(default_factory=Search)
     progress: Progress = lambda what, done, of: None
     origin: str | None = None
+    prompts: int | None = None
     _scores: dict[tuple[Steps, str | None, bool], float] = field(default_factory=dict)  # the last: with fitted weights
     _schedules: dict[int, Steps] = field(default_factory=dict, init=False)  # of plans, by their number of steps
 
@@ -131,6 +133,16 @@ class Planner:
         return self.fitting.steps
 
     @property
+    def _fixed(self) -> frozenset[int]:
+        """Steps that every plan computes."""
+        return frozenset(self.fitting.begun) | frozenset(range(self.steps - self.search.last, self.steps))
+
+    @property
+    def least(self) -> int:
+        """The fewest steps that a plan can compute."""
+        return len(self._fixed)
+
+    @property
     def scopes(self) -> tuple[str | None, ...]:
         """Where plans may cache."""
         return self.search.scopes or (self.profile.scope,)
@@ -161,10 +173,8 @@ class Planner:
         Raises:
             ConfigError: for a number of computed steps that cannot be.
         """
-        if not 1 + self.search.last <= computed <= self.steps:
-            raise ConfigError(
-                f"of {self.steps} steps, {1 + self.search.last} to {self.steps} can be computed, not {computed}"
-            )
+        if not self.least <= computed <= self.steps:
+            raise ConfigError(f"of {self.steps} steps, {self.least} to {self.steps} can be computed, not {computed}")
         label = name or f"nfe-{computed}"
         settings, finalists = self._finalists(computed, label)
         schedule, result, fit_settings = self._tuned(finalists, settings, label)
@@ -210,10 +220,18 @@ class Planner:
             found.append(self._optimal(fewer, computed))
         every = -(-self.steps // computed)
         uniform = tuple(range(0, self.steps, every))
-        if len(uniform) == computed and not self.search.last:
+        if len(uniform) == computed and self._fixed <= {*uniform}:
             found.append(uniform)
-        found += [spaced(self.steps, computed, exponent, self.search.last) for exponent in EXPONENTS]
+        found += [self._spaced(computed, exponent) for exponent in EXPONENTS]
         return list(dict.fromkeys(steps for steps in found if steps is not None))
+
+    def _spaced(self, computed: int, exponent: float) -> Steps:
+        """By a power law, the nearest of its steps moved to each that every plan computes."""
+        steps = {*spaced(self.steps, computed, exponent, self.search.last)}
+        for fixed in sorted(self._fixed - steps):
+            steps.remove(min(steps - self._fixed, key=lambda step: abs(step - fixed)))
+            steps.add(fixed)
+        return tuple(sorted(steps))
 
     def _optimal(self, damage: Any, computed: int, objective: Objective = "sum") -> Steps | None:
         try:
@@ -224,9 +242,11 @@ class Planner:
 
     @functools.cached_property
     def _damage(self) -> surrogate.Array:
-        """Of forecasting by a straight line, [T, T, T], by the profile."""
+        """Of forecasting by a straight line, [T, T, T], by the profile; infinite where nothing can be forecast."""
         gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)
-        return surrogate.damages(surrogate.taylor_errors(gram), sensitivity, gram.diagonal())
+        damage = surrogate.damages(surrogate.taylor_errors(gram), sensitivity, gram.diagonal())
+        damage[..., list(self.fitting.begun)] = math.inf
+        return damage
 
     def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
         """The scope whose starts score best, and the best schedules found there."""
@@ -256,7 +276,9 @@ class Planner:
             self.progress(f"{label}, {scope}: {best:.2f} dB", done, of)
 
         last, seed = self.search.last, self.search.seed
-        found = closed_loop.refine(run, starts, self._damage, runs, last=last, seed=seed, progress=told)
+        found = closed_loop.refine(
+            run, starts, self._damage, runs, last=last, also=self.fitting.begun, seed=seed, progress=told
+        )
         return sorted(found.tried, key=lambda tried: -tried.score)
 
     def _settings(self, scope: str | None) -> trajectory.Settings:
@@ -289,8 +311,11 @@ class Planner:
                 best = score, steps, result, choice
             if number == len(finalists) - 1:  # then its strengths
                 tried += [(best[1], choice) for choice in choices if choice != settings]
-            if number == len(tried) - 1 and regressors and not choice.scale:
-                tried.append((best[1], replace(best[3], scale=True)))
+            if number == len(tried) - 1 and not choice.scale:
+                if self.search.fitted and not choice.robust:
+                    tried.append((best[1], replace(best[3], robust=True)))
+                elif regressors:
+                    tried.append((best[1], replace(best[3], scale=True)))
         assert best is not None
         return best[1:]
 
@@ -308,6 +333,7 @@ class Planner:
             self.fitting.images,
             lambda weights: self._tuning_score(policy, weights, settings),
             rounds=self.search.polished,
+            nudge=trajectory.nudge_of(dtype_of(self.fitting.batch.pipe)),
             progress=lambda done, of: self.progress(f"{label}: polishing", done, of),
         )
 
@@ -335,6 +361,7 @@ class Planner:
             **self._facts,
             "history": settings.history,
             "ridge": settings.ridge,
+            "robust": settings.robust,
             "regressors": [name for name in ("scale", "bias") if getattr(settings, name)],
             "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
         }
@@ -360,16 +387,26 @@ class Planner:
     def timed(self, computed: int) -> Speed:
         """The speed of a plan with so many computed steps, before it is made: which ones they are hardly matters."""
         settings = self._settings(self.scopes[0])
-        return self._speed(self._bare(spaced(self.steps, computed, 1.0, self.search.last), settings))
+        return self._speed(self._bare(self._spaced(computed, 1.0), settings))
 
     def fitted(self, computed: Steps, name: str) -> Plan:
-        """The plan of a schedule that is given, with fitted weights: not searched for, not measured."""
+        """The plan of a schedule that is given, with fitted weights: not searched for, not measured.
+
+        Raises:
+            ConfigError: for one without a step that is computed whatever is planned.
+        """
+        lacking = sorted({*self.fitting.begun} - {*computed})
+        if lacking:
+            raise ConfigError(
+                f"a denoiser or guidance branch begins at step {lacking[0]} with nothing to go on: compute it too"
+            )
         settings = self._settings(self.scopes[0])
         return self._assembled(name, computed, self._fit(computed, settings), settings)
 
     def measured(self, plan: Plan) -> Plan:
         """The plan with its quality on the held-out samples, and its speed."""
-        return replace(plan, quality=self.quality(plan), speed=self._speed(plan))
+        told = {} if self.prompts is None else {HELD_OUT_PROMPTS: self.prompts}
+        return replace(plan, quality=self.quality(plan), speed=self._speed(plan), facts={**plan.facts, **told})
 
     def timed_here(self, plan: Plan) -> Plan:
         """The plan with its speed on this device in a batch of this size, measured where it states another's."""

@@ -1,8 +1,9 @@
 """Which of a profile's plans answers what was asked for."""
 
+import warnings
 from collections.abc import Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DiffusionCacheWarning
 from ..plan import Plan
 from . import guarantee
 
@@ -18,8 +19,9 @@ def choose(
     """The plan that suits one wish.
 
     speedup: the best plan whose measured speed (uncached time over its own) is at least that. min_psnr: in dB, the
-    cheapest plan whose PSNR reaches it for at least 95% of prompts with 95% confidence, on held-out samples. nfe: the
-    best plan of at most so many denoiser evaluations a run. plan: the one called so.
+    cheapest plan whose PSNR reaches it for at least 95% of prompts with 95% confidence, on held-out samples; where
+    these are of too few prompts to say so, of seeds of those prompts, with a warning. nfe: the best plan of at most so
+    many denoiser evaluations a run. plan: the one called so.
 
     Raises:
         ConfigError: for none or several wishes at once, and one that no plan fulfils; names the nearest that one does.
@@ -70,7 +72,16 @@ def choose(
     measured = [plan for plan in measured if plan.quality and plan.quality.n >= needed] or measured
     measured.sort(key=lambda plan: -plan.nfe)
     values = [plan.quality.values for plan in measured if plan.quality is not None]
-    return measured[guarantee.pick(values, min_psnr)]
+    chosen = measured[guarantee.pick(values, min_psnr)]
+    prompts = chosen.held_out_prompts
+    if prompts is not None and prompts < needed:
+        warnings.warn(
+            f"plan {chosen.name!r} is shown to reach {min_psnr:g} dB for 95% of seeds of the {prompts} prompts that it "
+            f"was measured on, which says less of other prompts: plan with more held-out ones, {needed} show it of any",
+            DiffusionCacheWarning,
+            stacklevel=2,
+        )
+    return chosen
 
 
 def _check_number(wish: str, value: float, above: float | None) -> None:

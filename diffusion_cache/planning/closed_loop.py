@@ -5,7 +5,7 @@ what came before it, fitted weights look further back than two steps. So the sch
 propose only start a search here, which learns from every run what the surrogate has wrong (`learned`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,29 +53,32 @@ def refine(
     *,
     warmup: int = 1,
     last: int = 0,
+    also: Collection[int] = (),
     seed: int = 0,
     progress: Callable[[int, int, float], None] = lambda done, of, best: None,
 ) -> Found:
     """The best schedule found in at most `runs` runs, with as many computed steps as the starts have.
 
     run: the score in dB of a schedule, run for real. starts: schedules to begin from, all with one number of computed
-    steps. damage: [h + 1, i, t], [T, T, T], what a surrogate says of forecasts (see `dynamic.best_schedule`), finite.
-    Each start is run; then, in turns, the schedule that is best by what has been learned, and the most promising of
-    those that differ from the best so far in one computed step, until all of these were run. warmup, last: steps at
-    the ends that stay computed. The same seed gives the same search.
+    steps. damage: [h + 1, i, t], [T, T, T], what a surrogate says of forecasts (see `dynamic.best_schedule`), finite
+    but at steps that stay computed: warmup and last ones at the ends, and those of `also`. Each start is run; then, in
+    turns, the schedule that is best by what has been learned, and the most promising of those that differ from the
+    best so far in one computed step, until all of these were run. The same seed gives the same search.
 
     Raises:
         ConfigError: for no starts, starts of different sizes, or one that a guard forbids.
     """
-    learned = Learned(np.asarray(damage))
+    damage = np.array(damage, dtype=np.float64)
+    damage[..., list(also)] = np.inf
+    learned = Learned(damage)
     steps = len(learned.damage)
     warmup = max(warmup, 1)  # nothing to reuse at the first
-    fixed = frozenset(range(warmup)) | frozenset(range(steps - last, steps))
+    fixed = frozenset(range(warmup)) | frozenset(range(steps - last, steps)) | frozenset(also)
     if not starts or len({len(start) for start in starts}) > 1:
         raise ConfigError("a search needs at least one schedule to start from, all with as many computed steps")
     for start in starts:
         if sorted(set(start)) != list(start) or not fixed <= set(start) or not set(start) <= set(range(steps)):
-            raise ConfigError(f"{start} is no schedule of {steps} steps with {warmup} first and {last} last computed")
+            raise ConfigError(f"{start} is no schedule of {steps} steps with {sorted(fixed)} computed")
     tried: dict[Steps, float] = {}
 
     def ran(computed: Steps) -> float:

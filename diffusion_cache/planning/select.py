@@ -62,7 +62,8 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     """The plan with weights fitted to a teacher's samples, of one kind of prompt.
 
     Its schedule stays, and its settings of the fit where it was fitted. Its own weights are moved SHARE of the way to
-    those of the samples, as these are few; where it has none, it gets those. What was measured of it is left out.
+    those of the samples, as these are few, or stay where those are for features of other steps; a plan without any gets
+    those. What was measured of it is left out.
     """
     regressors = plan.facts.get("regressors") or ()
     settings = trajectory.Settings(
@@ -74,6 +75,7 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
         groups=tuple(range(plan.spans)) if plan.spans > 1 else (),
         scale="scale" in regressors,
         bias="bias" in regressors,
+        robust=bool(plan.facts.get("robust")),
     )
     bare = Plan(
         name,
@@ -89,8 +91,10 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     result = trajectory.fit(teacher, Planned(bare), settings)
     nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
     facts = {**plan.facts, "refitted_on": teacher.batch.count}
-    if weights.shape == plan.weights.shape and torch.equal(nodes, plan.nodes):
-        weights, correction = _moved(plan.weights, weights), plan.correction
+    if weights.shape == plan.weights.shape and bool(plan.weights.isfinite().any()):
+        alike = (nodes == plan.nodes).all(dim=2)[:, None, :, None]
+        weights = _moved(plan.weights, weights.where(alike, torch.nan))
+        nodes, correction = plan.nodes, plan.correction
     else:
         facts["left_to_taylor"] = {str(step): why for step, why in sorted(result.notes.items())}
     return replace(bare, nodes=nodes, weights=weights, correction=correction, facts=facts)

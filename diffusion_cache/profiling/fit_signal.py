@@ -18,8 +18,6 @@ from ..policies import Guarded, Guards, TeaCache
 from ..signals import relative_l1
 from .generation import Batch, attached
 
-ALWAYS = 10**9  # more steps than a run has
-
 
 @dataclass(frozen=True)
 class Change:
@@ -72,7 +70,7 @@ def changes(batch: Batch) -> list[Change]:
         ConfigError: for a model in which the signal is not found, or in which nothing changes that is finite.
     """
     watching = _Changes()
-    method = Method(Guarded(TeaCache(), Guards(warmup=ALWAYS)), Reuse(), "stack")
+    method = Method(Guarded(TeaCache(), Guards(max_reused=0)), Reuse(), "stack")
     with attached(batch.pipe, method, watching):
         batch.call()
     found = [change for change in watching.found if np.isfinite((change.signal, change.output)).all()]

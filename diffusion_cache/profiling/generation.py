@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Method, Observer, Session
-from ..engine.frame import Frame
+from ..engine.frame import Frame, PassKey
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..forecasters import Reuse
@@ -54,7 +54,9 @@ class Teacher:
     """The uncached run of a batch.
 
     states: what each `scheduler.step` gave, [rows, ...]; rows may be a multiple of the samples. images: [count, ...].
-    calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call.
+    calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call. begun: steps that are
+    computed whatever is planned, as a denoiser or guidance branch has nothing to go on yet, or has other rows than
+    before.
     """
 
     batch: Batch
@@ -63,6 +65,7 @@ class Teacher:
     noise_levels: tuple[float, ...] = ()
     calls: int = 0
     rows: int = 1
+    begun: tuple[int, ...] = (0,)
 
     @property
     def steps(self) -> int:
@@ -79,6 +82,7 @@ class _Counting(Observer):
         self.teacher = teacher
         self.run: Any = None
         self.steps = 0
+        self.batches: dict[PassKey, int] = {}
 
     def run_began(self, run: Any) -> None:
         self.run = run
@@ -88,6 +92,9 @@ class _Counting(Observer):
         self.steps = max(self.steps, frame.step.index + 1)
         teacher.calls = max(teacher.calls, frame.position + 1)
         teacher.rows = max(teacher.rows, frame.batch // teacher.batch.count)  # guidance may end before the last step
+        if self.batches.get(frame.key) != frame.batch:
+            teacher.begun = tuple(sorted({*teacher.begun, frame.step.index}))
+        self.batches[frame.key] = frame.batch
 
 
 def teach(batch: Batch) -> Teacher:
@@ -166,6 +173,13 @@ def device_of(pipe: Any) -> torch.device:
         return torch.device(told)
     parameters = (parameter for denoiser in find_denoisers(pipe).values() for parameter in denoiser.parameters())
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def dtype_of(pipe: Any) -> torch.dtype:
+    """The coarsest precision that a pipeline's denoisers keep their weights in."""
+    parameters = (parameter for denoiser in find_denoisers(pipe).values() for parameter in denoiser.parameters())
+    dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 class attached:

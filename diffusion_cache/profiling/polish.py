@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..forecasters.fitted import Fitted, Key
 
-NUDGE = 1e-2
+NUDGE = 1e-2  # for float32
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 LENGTHS = (1.0, 0.5)
 
@@ -30,13 +30,15 @@ def polish(
     judge: Callable[[Fitted], float],
     *,
     rounds: int = 1,
+    nudge: float = NUDGE,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Fitted:
     """The weights after at most `rounds` steps, each kept only if it raises what `judge` says.
 
     generate: the samples of a cached generation with given weights, [n, ...], which up to a step are those of the last
     generation for which no step was given; reference: the same uncached. judge: a score on other samples, higher is
-    better. A round takes one generation for each free weight (guidance branches share theirs) and six calls of judge.
+    better. nudge: what a weight is moved by for the derivatives; it has to show in the model's precision. A round takes
+    one generation for each free weight (guidance branches share theirs) and six calls of judge.
     """
     reached = judge(forecaster)
     for _ in range(rounds):
@@ -49,8 +51,8 @@ def polish(
             progress(done, len(directions))
             keys, _ = direction
             first = keys[0][0]  # the step of all of them
-            moved = generate(_moved(forecaster, [direction], [NUDGE]), first)
-            rows.append(((moved - base).flatten(1).double() / NUDGE * weight).flatten())
+            moved = generate(_moved(forecaster, [direction], [nudge]), first)
+            rows.append(((moved - base).flatten(1).double() / nudge * weight).flatten())
         if not rows:
             return forecaster
         jacobian = torch.stack(rows)

@@ -172,10 +172,13 @@ class _Rectifying(Fitting):
         keys = [self._key(call, visit, row) for call, visit in _reused(calls) for row in range(self.teacher.rows)]
         if not all((index, *key) in self.forecaster.table for key in keys):
             raise UnfitError("the plan has no weights at this step, beside which a correction stands")
+        if any(len(call.branches) != self.teacher.rows for call in calls):
+            raise UnfitError("guidance has other branches here than at other steps")
         count = self.teacher.batch.count
-        before = given.model_output[:count].double()
+        guided = given.model_output[:count]
+        before = guided.double()
         branches = [aligned(branch, before.shape) for call in calls for branch in call.branches]
-        guidance = guidance_weights(branches, before)
+        guidance = guidance_weights(branches, guided)
         found: dict[tuple[int, int], Correction] = {}  # by span and branch
         errors = []
         if self.target == "state":

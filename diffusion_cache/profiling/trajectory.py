@@ -10,6 +10,9 @@ with the derivatives J_j taken by finite differences (of reused calls, which are
 regressors may take part in the same system, for each branch and group: a scale of the spans' outputs, which frees the
 weights from summing to one and so weighs the spans' inputs, and a bias of each of their channels. What the sampler
 makes of a model output is asked of a copy of itself; how guidance combines its branches is found by regression.
+
+A sample that has left its path has most to say in a sum of squares. Robustly, each sample's part of it is weighed by
+ω = 1 / (1 + q / median q), with its mean square q of M(w₀) − M*.
 """
 
 import copy
@@ -35,9 +38,11 @@ from .generation import StepCall, Teacher, attached, state_of
 NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}
 LOW_PRECISION_NUDGE = 0.25
 GUIDANCE_TOLERANCE = 1e-3  # what guidance may differ from a linear combination by, relative
+ROUNDINGS = 2.0  # or by so many units of the precision that it is combined in, where that is more
 LENGTHS = (1.0, 0.5, 0.25)  # of the step that is solved for, where the output is not as linear as it takes it to be
 BIASED_CHANNELS = 128
 NEGLIGIBLE = 1e-2  # what a scale or a bias of one changes the model output by, relative, if it is to be solved for
+ONE_FEATURE = "with one feature in the history there is nothing to choose"
 AFFINE_TOLERANCE = 1e-3  # what a sampler's step may differ from an affine map by, relative
 
 
@@ -47,6 +52,7 @@ class Settings:
 
     feature: what is stored (see `Forecaster`). scale, bias: correct the outputs too, strengths: their λ. A bias takes
     a reused call for each channel and group; spans of more than BIASED_CHANNELS, or of different ones, get one for all.
+    robust: weigh samples by ω.
     """
 
     scope: str | None = None
@@ -58,6 +64,7 @@ class Settings:
     scale: bool = False
     bias: bool = False
     strengths: tuple[float, float] = (1e-3, 1.0)
+    robust: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Result:
     """What a fit has found.
 
     images: of the cached run it went along, [n, ...]. notes: by step, why it keeps Taylor. errors: by step, the
-    distance from M* before and after, relative to ‖M*‖.
+    distance from M* before and after, relative to ‖M*‖, samples weighed as in the fit.
     """
 
     forecaster: Fitted
@@ -76,6 +83,11 @@ class Result:
 
 class UnfitError(Exception):
     """A step that keeps its Taylor weights, with the reason."""
+
+
+def nudge_of(dtype: torch.dtype) -> float:
+    """What weights are moved by for a finite difference of what a model of this precision makes of them."""
+    return NUDGES.get(dtype, LOW_PRECISION_NUDGE)
 
 
 def fit(teacher: Teacher, policy: Policy, settings: Settings) -> Result:
@@ -148,10 +160,13 @@ class Unknown(NamedTuple):
 
 
 class _Owner(NamedTuple):
-    """Whose unknowns they are: a group's in one guidance branch, with the steps of its features."""
+    """Whose unknowns they are: a group's in one guidance branch, with the steps of its features.
+
+    branches: those of the table; all of a call's where its rows are one branch now, and are taken for several there.
+    """
 
     group: int
-    branch: int
+    branches: tuple[int, ...]
     nodes: tuple[int, ...]
 
 
@@ -176,11 +191,11 @@ class Fitting(Observer):
         self.run = run
 
     def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
-        self.calls.append(Called(frame, self._branches(output), again))
+        self.calls.append(Called(frame, self._branches(frame, output), again))
 
-    def _branches(self, output: Any) -> list[Tensor]:
+    def _branches(self, frame: Frame, output: Any) -> list[Tensor]:
         first = next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
-        return list(first.detach().chunk(self.teacher.rows))
+        return list(first.detach().chunk(max(1, frame.batch // self.teacher.batch.count)))
 
     def stepping(self, step: Callable) -> Callable:
         """`scheduler.step`, which goes on from the fitted weights."""
@@ -203,24 +218,28 @@ class Fitting(Observer):
         """The model output with the weights that are found, which are in the table then."""
         count = self.teacher.batch.count
         rows = len(given.model_output)
-        before = given.model_output[:count].double()
-        like = before.shape
+        guided = given.model_output[:count]
+        before, like = guided.double(), guided.shape
         branches = [aligned(branch, like) for call in calls for branch in call.branches]
-        guidance = guidance_weights(branches, before)
+        guidance = guidance_weights(branches, guided)
         target = self._target(index, given, scheduler)
         unknowns, columns = _that_matter(*self._derivatives(index, calls, guidance, like), float(before.norm()))
         owners = list(dict.fromkeys(owner for owner, _ in unknowns))
         if len(unknowns) == len(owners):
-            raise UnfitError("with one feature in the history there is nothing to choose")
-        delta = dict(zip(unknowns, self._solve(columns, (target - before).flatten(), unknowns), strict=True))
-        size = float(target.norm().clamp_min(1e-30))
-        error = float((before - target).norm()) / size
+            raise UnfitError(ONE_FEATURE)
+        wanted = target - before
+        weight = _root_weights(wanted) if self.settings.robust else 1.0
+        columns.unflatten(1, like).mul_(weight)
+        delta = dict(zip(unknowns, self._solve(columns, (wanted * weight).flatten(), unknowns), strict=True))
+        size = float((target * weight).norm().clamp_min(1e-30))
+        error = float((wanted * weight).norm()) / size
         for length in LENGTHS:
             for owner in owners:
                 own = {unknown: length * change for (of, unknown), change in delta.items() if of == owner}
-                self.forecaster.table[index, owner.group, owner.branch] = self._found(index, owner.nodes, own)
+                for branch in owner.branches:
+                    self.forecaster.table[index, owner.group, branch] = self._found(index, owner.nodes, own)
             after = combined(self._repeat(calls, like), guidance)
-            reached = float((after - target).norm()) / size
+            reached = float(((after - target) * weight).norm()) / size
             if reached < error:
                 self.errors[index] = error, reached
                 whole = after.to(given.model_output.dtype)
@@ -233,7 +252,7 @@ class Fitting(Observer):
         """The guidance branches' outputs with the weights as they are now."""
         found = []
         for call in calls:
-            branches = self._branches(call.again()) if call.frame.reused else call.branches
+            branches = self._branches(call.frame, call.again()) if call.frame.reused else call.branches
             found += [aligned(branch, like) for branch in branches]
         return found
 
@@ -268,15 +287,18 @@ class Fitting(Observer):
     ) -> tuple[list[tuple[_Owner, Unknown]], Tensor]:
         """What is to be solved for, and ∂M/∂ of each, flattened, [unknowns, elements]."""
         nodes: dict[tuple[int, int], tuple[int, ...]] = {}  # by group and place of the call
+        of_group: dict[int, tuple[int, ...]] = {}
         for place, call in enumerate(calls):
             for visit in call.frame.reused:
                 group = self.forecaster.fitted.group(self.run.session.span_index[visit.span])
                 held = tuple(int(node) for node in visit.state.history.nodes)
                 if nodes.setdefault((group, place), held) != held:
                     raise UnfitError("spans of one group hold features of different steps")
+                if of_group.setdefault(group, held) != held:  # a plan has one set of nodes for all of them
+                    raise UnfitError("guidance branches hold features of different steps")
         base = [branch for call in calls for branch in call.branches]
-        nudge = NUDGES.get(base[0].dtype, LOW_PRECISION_NUDGE)
-        rows = self.teacher.rows
+        sources = [(place, row) for place, call in enumerate(calls) for row in range(len(call.branches))]
+        nudge = nudge_of(base[0].dtype)
         regressors = self._regressors(calls)
         found: dict[tuple[_Owner, Unknown], Tensor] = {}
         for group in sorted({group for group, _ in nodes}):
@@ -284,13 +306,22 @@ class Fitting(Observer):
             for unknown in [*(Unknown("weight", node) for node in range(longest)), *regressors]:
                 with self.forecaster.nudged(group, unknown, nudge):
                     moved = self._repeat(calls, like)
-                for position, (branch, was, weight) in enumerate(zip(moved, base, guidance, strict=True)):
-                    place, row = divmod(position, rows)
+                for (place, row), branch, was, weight in zip(sources, moved, base, guidance, strict=True):
                     held = nodes.get((group, place), ())
                     if held and (unknown.kind != "weight" or unknown.place < len(held)):
-                        owner = _Owner(group, calls[place].frame.position * rows + row, held)
+                        owner = _Owner(group, self._branch_places(calls[place], row), held)
                         found[owner, unknown] = (weight * (branch - aligned(was, like)) / nudge).flatten()
         return list(found), torch.stack(list(found.values()))
+
+    def _branch_places(self, call: Called, row: int) -> tuple[int, ...]:
+        """Which of the step's guidance branches a part of a call's rows is in the table."""
+        rows = self.teacher.rows
+        first = call.frame.position * rows
+        if len(call.branches) == rows:
+            return (first + row,)
+        if len(call.branches) > 1:
+            raise UnfitError("guidance has fewer branches here than at other steps")
+        return tuple(range(first, first + rows))
 
     def _solve(self, columns: Tensor, wanted: Tensor, unknowns: Sequence[tuple[_Owner, Unknown]]) -> list[float]:
         """δ by the system above, one of each unknown."""
@@ -312,9 +343,10 @@ class Fitting(Observer):
         scale = float(output.square().mean().sqrt())
         with self.run.clock.suppressed():
             # in its own dtype, for the noise that a sampler draws depends on it
-            led = self._next(given, scheduler, given.model_output, given.sample)[:count]
+            led = self._next(given, copy.deepcopy(scheduler), given.model_output, given.sample)[:count]
             here, up, down = (
-                self._next(given, scheduler, output + move * scale, sample)[:count] for move in (0.0, 1.0, -1.0)
+                self._next(given, _in_float64(scheduler, sample.shape), output + move * scale, sample)[:count]
+                for move in (0.0, 1.0, -1.0)
             )
         change = up - down
         if not bool(torch.isfinite(change).all()) or not float(change.abs().max()) > 0:
@@ -331,14 +363,36 @@ class Fitting(Observer):
 
     @staticmethod
     def _next(given: StepCall, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
-        """What a copy of the sampler makes of a model output; random numbers then go on as if it had not been asked."""
+        """What this copy of the sampler makes of a model output; random numbers go on as if it had not been asked."""
         states = [(generator, generator.get_state()) for generator in given.generators]
         try:
             with forked_rng():
-                return state_of(given.result(output, copy.deepcopy(scheduler), sample)).double()
+                return state_of(given.result(output, scheduler, sample)).double()
         finally:
             for generator, state in states:
                 generator.set_state(state)
+
+
+def _in_float64(scheduler: Any, shape: torch.Size) -> Any:
+    """A copy of a sampler with the samples and model outputs that it keeps, of this shape, in float64.
+
+    A sampler's step may go on in their precision whatever it is given, and rounding is not affine.
+    """
+    copied = copy.deepcopy(scheduler)
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.shape == shape else value
+
+    for name, value in list(vars(copied).items()):
+        setattr(copied, name, [wide(item) for item in value] if isinstance(value, list) else wide(value))
+    return copied
+
+
+def _root_weights(missed: Tensor) -> Tensor:
+    """√ω of each sample, [n, 1, …], by what it is off by, [n, …]."""
+    squares = missed.flatten(1).square().mean(dim=1)
+    median = squares.quantile(0.5).clamp_min(torch.finfo(squares.dtype).tiny)
+    return (1 + squares / median).rsqrt().reshape(-1, *[1] * (missed.ndim - 1))
 
 
 def _that_matter(
@@ -366,11 +420,15 @@ def aligned(branch: Tensor, like: torch.Size) -> Tensor:
 
 
 def guidance_weights(branches: Sequence[Tensor], guided: Tensor) -> list[float]:
-    """The weights that guidance gives its branches, by least squares."""
-    design = torch.stack([branch.flatten() for branch in branches], dim=1)
-    found = torch.linalg.lstsq(design, guided.flatten()[:, None]).solution.flatten()
-    missed = (design @ found - guided.flatten()).norm()
-    if not float(missed) <= GUIDANCE_TOLERANCE * float(guided.norm()):
+    """The weights that guidance gives its branches, by least squares.
+
+    guided: in the precision that they were combined in, which their sum is off by.
+    """
+    tolerance = max(GUIDANCE_TOLERANCE, ROUNDINGS * torch.finfo(guided.dtype).eps)
+    design, wanted = torch.stack([branch.flatten() for branch in branches], dim=1), guided.double().flatten()
+    found = torch.linalg.lstsq(design, wanted[:, None]).solution.flatten()
+    missed = (design @ found - wanted).norm()
+    if not float(missed) <= tolerance * float(wanted.norm()):
         raise UnfitError("guidance is no linear combination of the denoiser's outputs")
     return found.tolist()
 

@@ -63,7 +63,7 @@ class Lesson:
         """The student's guided output less the teacher's, [n, ...]."""
         rows = self.trainer.rows
         count = max(len(student) for _, student in self.calls) // rows
-        guided = given.model_output[:count].double()
+        guided = given.model_output[:count]
         sides = zip(*self.calls, strict=True)
         teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
         try:

@@ -120,7 +120,7 @@ def launch(
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     elements, warps = config
     tile = min(elements, width)
-    numbers = torch.tensor([run, first, *stages, *signs], dtype=torch.int32)
+    numbers = torch.tensor([run, first, *stages, *signs], dtype=torch.int32, device="cpu")
     numbers = numbers.pin_memory() if flat.is_cuda else numbers  # or the host would wait for the copy
     numbers = numbers.to(flat.device, non_blocking=True)
     partial = torch.empty(PARTS, batch, width, device=flat.device, dtype=torch.float32)

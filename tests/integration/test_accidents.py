@@ -875,6 +875,19 @@ def test_16_a_planned_policy_caches_the_second_denoiser():
     assert computed(summary) == "".join("1" if step in (0, switch) else "0" for step in range(8))
 
 
+def test_16_another_cache_on_one_denoiser_leaves_the_other_cached():
+    pipe = two_transformers()
+    dc.enable(pipe, "interval", every=2)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with warned(1, "running without the cache in transformer, which"):
+        generate(WAN, pipe, 8, guidance=1.0)
+    summary = dc.summary(pipe)
+    assert {r.denoiser for r in summary.records} == {"transformer_2"}
+    assert summary.reused == len(summary.records) // 2 > 0
+    pipe.transformer.disable_cache()
+    dc.disable(pipe)
+
+
 # failures inside the cache
 
 

@@ -22,7 +22,9 @@ from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache import history, ops, reference
-from diffusion_cache.engine import patches
+from diffusion_cache.engine import frame, patches
+from diffusion_cache.plan import Plan
+from diffusion_cache.schedule import Schedule
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -1052,3 +1054,19 @@ def test_no_room_where_only_some_samples_are_computed(name, nth, monkeypatch):
     assert (stopped - generate(name, load(name), **TWO)).abs().mean() < 0.1
     assert torch.equal(generate(name, pipe, **TWO), images)
     assert records(pipe) == seen
+
+
+def test_inputs_of_spans_that_store_nothing_are_not_copied_in_inference_mode(monkeypatch):
+    steps, mark_of = [], frame.mark_of
+
+    def noted(tensor):
+        steps.append(patches.ACTIVE.get().frame.step.index)
+        return mark_of(tensor)
+
+    monkeypatch.setattr(frame, "mark_of", noted)
+    pipe = load(FLUX)
+    schedule = Schedule(tuple(((True, step % 2 == 0),) for step in range(STEPS)))
+    with torch.inference_mode(), dc.cached(pipe, plan=Plan("second", "stack", None, "auto", schedule, ())):
+        generate(FLUX, pipe)
+        assert [row.spans_reused for row in dc.summary(pipe).records] == [0, 1] * (STEPS // 2)
+    assert set(steps) == {0}  # of the second stack, of which nothing is known yet

@@ -1,7 +1,9 @@
 """torch.compile: of the whole denoiser or of its blocks, before or after enabling."""
 
+import copy
 import warnings
 
+import diffusers
 import pytest
 import small
 import torch
@@ -9,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.plan import Plan
+from diffusion_cache.schedule import Schedule
 
 STEPS = 8
 
@@ -282,3 +286,59 @@ def test_each_forecaster_keeps_its_own_features():
         with dc.cached(pipe, **method):
             found = generate(name, pipe)
         assert (found - cached_uncompiled(name, STEPS, **method)).abs().max() <= 1e-5
+
+
+def test_the_second_denoiser_is_cached_in_every_run():
+    """It starts in the middle of the mask, where nothing is planned to be computed."""
+    name = "wan-moving-digits"
+
+    def pair():
+        pipe = small.load(name)
+        parts = {**pipe.components, "transformer_2": copy.deepcopy(pipe.transformer)}
+        both = diffusers.WanPipeline(**parts, boundary_ratio=0.8)
+        both.set_progress_bar_config(disable=True)
+        return both
+
+    def records(pipe):
+        pipe(**reference.inputs(name, (3,), (0,), STEPS, guidance=1.0))
+        return [(r.denoiser, r.computed) for r in dc.summary(pipe).records]
+
+    method = dict(policy="mask", forecaster="reuse", mask="1" + "0" * (STEPS - 1), scope="stack")
+    plain, pipe = pair(), pair()
+    for own in ("transformer", "transformer_2"):
+        setattr(pipe, own, torch.compile(getattr(pipe, own), backend="eager"))
+    dc.enable(plain, **method)
+    dc.enable(pipe, **method)
+    expected = records(plain)
+    assert [computed for _, computed in expected].count(True) == 2
+    assert [records(pipe) for _ in range(2)] == [expected] * 2
+
+
+def test_a_feature_that_is_not_finite_is_computed_once_more():
+    model = small.load("dit-digits").transformer
+    model.compile(backend="eager")
+    x, again = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for _ in range(2):
+        with torch.no_grad(), dc.run(model, "mask", "reuse", mask="110000", num_steps=6, scope="stack") as run:
+            for step in range(6):
+                run.next_step()
+                given = x * float("nan") if step == 1 else x
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", dc.DiffusionCacheWarning)
+                    model(given, timestep=torch.tensor([500]), class_labels=torch.tensor([3]))
+            again.append([record.computed for record in run.summary().records])
+    assert again == [[True, True, True, False, False, False]] * 2
+
+
+def test_spans_that_are_always_computed_take_no_memory():
+    name = "flux-digits"
+    rows = [(True, step % 2 == 0) for step in range(STEPS)]
+    plan = Plan("second", "stack", None, "auto", Schedule(tuple((row,) for row in rows)), ())
+    plain, pipe = small.load(name), small.load(name)
+    wrap(name, pipe, "eager")
+    for each in (plain, pipe):
+        dc.enable(each, plan=plan)
+    for _ in range(2):  # all are stored at the first step, to learn from
+        assert (generate(name, pipe) - generate(name, plain)).abs().max() <= 1e-5
+    assert dc.summary(pipe).cache_bytes == dc.summary(plain).cache_bytes > 0
+    assert [r.spans_reused for r in dc.summary(pipe).records] == [0, 1] * (STEPS // 2)

@@ -16,6 +16,8 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.engine import StepRecord, intercept, patches
 from diffusion_cache.history import History
+from diffusion_cache.plan import Plan
+from diffusion_cache.schedule import Schedule
 
 STEPS = 6
 HEUN = {"heun": diffusers.HeunDiscreteScheduler, "flow-heun": diffusers.FlowMatchHeunDiscreteScheduler}
@@ -763,6 +765,17 @@ def test_inspect_before_and_after_a_generation(name):
     assert dc.inspect(pipe, reference.inputs(name, (3, 4), (5, 6)), forecaster="reuse").history == 1
     assert dc.summary(pipe) == summary
     assert torch.equal(generate(name, pipe), cached)
+
+
+def test_inspect_after_a_generation_that_stored_nothing_of_a_span():
+    pipe = fresh("flux-digits")
+    schedule = Schedule(tuple(((True, step % 2 == 0),) for step in range(STEPS)))
+    dc.enable(pipe, plan=Plan("second", "stack", None, "auto", schedule, ()))
+    generate("flux-digits", pipe)
+    found = dc.inspect(pipe, forecaster="reuse")
+    assert [span.feature_bytes == 0 for span in found.spans] == [True, False]
+    assert found.cache_bytes == dc.summary(pipe).cache_bytes > 0
+    assert "takes" in str(found)
 
 
 @each_model

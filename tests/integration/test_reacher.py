@@ -171,7 +171,10 @@ def test_a_loop_of_ones_own_runs_by_a_plan_of_its_profile(model):
         (other, dict(profile=stored, plan="half"), "is not of this model"),
         (model, dict(profile=stored, plan="half", policy="interval"), "policy comes from the profile"),
         (model, dict(plan=half, nfe=3), "this plan is given already"),
-        (model, dict(nfe=3), "nfe needs a profile"),
+        (model, dict(nfe=3), r"nfe needs a profile: run\(model, profile=…, nfe=3\)"),
+        (model, dict(plan=half, ignore=["weights"]), r"ignore needs a profile: run\(model, "),
+        (model, dict(profile=stored, plan="half", ignore="weights"), "ignore must be a list of fields.*not 'weights'"),
+        (model, dict(profile=stored, plan="half", ignore=5), "ignore must be a list of fields.*not 5"),
         (model, dict(profile=stored, nfe=1), "no plan takes 1 "),
     ):
         with pytest.raises(dc.ConfigError, match=problem), dc.run(denoiser, num_steps=FEW, **options):

@@ -203,6 +203,11 @@ def test_numbers_that_come_again_are_shared():
     scaled.sum().backward()
 
 
+def test_numbers_of_the_host_are_made_there_whatever_the_default_device():
+    with torch.device("meta"):
+        assert ops.on_device((1.0, 2.0), CPU).tolist() == [1.0, 2.0]
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 7)  # the second one is not there
 
 

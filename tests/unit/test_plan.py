@@ -1,6 +1,7 @@
 """Plans: what is refused, how they are resampled, and that storing them changes nothing."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -335,6 +336,65 @@ def test_noise_levels_tell_where_the_computed_steps_go():
     assert sum(entry == "1" for entry in strip(clean.schedule)) == 3
 
 
+FLUX = (0, 6, 12, 16, 19, 23, 26, 29, 32, 35, 37, 38, 39)  # of 40 steps: flux-digits' nfe-13
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (slice(16, 40), (0, 3, 7, 10, 13, 16, 19, 21, 22, 23)),  # image to image
+        (slice(17, 40), (0, 2, 6, 9, 12, 15, 18, 20, 21, 22)),  # from a step that the plan reuses
+        (slice(0, 24), (0, 6, 12, 16, 19, 23)),
+        (slice(12, 24), (0, 4, 7, 11)),
+    ],
+)
+@pytest.mark.parametrize("moved", [0.0, 0.01])
+def test_runs_of_a_part_of_the_plans_steps(part, expected, moved):
+    """Compute those of its steps that they make, whether at its noise levels or close by."""
+    mask = "".join("1" if step in FLUX else "0" for step in range(40))
+    made = bare(mask, noise_levels=levels(40))
+    after = made.resampled([level + moved * (1 if part.start else -1) for level in levels(40)[part]])
+    assert after.schedule.computed == expected
+    assert after.nfe == len(expected)
+
+
+def parted():
+    """Steps 4 and 6 are forecast from the two computed before them, step 1 from step 0; all of these are corrected."""
+    nodes, weights = empty(8)
+    for step, held, values in ((1, [-1, 0], [0.0, 1.0]), (4, [2, 3], [-1.0, 2.0]), (6, [3, 5], [-0.5, 1.5])):
+        nodes[step, 0], weights[step, 0, 0] = torch.tensor(held), torch.tensor(values)
+    scaled = torch.full((8, 1, 1, 2, 1), NAN, dtype=torch.float64)
+    scaled[[1, 4, 6]] = torch.tensor([1.5, 0.25], dtype=torch.float64)[:, None]
+    return bare("10110100", nodes=nodes, weights=weights, correction=scaled)
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "expected"),
+    [
+        (3, 8, {3: [0, 2]}),  # of step 4, weights are for a feature that the run has not
+        (2, 8, {2: [0, 1], 4: [1, 3]}),
+        (4, 8, {}),
+        (6, 8, {}),  # a step with weights is the first, and computed
+        (0, 5, {1: [-1, 0], 4: [2, 3]}),
+    ],
+)
+def test_weights_for_features_of_the_part_alone_are_kept(first, end, expected):
+    made = parted()
+    after = made.resampled(made.noise_levels[first:end])
+    own = made.computed().flatten().tolist()
+    assert after.computed().flatten().tolist() == [True, *own[first + 1 : end]]
+    fitted = torch.isfinite(after.weights).all(dim=3).flatten()
+    assert fitted.nonzero().flatten().tolist() == list(expected)
+    for step, nodes in expected.items():
+        assert after.nodes[step, 0].tolist() == nodes
+        assert torch.equal(after.weights[step], made.weights[first + step])
+        assert torch.equal(after.correction[step], made.correction[first + step])
+    assert (after.nodes[~fitted] == -1).all()
+    assert after.correction[~fitted].isnan().all()
+    moved = replace(made, sigmas=tuple(range(8, 0, -1))).resampled(made.noise_levels[first:end])
+    assert moved.weights.isnan().all()
+
+
 def test_spans_and_passes_are_resampled_each_by_itself():
     rng = np.random.default_rng(0)
     compute = rng.random((20, 2, 3)) < 0.4
@@ -397,8 +457,12 @@ def test_any_plan_can_be_resampled(mask, total, shift, ends):
     made = bare("".join("1" if entry else "0" for entry in mask), noise_levels=tuple(own))
     after = made.resampled(new)
     assert after.computed()[0].all()
-    wanted = max(1, math.floor(sum(mask) * total / len(mask) + 0.5))
-    assert after.schedule.nfe == (wanted if after is not made else sum(mask))
+    if after.noise_levels[0] in own:  # its own or a part of them
+        return
+    places = positions(own, new, len(mask))
+    first, end = math.floor(places[0] + 1e-6), math.ceil(places[-1] - 1e-6) + 1
+    kept = 1 + sum(mask[first + 1 : end])
+    assert after.schedule.nfe == max(1, math.floor(kept * total / (end - first) + 0.5))
 
 
 def test_a_plan_without_weights_is_left_to_taylor():

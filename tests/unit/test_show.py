@@ -11,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 from diffusion_cache import profiles
-from diffusion_cache.cli.show import _default_out, _drift, _representatives, show, strip
+from diffusion_cache.cli.show import _default_out, _drift, _representatives, print_plans, show, strip
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.fingerprint import DenoiserFacts, Fingerprint
 from diffusion_cache.plan import Band, Plan, Quality, Speed
 from diffusion_cache.profile import Profile, SpanFacts
+from diffusion_cache.profiling.trajectory import ONE_FEATURE
 from diffusion_cache.schedule import Schedule
 
 STEPS = 10
@@ -103,6 +104,31 @@ def test_guards(tmp_path):
     assert line[:2] == ["not", "none"]
     assert "guard input_turn" in " ".join(shown(profile(plans=plans[:1]), tmp_path)[0].split())
     assert "none" not in shown(profile(plans=plans[1:]), tmp_path)[0]
+
+
+def printed(*plans):
+    console = Console(file=io.StringIO(), width=100)
+    print_plans(plans, console)
+    return console.file.getvalue()
+
+
+def test_steps_that_are_left_to_taylor():
+    """Those that could have had other weights."""
+    affine, guidance = "the sampler's step is not affine", "guidance is no linear combination"
+    left = {"1": ONE_FEATURE, "2": ONE_FEATURE, "4": affine, "5": guidance, "7": guidance}
+    early = plan("early", facts={"left_to_taylor": {"1": ONE_FEATURE}})
+    (line,) = [
+        line for line in printed(plan("some", facts={"left_to_taylor": left}), early).splitlines() if "Taylor" in line
+    ]
+    assert line == f"some: 3 of 6 reused steps keep Taylor's weights: {guidance} (2); {affine} (1)"
+    assert "Taylor" not in printed(plan("odd", facts={"left_to_taylor": ["4"]}))
+
+
+def test_prompts_of_the_held_out_samples():
+    quality = Quality.of("psnr", [30.25, 31.75], [7, 8])
+    text = printed(plan("a", quality=quality, facts={"held_out_prompts": 2}))
+    assert "samples 2, prompts 2" in " ".join(text.split())
+    assert "prompts" not in printed(plan("a", quality=quality))
 
 
 def test_tables_fit_a_narrow_terminal(tmp_path):

@@ -54,6 +54,18 @@ def test_blocks_of_a_compiled_denoiser_are_not_reached_by_an_adaptive_policy(com
     assert vars(compiled)[ATTRIBUTE] is inner
 
 
+def test_an_export_within_a_run_is_of_the_denoiser_itself(denoiser):
+    inputs = {"timestep": torch.tensor([900]), "class_labels": torch.tensor([0]), "return_dict": False}
+    with torch.no_grad(), dc.run(denoiser, every=2, policy="interval", num_steps=4) as cached:
+        call(denoiser, 900)
+        exported = torch.export.export(denoiser, (torch.ones(1, 1, 4, 4),), inputs, strict=False).module()
+        call(denoiser, 600)
+        assert [record.computed for record in cached.summary().records] == [True, False]
+        assert torch.equal(
+            exported(torch.ones(1, 1, 4, 4), **inputs)[0], denoiser._call_impl(torch.ones(1, 1, 4, 4), **inputs)[0]
+        )
+
+
 def test_compiled_denoiser_is_cached_as_one(compiled):
     plain = [call(compiled, t) for t in TIMES]
     inner = vars(compiled)[ATTRIBUTE]

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,3 +311,13 @@ def test_one_capture_at_a_time(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+
+
+def test_numbers_are_made_on_the_host_whatever_the_default_device():
+    given = [0.5, 2.0]
+    run = SimpleNamespace(spans=SimpleNamespace(slot_numbers=lambda *_: (given, None)))
+    state = SimpleNamespace(history=SimpleNamespace(slots=[[torch.zeros(3)]]))
+    with torch.device("meta"):
+        of_one, of_none = graphs._numbers(run, None, [(None, 0, state)]), graphs._numbers(run, None, [])
+    assert of_one.values.tolist() == [*given, 0, 0]
+    assert of_none.values.tolist() == []

@@ -1,5 +1,6 @@
 """Attaching where another cache is on already, or is switched on later."""
 
+import copy
 import warnings
 
 import pytest
@@ -83,3 +84,22 @@ def test_the_marks_of_cache_dit_are_those_that_it_leaves():
         cache_dit.disable_cache(pipe)
     dc.enable(pipe, "interval", every=2)
     dc.disable(pipe)
+
+
+def test_latents_that_a_copy_of_the_scheduler_steps_are_of_no_planned_size():
+    """LTX2 steps its audio so, beside the video."""
+    pipe = reference.load(NAME)
+    stepped = []
+
+    def step_audio(pipe, index, timestep, kwargs):
+        if index == 1:
+            stepped.append(copy.deepcopy(pipe.scheduler).step(torch.zeros(1, 9), timestep, torch.zeros(1, 9)))
+        return kwargs
+
+    dc.enable(pipe, profile="flux-digits-flow-euler", nfe=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dc.DiffusionCacheWarning)  # of few steps
+        warnings.filterwarnings("error", "the plan was made for latents of", dc.DiffusionCacheWarning)
+        pipe(**reference.inputs(NAME, (3,), (5,), steps=4), callback_on_step_end=step_audio)
+    assert len(stepped) == 1
+    assert dc.summary(pipe).total == 4

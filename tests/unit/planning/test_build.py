@@ -15,7 +15,9 @@ from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fit, Fitted
 from diffusion_cache.plan import Speed
+from diffusion_cache.planning import build
 from diffusion_cache.planning.build import MAX_PSNR, Search, as_tensors, psnr
+from diffusion_cache.profiling import trajectory
 from diffusion_cache.profiling.generation import teach
 
 NAME = "flux-digits"
@@ -323,3 +325,66 @@ def test_a_plan_carries_a_guard_where_it_is_asked_for(planner, three):
     one = teach(plans.batch(planner.tuning.batch.pipe, NAME, plans.drawn(200, 1)))
     with pytest.raises(ConfigError, match="measured on the tuning samples: give at least 2"):
         replace(watching, tuning=one)
+
+
+def test_steps_that_are_computed_anyway_are_counted(planner):
+    """A denoiser that begins within the run has nothing to go on: no plan is given its step for free."""
+    fitting = replace(planner.fitting, begun=(0, 5))
+    late = replace(planner, fitting=fitting, search=replace(BARE, runs=12, refined=True), _scores={})
+    assert late.least == 2
+    for computed in range(2, STEPS + 1):
+        starts = late.starts(computed)
+        assert starts
+        assert all({0, 5} <= set(start) and len(start) == computed for start in starts)
+    assert (0, 5) in late.starts(2)
+    plan = late.plan(3)
+    assert plan.nfe == 3
+    assert len(late._scores) > 5
+    assert all({0, 5} <= set(steps) for steps, _, _ in late._scores)
+    with pytest.raises(ConfigError, match=f"of {STEPS} steps, 2 to {STEPS} can be computed, not 1"):
+        late.plan(1)
+    with pytest.raises(ConfigError, match="begins at step 5"):
+        late.fitted((0, 3), "three")
+
+
+def test_a_plan_tells_of_how_many_prompts_its_samples_are(planner, three):
+    texts = replace(planner, prompts=2)
+    found = texts.measured(three)
+    assert (found.held_out_prompts, three.held_out_prompts) == (2, None)
+    assert texts.made(found)
+    assert texts.made(three)
+
+
+def test_weights_are_nudged_as_the_models_precision_wants_it(planner, monkeypatch):
+    told = []
+
+    def polish(forecaster, *args, nudge, **options):
+        told.append(nudge)
+        return forecaster
+
+    monkeypatch.setattr(build, "polish", polish)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(build, "dtype_of", lambda pipe, dtype=dtype: dtype)
+        planner._polished((0, 3), Fitted(), planner._settings("stack"), "three")
+    assert told == [0.25, 1e-2]
+
+
+def test_samples_weighed_by_their_error_are_tried_once(planner, monkeypatch):
+    """With the best strengths, and kept where the tuning batch gains."""
+    fits = []
+
+    def fit(self, steps, settings):
+        fits.append(settings)
+        return trajectory.Result(Fitted(), torch.zeros(0), {}, {})
+
+    monkeypatch.setattr(build.Planner, "_fit", fit)
+    for gain in (1.0, -1.0):
+        monkeypatch.setattr(
+            build.Planner, "_tuning_score", lambda self, policy, weights, s, gain=gain: gain * s.robust - s.ridge
+        )
+        fits.clear()
+        start = planner._settings("stack")
+        _, _, chosen = planner._tuned([(0, 3), (0, 4)], start, "two")
+        assert chosen == replace(start, robust=gain > 0)
+        assert [settings.robust for settings in fits] == [False] * (len(fits) - 1) + [True]
+        assert fits[-1] == replace(start, robust=True)

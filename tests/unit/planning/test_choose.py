@@ -1,11 +1,13 @@
 """Choosing a plan by what is wished for, and what is said where none fulfils it."""
 
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from diffusion_cache.errors import ConfigError
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.plan import Plan, Quality, Speed
 from diffusion_cache.planning.choose import choose
 from diffusion_cache.schedule import Schedule
@@ -107,6 +109,19 @@ def test_what_cannot_be_fulfilled_names_the_nearest(wish, words):
     with pytest.raises(ConfigError) as error:
         choose(PLANS, **wish)
     assert all(word in str(error.value) for word in words)
+
+
+def test_repeated_prompts_are_told_of():
+    """100 samples of 10 prompts say little of an eleventh; of classes, which are all there is, nothing is told."""
+    few, many = (replace(PLANS[0], facts={"held_out_prompts": count}) for count in (10, 59))
+    with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the 10 prompts") as told:
+        assert choose([few], min_psnr=58) is few
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (many, PLANS[0]):
+            assert choose([one], min_psnr=58) is one
+        assert choose([few], nfe=8) is few
 
 
 def test_the_only_plan_needs_no_wish():

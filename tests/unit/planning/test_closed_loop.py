@@ -146,6 +146,16 @@ def test_starts_that_cannot_be(starts, options, message):
         refine(lambda computed: 1.0, starts, FLAT, 5, **options)
 
 
+def test_other_steps_that_stay_computed():
+    values = gains()
+    values[7] = values.min() - 1.0  # which a search would leave out
+    found = refine(separable(values), [(0, 2, 4, 7, 9)], FLAT, 60, also=(0, 7))
+    assert len(found.tried) > 20
+    assert all({0, 7} <= set(entry.computed) for entry in found.tried)
+    with pytest.raises(ConfigError, match=r"with \[0, 7\] computed"):
+        refine(separable(values), [(0, 2, 4)], FLAT, 60, also=(7,))
+
+
 # the score
 
 

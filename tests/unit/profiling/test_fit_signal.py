@@ -1,6 +1,7 @@
 """Fitting TeaCache's polynomial, from given changes and from a pipeline's."""
 
 import json
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -63,7 +64,9 @@ def test_the_changes_are_those_of_the_uncached_run():
     def call():
         images.append(reference.images(NAME, pipe(**inputs())))
 
-    found = changes(Batch(pipe, call, lambda output: output, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dc.DiffusionCacheWarning)
+        found = changes(Batch(pipe, call, lambda output: output, 2))
     assert torch.equal(images[0], uncached)
     assert session_of(pipe) is None
     expected = [value for a, b in pairwise(outputs) for value in relative_l1(b, a).tolist()]

@@ -14,7 +14,17 @@ from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Reuse
 from diffusion_cache.policies import Guarded, Interval
-from diffusion_cache.profiling.generation import Batch, Loop, StepCall, attached, device_of, last_state, state_of, teach
+from diffusion_cache.profiling.generation import (
+    Batch,
+    Loop,
+    StepCall,
+    attached,
+    device_of,
+    dtype_of,
+    last_state,
+    state_of,
+    teach,
+)
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.reference.reacher import Reacher, act
 
@@ -113,6 +123,14 @@ def test_guidance_that_ends_before_the_run_does():
     options = dict(callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     teacher = teach(batch_of("unet-digits", **options))
     assert (teacher.calls, teacher.rows, teacher.steps) == (1, 2, STEPS)
+    assert teacher.begun == (0, 3)  # with other rows than before
+
+
+def test_the_precision_of_a_pipeline():
+    pipe = reference.load("dit-digits")
+    assert dtype_of(pipe) == torch.float32
+    pipe.transformer.to(torch.bfloat16).pos_embed.to(torch.float32)
+    assert dtype_of(pipe) == torch.bfloat16
 
 
 def test_a_generation_that_does_not_step():

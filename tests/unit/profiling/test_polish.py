@@ -91,3 +91,19 @@ def test_nothing_to_move():
     empty = Fitted({}, 3)
     problem = Linear(0)
     assert polish(empty, problem, problem.reference, problem.judged) is empty
+
+
+class Rounded(Linear):
+    """Samples of which the last bits are lost, as in bfloat16, about a value that is far from zero."""
+
+    def samples(self, forecaster):
+        return (super().samples(forecaster) + 30.0).bfloat16().double() - 30.0
+
+
+def test_weights_are_moved_by_what_shows():
+    problem = Rounded(5)
+    scores = [
+        problem.judged(polish(fitted(), problem, problem.reference, problem.judged, nudge=nudge))
+        for nudge in (1e-2, 0.25)
+    ]
+    assert scores[1] > 0.5 * scores[0]

@@ -252,6 +252,13 @@ def test_a_plan_is_refitted_to_other_samples():
     moved = refitted(made, other, "moved")
     torch.testing.assert_close(moved.weights, halfway, equal_nan=True)
     assert not torch.allclose(moved.weights, made.weights, equal_nan=True)
+    # but for those that are for features of other steps
+    nodes, weights = made.nodes.clone(), made.weights.clone()
+    nodes[7, 0], weights[7, 0, 0] = torch.tensor([-1, 2, 5]), torch.tensor([0.0, -0.5, 1.5])
+    apart = refitted(replace(made, nodes=nodes, weights=weights), other, "apart")
+    assert torch.equal(apart.nodes, nodes)
+    assert torch.equal(apart.weights[7], weights[7])
+    torch.testing.assert_close(apart.weights[:7], halfway[:7], equal_nan=True)
 
 
 def test_what_cannot_be_selected():
