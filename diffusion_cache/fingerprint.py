@@ -294,6 +294,12 @@ def same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
     return len(one) == len(other) and all(a == b or abs(a - b) <= LEVEL_TOLERANCE for a, b in pairs)
 
 
+def start_in(own: Sequence[float], part: Sequence[float]) -> int | None:
+    """Where the noise levels of a run that is part of another begin among the other's own; None if it is no part."""
+    starts = range(len(own) - len(part) + 1) if part else ()
+    return next((first for first in starts if same_levels(own[first : first + len(part)], part)), None)
+
+
 def _uncompared(mine: DenoiserFacts, theirs: DenoiserFacts, *digests: str | None) -> str:
     """What follows where digests of weights cannot be compared; empty where they can."""
     if None in digests:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .fingerprint import same_levels
+from .fingerprint import same_levels, start_in
 from .plain import Fields, integer, json_object, number, optional, plain_json, text, tuple_of
 from .registry import unknown_name
 from .schedule import Schedule
@@ -314,8 +314,8 @@ class Plan:
             return self
         total, history = len(noise_levels), self.history
         places = positions(self.noise_levels, noise_levels, self.total)
-        first = round(places[0])
-        if self.noise_levels and same_levels(self.noise_levels[first : first + total], noise_levels):
+        first = start_in(self.noise_levels, noise_levels)
+        if first is not None:
             return self._part(first, first + total)
 
         @cache

@@ -8,7 +8,7 @@ from itertools import product
 from typing import cast
 
 from ..context import Correction, Feature, Forecaster, Query
-from ..fingerprint import same_levels
+from ..fingerprint import same_levels, start_in
 from ..plan import Plan
 from .weights import polynomial_weights
 
@@ -34,8 +34,9 @@ class Fitted(Forecaster):
     """Where the history holds just the steps that weights were fitted for, those; else the line through the last two.
 
     table: by step, span group and guidance branch; groups: of each span, or () where all spans are one group.
-    branches: guidance branches stacked in the rows of one call. noise_levels: of the steps; in a run with others no
-    weights are fitted. total: the number of steps; the same.
+    branches: guidance branches stacked in the rows of one call. noise_levels: of the steps; in a run of some of them,
+    weights are for those that go by features of these alone, unless they are for whole runs; in a run with others,
+    none are fitted. total: the number of steps; the same.
     """
 
     table: Mapping[Key, Fit] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Fitted(Forecaster):
     feature: Feature = "auto"
     noise_levels: tuple[float, ...] = ()
     total: int | None = None
+    whole: bool = False
 
     name = "fitted"
 
@@ -67,12 +69,22 @@ class Fitted(Forecaster):
                 table[step, span, branch if passes > 1 else ANY_PASS] = Fit(held, values, correction)
         groups = tuple(range(spans)) if spans > 1 else ()
         feature = cast(Feature, plan.feature)
-        return cls(table, plan.history, groups, plan.row_passes, feature, plan.noise_levels, plan.total)
+        whole = plan.sigmas is not None  # which a part of a run does not have
+        return cls(table, plan.history, groups, plan.row_passes, feature, plan.noise_levels, plan.total, whole)
 
     def for_run(self, noise_levels: Sequence[float]) -> "Fitted":
         if not noise_levels or not self.noise_levels or same_levels(self.noise_levels, noise_levels):
             return self
-        return replace(self, table={})
+        first = None if self.whole else start_in(self.noise_levels, noise_levels)
+        if first is None:
+            return replace(self, table={})
+        end = first + len(noise_levels)
+        table = {
+            (step - first, group, branch): replace(fit, nodes=tuple(node - first for node in fit.nodes))
+            for (step, group, branch), fit in self.table.items()
+            if first < step < end and fit.nodes[0] >= first
+        }
+        return replace(self, table=table, noise_levels=tuple(noise_levels), total=len(noise_levels))
 
     @property
     def history(self) -> int:

@@ -7,8 +7,11 @@ from functools import cached_property
 
 from ..context import SCOPES, PassState, Policy, Step, Verdict
 from ..errors import ConfigError, DiffusionCacheWarning
+from ..fingerprint import start_in
 from ..plan import Plan
 from ..schedule import Schedule
+
+TAYLOR = "Taylor forecasts take the place of fitted weights{}, "
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,14 @@ class Planned(Policy):
         levels = tuple(noise_levels)
         if levels not in self._resampled:
             plan = self.plan.resampled(levels)
-            if plan is not self.plan:
-                self._warn(f"other noise levels ({self.plan.total} steps; this run has {len(levels)})")
+            first = start_in(self.plan.noise_levels, levels)
+            if plan is not self.plan and first is not None:
+                own = self.plan.weights[first : first + len(levels)]
+                lost = bool((plan.weights.isnan() & own.isfinite()).any())
+                taylor = TAYLOR.format(" that go by features from before them") + "and " if lost else ""
+                self._warn(f"{self.plan.total} steps, and this run makes {len(levels)} of them: {taylor}")
+            elif plan is not self.plan:
+                self._warn(f"other noise levels ({self.plan.total} steps; this run has {len(levels)}): {self._moved}")
             self._resampled[levels] = self if plan is self.plan else replace(self, plan=plan)
         return self._resampled[levels]
 
@@ -52,15 +61,19 @@ class Planned(Policy):
         if total == self.plan.total:
             return self.plan.schedule
         if total not in self._stretched:
-            self._warn(f"{self.plan.total} steps, and this run has {total}")
+            self._warn(f"{self.plan.total} steps, and this run has {total}: {self._moved}")
             self._stretched[total] = replace(self.plan, noise_levels=()).resampled((0.0,) * total).schedule
         return self._stretched[total]
 
+    @property
+    def _moved(self) -> str:
+        taylor = TAYLOR.format("") if self.plan.history > 1 else ""
+        return f"steps at the nearest noise levels are computed, {taylor}and "
+
     def _warn(self, difference: str) -> None:
-        forecasts = "Taylor forecasts take the place of fitted weights, " if self.plan.history > 1 else ""
         warnings.warn(
-            f"plan {self.plan.name!r} is for {difference}: steps at the nearest noise levels are computed, {forecasts}"
-            "and the plan's stated quality does not hold"
+            f"plan {self.plan.name!r} is for {difference}"
+            "the plan's stated quality does not hold"
             + (", nor does the band of its guard, which is off" if self.plan.guard is not None else "")
             + ". Make a plan for these steps",
             DiffusionCacheWarning,

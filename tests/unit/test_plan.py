@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.forecasters.fitted import Fitted
 from diffusion_cache.plan import Band, Plan, Quality, Speed, positions
 from diffusion_cache.schedule import Schedule
 
@@ -390,6 +391,9 @@ def test_weights_for_features_of_the_part_alone_are_kept(first, end, expected):
         assert torch.equal(after.weights[step], made.weights[first + step])
         assert torch.equal(after.correction[step], made.correction[first + step])
     assert (after.nodes[~fitted] == -1).all()
+    run = made.noise_levels[first:end]
+    assert Fitted.of(made).for_run(run) == Fitted.of(after)
+    assert replace(Fitted.of(made), whole=True).for_run(run).table == {}
     assert after.correction[~fitted].isnan().all()
     moved = replace(made, sigmas=tuple(range(8, 0, -1))).resampled(made.noise_levels[first:end])
     assert moved.weights.isnan().all()

@@ -44,6 +44,20 @@ def silent():
         yield
 
 
+def test_a_run_that_starts_late_or_ends_early():
+    """Weights of step 4 go by features of steps 0 and 3."""
+    whole = "12 steps, and this run makes 8 of them: the plan's stated quality"
+    late = (
+        "makes 9 of them: Taylor forecasts take the place of fitted weights that go by features from before them, and"
+    )
+    with pytest.warns(DiffusionCacheWarning, match=whole):
+        assert strip(Planned(plan()).for_run(levels(12)[:8]).schedule(8)) == MASK[:8]
+    with pytest.warns(DiffusionCacheWarning, match=late):
+        assert strip(Planned(plan()).for_run(levels(12)[3:]).schedule(9)) == MASK[3:]
+    with pytest.warns(DiffusionCacheWarning, match=late):
+        assert strip(Planned(plan()).for_run(levels(12)[2:11]).schedule(9)) == "1" + MASK[3:11]
+
+
 def test_its_own_run(silent):
     policy = Planned(plan())
     assert policy.for_run(levels(12)) is policy
