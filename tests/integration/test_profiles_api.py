@@ -463,7 +463,7 @@ class Toy:
 
     def __init__(self, profile, reused=0.1, noise=0.0):
         self.profile, self.reused, self.noise = profile, reused, noise
-        self.search, self.steps, self.scopes = Search(), profile.total, ("stack",)
+        self.search, self.steps, self.least, self.scopes = Search(), profile.total, 1, ("stack",)
         self.asked = []
         self.template = plans.planned(NAME).plans[0]
 
