@@ -133,9 +133,9 @@ def enable(
             device. What cannot be captured runs as usual, told once. Weights, modules and settings may change between
             runs, not inside of one.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
-            samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP, tensor
-            parallel). What diffusers' `enable_parallelism` shards is known without it, and plain data parallel needs
-            none, as every sample is decided on by itself.
+            samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP2 by
+            `fully_shard`, tensor parallel). What diffusers' `enable_parallelism` shards is known without it, and plain
+            data parallel needs none, as every sample is decided on by itself.
         options: fields of the policy, forecaster, corrector or system, and of `policies.Guards` (warmup, last, start,
             end, max_consecutive, max_reused, sigma_max, sigma_min, unconditional_every).
 
@@ -303,7 +303,7 @@ class Run:
 
     def summary(self) -> "Summary":
         """What has happened so far."""
-        return summarise(self._session, self._run)
+        return summarise(self._run)
 
 
 @contextlib.contextmanager
@@ -411,7 +411,7 @@ def summary(pipe: Any) -> Summary | LanguageSummary:
         raise ConfigError("nothing was generated since the cache was enabled: call the pipeline first")
     if isinstance(session, LanguageSession):
         return session.last_run.summary()
-    return summarise(session, session.last_run)
+    return summarise(session.last_run)
 
 
 def inspect(

@@ -377,6 +377,17 @@ def _split_adapters(model: nn.Module) -> tuple[Named, dict[str, Named]]:
     return base, adapters
 
 
+def adapters_of(model: nn.Module) -> tuple[tuple[str, bool, float], ...]:
+    """(name, whether it is fused, scale) of each adapter that changes what a model gives, in milliseconds."""
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
+            fused = getattr(module, "merged_adapters", ())
+            for name in {*_active(module), *fused}:
+                found.add((name, name in fused, float(getattr(module, "scaling", {}).get(name, 1.0))))
+    return tuple(sorted(found))
+
+
 def _adapter_parts(module: Any) -> Sequence[str]:
     return module.adapter_layer_names
 

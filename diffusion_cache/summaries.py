@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .engine import CacheRun, Method, Session, StepRecord
+from .engine import CacheRun, Method, StepRecord
 from .forecasters.fitted import UNFITTED
 from .policies import Planned
 
@@ -18,7 +18,7 @@ class Summary:
     spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
     none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
     the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once. total:
-    steps of the run, if known.
+    steps of the run, if known. warnings: of this run; Python shows each text once a process, unless told otherwise.
     """
 
     method: str
@@ -28,6 +28,7 @@ class Summary:
     records: tuple[StepRecord, ...]
     cache_bytes: int
     resident_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def computed(self) -> int:
@@ -80,6 +81,7 @@ class Summary:
             f"hit rate {self.hit_rate:.0%}, cache {self.cache_mib:.2f} MiB"
             + f"; {self.replayed} calls by CUDA graphs" * bool(self.replayed)
             + (f"; {self.unfitted} of the reused forecast by Taylor, for want of fitted weights" * bool(self.unfitted))
+            + "".join(f"\nwarning: {message}" for message in self.warnings)
         )
 
     def __str__(self) -> str:
@@ -140,19 +142,20 @@ class Inspection:
         return _rendered(self)
 
 
-def summarise(session: Session, cache_run: CacheRun) -> Summary:
+def summarise(cache_run: CacheRun) -> Summary:
     """What a run has done so far."""
     layouts = cache_run.layouts.values()
     scopes = tuple(dict.fromkeys(layout.scope for layout in layouts))
-    scope = scopes[0] if len(scopes) == 1 else session.method.scope  # the one that the default stood for
+    scope = scopes[0] if len(scopes) == 1 else cache_run.method.scope  # the one that the default stood for
     return Summary(
-        method=_described(replace(session.method, guarded=cache_run.decisions.guarded, scope=scope)),
+        method=_described(replace(cache_run.method, guarded=cache_run.decisions.guarded, scope=scope)),
         scopes=scopes,
         spans=sum(len(layout.spans) for layout in layouts),
         total=cache_run.clock.total,
         records=tuple(cache_run.records),
         cache_bytes=cache_run.cache_bytes,
         resident_bytes=cache_run.resident_bytes,
+        warnings=tuple(cache_run.messages),
     )
 
 

@@ -1,11 +1,13 @@
 """What is enabled on one pipeline: how it is found there, bracketed, and taken off exactly."""
 
 import itertools
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import DiffusionCacheWarning
 from . import patches
 from .patches import ACTIVE
 
@@ -21,6 +23,7 @@ class Attached(ABC):
     """
 
     last_run: Any = None
+    copies_told = False
 
     def __init__(self) -> None:
         self.token = next(_tokens)
@@ -79,11 +82,27 @@ def session_of(pipe: Any) -> Any:
     return session if session is not None and session._owner is not None and session._owner() is pipe else None
 
 
+def _tell_copy(pipe: Any) -> None:
+    """Tell once that a shallow copy of a pipeline runs without the cache that is enabled on the one it was made of."""
+    session = getattr(pipe, "__dict__", {}).get(SESSION)
+    original = session._owner() if session is not None and session._owner is not None else None
+    if original is not None and session_of(original) is session and not session.copies_told:
+        session.copies_told = True
+        warnings.warn(
+            f"this {type(pipe).__name__} is a copy of the pipeline that a cache is enabled on, and runs without it: "
+            "enable one on the copy too",
+            DiffusionCacheWarning,
+            stacklevel=3,
+        )
+
+
 def bracket(original: Callable) -> Callable:
     """A pipeline's `__call__` as a run, where this very pipeline has a session."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(self)
+        if session is None:
+            _tell_copy(self)
         active = ACTIVE.get()
         if session is not None and active is not None and active.session is session:
             return original(self, *args, **kwargs)

@@ -22,13 +22,13 @@ from .clock import StepClock, noise_levels, timestep_of
 from .decisions import Decisions
 from .frame import Frame, SampleRecord, Visit
 from .graphs import Graphs
-from .observer import Again
+from .observer import Again, Observer
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
 from .structure import copied, forked_rng, image_stream, sample_of, tensor_inputs
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import Method, Session
 
 MAX_ROW_GROUPS = 4
 
@@ -63,20 +63,22 @@ class CacheRun:
     def __init__(
         self,
         session: "Session",
+        method: "Method",
+        observer: Observer | None,
         clock: StepClock,
         noise_levels: Callable[[Any], NoiseLevels],
         pipe: Any = None,
     ):
-        self.session = session
+        self.session, self.method, self.observer = session, method, observer
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.any_scheduler = pipe is None  # steps of every scheduler count, not of the pipeline's alone
         self.samples: int | None = None  # rows of what the scheduler steps on
         self.layouts = dict(session.layouts)
         self.clock = clock
-        self.forecaster = session.method.forecaster
+        self.forecaster = method.forecaster
         self.times: tuple[float, ...] = ()  # the sampler's variable at each step, for a forecaster that goes by it
-        self.history = session.method.history  # features kept of each span
-        self.decisions = Decisions(session.method, self.warn, self.warn_failure, session.agree)
+        self.history = method.history  # features kept of each span
+        self.decisions = Decisions(method, self.warn, self.warn_failure, session.agree, session.denoisers)
         self.spans = SpanCalls(self)
         self.records: list[StepRecord] = []
         self.grids: dict[torch.Size, Grid | None] = {}  # of the tokens of spans' inputs, by shape
@@ -84,6 +86,7 @@ class CacheRun:
         self.sizes: dict[tuple[str, str], int] = {}  # of one feature of each denoiser's spans, known at the end
         self._part_bytes = self._part_resident = 0
         self.guidance: float | None = None  # the scale in the pipeline's call
+        self.guidance_weights: dict[str, float] = {}  # by denoiser, see `Step.guidance`
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
         self._passes: dict[tuple[str, str], int] = {}  # of this step so far, by denoiser and name
@@ -91,14 +94,14 @@ class CacheRun:
         self._ladder = Ladder()
         self.progress_total: int | None = None  # what the pipeline's progress bar counts to
         self.frame: Frame | None = None
-        guarded = session.method.guarded
+        guarded = method.guarded
         self._tells_rows = not guarded.planned or guarded.guards.unconditional_every > 1
         self._told_before: Any = None
         self._noise_levels = noise_levels
         self._levels = NoiseLevels()
         self._moved_from: NoiseLevels | None = None  # the sampler's own levels, where the policy has moved them
         self._groups, self._grouped_batch = 1, 0
-        self._warned: set[str] = set()
+        self.messages: dict[str, None] = {}  # that were warned with, in order
         self._reached: dict[str, bool] = {}  # by denoiser: whether any of its spans was ever entered
 
     # the denoiser
@@ -139,8 +142,8 @@ class CacheRun:
         self._close_frame(frame, name, spans)
         if frame.trace is not None and self.session.layouts.get(name) is not layout and any(frame.stores):
             self._learn(frame, inner, *given)
-        if self.session.observer is not None and not frame.fills_cache:
-            self.session.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
+        if self.observer is not None and not frame.fills_cache:
+            self.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
         return output
 
     def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Again:
@@ -215,7 +218,9 @@ class CacheRun:
             return compiled.call(self, self.frame, inner, args, kwargs)
         if spans[0].kind == "denoiser":
             return self.spans.call(self.frame, spans[0], 0, inner, args, kwargs)
-        frame, output = self.frame, inner(*args, **kwargs)
+        frame = self.frame
+        with self.spans.groups:
+            output = inner(*args, **kwargs)
         frame.settle()
         return output
 
@@ -227,9 +232,9 @@ class CacheRun:
             if clock.evaluation > 0:  # another loop of the same run: nothing is carried over
                 self.spans.release()
                 self.decisions.clear()
-            if self.session.method.stream is None:  # whose chunks have each their own
+            if self.method.stream is None:  # whose chunks have each their own
                 self._levels = self._noise_levels(clock.first_timestep)
-            method = self.session.method.for_call(kwargs, self.session.agree)
+            method = self.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = forecaster = method.forecaster.for_run(levels)
             timed = forecaster.timed
@@ -249,7 +254,7 @@ class CacheRun:
             pass_name=self._name_pass(name, clock.position, counted=not filling),
             rows=self._rows(batch),
             pass_index=clock.position,
-            guidance=self.guidance,
+            guidance=self.guidance_weights.get(name),
         )
         frame = Frame(step, (name, step.pass_name), (True,), batch, clock.position)
         frame.called = args, kwargs
@@ -285,7 +290,7 @@ class CacheRun:
 
     def _chunks(self, args: tuple, kwargs: dict[str, Any], batch: int) -> Chunks | None:
         """What a call of a stream holds; None where features are filed by steps."""
-        stream = self.session.method.stream
+        stream = self.method.stream
         if stream is None:
             return None
         if self.pipe is None and self.chunks is None:
@@ -354,10 +359,10 @@ class CacheRun:
 
     def _move_sigmas(self, scheduler: Any) -> None:
         """Where the policy moves the noise levels of such a run, move them."""
-        if self.clock.is_suppressed or self.session.method.guarded.sigmas is None:
+        if self.clock.is_suppressed or self.method.guarded.sigmas is None:
             return
         own = noise_levels(scheduler)
-        sigmas = self.session.method.guarded.for_run(own).sigmas
+        sigmas = self.method.guarded.for_run(own).sigmas
         self._moved_from = None if sigmas is None else own
         if sigmas is not None:
             move_sigmas(scheduler, sigmas)
@@ -438,11 +443,14 @@ class CacheRun:
             self.whole.sizes |= self.sizes
             self.whole._part_bytes = max(self.whole._part_bytes, self.cache_bytes)
             self.whole._part_resident = max(self.whole._part_resident, self.resident_bytes)
-        self.spans.release()
-        self.decisions.clear()
-        # what is kept for summary must not keep the pipeline alive
-        self.clock.close()
-        self._noise_levels = lambda timestep: NoiseLevels()
+            self.whole.messages |= self.messages
+        try:
+            self.spans.release()
+        finally:
+            self.decisions.clear()
+            # what is kept for summary must not keep the pipeline alive
+            self.clock.close()
+            self._noise_levels = lambda timestep: NoiseLevels()
         for name, reached in self._reached.items():
             if not reached:
                 self.warn(
@@ -455,8 +463,8 @@ class CacheRun:
         self.warn(f"{what} failed, so steps are computed instead: {type(error).__name__}: {error}")
 
     def warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.messages:
+            self.messages[message] = None
             warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
 
 

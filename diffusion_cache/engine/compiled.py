@@ -6,6 +6,7 @@ of weights. All decisions, counting and storing stay outside. What blocks receiv
 from one computed and one reused step that run uncompiled.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..models import Span
 from .frame import Frame, Visit
-from .structure import Like, PassThrough, Template, copied, signature, tensor_inputs
+from .intercept import run_uncompiled
+from .structure import LEARNED, Like, Newest, PassThrough, Template, copied, signature, tensor_inputs
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
@@ -98,7 +100,8 @@ class CompiledSpans:
         frame.actions, frame.stores = (True,), (True,)
         frame.reason = "learning what the blocks return"
         given = copied(args), copied(kwargs)
-        output = self.denoiser._call_impl(*args, **kwargs)
+        uncompiled = functools.partial(run_uncompiled, self.denoiser)
+        output = uncompiled(*args, **kwargs)
         if self is not run.session.compiled.get(frame.key[0]):
             return output  # the spans were arranged anew
         learned = {}
@@ -108,7 +111,7 @@ class CompiledSpans:
                 like = [Like(t.shape, t.dtype, t.device) for t in state.history.slots[0]]
                 learned[i] = Learned(state.template, state.signature, dict(state.passthrough), like)
         patterns = run.decisions.patterns(frame.step.total)
-        if all(not run.repeat(frame, pattern, self.denoiser._call_impl, *given) for pattern in patterns):
+        if all(not run.repeat(frame, pattern, uncompiled, *given) for pattern in patterns):
             self._kept.learned[key] = learned
         for span, stores in zip(self.spans, kept, strict=True):
             if not stores:
@@ -154,7 +157,7 @@ class _Kept:
 
     def __init__(self, spans: tuple[Span, ...]):
         self.cells = [Cell() for _ in spans]
-        self.learned: dict[tuple, dict[int, Learned]] = {}
+        self.learned: dict[tuple, dict[int, Learned]] = Newest(LEARNED)
         self.users = 0
         self.lock = threading.RLock()
         self._own: list[tuple[nn.Module, Callable | None, Callable]] = []

@@ -56,7 +56,7 @@ class Forecasts:
 
     def __init__(self, run: "CacheRun"):
         self._run = run
-        self._corrector = run.session.method.corrector
+        self._corrector = run.method.corrector
         self._tails: dict[PassKey, History] = {}  # of the blocks after the spans: to be compared, never reused
         self._compared: dict[PassKey, History] = {}  # the corrector's signals at the steps of the features
 
@@ -69,6 +69,7 @@ class Forecasts:
         forecast otherwise; [rows, weights] where rows differ in theirs.
         """
         feature = history.slots[0][0]
+        self._learn_direction(span, history)
         if len(history.lanes) == 1:
             (lane,) = history.lanes
             table = [row.held(history).flat for row in self._branch_weights(frame, span, *frame.query(history, 0))]
@@ -94,6 +95,7 @@ class Forecasts:
         is given at each reused step by what makes any.
         """
         (lane,) = history.lanes
+        self._learn_direction(span, history)
         table = self._branch_weights(frame, span, *frame.query(history, 0))
         correction = self._correction_numbers(frame, span, history, always=True)
         slots = [slot for _, slot in lane]
@@ -204,8 +206,28 @@ class Forecasts:
             count = 1
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
-        query = Query(nodes, target, index, total=frame.step.total, times=self._run.times)
+        direction = self._run.session.directions.get(span, 0.0)
+        query = Query(nodes, target, index, total=frame.step.total, times=self._run.times, direction=direction)
         return [query._replace(pass_index=first + i) for i in range(count)]
+
+    def _learn_direction(self, span: Span, history: History) -> None:
+        """Which way a span's outputs point along the path that its inputs took: read back once, at the first run."""
+        directions = self._run.session.directions
+        if not self._run.forecaster.keeps_inputs or span in directions:
+            return
+        row, lane = next(((row, lane) for row, lane in enumerate(history.lanes) if len(lane) > 1), (0, None))
+        if lane is None:
+            return
+        count, along = len(history.numbers()) // 2, 0.0  # outputs, and behind them as many inputs
+        for i in range(count):
+            outputs, inputs = ([ops.decoded(history.leaf(leaf)[slot]) for _, slot in lane] for leaf in (i, count + i))
+            outputs, inputs = history.restored(outputs), history.restored(inputs)
+            moved, first = (ops.wide(inputs[-1]) - ops.wide(inputs[0])), ops.wide(outputs[0])
+            if len(history.lanes) > 1:
+                moved, first = moved[row], first[row]
+            along += float((moved * first).sum())
+        if math.isfinite(along) and along:
+            directions[span] = -math.copysign(1.0, along)  # the variable falls
 
     # signals
 

@@ -350,7 +350,7 @@ class Graphs:
 
     def _hindrance(self, run: "CacheRun", frame: Frame, leaves: Sequence[Any]) -> str | None:
         """Why this call goes without a graph: empty where that is no news, None where nothing is in the way."""
-        if run.session.observer is not None or frame.fills_cache:
+        if run.observer is not None or frame.fills_cache:
             return ""
         if self._elsewhere:
             return self._elsewhere

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ..chunks import Stream
 from ..context import KNOWN_AFTER, SIGNALS, Corrector, Forecaster, NoiseLevels
 from ..differences import DIFFERENCES
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
-from ..fingerprint import MEANINGS, Fingerprint
+from ..fingerprint import MEANINGS, Fingerprint, adapters_of
 from ..models import (
     Called,
     Layout,
@@ -27,6 +27,7 @@ from ..models import (
     find_denoisers,
     find_layout,
     guidance_of,
+    guidance_weights,
     merged,
     unwrap,
 )
@@ -42,7 +43,7 @@ from .observer import Observer
 from .patches import ACTIVE
 from .ranks import Agree, agreement, checked_group
 from .signals import PROBE_SIGNALS, TAIL_SIGNALS, attention_call
-from .structure import Template
+from .structure import LEARNED, Newest, Template
 
 __all__ = ["GUIDER_INPUTS", "MARK", "SESSION", "Method", "Session", "session_of"]
 
@@ -84,6 +85,12 @@ class Method:
             self._check_stream()
         if self.cuda_graphs:
             self._check_graphs()
+        if self.forecaster.keeps_inputs and self.guarded.guards.unconditional_every > 1:
+            raise ConfigError(
+                f"forecaster {self.forecaster.name!r} goes by the path of the inputs, which follows all guidance "
+                "branches, and unconditional_every has one of them reused alone: take 'taylor', or leave "
+                "unconditional_every out"
+            )
         if self.corrector is None:
             return
         if self.corrector.corrected_channels and self.forecaster.corrected_channels:
@@ -259,9 +266,20 @@ class Method:
 
 
 class Tuner(Protocol):
-    """Finds the method for a call of a pipeline, which it may call itself with this session's method replaced."""
+    """Finds the method for a call of a pipeline, which it may call itself (`Session.generate`)."""
 
     def __call__(self, session: "Session", pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Method: ...
+
+
+class Weights(NamedTuple):
+    """Whose weights a plan was checked against: what of them can be compared before every run."""
+
+    denoiser: "weakref.ref[nn.Module]"
+    adapters: tuple
+
+    @classmethod
+    def of(cls, denoiser: nn.Module) -> "Weights":
+        return cls(weakref.ref(unwrap(denoiser)), adapters_of(denoiser))
 
 
 class Session(Attached):
@@ -285,15 +303,18 @@ class Session(Attached):
         # to be independent, or not
         self.traced: set[str] = set()
         self.verified: dict[str, set[tuple]] = {}
-        self.independent: dict[tuple[Span, tuple], bool] = {}
-        self.templates: dict[tuple[Span, int, tuple], Template] = {}  # what spans return, by visit and inputs
+        self.independent: Newest[tuple[Span, tuple], bool] = Newest(LEARNED)
+        # what spans return, by visit and inputs
+        self.templates: Newest[tuple[Span, int, tuple], Template] = Newest(LEARNED)
         self.written: set[Span] = set()  # spans that write into what they are given
         self.unusable: dict[Span, str] = {}  # why a span cannot be cached as one
+        self.directions: dict[Span, float] = {}  # see `Query.direction`
         self._marked: list[weakref.ref[Any]] = []  # schedulers, which may be swapped out while enabled
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self.graphs: dict[str, Graphs] = {}  # of denoisers, where calls are captured
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
+        self._weights: dict[str, Weights] = {}  # likewise, by denoiser
         self._told: set[str] = set()  # warnings
 
     # attaching
@@ -306,6 +327,7 @@ class Session(Attached):
         layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
         if self.method.guarded.policy.for_one_sampler:
             self._sampler = self._sampler or Fingerprint.of(pipe, {})
+            self._weights = self._weights or {name: Weights.of(denoiser) for name, denoiser in denoisers.items()}
         try:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
@@ -401,8 +423,9 @@ class Session(Attached):
         gone = {span for span in layout.spans if span not in kept} if layout else set()
         self.written -= gone
         self.unusable = {span: why for span, why in self.unusable.items() if span not in gone}
-        self.templates = {key: template for key, template in self.templates.items() if key[0] not in gone}
-        self.independent = {key: known for key, known in self.independent.items() if key[0] not in gone}
+        self.directions = {span: found for span, found in self.directions.items() if span not in gone}
+        self.templates.drop(lambda key: key[0] in gone)
+        self.independent.drop(lambda key: key[0] in gone)
 
     def _patch_scheduler(self, cls: type) -> None:
         self._patch(cls, "step", _counted_step)
@@ -436,34 +459,36 @@ class Session(Attached):
 
     # running
 
-    def _tune(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Go by the method that the tuner finds for the call that is about to begin."""
-        if self.tuner is None:
-            return
-        tuner, self.tuner = self.tuner, None  # its own calls go by what it tries
-        before = self.method, self.observer, self.last_run
+    def generate(self, pipe: Any, call: Mapping[str, Any], method: Method, observer: Observer | None) -> CacheRun:
+        """A generation by another method, which shares this one's layout; the session goes on as if it had not been."""
+        self._refresh(pipe)
+        run = self._begin(pipe, (), dict(call), method, observer)
+        token = ACTIVE.set(run)
         try:
-            found = tuner(self, pipe, args, kwargs)
+            pipe(**call)
         finally:
-            self.tuner = tuner
-            self.method, self.observer, self.last_run = before
-        self.method = found
+            ACTIVE.reset(token)
+            self._end(run)
+        return run
 
     def begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
-        self._tune(pipe, args, kwargs)
+        method = self.method if self.tuner is None else self.tuner(self, pipe, args, kwargs)
         self._refresh(pipe)
         self._check_sampler(pipe)
-        return self._begin(pipe, args, kwargs)
+        self._check_weights()
+        return self._begin(pipe, args, kwargs, method, self.observer)
 
     def begin_part(self, whole: CacheRun, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline that another, which this session is enabled on, is made of."""
         self._patch_progress_bar(pipe)
-        run = self._begin(pipe, args, kwargs)
+        run = self._begin(pipe, args, kwargs, whole.method, whole.observer)
         run.whole, run.records = whole, whole.records
         return run
 
-    def _begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
+    def _begin(
+        self, pipe: Any, args: tuple, kwargs: dict[str, Any], method: Method, observer: Observer | None
+    ) -> CacheRun:
         for scheduler in _schedulers(pipe):
             self._patch_scheduler(type(scheduler))
             _mark(scheduler, _marks(scheduler) | {self.token})
@@ -479,25 +504,32 @@ class Session(Attached):
             return int(told) if told else loop_total(scheduler, timestep, run.progress_total)
 
         self.agree = agreement(self.denoisers.values(), self.group)
-        run = CacheRun(self, StepClock(total), lambda timestep: noise_levels(scheduler, timestep), pipe)
+        levels = functools.partial(noise_levels, scheduler)
+        run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
         scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
         run.guidance = next(iter(scales), None)
-        self._check_guidance(scales)
-        if self.observer is not None:
-            self.observer.run_began(run)
+        run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
+        self._check_guidance(method, scales)
+        if observer is not None:
+            observer.run_began(run)
         return run
 
     def begin_model(self, num_steps: int | None, levels: NoiseLevels) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        return CacheRun(self, StepClock(lambda timestep: num_steps), lambda timestep: levels)
+        return CacheRun(self, self.method, self.observer, StepClock(lambda timestep: num_steps), lambda _: levels)
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run
-        run.finish()
-        for compiled in self.compiled.values():
-            compiled.release()
-        for graphs in self.graphs.values():
-            graphs.release(run)
+        self._end(run)
+
+    def _end(self, run: CacheRun) -> None:
+        try:
+            run.finish()
+        finally:
+            for compiled in self.compiled.values():
+                compiled.release()
+            for graphs in self.graphs.values():
+                graphs.release(run)
 
     def _check_sampler(self, pipe: Any) -> None:
         """Tell once where the sampler of a plan was swapped for another, which may have the very same noise levels."""
@@ -510,19 +542,33 @@ class Session(Attached):
                 f"{'; '.join(found)}. Enable a plan made for this sampler"
             )
 
-    def _check_guidance(self, scales: Collection[float]) -> None:
+    def _check_weights(self) -> None:
+        """Tell once where a plan's denoiser was swapped since it was enabled, or its adapters were."""
+        for name, known in self._weights.items():
+            denoiser = self.denoisers.get(name)
+            if denoiser is None:
+                continue
+            found = Weights.of(denoiser)
+            if found != known:
+                what = "LoRA adapters are" if found.denoiser() is known.denoiser() else "weights are"
+                self._tell(
+                    f"the {what} not those of {name} that a plan was enabled for, and its stated quality does not "
+                    "hold: enable a plan of a profile made with them"
+                )
+
+    def _check_guidance(self, method: Method, scales: Collection[float]) -> None:
         """Tell once where a call's guidance is not the one that its plan was made at, by either scale."""
-        planned = self.method.guidance
+        planned = method.guidance
         if planned is not None and scales and planned not in scales:
             self._tell(
                 f"the plan was made at guidance {planned:g}, and this call is at {max(scales):g}: "
                 f"{MEANINGS['guidance']}, and the plan's stated quality does not hold. Make a profile at this guidance"
             )
 
-    def check_size(self, sample: Tensor) -> None:
+    def check_size(self, method: Method, sample: Tensor) -> None:
         """Tell once where latents are not of the size that their plan was made at. sample: [rows, …]."""
-        planned, found = self.method.sample_shape, tuple(sample.shape[1:])
-        if planned is not None and found != planned and self.method.stream is None:
+        planned, found = method.sample_shape, tuple(sample.shape[1:])
+        if planned is not None and found != planned and method.stream is None:
             self._tell(
                 f"the plan was made for latents of {list(planned)}, and this call's are of {list(found)}: "
                 f"{MEANINGS['sample_shape']}, and the plan's stated quality does not hold. Make a profile at this size"
@@ -560,9 +606,11 @@ class Session(Attached):
         if name not in self._handlers:
             self._bind(name, denoiser, self.method.layout(denoiser))
             self._patch_cache_context(denoiser)
-        elif not all(is_intercepted(module, self) for module, _ in self._handlers[name]):
-            layout = self.layouts[name]  # compiled since
-            self._unbind(name)
+            return
+        layout = self.layouts[name]
+        intercepted = all(is_intercepted(module, self) for module, _ in self._handlers[name])
+        if not intercepted or self.method.is_traced(denoiser, layout.scope) != (name in self.compiled):
+            self._unbind(name)  # compiled since
             self._bind(name, denoiser, layout)
 
 
@@ -674,7 +722,7 @@ def _counted_step(original: Callable) -> Callable:
             if isinstance(sample, Tensor) and sample.ndim:
                 run.samples = len(sample)
                 if run.any_scheduler or _is_own(run, self):
-                    run.session.check_size(sample)
+                    run.session.check_size(run.method, sample)
         return result
 
     return step

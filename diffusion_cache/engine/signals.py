@@ -14,6 +14,7 @@ from ..forecasters import Chebyshev, Taylor
 from ..models import Span, grid_of_call, unwrap
 from ..signals import grid_of
 from .frame import Frame
+from .intercept import run_uncompiled
 from .structure import Inputs, copied, forked_rng, image_stream, row_stream, tensor_inputs
 
 if TYPE_CHECKING:
@@ -34,22 +35,19 @@ class Entry(NamedTuple):
     run: "CacheRun"
     frame: Frame
     span: Span
-    inner: Callable
     args: tuple
     kwargs: dict[str, Any]
     stream: Tensor
 
 
-def take(
-    run: "CacheRun", frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any], inputs: Inputs
-) -> None:
+def take(run: "CacheRun", frame: Frame, span: Span, args: tuple, kwargs: dict[str, Any], inputs: Inputs) -> None:
     """Take the signals of this call that are known before it, for the policy and for the corrector.
 
     Raises:
         ConfigError: for one that this model or sampler does not give.
     """
-    entry = Entry(run, frame, span, inner, args, kwargs, row_stream(inputs).detach())
-    corrector, decided_by = run.session.method.corrector, run.decisions.guarded.needs.signals
+    entry = Entry(run, frame, span, args, kwargs, row_stream(inputs).detach())
+    corrector, decided_by = run.method.corrector, run.decisions.guarded.needs.signals
     compared = () if corrector is None else corrector.needs_signals
     signals = {name: TAKEN[name](entry) for name in dict.fromkeys((*decided_by, *compared)) if name in TAKEN}
     frame.compared = {name: signals[name] for name in compared}
@@ -112,15 +110,15 @@ def _modulated_input(entry: Entry) -> Tensor:
     frame.peeking = True
     try:
         with forked_rng():
-            entry.inner(*args, **kwargs)
+            run_uncompiled(entry.span.members[0], *args, **kwargs)
     except AttentionReached as reached:
         return reached.received
     finally:
         frame.peeking = False
     raise ConfigError(
         f"policy {entry.run.decisions.guarded.policy.name!r} looks at what the first attention of a block receives, "
-        f"and none is reached in the first block of {entry.span.name} (it is compiled, or has none): use policy "
-        "'first_block', which looks at what a block gives"
+        f"and none is reached in the first block of {entry.span.name}: use policy 'first_block', which looks at what "
+        "a block gives"
     )
 
 
@@ -145,10 +143,13 @@ def _disagreement(entry: Entry) -> Tensor:
     history = entry.run.spans.held(state.history)
     assert history is not None
     spectral, line = weights = torch.zeros(2, len(history.lanes), len(history.slots))
+    wanted = entry.run.decisions.guarded.needs.history
     for row, lane in enumerate(history.lanes):
-        query = Query([node for node, _ in lane], step.index, total=step.total)
+        query = Query([node for node, _ in lane[-wanted:]], step.index, total=step.total)
+        older = (0.0,) * (len(lane) - len(query.nodes))
         for into, forecaster in zip(weights, (SPECTRAL, LINE), strict=True):
-            into[row, [slot for _, slot in lane]] = torch.tensor(history.combined(forecaster.weights(query)))
+            own = history.combined(older + forecaster.weights(query))
+            into[row, [slot for _, slot in lane]] = torch.tensor(own)
     leaves = [[ops.decoded(feature) for feature in history.leaf(i)] for i, _ in enumerate(state.template.leaves)]
     leaves = [leaf for leaf in leaves if leaf[0].is_floating_point() and leaf[0].shape[:1] == (rows,)]
     if not leaves:

@@ -17,6 +17,7 @@ from ..models import Called, Span
 from ..offload import Offload
 from .forecasting import Forecasts, as_tensor
 from .frame import Frame, PassKey, Recorded, SpanState, Visit
+from .group_offload import Groups
 from .signals import take
 from .structure import (
     Inputs,
@@ -46,9 +47,11 @@ class SpanCalls:
 
     def __init__(self, run: "CacheRun"):
         self._run = run
-        self._method = run.session.method
-        self._spares_passes = self._method.guarded.guards.unconditional_every > 1
+        self._method = run.method
+        # a step's later passes are forecast as differences from its first one, which change far less
+        self._relates_passes = self._method.guarded.guards.unconditional_every > 1
         self.forecasts = Forecasts(run)
+        self.groups = Groups()
         self._states: dict[tuple[PassKey, Span, int], SpanState] = {}
         self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
         self._offload = Offload() if self._method.cache_device == "cpu" else None
@@ -56,11 +59,6 @@ class SpanCalls:
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
         ] = {}  # the step, and what its first pass gave
-
-    @property
-    def _relates_passes(self) -> bool:
-        """Whether a step's later passes are forecast as differences from its first one, which change far less."""
-        return self._spares_passes and not self._run.forecaster.keeps_inputs
 
     @property
     def _first_bytes(self) -> int:
@@ -105,15 +103,19 @@ class SpanCalls:
             if visit.rows is not None:
                 return self._compute_rows(frame, visit, member, inner, args, kwargs)
             if last:
+                self.groups.skip(span.members[member])
                 visit.finished = True
                 assert visit.state.template is not None
-                self._note_first_pass(frame, visit, visit.forecast)
+                self._note_first_pass(frame, visit, visit.uncorrected or visit.forecast)
                 output = visit.state.template.join(visit.forecast)
                 if frame.deferred:
                     visit.forecast = []  # what the block lets go of needs no making
                 return output
             known = visit.state.passthrough.get(member)
-            return inner(*args, **kwargs) if known is None else known.output(frame.poisoned)
+            if known is None:
+                return inner(*args, **kwargs)
+            self.groups.skip(span.members[member])
+            return known.output(frame.poisoned)
         output = inner(*args, **kwargs)
         tensors = None
         try:
@@ -128,7 +130,7 @@ class SpanCalls:
                 raise
             self.forget(visit.state)
             self._run.warn_failure("storing a feature", error)
-        observer = self._run.session.observer
+        observer = self._run.observer
         if observer is not None and tensors is not None:
             assert visit.state.template is not None
             observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
@@ -149,7 +151,7 @@ class SpanCalls:
             self._interrupted(frame, state, span)
             return None
         session = self._run.session
-        watched = (session.observer is not None or self._relates_passes) and not frame.fills_cache
+        watched = (self._run.observer is not None or self._relates_passes) and not frame.fills_cache
         stores = frame.actions is None or self.stores(frame, span)  # what is decided on now may be reused later
         if not (stores or watched):
             frame.computed += 1
@@ -159,11 +161,11 @@ class SpanCalls:
         inputs = tensor_inputs(args, kwargs)
         if span in session.written:
             inputs = copied(inputs)
-        if self._spares_passes:
+        if self._relates_passes:
             inputs |= self._first_pass(frame, span)
         if frame.actions is None:
             try:
-                take(self._run, frame, span, inner, args, kwargs, inputs)
+                take(self._run, frame, span, args, kwargs, inputs)
             except DiffusionCacheError:
                 raise
             except Exception as error:
@@ -292,10 +294,13 @@ class SpanCalls:
                 correction = self.forecasts.correction(frame, span, history)
             leaves = state.template.leaves
             forecast: list[Tensor] = []
+            related = correction is not None and self._relates_passes and frame.position == 0
             for i, leaf in enumerate(leaves):
                 base = None if leaf.base is None else visit.inputs[leaf.base]
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
                 features = self.forecasts.features(frame, span, history, i, slots, inputs)
+                if related:  # what is added to it later is corrected then
+                    visit.uncorrected.append(_forecast(frame.chunks, base, features, weights, None))
                 if base is None and self._defers(frame, span, features):
                     forecast.append(frame.defer(features, weights, correction))
                 else:
@@ -379,7 +384,8 @@ class SpanCalls:
         else:
             whole = [f.index_copy_(0, index, tensor) for f, tensor in zip(forecast, tensors, strict=True)]
         self._note_output(frame, visit, whole)
-        self._note_first_pass(frame, visit, whole)
+        uncorrected = [f.index_copy(0, index, tensor) for f, tensor in zip(visit.uncorrected, tensors, strict=False)]
+        self._note_first_pass(frame, visit, uncorrected or whole)
         try:
             kept = select_rows(_kept(template, visit.inputs), frame.batch, index)
             self._observe(frame, visit, [*tensors, *kept], [*bases, *[None] * len(kept)], rows)
@@ -420,7 +426,7 @@ class SpanCalls:
             return None
         if frame.signals is not None:
             self._note_output(frame, visit, tensors)
-        if self._spares_passes:
+        if self._relates_passes:
             self._note_first_pass(frame, visit, tensors)
         kept = _kept(state.template, visit.inputs)
         stored = [*tensors, *kept]
@@ -670,6 +676,20 @@ class SpanCalls:
 
     def release(self) -> None:
         """Let go of every feature, telling of those that could not be checked on the way."""
+        try:
+            unchecked = self._not_finite()
+        finally:
+            if self._offload is not None:
+                self._offload.release()
+            self._states.clear()
+            self._order.clear()
+            self._first.clear()
+            self.forecasts.release()
+        for span in unchecked:
+            self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+
+    def _not_finite(self) -> list[Span]:
+        """Of spans whose features were not checked on the way, those whose newest holds NaN or infinity. Reads back."""
         self._count_bytes()
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
         if self._offload is None:
@@ -678,16 +698,9 @@ class SpanCalls:
             late = [(span, self._offload.finite[history]) for span, history in newest]
         # read at once, wherever they are
         known = torch.stack([held.to(late[0][1].device) for _, held in late]).tolist() if late else []
-        unchecked = [span for (span, _), holds in zip(late, known, strict=True) if not holds]
         if self._offload is not None:
             self._offload.finish()
-            self._offload.release()
-        self._states.clear()
-        self._order.clear()
-        self._first.clear()
-        self.forecasts.release()
-        for span in unchecked:
-            self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
+        return [span for (span, _), holds in zip(late, known, strict=True) if not holds]
 
 
 def _forecast(

@@ -1,8 +1,8 @@
 """What a module received and returned, taken apart into tensors and put together again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +11,34 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError
 from ..history import Leaf
 
+K = TypeVar("K")
+V = TypeVar("V")
 Inputs = dict[int | str, Tensor]
+LEARNED = 10_000  # entries kept, over all spans and all sizes, prompt lengths and batches they are called with
 IMAGE_STREAM = ("hidden_states", "sample", "x")
 SAMPLES = (
     *IMAGE_STREAM,
     "vision_tokens",
     "decoder_input_tokens",
 )  # of Cosmos3Omni and T5FilmDecoder, among others' text
+
+
+class Newest(dict[K, V]):
+    """A dict of at most `limit` entries: of what can be learned again, the oldest goes."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.limit:
+            self.pop(next(iter(self)), None)
+
+    def drop(self, unwanted: Callable[[K], bool]) -> None:
+        """Take out the entries of unwanted keys."""
+        for key in [key for key in self if unwanted(key)]:
+            self.pop(key, None)
 
 
 class Shape(NamedTuple):
@@ -123,15 +144,38 @@ def signature(inputs: Inputs) -> tuple:
 
 def matching_input(out: Tensor, inputs: Inputs) -> int | str | None:
     """The input that an output continues: of its shape, dtype and device; the nearest in value where several are."""
-    candidates = [
-        key
-        for key, tensor in inputs.items()
-        if tensor.shape == out.shape and tensor.dtype == out.dtype and tensor.device == out.device
-    ]
+    candidates = [key for key, tensor in inputs.items() if _alike(out, tensor)]
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     # residual blocks change a stream little; unrelated streams differ by their own size
     return min(candidates, key=lambda key: float((out - inputs[key]).abs().float().mean()))
+
+
+def _by_position(output: Any, inputs: Inputs) -> list[str] | None:
+    """The samples that the entries of a list of outputs continue, of a list of inputs as long and of the same sizes."""
+    given = [*output.values()] if isinstance(output, Mapping) else [*output] if isinstance(output, tuple) else [output]
+    if len(given) != 1 or not isinstance(given[0], list):
+        return None
+    outputs, keys = given[0], [str(key).rpartition(".") for key in inputs]
+    lists = dict.fromkeys(name for name, _, place in keys if name and place.isdecimal())
+    for name in sorted(lists, key=lambda name: name not in (*SAMPLES, "0")):
+        entries = [f"{name}.{i}" for i in range(len(outputs))]
+        if f"{name}.{len(outputs)}" not in inputs and all(
+            isinstance(out, Tensor) and key in inputs and _alike(out, inputs[key])
+            for out, key in zip(outputs, entries, strict=True)
+        ):
+            return entries
+    return None
+
+
+def _sample_input(out: Tensor, inputs: Inputs) -> int | str | None:
+    """The input that a velocity is of, whose values are not near: the sample (`sample_of`), where it is like that."""
+    key = next((name for name in (*IMAGE_STREAM, *inputs) if name in inputs and "." not in str(name)), None)
+    return key if key is not None and _alike(out, inputs[key]) else matching_input(out, inputs)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 @dataclass(frozen=True)
@@ -148,15 +192,19 @@ class Template:
         """Raises ConfigError where inputs are to be kept, and an output continues none of them."""
         flat, shape = flatten(output)
         tensors = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+        listed: Sequence[str | None] = _by_position(output, inputs) or [None] * len(tensors)
         leaves = []
-        for leaf in (flat[i] for i in tensors):
-            matched = matching_input(leaf, inputs) if leaf.is_floating_point() and (residual or keeps_inputs) else None
-            if keeps_inputs and matched is None:
+        for leaf, place in zip((flat[i] for i in tensors), listed, strict=True):
+            base = kept = None
+            if leaf.is_floating_point():
+                base = place or matching_input(leaf, inputs) if residual else None
+                kept = place or _sample_input(leaf, inputs) if keeps_inputs else None
+            if keeps_inputs and kept is None:
                 raise ConfigError(
                     f"the forecaster goes by what a span is given, and none of its inputs has the shape of its output "
                     f"{tuple(leaf.shape)}: take another, forecaster='taylor'"
                 )
-            leaves.append(Leaf(matched if residual else None, matched if keeps_inputs else None))
+            leaves.append(Leaf(base, kept))
         return cls(shape, tuple(None if isinstance(x, Tensor) else x for x in flat), tensors, tuple(leaves))
 
     def split(self, output: Any) -> list[Tensor] | None:

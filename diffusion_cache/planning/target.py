@@ -8,7 +8,9 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
@@ -23,10 +25,9 @@ from ..engine import CacheRun, Method, Observer, Session
 from ..engine.frame import Frame
 from ..engine.structure import forked_rng
 from ..errors import ConfigError, DiffusionCacheWarning
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, adapters_of
 from ..measure.timing import paired
 from ..models import find_denoisers
-from ..models.calls import LABELS
 from ..plain import plain_json
 from ..policies import Guarded, Interval
 from ..registry import check_options
@@ -37,6 +38,8 @@ CALLS = 3  # generations that a value is judged by
 MOST_TRIED = 14
 STEPS_OFF = 0.5  # from the target, in steps: good enough
 NO_FINER = 1.005  # values that differ by less than this factor are one
+# of a pipeline's arguments, what tells neither steps, size nor guidance, though it has sizes or is a number or a switch
+SILENT = re.compile(r"prompt|embed|mask|labels|_ids$|conditioning_scale$|^return_dict$|^max_sequence_length$|^eta$")
 UNTOLD = object()  # of an argument that says nothing of a call's kind
 PAIRS = 3  # of timed generations, uncached and cached
 
@@ -77,6 +80,7 @@ class Tuner:
             )
         self.method, self.target, self.field = method, target, policy.tuned
         self._found: dict[str, Tuned] = {}
+        self._searching = threading.Lock()
 
     def __call__(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Method:
         return self.with_value(self.tuned(session, pipe, args, kwargs).value)
@@ -90,16 +94,18 @@ class Tuner:
     def tuned(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Tuned:
         """What was found for such a call, before or now."""
         call = arguments_of(pipe, args, kwargs)
-        kind = _digest([kind_of(call), _sampler_of(pipe)])
-        if kind not in self._found:
-            key = self._key(pipe, call)
-            found = kept(key) if key is not None else None
-            if found is None:
-                found = self._search(session, pipe, call)
-                place = keep(key, found) if key is not None else None
-                print(self._told(found, place), file=sys.stderr)
-            self._found[kind] = found
-        return self._found[kind]
+        denoisers = {name: (id(model), adapters_of(model)) for name, model in find_denoisers(pipe).items()}
+        kind = _digest([kind_of(call), _sampler_of(pipe), denoisers])
+        with self._searching:  # another thread's call of this kind waits for what is found
+            if kind not in self._found:
+                key = self._key(pipe, call)
+                found = kept(key) if key is not None else None
+                if found is None:
+                    found = self._search(session, pipe, call)
+                    place = keep(key, found) if key is not None else None
+                    print(self._told(found, place), file=sys.stderr)
+                self._found[kind] = found
+            return self._found[kind]
 
     def _told(self, found: Tuned, place: Any) -> str:
         wished = f"target {self.target.reuse * found.steps:.1f}" if self.target.reuse else f"{self.target.speedup}×"
@@ -121,23 +127,24 @@ class Tuner:
         return _digest([facts, kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device])
 
     def _search(self, session: Session, pipe: Any, call: Mapping[str, Any]) -> Tuned:
-        count = Counted()
+        count, latest = Counted(), None
 
-        def run(method: Method, seed: int) -> None:
-            session.method = method
+        def run(method: Method, seed: int, observer: Observer | None = None) -> CacheRun:
             with forked_rng(), quiet(pipe):
                 torch.manual_seed(seed)
-                pipe(**from_other_noise(call, seed))
+                made = session.generate(pipe, from_other_noise(call, seed), method, observer)
             if session.agree is not None:
                 raise ConfigError(
                     "a target cannot be searched where ranks share the work of a denoiser: find the threshold on one "
                     "device (diffusion_cache.tune), and give it"
                 )
+            return made
 
         def seen(value: float) -> float:
-            session.observer = count.again()
+            nonlocal latest
+            count.again()
             for index in range(1 if self.method.guarded.planned else CALLS):
-                run(self.with_value(value), FIRST_SEED + 1000 * index)
+                latest = run(self.with_value(value), FIRST_SEED + 1000 * index, count)
             return count.share
 
         most = seen(math.inf)
@@ -146,11 +153,10 @@ class Tuner:
                 f"policy {self.method.guarded.policy.name!r} reuses nothing of this call, whatever its {self.field}: "
                 "there are too few steps, or the guards leave none"
             )
-        share = self._scheduled(session.last_run) or seen
+        share = self._scheduled(latest) or seen
         wished, timing = self.target.reuse, None
         if wished is None:
             uncached = replace(self.method, guarded=Guarded(Interval(1)))
-            session.observer = None
             timing = paired(
                 lambda: run(uncached, FIRST_SEED), lambda: run(self.with_value(math.inf), FIRST_SEED), PAIRS
             )
@@ -295,14 +301,14 @@ def quiet(pipe: Any) -> Any:
 
 def kind_of(call: Mapping[str, Any]) -> dict[str, Any]:
     """What of a call tells its steps, size and guidance: numbers and switches, sizes of tensors and images, and these
-    in lists and dicts. Neither prompts nor class labels, and so not how many samples there are.
+    in lists and dicts. Neither prompts, their embeddings, masks and number, nor how many samples there are.
     """
-    told = {name: _told(value) for name, value in call.items() if name not in LABELS}
+    told = {name: _told(value) for name, value in call.items() if not SILENT.search(name)}
     return {name: value for name, value in told.items() if value is not UNTOLD}
 
 
 def _told(value: Any) -> Any:
-    if value is None or isinstance(value, Real):
+    if isinstance(value, Real):
         return value
     if isinstance(value, Tensor):
         return list(value.shape[1:])

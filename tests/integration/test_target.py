@@ -51,7 +51,7 @@ def test_the_target_is_met_from_noise_that_was_not_used(pipe, policy, capsys):
     dc.enable(pipe, policy, target_reuse=0.5)
     generate(pipe)
     assert abs(steps_reused(pipe, range(40, 48)) - 0.5 * STEPS) <= 1
-    value = session_of(pipe).method.guarded.policy.threshold
+    value = session_of(pipe).last_run.method.guarded.policy.threshold
     assert f"{policy}: threshold={value:.4g} reuses" in capsys.readouterr().err
 
 
@@ -71,7 +71,7 @@ def test_nothing_of_the_search_is_left(pipe, monkeypatch):
     assert session.observer is None
     again = generate(pipe)
     assert torch.equal(again, searched)
-    threshold = session.method.guarded.policy.threshold
+    threshold = session.last_run.method.guarded.policy.threshold
     dc.enable(pipe, "teacache", threshold=threshold)
     plain = call()
     assert torch.equal(reference.images(NAME, pipe(**plain)), searched)

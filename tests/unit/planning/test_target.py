@@ -50,7 +50,7 @@ def test_a_share_that_jumps_over_the_target_ends_the_search():
 
 
 def test_the_kind_of_a_call_is_told_by_lists_too():
-    """But not by prompts, labels and generators, however many."""
+    """But not by prompts, labels and generators, however many and long."""
     call = {
         "prompt": ["a cat", "a dog"],
         "class_labels": [3, 5],
@@ -62,6 +62,10 @@ def test_the_kind_of_a_call_is_told_by_lists_too():
         "image": [SimpleNamespace(size=(64, 32))],
         "kwargs": {"scale": 0.5, "name": "x"},
         "none": None,
+        "prompt_embeds": torch.zeros(2, 77, 8),
+        "num_images_per_prompt": 2,
+        "max_sequence_length": 512,
+        "return_dict": True,
     }
     kind = kind_of(call)
     assert kind == {
@@ -71,9 +75,9 @@ def test_the_kind_of_a_call_is_told_by_lists_too():
         "size": [512, 768],
         "image": [[64, 32]],
         "kwargs": {"scale": 0.5},
-        "none": None,
     }
     other = {"prompt": ["a cat"], "class_labels": [4], "generator": torch.Generator(), "latents": torch.ones(1, 4, 8)}
+    other |= {"prompt_embeds": torch.zeros(1, 12, 8), "num_images_per_prompt": 1, "none": "a fog", "return_dict": False}
     assert kind_of({**call, **other}) == kind
     for changed in ({"guidance_scale": [1.5, 2.5]}, {"size": (512, 512)}, {"kwargs": {"scale": 0.6}}):
         assert kind_of({**call, **changed}) != kind

@@ -1,0 +1,146 @@
+"""A pipeline that serves for long: weights that change, copies, searches beside other calls, failures, many sizes."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+
+import diffusion_cache as dc
+from diffusion_cache import reference
+from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine.span_calls import SpanCalls
+from diffusion_cache.engine.structure import Newest
+from diffusion_cache.errors import DiffusionCacheWarning
+from tests import plans
+
+NAME, STEPS = "flux-digits", 8
+CHANGED = "that a plan was enabled for"
+
+
+@pytest.fixture
+def pipe():
+    return reference.load(NAME)
+
+
+def generate(pipe, steps=STEPS, seeds=(1,)):
+    return reference.images(NAME, pipe(**reference.inputs(NAME, [s % 10 for s in seeds], list(seeds), steps)))
+
+
+def told(pipe, text):
+    """Whether a generation warns with this text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(pipe)
+    return any(text in str(warning.message) for warning in caught)
+
+
+def test_a_plan_tells_once_that_adapters_came_or_another_denoiser(pipe):
+    peft = pytest.importorskip("peft")
+    dc.enable(pipe, profile=plans.planned(NAME, computed=(4,)), plan="nfe-4")
+    assert not told(pipe, CHANGED)
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
+    assert told(pipe, f"the LoRA adapters are not those of transformer {CHANGED}")
+    assert not told(pipe, CHANGED)
+    pipe.transformer.delete_adapters("one")
+    assert not told(pipe, CHANGED)
+    pipe.transformer = reference.denoiser(NAME)
+    assert told(pipe, f"the weights are not those of transformer {CHANGED}")
+
+
+def test_other_scales_of_an_adapter_and_fusing_it_are_told_of(pipe):
+    peft = pytest.importorskip("peft")
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
+    dc.enable(pipe, profile=plans.planned(NAME, computed=(4,)), plan="nfe-4", ignore=["lora"])
+    assert not told(pipe, CHANGED)
+    pipe.transformer.fuse_lora(adapter_names=["one"])
+    assert told(pipe, CHANGED)
+
+
+def test_a_shallow_copy_says_that_it_runs_without_the_cache(pipe):
+    uncached = generate(pipe)
+    dc.enable(pipe, "interval", every=2)
+    other = copy.copy(pipe)
+    with pytest.warns(DiffusionCacheWarning, match="a copy of the pipeline that a cache is enabled on"):
+        assert torch.equal(generate(other), uncached)
+    assert not told(other, "a copy of")
+    dc.disable(pipe)
+    later = copy.copy(pipe)
+    dc.enable(pipe, "interval", every=2)
+    dc.enable(other, "interval", every=2)
+    assert torch.equal(generate(other), generate(pipe))
+    assert not told(later, "a copy of")
+
+
+def test_a_search_leaves_the_session_to_other_calls(pipe, monkeypatch):
+    dc.enable(pipe, "teacache", target_reuse=0.5)
+    session = session_of(pipe)
+    method, seen = session.method, []
+    begin = type(session)._begin
+
+    def noted(self, *args):
+        run = begin(self, *args)
+        seen.append((run.method.guarded.policy.threshold, session.method, session.observer, session.last_run))
+        return run
+
+    monkeypatch.setattr(type(session), "_begin", noted)
+    generate(pipe)
+    assert len({threshold for threshold, *_ in seen}) > 2
+    assert all(state == [method, None, None] for _, *state in seen)
+
+
+def test_one_search_serves_calls_of_two_threads(pipe, capsys):
+    dc.enable(pipe, "first_block", target_reuse=0.5)
+    session, call = session_of(pipe), reference.inputs(NAME, [1], [1], STEPS)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(session.tuner.tuned(session, pipe, (), call))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1]
+    assert capsys.readouterr().err.count("first_block: threshold=") == 1
+
+
+def test_features_are_let_go_of_even_if_looking_at_them_fails(pipe, monkeypatch):
+    dc.enable(pipe, "interval", every=2, forecaster="taylor")
+    fine = generate(pipe)
+
+    def raises(self):
+        raise torch.OutOfMemoryError("no room to look")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SpanCalls, "_not_finite", raises)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(pipe)
+    run = session_of(pipe).last_run
+    assert not run.spans._states
+    assert not run.spans._first
+    assert torch.equal(generate(pipe), fine)
+
+
+def test_a_summary_repeats_the_warnings_of_its_own_run(pipe):
+    dc.enable(pipe, "interval", every=2)
+    generate(pipe)
+    assert dc.summary(pipe).warnings == ()
+    pipe.transformer.transformer_blocks[0].norm1.linear.bias.data[0] = float("nan")
+    with pytest.warns(DiffusionCacheWarning, match="not finite"):
+        generate(pipe)
+    found = dc.summary(pipe)
+    assert any("not finite" in message for message in found.warnings)
+    assert "not finite" in str(found).replace("\n", " ")
+    assert session_of(pipe).last_run.messages.keys() == set(found.warnings)
+
+
+def test_what_is_learned_of_sizes_does_not_grow_without_end():
+    learned = Newest(3)
+    for key in "abcd":
+        learned[key] = key.upper()
+    assert learned == {"b": "B", "c": "C", "d": "D"}
+    learned["c"] = "again"
+    assert learned == {"b": "B", "c": "again", "d": "D"}
+    learned.drop(lambda key: key < "c")
+    assert list(learned) == ["c", "d"]
