@@ -4,7 +4,8 @@ For each op, shape, dtype and code: the median time of a launch with a cold L2 c
 fraction of the copy's bandwidth that it reaches, and the times of the same in eager PyTorch and compiled by
 `torch.compile`, empty where that fails. An op that hardly writes is compared with PyTorch's sum of as many bytes
 (`baseline`: copy or read). Every tile configuration is timed; `ms` is of the one that launches take, `best_ms` of the
-fastest. All are times of the device alone, which has something else to do while the host gets ready.
+fastest. All are times of the device alone, which has something else to do while the host gets ready. Rows of a
+results file that are not measured again stay in it.
 
 An op whose output is wrong, compared with its reference in fresh numbers and poisoned memory, gets no speed, and the
 exit status is 1. Without a CUDA device only `--tiny` works: small tensors through Triton's interpreter, which shows
@@ -352,6 +353,18 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     os.replace(unfinished, path)
 
 
+def stored(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a results file, by what they are of."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {key_of(entry): entry for entry in csv.DictReader(file)}
+
+
+def key_of(entry: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(entry[name]) for name in ("op", "shape", "dtype", "code", "slots"))
+
+
 def shown(entry: dict[str, Any]) -> str:
     name = f"{entry['op']:<18}{entry['shape']:<12}{entry['dtype']:<5}{entry['code'] or 'plain':<6}×{entry['slots']}"
     if not entry["correct"]:
@@ -383,7 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if cuda else "interpreter"
     flush = torch.zeros(L2_BYTES // 4, device=device) if cuda and not options.tiny else None
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("-tiny" if options.tiny else "")
-    rows: list[dict[str, Any]] = []
+    path = options.out / f"{slug}.csv"
+    table, rows = stored(path), []
     complete = True
     for case in cases(device, options.tiny, options.only):
         if time.monotonic() - started > options.budget_seconds:
@@ -392,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         rows.append(row(case, name, flush))
         print(shown(rows[-1]), flush=True)
-        write(options.out / f"{slug}.csv", rows)
+        table[key_of(rows[-1])] = rows[-1]
+        write(path, list(table.values()))
     return 0 if complete and all(entry["correct"] for entry in rows) else 1
 
 

@@ -6,7 +6,7 @@ For every method: decoded tokens per second of process CPU time, with and withou
 model; the share of problems solved in every digit, and of answers that are those of no cache. "planned" are schedules
 of COUNTS refinements from a profile, and as many evenly spaced ones, where a refinement decodes one token. The problems
 are none that the model was trained or judged on, and none that were profiled. Rows of methods that are not asked for
-stay as they are. Prints the table of docs/language.md.
+stay as they are, if they were measured alike. Prints the table of docs/language.md.
 """
 
 import argparse
@@ -92,6 +92,22 @@ def measure(method: str | LanguageCache, decoding: str, samples: int, pairs: int
     }
 
 
+def kept(path: Path, header: dict[str, Any], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that are there of other methods.
+
+    Raises:
+        SystemExit: where the header would say of them what is not so.
+    """
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    rows = [row for row in before["results"] if row["method"].partition("(")[0] not in methods]
+    changed = [name for name, value in header.items() if before.get(name) != value]
+    if rows and changed:
+        raise SystemExit(f"{path} was measured with other {', '.join(changed)}: measure all, or choose an --out")
+    return rows
+
+
 def table(report: dict[str, Any]) -> list[str]:
     """Lines of docs/language.md."""
     lines = [
@@ -122,12 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/language.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(*each, options.samples, options.pairs) for each in wanted(options.methods)]
-    if options.out.exists():
-        before = json.loads(options.out.read_text())["results"]
-        rows += [row for row in before if row["method"].partition("(")[0] not in options.methods]
-    rows.sort(key=lambda row: (list(DECODING).index(row["decoding"]), names.index(row["method"].partition("(")[0])))
-    report = {
+    header = {
         "model": fill_forward.NAME,
         "pipeline": "LLaDA2Pipeline",
         "samples": options.samples,
@@ -137,8 +148,11 @@ def main() -> None:
         "clock": "process CPU time, one thread",
         "hardware": f"CPU {platform.machine()}, {cpu_name()}",
         "versions": versions(),
-        "results": rows,
     }
+    others = kept(options.out, header, options.methods)
+    rows = others + [measure(*each, options.samples, options.pairs) for each in wanted(options.methods)]
+    rows.sort(key=lambda row: (list(DECODING).index(row["decoding"]), names.index(row["method"].partition("(")[0])))
+    report = {**header, "results": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print("\n".join(table(report)))

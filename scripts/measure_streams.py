@@ -10,8 +10,8 @@ pipeline: diffusers' SkyReelsV2DiffusionForcingPipeline in its asynchronous mode
 
 For each: executed operations and PSNR against the uncached output of the same seeds (mean and worst) of a stream, of
 the cache by steps, and of fewer sampler steps at the same number of denoiser calls; for streams, process CPU time of
-one sample beside uncached runs in turns. Rows of settings that are not asked for stay as they are. Prints the table of
-docs/streams.md.
+one sample beside uncached runs in turns. Rows of settings that are not asked for stay as they are, if they were
+measured alike. Prints the table of docs/streams.md.
 """
 
 import argparse
@@ -107,6 +107,23 @@ SETTINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Any
 }
 
 
+def kept(path: Path, header: dict[str, Any], settings: Sequence[str], samples: int) -> list[dict[str, Any]]:
+    """The rows that are there of other settings.
+
+    Raises:
+        SystemExit: where the header would say of them what is not so, or they are of other samples.
+    """
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    rows = [row for row in before["results"] if row["setting"] not in settings]
+    changed = [name for name, value in header.items() if before.get(name) != value]
+    changed += ["samples"] * any(row["samples"] != samples for row in rows)
+    if rows and changed:
+        raise SystemExit(f"{path} was measured with other {', '.join(changed)}: measure all, or choose an --out")
+    return rows
+
+
 def table(report: dict[str, Any]) -> list[str]:
     """Lines of docs/streams.md."""
     lines = ["| | | executed | PSNR, dB | worst | CPU time |", "| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -130,13 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.logging.set_verbosity_error()
-    model = rolling.load()
-    rows = [row for setting in options.settings for row in measure(setting, options.samples, options.pairs, model)]
-    if options.out.exists():
-        before = json.loads(options.out.read_text())["results"]
-        rows += [row for row in before if row["setting"] not in options.settings]
-    rows.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
-    report = {
+    header = {
         "model": rolling.NAME,
         "first_seed": FIRST_SEED,
         "steps": STEPS,
@@ -145,8 +156,13 @@ def main() -> None:
         "clock": "process CPU time, one thread",
         "hardware": f"CPU {platform.machine()}, {cpu_name()}",
         "versions": versions(),
-        "results": rows,
     }
+    rows = kept(options.out, header, options.settings, options.samples)
+    model = rolling.load()
+    for setting in options.settings:
+        rows += measure(setting, options.samples, options.pairs, model)
+    rows.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
+    report = {**header, "results": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print("\n".join(table(report)))

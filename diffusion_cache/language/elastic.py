@@ -67,13 +67,14 @@ class Drift(Watcher):
 
     def drifted(self, layer: int, weights: Tensor, places: Tensor) -> Tensor:
         now, before = weights_of(weights, places, self.watched[layer]), self.weights[layer]
+        seen = (places == self.watched[layer][:, None]).any(dim=1)  # where it is settled, it is computed no more
         # written so that NaN refreshes
-        drifted = ~(F.cosine_similarity(now, before, dim=1) >= self.threshold)
+        drifted = seen & ~(F.cosine_similarity(now, before, dim=1) >= self.threshold)
         self.weights[layer] = torch.where(drifted[:, None], now, before)
         return drifted
 
 
 def weights_of(weights: Tensor, places: Tensor, chosen: Tensor) -> Tensor:
-    """The attention weights [n, tokens] of the chosen token of each sample [n], which is among the queries."""
+    """The attention weights [n, tokens] of each sample's chosen token [n], or of its first query if that is none."""
     query = (places == chosen[:, None]).int().argmax(dim=1)
     return weights[torch.arange(len(weights), device=weights.device), query]

@@ -21,7 +21,7 @@ from .models import BARE, MODELS, NULL_CLASS, ReferenceModel, class_embeddings, 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["MODELS", "card", "images", "inputs", "load", "save", "spec", "update_card"]
+__all__ = ["MODELS", "card", "images", "inputs", "load", "save", "spec"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -51,12 +51,6 @@ def save(name: str, model: nn.Module, card: Mapping[str, Any]) -> Path:
     content = {"name": name, "parameters": sum(p.numel() for p in model.parameters()), **card}
     (folder / "card.json").write_text(json.dumps(content, indent=2) + "\n")
     return folder
-
-
-def update_card(name: str, entries: Mapping[str, Any]) -> None:
-    """Add entries to a shipped model's card."""
-    path = _folder(name) / "card.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2) + "\n")
 
 
 def denoiser(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -116,9 +116,9 @@ def exact(seeds: range | list[int], sequences: Tensor) -> Tensor:
     return (sequences == problems(seeds)[1]).all(dim=1)
 
 
-def exact_match(samples: int = 200, batch: int = 50) -> float:
-    """Share of problems that the trained model solves without a cache, of seeds from GATE_SEED on."""
-    pipe = pipeline()
+def exact_match(model: FillForward, samples: int = 200, batch: int = 50) -> float:
+    """Share of problems that a model solves without a cache, of seeds from GATE_SEED on."""
+    pipe = pipeline(model)
     seeds = list(range(GATE_SEED, GATE_SEED + samples))
     parts = [seeds[start : start + batch] for start in range(0, samples, batch)]
     right = torch.cat([exact(part, pipe(**inputs(part)).sequences) for part in parts])

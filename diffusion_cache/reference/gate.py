@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import images, inputs, load
+from . import assemble, images, inputs, load
 from .data import VIDEO_FRAMES, sample_digits, sample_moving_digits
 
 GATE_SEED = 10_000
@@ -38,12 +38,18 @@ def recognised(samples: Tensor, labels: Tensor) -> Tensor:
     return torch.from_numpy(predicted) == labels
 
 
-def class_accuracy(name: str, sampler: str | None = None, samples: int = 200, grid: Path | None = None) -> float:
+def class_accuracy(
+    name: str,
+    sampler: str | None = None,
+    samples: int = 200,
+    grid: Path | None = None,
+    model: nn.Module | None = None,
+) -> float:
     """Share of generated samples that the classifier recognises, over all classes in turn, seeds from 10,000 on.
 
-    grid: where to write a picture of the first fifty samples, if given.
+    grid: where to write a picture of the first fifty samples, if given. model: in place of the shipped denoiser.
     """
-    pipe: Any = load(name, sampler)
+    pipe: Any = load(name, sampler) if model is None else assemble(name, model, sampler)
     labels = torch.arange(samples) % 10
     batches = []
     for start in range(0, samples, BATCH):
@@ -65,6 +71,7 @@ def save_grid(samples: Tensor, path: Path, columns: int = 10, zoom: int = 4) -> 
         columns = samples.shape[1]
     else:
         tiles = samples[:, 0, 0]
+    tiles = torch.cat([tiles, tiles.new_zeros(-len(tiles) % columns, *tiles.shape[1:])])
     w = tiles.shape[-1]
     sheet = tiles.unflatten(0, (-1, columns)).permute(0, 2, 1, 3).reshape(-1, columns * w)
     picture = Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().numpy())

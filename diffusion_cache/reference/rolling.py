@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from . import WEIGHTS, denoiser, spec
 from .autoencoder import IdentityAutoencoder
 from .data import VIDEO_DIGIT, VIDEO_FRAMES, VIDEO_SIZE, digit_images, opacity_of, textures
@@ -112,7 +113,15 @@ def generate(
 
     The window holds one clean frame and six that are each `lag` steps behind the one before. run: a `dc.run` that is
     told of the steps, and with `streams` of the chunks.
+
+    Raises:
+        ConfigError: for more steps than frames in the window can be behind.
     """
+    if steps > (WINDOW - 1) * lag:
+        raise ConfigError(
+            f"a frame is {WINDOW - 1} × {lag} steps in the window, which is fewer than {steps}: take a lag of at least "
+            f"{-(-steps // (WINDOW - 1))}, or fewer steps"
+        )
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, frames + WINDOW, VIDEO_SIZE, VIDEO_SIZE)
     video, classes = torch.stack([torch.randn(shape, generator=draw) for draw in draws]), torch.tensor(labels)
@@ -181,12 +190,12 @@ def classifier() -> Any:
     return SVC(C=10).fit(videos.flatten(1).numpy(), labels.numpy())
 
 
-def recognised(samples: int = 200) -> float:
-    """Share of generated videos in whose last frame, when the window has moved, the classifier sees the class.
+def recognised(model: nn.Module, samples: int = 200) -> float:
+    """Share of a model's videos in whose last frame, when the window has moved, the classifier sees the class.
 
     Without guidance; all classes in turn, seeds from GATE_SEED on, GATE_STEPS steps.
     """
-    model, right = load(), 0
+    right = 0
     for start in range(0, samples, GATE_BATCH):
         seeds = range(GATE_SEED + start, GATE_SEED + min(start + GATE_BATCH, samples))
         labels = [seed % 10 for seed in seeds]

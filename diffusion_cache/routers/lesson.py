@@ -20,8 +20,9 @@ class Lesson:
     def __init__(self, trainer: "Trainer", clean: Tensor | None):
         self.trainer, self.clean = trainer, clean
         self.stored = trainer.stored
-        self.losses: list[float] = []
-        self.changes: dict[int, Tensor] = {}  # of the losses so far by the gates of each step, [S]
+        self.losses: dict[int, float] = {}  # of each step
+        self.slopes: dict[int, dict[int, Tensor]] = {}  # of each step's loss by the gates of steps, [S]
+        self.changes: dict[int, Tensor] = {}  # of the weighted losses by the gates of each step, [S]
         self.calls: list[tuple[Tensor, Tensor]] = []  # what the teacher's and the student's gave in this step
         self.gates: dict[int, Gates] = {}
         self.noise: Tensor | None = None
@@ -82,7 +83,7 @@ class Lesson:
         assert self.clean is not None
         scheduler = self.trainer.mixture.pipe.scheduler
         if self.noise is None:
-            self.noise = given.sample
+            self.noise = given.sample / getattr(scheduler, "init_noise_sigma", 1.0)
         if not hasattr(scheduler, "add_noise"):
             raise ConfigError(f"{type(scheduler).__name__} cannot noise images: train another kind of router")
         following = scheduler.timesteps[min(step + 1, len(scheduler.timesteps) - 1)]

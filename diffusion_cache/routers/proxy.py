@@ -43,7 +43,7 @@ def image_errors(mixture: Mixture, batch: Batch, gates: Sequence[Gates], variant
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() - b.double()).square().flatten(1).sum(dim=1).mean()
+    return (a.double() - b.double()).square().flatten(1).sum(dim=1).mean().cpu()
 
 
 class _Recorded(Following):

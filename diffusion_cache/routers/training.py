@@ -26,6 +26,7 @@ from torch import Tensor
 from ..context import Feature
 from ..engine import Method
 from ..errors import ConfigError
+from ..fingerprint import Fingerprint
 from ..forecasters.fitted import Fitted
 from ..models import Span, find_denoisers
 from ..plain import plain_json
@@ -45,6 +46,7 @@ from .proxy import image_errors
 from .router import Router, above, budget_of, ranked
 
 TINY = 1e-30
+NO_LOSS = 1e-8  # in units of the largest loss of a trajectory's steps
 CHECKPOINT, LOG = "checkpoint.pt", "training.json"
 PRICE_RATE = 2.0  # how the price answers to compute above the target: by exp(rate × what is too much)
 MOST_HELD_OUT = 1000  # samples from this number on are trained on
@@ -164,6 +166,7 @@ class Trainer:
         self.weights = torch.ones(profile.total, dtype=torch.float64)
         self.measured: Tensor | None = None  # the image-error proxy, in the trajectory that it is of
         self.done, self.waited = 0, 0
+        self.since = 0  # the first trajectory of which gradients are held
         self.best, self.best_logits = math.inf, self.router.logits
         self.log: list[dict[str, Any]] = []
         self.spent, self.began = 0.0, time.process_time()  # CPU seconds of earlier processes, and when this one began
@@ -188,8 +191,11 @@ class Trainer:
 
     def run(self) -> Result:
         first = self._batch(range(1))
+        denoisers = find_denoisers(first.pipe)
+        self.profile.check(first.pipe, denoisers)
+        self.fingerprint = replace(Fingerprint.of(first.pipe, denoisers), versions={})
         spans = self._spans(first)
-        parameters = [p for module in find_denoisers(first.pipe).values() for p in module.parameters()]
+        parameters = [p for module in denoisers.values() for p in module.parameters()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -246,19 +252,22 @@ class Trainer:
             lesson = Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
             self.mixture.generate(batch, lesson)
             if self.recipe.gates == HARD:
-                for step, change in lesson.changes.items():
-                    self._update(step, change, self.router.rows[step].sigmoid())
+                self._learn_hard(lesson)
             self._paid(lesson)
             self.measured = None
             self.done += 1
-            self.log.append({"trajectory": self.done, "loss": self._mean(sum(lesson.losses) / len(lesson.losses))})
+            loss = sum(lesson.losses.values()) / len(lesson.losses)
+            self.log.append({"trajectory": self.done, "loss": self._mean(loss)})
             if self.done % settings.evaluate_every == 0 or self.done == settings.trajectories:
                 self._look()
             self.log[-1] |= {
                 "compute": self.compute,
                 "price": self.price,
                 "seconds": self.spent + time.process_time() - self.began,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                # of this process, and of those that it goes on from
+                "peak_bytes": max(
+                    self.log[-2].get("peak_bytes", 0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                ),
             }
             if self._completes(self.done):
                 self._keep()
@@ -273,6 +282,7 @@ class Trainer:
         plan, error = self.plan(hard, facts), self.best
         if self.recipe.fitted:
             plan, error = min([(plan, error), self._fitted(plan)], key=lambda found: found[1])
+            plan = replace(plan, facts={**plan.facts, "error": error})
         return Result(plan, error, tuple(self.log))
 
     def _fitted(self, plan: Plan) -> tuple[Plan, float]:
@@ -302,17 +312,37 @@ class Trainer:
 
         difference: of the guided outputs, [n, ...].
         """
-        loss = float(difference.detach().square().mean())
-        lesson.losses.append(loss)
+        lesson.losses[step] = float(difference.detach().square().mean())
+        lesson.slopes[step] = dict(zip(*self._changes(step, difference, lesson.gates), strict=True))
+        if self.recipe.gates == HARD:
+            return
         if self.measured is not None:
-            # what the cache at this step does to the sample; for hard gates per unit of the loss that does it
-            self.weights[step] = self.measured[step] / (max(loss, TINY) if self.recipe.gates == HARD else 1.0)
-        weight = float(self.weights[step])
-        for place, change in zip(*self._changes(step, difference, lesson.gates), strict=True):
-            before = lesson.changes.get(place)
-            lesson.changes[place] = change * weight if before is None else before + change * weight
-        if self.recipe.gates != HARD:
-            self._update(step, lesson.changes[step], lesson.gates[step].mix)
+            self.weights[step] = self.measured[step]  # what the cache at this step does to the sample
+        lesson.changes[step] = lesson.slopes[step][step] * float(self.weights[step])
+        self._update(step, lesson.changes[step], lesson.gates[step].mix)
+
+    def _learn_hard(self, lesson: Lesson) -> None:
+        """Update by the losses of a whole trajectory, each of which tells of the gates of several steps."""
+        if self.measured is not None:
+            self._weigh_losses(lesson.losses, self.measured)
+        for step, changes in lesson.slopes.items():
+            for place, change in changes.items():
+                weighted = change * float(self.weights[step])
+                lesson.changes[place] = lesson.changes[place] + weighted if place in lesson.changes else weighted
+        for step, change in lesson.changes.items():
+            self._update(step, change, self.router.rows[step].sigmoid())
+
+    def _weigh_losses(self, losses: Mapping[int, float], measured: Tensor) -> None:
+        """Weigh steps by what the cache there does to the sample, per unit of the loss that does it.
+
+        A step that is wholly computed has neither, but would have: it gets what lies between its neighbours' weights.
+        """
+        steps = torch.tensor([*losses])
+        found = self._reduced(torch.tensor([*losses.values()], dtype=torch.float64))
+        lossy = found > NO_LOSS * found.max()
+        if lossy.any():
+            known, weights = steps[lossy], measured[steps[lossy]] / found[lossy]
+            self.weights[steps] = torch.from_numpy(np.interp(steps.numpy(), known.numpy(), weights.numpy()))
 
     def _changes(
         self, step: int, difference: Tensor, gates: Mapping[int, Gates]
@@ -346,9 +376,7 @@ class Trainer:
         row = self.router.rows[step]
         mix.backward(change + (self.price or 0.0) * self.costs)
         if row.grad is not None and self._completes(self.done + 1) and self.price is not None:
-            first = self.done - self.done % self.settings.accumulation
-            if self.recipe.beta is None:
-                first = max(first, 1)  # the trajectory before found the price
+            first = max(self.done - self.done % self.settings.accumulation, self.since)
             row.grad = self._reduced(row.grad) / (self.done + 1 - first)
             self.optimizers[step].step()
             row.grad = None
@@ -373,6 +401,11 @@ class Trainer:
         shares = torch.tensor([span.share for span in self.profile.spans]).repeat(len(changes))[order]
         last = min(int((shares.cumsum(0) <= left).sum()), len(worth) - 1)
         self.price = max(float(worth[last]), 0.01 * float(changes.abs().mean()))
+        self._drop_gradients(self.done + 1)
+
+    def _drop_gradients(self, since: int) -> None:
+        """since: the first trajectory that the next update takes the mean of."""
+        self.since = since
         for row in self.router.rows:
             row.grad = None
 
@@ -457,6 +490,7 @@ class Trainer:
         for step, optimizer in self.optimizers.items():
             lr = optimizer.param_groups[0]["lr"] / 2
             self.optimizers[step] = torch.optim.Adam([self.router.rows[step]], lr=lr)
+        self._drop_gradients(self.done)
 
     # keeping
 
@@ -465,7 +499,7 @@ class Trainer:
         """What a checkpoint must agree in to be gone on from."""
         asked = range(self.settings.held_out), range(MOST_HELD_OUT, MOST_HELD_OUT + self.settings.batch)
         value = {
-            "model": _digest(self.profile.fingerprint.to_json()),
+            "model": _digest([each.to_json() for each in (self.profile.fingerprint, self.fingerprint)]),
             "steps": self.profile.total,
             "spans": [span.name for span in self.profile.spans],
             "profile": self.profile.facts.get("key"),

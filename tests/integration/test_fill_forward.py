@@ -110,11 +110,37 @@ def test_every_line_of_the_page_runs(capsys, monkeypatch, tmp_path):
     assert [plan.name for plan in Profile.load(tmp_path / "profiles" / "fill-forward").plans] == ["nfe-4", "nfe-6"]
 
 
-def test_the_page_shows_what_was_measured():
+@pytest.fixture
+def script():
     path = ROOT / "scripts" / "measure_language.py"
     spec = importlib.util.spec_from_file_location("measure_language", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_other_methods_stay_if_they_were_measured_alike(script, tmp_path, monkeypatch):
+    out = tmp_path / "language.json"
+
+    def run(pairs, *methods):
+        row = {"decoding": next(iter(script.DECODING)), "pairs": pairs}
+        monkeypatch.setattr(script, "wanted", lambda methods: [(method, "") for method in methods])
+        monkeypatch.setattr(script, "measure", lambda method, *_: {"method": f"{method}()", **row})
+        monkeypatch.setattr("sys.argv", ["", "--pairs", str(pairs), "--out", str(out), "--methods", *methods])
+        script.main()
+        return [(row["method"], row["pairs"]) for row in json.loads(out.read_text())["results"]]
+
+    monkeypatch.setattr(script, "table", lambda report: [])
+    run(2, "prefix", "dkv")
+    assert run(2, "elastic", "dkv") == [("prefix()", 2), ("dkv()", 2), ("elastic()", 2)]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match="other pairs: measure all"):
+        run(3, "dkv")
+    assert out.read_bytes() == before
+    assert run(3, "prefix", "dkv", "elastic") == [("prefix()", 3), ("dkv()", 3), ("elastic()", 3)]
+
+
+def test_the_page_shows_what_was_measured(script):
     report = json.loads((ROOT / "results" / "language.json").read_text())
     page = (ROOT / "docs" / "language.md").read_text().splitlines()
     lines = script.table(report)
@@ -123,11 +149,7 @@ def test_the_page_shows_what_was_measured():
     assert report["samples"] >= 200
 
 
-def test_the_measurement_at_tiny_size():
-    path = ROOT / "scripts" / "measure_language.py"
-    spec = importlib.util.spec_from_file_location("measure_language", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_measurement_at_tiny_size(script):
     row = script.measure("prefix", "all above 0.9", samples=2, pairs=1)
     assert row["same_answers"] == 1
     assert row["exact_match"] == row["uncached_exact_match"]

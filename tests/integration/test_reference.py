@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_cache import ConfigError, reference
@@ -39,6 +40,15 @@ def test_gate_on_a_few_samples(name, sampler):
     # of 8 samples of a model that passes at its true rate, fewer than this many fail at most once in a hundred times
     least = {0.9: 5, 0.8: 4}[reference.spec(name).gate]
     assert gate.class_accuracy(name, sampler, samples=FEW) * FEW >= least
+
+
+@pytest.mark.parametrize(("shape", "size"), [((12, 1), (10, 2)), ((3, 1), (10, 1)), ((2, 7), (7, 2))])
+def test_any_number_of_samples_fills_a_grid(tmp_path, shape, size):
+    samples = torch.ones(*shape, 1, 4, 4)
+    gate.save_grid(samples, tmp_path / "grid.png", zoom=1)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (4 * size[0], 4 * size[1])
+        assert sum(picture.histogram()[255:]) == samples.numel()
 
 
 @pytest.mark.parametrize("video", [False, True])

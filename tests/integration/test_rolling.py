@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_cache import reference
+from diffusion_cache import ConfigError, reference
 from diffusion_cache.chunks import Stream
 from diffusion_cache.evaluation.reproduction import SeedSet, seed_sets, streams
 from diffusion_cache.reference import rolling
@@ -79,6 +79,11 @@ def test_the_loop_tells_its_steps_and_chunks(model):
     assert told.held == [(0, rolling.WINDOW)] * 6 + [(1, rolling.WINDOW)] * 2
 
 
+def test_more_steps_than_the_window_holds_are_refused(model):
+    with pytest.raises(ConfigError, match="a lag of at least 3"):
+        rolling.generate(model, [3], [1], frames=3, steps=13, lag=2)
+
+
 def test_a_claim_compares_at_equal_calls(monkeypatch):
     seeds, stream = seed_sets()[0], streams.Rolled(torch.zeros(1), 30.0, 5, 10, 100)
     monkeypatch.setattr(streams, "cached", lambda seeds, stream_: stream)
@@ -97,11 +102,37 @@ def test_a_claim_of_one_short_video(monkeypatch):
     assert streams.cached(alone, Stream()).psnr > 20
 
 
-def test_the_page_shows_what_was_measured():
+@pytest.fixture
+def script():
     path = ROOT / "scripts" / "measure_streams.py"
     spec = importlib.util.spec_from_file_location("measure_streams", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_other_settings_stay_if_they_were_measured_alike(script, tmp_path, monkeypatch):
+    out = tmp_path / "streams.json"
+
+    def run(samples, pairs, *settings):
+        monkeypatch.setattr(
+            script, "measure", lambda setting, samples, pairs, model: [{"setting": setting, "samples": samples}]
+        )
+        given = ["--samples", str(samples), "--pairs", str(pairs), "--out", str(out)]
+        monkeypatch.setattr("sys.argv", ["", *given, "--settings", *settings])
+        script.main()
+        return [(row["setting"], row["samples"]) for row in json.loads(out.read_text())["results"]]
+
+    monkeypatch.setattr(script, "table", lambda report: [])
+    run(2, 1, "window")
+    assert run(2, 1, "pipeline") == [("window", 2), ("pipeline", 2)]
+    for samples, pairs, said in ((2, 3, "pairs"), (4, 1, "samples")):
+        with pytest.raises(SystemExit, match=f"other {said}: measure all"):
+            run(samples, pairs, "pipeline")
+    assert run(4, 3, "window", "pipeline") == [("window", 4), ("pipeline", 4)]
+
+
+def test_the_page_shows_what_was_measured(script):
     report = json.loads((ROOT / "results" / "streams.json").read_text())
     page = (ROOT / "docs" / "streams.md").read_text().splitlines()
     assert set(script.table(report)) <= set(page)

@@ -52,6 +52,17 @@ def test_what_is_wrong_has_no_speed(bench, tmp_path, monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_rows_that_are_not_measured_again_stay(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "cases", lambda device, tiny, only: iter(only))
+    monkeypatch.setattr(bench, "shown", str)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for version, *only in (("2", "relative_l1", "count_sketch"), ("3", "count_sketch")):
+        entry = dict.fromkeys(bench.COLUMNS, "") | {"slots": 3, "correct": True, "torch": version}
+        monkeypatch.setattr(bench, "row", lambda op, device, flush, entry=entry: entry | {"op": op})
+        assert bench.main(["--tiny", "--only", *only, "--out", str(tmp_path)]) == 0
+    assert [(row["op"], row["torch"]) for row in table(tmp_path)] == [("relative_l1", "2"), ("count_sketch", "3")]
+
+
 def test_out_of_time(bench, tmp_path, capsys):
     assert bench.main(["--tiny", "--only", "relative_l1", "--budget-seconds", "-1", "--out", str(tmp_path)]) == 1
     assert "out of time" in capsys.readouterr().err

@@ -97,19 +97,19 @@ def test_too_many_slots_or_weights_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("base", "features", "weights", "correction"),
+    ("base", "features", "weights", "correction", "message"),
     [
-        ((1, 4, 6), [(3, 4, 6)], (1,), None),
-        (None, [(3, 4, 6), (3, 4, 5)], (2,), None),
-        (None, [(3, 4, 6)], (2, 1), None),
-        (None, [(3, 4, 6)], (1,), (2, 2, 6)),
-        (None, [(3, 4, 6)], (1,), (1, 2, 5)),
+        ((1, 4, 6), [(3, 4, 6)], (1,), None, "base and features have one shape"),
+        (None, [(3, 4, 6), (3, 4, 5)], (2,), None, "features have one shape"),
+        (None, [(3, 4, 6)], (2, 1), None, "weights for 2 rows, of which there are 3"),
+        (None, [(3, 4, 6)], (1,), (2, 2, 6), r"a correction is .*, not \[2, 2, 6\]"),
+        (None, [(3, 4, 6)], (1,), (1, 2, 5), r"a correction is .*, not \[1, 2, 5\]"),
     ],
 )
-def test_what_would_read_beyond_a_tensor_is_refused(base, features, weights, correction):
+def test_what_would_read_beyond_a_tensor_is_refused(base, features, weights, correction, message):
     given = [random(*shape) for shape in features]
     base, correction = (None if shape is None else random(*shape) for shape in (base, correction))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         op.launch(base, given, [], random(*weights), correction, torch.float32)
 
 

@@ -107,5 +107,16 @@ def test_drift_watches_the_token_that_is_attended_to_most_and_may_drift():
     assert torch.equal(drift.tracked(), bits("010", "001"))
 
 
+def test_a_watched_token_that_is_not_computed_has_not_drifted():
+    drift = Drift(threshold=0.9)
+    places, both = torch.arange(3).expand(2, -1), torch.tensor([True, True])
+    weights = torch.tensor([[[0.1, 0.8, 0.1]] * 3] * 2)
+    drift.refreshed(0, weights, places, both, bits("111", "111"))
+    # the second sample computes its third token alone, which attends to others
+    moved = torch.tensor([[[0.8, 0.1, 0.1]]] * 2)
+    assert drift.drifted(0, moved, torch.tensor([[1], [2]])).tolist() == [True, False]
+    assert torch.equal(drift.weights[0], torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]))
+
+
 def test_samples_with_fewer_tokens_repeat_their_first():
     assert places_of(bits("01011", "00100", "00000")).tolist() == [[1, 3, 4], [2, 2, 2], [0, 0, 0]]

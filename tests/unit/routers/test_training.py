@@ -12,7 +12,7 @@ from plans import batch
 from plans import profile as profiled
 
 from diffusion_cache import reference
-from diffusion_cache.errors import ConfigError
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.planning.static import evaluations
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.reference.data import digits_of
@@ -211,6 +211,94 @@ def test_an_update_is_the_mean_of_the_gradients_that_there_are(stacks, tmp_path,
         trainer._update(1, torch.full((len(row),), trainer.done + 1.0), row.sigmoid())
         trainer._paid(SimpleNamespace(changes={step: torch.ones(len(row)) for step in range(1, STEPS)}))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_that_is_computed_is_weighed_like_its_neighbours(stacks, tmp_path):
+    """It has no loss and does nothing to the sample, until training opens its gates."""
+    two = 1 - sum(span.share for span in stacks.profile.spans) * (STEPS - 2) / STEPS
+    settings = replace(SHORT, trajectories=1, compute=two)
+    trainer = stacks.trainer(tmp_path, routers.get("budgeted")(start="random"), settings)
+    trainer.starts = [torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand_as(trainer.router.logits)]
+    trainer.run()
+    weights = trainer.weights[1:].tolist()
+    assert weights[0] != weights[2]
+    assert weights[1] == pytest.approx((weights[0] + weights[2]) / 2)
+
+
+def test_weights_are_per_unit_of_the_loss_of_all_processes(stacks, tmp_path):
+    pair = SimpleNamespace(**{**vars(ALONE), "reduce": lambda value, how: (value + 0.5) / 2})  # the other's are 0.5
+    trainer = stacks.trainer(tmp_path, routers.get("sdt")(), accelerator=pair)
+    trainer._weigh_losses({1: 0.5, 2: 1.5, 3: 0.0}, torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    assert trainer.weights.tolist() == pytest.approx([1, 2, 2, 12])
+
+
+def test_gradients_of_a_router_that_is_given_up_are_dropped(stacks, tmp_path):
+    """The update counts those of the two trajectories since, of three that it would take the mean of."""
+    settings = replace(SHORT, trajectories=3, accumulation=3)
+    trainer = stacks.trainer(tmp_path, routers.get("sdt")(beta=1e-9), settings)
+    row, found = trainer.router.rows[1], []
+    trainer.costs = torch.zeros(len(row))
+    for trainer.done in range(3):
+        if trainer.done == 1:
+            trainer._go_back()
+            step = SimpleNamespace(step=lambda: found.append(row.grad / row.sigmoid() / (1 - row.sigmoid())))
+            trainer.optimizers = {1: step}
+        trainer._update(1, torch.full((len(row),), trainer.done + 1.0), row.sigmoid())
+    torch.testing.assert_close(found, [torch.full((len(row),), 2.5)])  # the mean of 2 and 3
+
+
+def test_images_are_noised_by_the_scale_of_the_sampler():
+    """Where samples begin as noise times that of the noisiest level."""
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    lesson = Lesson(
+        SimpleNamespace(stored=None, mixture=SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler))),
+        torch.full((2, 1, 4, 4), 0.25),
+    )
+    assert scheduler.init_noise_sigma > 10
+    state = lesson._noised(1, SimpleNamespace(sample=noise * scheduler.init_noise_sigma), (None,))[0]
+    torch.testing.assert_close(state, 0.25 + scheduler.sigmas[2] * noise)
+
+
+def test_what_is_stated_of_a_fitted_plan_is_its_own_error(stacks, tmp_path, monkeypatch):
+    errors = iter([0.5, 0.4, 0.3])  # of the start, after the only trajectory, and with fitted weights
+    monkeypatch.setattr(Trainer, "error", lambda self, plan: next(errors))
+    result = stacks.train(tmp_path, routers.get("sdt")(fitted=True), replace(SHORT, trajectories=1))
+    assert "left_to_taylor" in result.plan.facts
+    assert result.error == result.plan.facts["error"] == 0.3
+
+
+def test_the_peak_of_earlier_processes_is_remembered(stacks, tmp_path):
+    stacks.train(tmp_path, routers.get("sdt")(), replace(SHORT, trajectories=2, evaluate_every=1))
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    peak = 2**50
+    state |= {"done": 1, "log": state["log"][:2]}
+    state["log"][-1]["peak_bytes"] = peak
+    torch.save(state, tmp_path / CHECKPOINT)
+    resumed = stacks.train(tmp_path, routers.get("sdt")(), replace(SHORT, trajectories=2, evaluate_every=1))
+    assert resumed.log[-1]["peak_bytes"] == peak
+
+
+def test_a_pipeline_other_than_the_profiles_is_refused(stacks, tmp_path):
+    other = Shop("flux-digits", "stack")
+    with torch.no_grad():
+        for parameter in other.pipe.transformer.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(ConfigError, match="not of this model"):
+        other.train(tmp_path, routers.get("sdt")())
+
+
+def test_a_resumed_training_is_of_the_same_sampler(stacks, tmp_path):
+    """Also in what a profile may be used beyond."""
+    once, other = replace(SHORT, trajectories=1), Shop("flux-digits", "stack")
+    stacks.train(tmp_path, routers.get("sdt")(), once)
+    scheduler = other.pipe.scheduler
+    other.pipe.scheduler = type(scheduler).from_config(scheduler.config, shift=2 * scheduler.config.shift)
+    with pytest.warns(DiffusionCacheWarning, match="shift"), pytest.raises(ConfigError, match="another model"):
+        other.train(tmp_path, routers.get("sdt")(), once)
 
 
 def test_a_resumed_training_is_the_same_to_the_bit(stacks, tmp_path):
