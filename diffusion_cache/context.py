@@ -3,7 +3,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -18,6 +18,8 @@ Form = Literal["flow", "epsilon", "v_prediction", "other"]
 TIMED: tuple[Form, ...] = ("flow", "epsilon", "v_prediction")  # whose samplers' variable is known, `NoiseLevels.times`
 SCOPES = ("denoiser", "stack", "block", "branch", "cut")
 CROSS = re.compile(r"attn2|cross|_ca\b")
+# whose blocks of two attentions over frames call the second one attn2 as well (AnimateDiff, I2VGenXL)
+TWICE_OVER_FRAMES = re.compile(r"\b(motion_modules|temp_attentions)\b")
 ATTENTION = re.compile(r"att", re.IGNORECASE)
 
 # what a policy may look at, each [rows, ...]
@@ -44,8 +46,8 @@ class Step:
     index: sampler iteration, from 0. total: iterations in the run, if known. evaluation: denoiser calls before this
     one in the run. noise_level: log-SNR, if the sampler tells. pass_name: the guidance branch's name or position.
     rows: the batch rows of each guidance branch stacked inside this call (one slice where there is one). pass_index:
-    the guidance branch's position in its step, of those that are calls of their own. guidance: the scale of
-    classifier-free guidance, if the pipeline's call tells.
+    the guidance branch's position in its step, of those that are calls of their own. guidance: g of classifier-free
+    guidance (1 − g)·u + g·c by this denoiser, if the pipeline's call tells.
     """
 
     index: int
@@ -106,10 +108,15 @@ class Past(NamedTuple):
     earlier: tuple[Mapping[str, Tensor], ...] = ()
 
 
-def branch_kind(name: str) -> str:
-    """attention, cross-attention or feed-forward, as the last part of a branch's name says."""
-    last = name.rpartition(".")[2]
-    if CROSS.search(last):
+def branch_kind(name: str, names: Collection[str] = ()) -> str:
+    """attention, cross-attention or feed-forward, as the last part of a branch's name says.
+
+    names: of the denoiser's branches. attn2 is no cross-attention, but a second self-attention, over frames in
+    motion modules, and over the image beside `attn` (SD3.5-medium).
+    """
+    block, _, last = name.rpartition(".")
+    twice = last == "attn2" and (TWICE_OVER_FRAMES.search(block) or f"{block}.attn" in names)
+    if CROSS.search(last) and not twice:
         return "cross-attention"
     return "attention" if ATTENTION.search(last) else "feed-forward"
 
@@ -222,7 +229,8 @@ class Policy(ABC):
 
         Branches that are calls of their own are decided on apart, each with its own number. With `Needs.guided` the
         values are of the unconditional and the conditional branch, in this order, wherever there are two: of one that
-        is a call of its own, what it measured last, or the same as the other's where it has measured nothing yet.
+        is a call of its own, what it measured at this step or the one before, or the same as the other's where that is
+        not known.
         """
         return largest(values)
 
@@ -298,7 +306,9 @@ class Query(NamedTuple):
 
     span: position of the span among its denoiser's; pass_index: position of the guidance branch in its step.
     total: steps of the run, if known. signals: by name, those that a corrector needs. times: for a forecaster that is
-    `timed`, the variable that the sampler integrates in, at each step of the run and after the last one.
+    `timed`, the variable that the sampler integrates in, at each step of the run and after the last one. direction:
+    for one that `keeps_inputs`, 1 where outputs are velocities along which the inputs went as that variable fell, −1
+    where they are their negative (ZImage, Lumina), and 0 while what is stored does not tell.
     """
 
     nodes: Sequence[float]
@@ -308,6 +318,7 @@ class Query(NamedTuple):
     total: int | None = None
     signals: Mapping[str, Signals] | None = None
     times: tuple[float, ...] = ()
+    direction: float = 1.0
 
     def in_time(self) -> tuple[list[float], float, float]:
         """The nodes in the sampler's variable, and where in it the step to forecast starts and ends.

@@ -99,7 +99,7 @@ class Registry(Generic[T]):
         if name not in self._classes:
             other = _elsewhere(name)
             if other:
-                raise ConfigError(f"Unknown {self.kind} {name!r}. Give {other} instead.")
+                raise ConfigError(f"Unknown {self.kind} {name!r}. {other}")
             raise unknown_name(self.kind, name, self._classes)
         return self._classes[name]
 
@@ -140,9 +140,12 @@ ALIASES = {
 
 
 def _elsewhere(name: str) -> str | None:
-    """How a method is asked for whose name is of another kind, or another project's."""
-    kinds = {"policy": policies, "forecaster": forecasters, "corrector": correctors, "method": systems}
+    """The closing sentence of an error about a name that is of another kind, or another project's."""
+    kinds = {"policy": policies, "forecaster": forecasters, "corrector": correctors}
     for keyword, registry in kinds.items():
         if name in registry.names():
-            return f"{keyword}={name!r}"
-    return ALIASES.get(name.lower())
+            return f"Give {keyword}={name!r} instead."
+    if name in systems.names():
+        return f"It is a published system, which are for pipelines: enable(pipe, method={name!r})."
+    alias = ALIASES.get(name.lower())
+    return None if alias is None else f"Give {alias} instead."

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..context import Form, NoiseLevels
 from ..models.denoisers import TIME_ARGUMENTS
 
+LARGEST_FLOW = 1 + 1e-3  # σ of a flow, by rounding
+
 
 class StepClock:
     """Counts sampler iterations and, within each, the calls of the denoiser (its passes).
@@ -195,7 +197,8 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> NoiseLevels:
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
         values = torch.as_tensor(sigmas).double().cpu()[begin : len(timesteps)].tolist()
-        if is_flow(scheduler):
+        # flow schedulers take sigmas of the other form as well, of pipelines that scale their samples themselves
+        if is_flow(scheduler) and max(values, default=0.0) <= LARGEST_FLOW:
             if getattr(scheduler, "config", {}).get("invert_sigmas"):  # they say how much data there is
                 values = [1 - sigma for sigma in values]
             return NoiseLevels((2 * (_log(1 - sigma) - _log(sigma)) for sigma in values), "flow")

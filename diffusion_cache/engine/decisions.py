@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..context import KNOWN_AFTER, PassState, Past, Step, Verdict, largest
 from ..errors import ConfigError, DiffusionCacheError
@@ -29,8 +29,10 @@ class Decisions:
         warn: Callable[[str], None],
         warn_failure: Callable[[str, Exception], None],
         agree: Callable[[Tensor], Tensor] | None = None,
+        denoisers: Mapping[str, nn.Module] | None = None,
     ):
         self.guarded = method.guarded
+        self._denoisers = {} if denoisers is None else denoisers
         self.history = method.history
         self._granularity = method.granularity
         self._sync = method.sync
@@ -41,7 +43,9 @@ class Decisions:
         self._states: dict[PassKey, list[PassState]] = {}
         self._kept: dict[PassKey, Kept] = {}
         self._passes = 0  # calls of a step, as far as was seen
-        self._latest: dict[PassKey, list[list[float]]] = {}  # what was measured of each sample, for the other passes
+        self._called: dict[PassKey, int] = {}  # the step of each pass's latest call
+        # of each pass, at which step, and what was measured of each sample, for the other passes
+        self._latest: dict[PassKey, tuple[int, list[list[float]]]] = {}
 
     def begin_loop(self, guarded: Guarded, history: int) -> None:
         """Go by this policy from now on, with so many features kept."""
@@ -53,6 +57,7 @@ class Decisions:
     def clear(self) -> None:
         self._states.clear()
         self._kept.clear()
+        self._called.clear()
         self._latest.clear()
 
     def schedule(self, total: int | None) -> Schedule | None:
@@ -231,12 +236,18 @@ class Decisions:
         return [self.guarded.combine(values, frame.step) for values in by_branch]
 
     def _guided(self, frame: Frame, own: list[list[float]]) -> list[list[float]]:
-        """Each sample's numbers with those of guidance branches in calls of their own, the unconditional one first."""
+        """Each sample's numbers with those of guidance branches in calls of their own, the unconditional one first.
+
+        Of branches that are still called, which may end before the run does.
+        """
+        name, step = frame.key[0], frame.step.index
         if len(frame.step.rows) > 1:
-            return [values[::-1] for values in own] if unconditional_last(frame.called[1]) else own
-        self._latest[frame.key] = own
-        others = [self._latest.get(key, own) for key in self._states if key[0] == frame.key[0] and key != frame.key]
-        others = [other if len(other) == len(own) else own for other in others]
+            last = unconditional_last(self._denoisers.get(name), frame.called[1])
+            return [values[::-1] for values in own] if last else own
+        self._latest[frame.key] = step, own
+        beside = [key for key, at in self._called.items() if key[0] == name and key != frame.key and at >= step - 1]
+        measured = [self._latest.get(key, (-1, own)) for key in beside]
+        others = [other if at >= step - 1 and len(other) == len(own) else own for at, other in measured]
         branches = [own, *others] if is_unconditional(frame.key[1]) else [*others, own]
         return [[value for values in sample for value in values] for sample in zip(*branches, strict=True)]
 
@@ -248,6 +259,7 @@ class Decisions:
 
     def close(self, frame: Frame) -> None:
         """At the end of a call: remember what was computed of it."""
+        self._called[frame.key] = frame.step.index
         states = self._states.get(frame.key)
         if states is None:
             states = self._states[frame.key] = [PassState()]

@@ -38,8 +38,9 @@ class SpanState:
 class Visit:
     """One time that a span runs within a denoiser call.
 
-    forecast: the span's output tensors where it is reused, in whole or in part; rows: the batch rows that are
-    computed all the same. quiet: computed with nothing left to learn from its middle members.
+    forecast: the span's output tensors where it is reused, in whole or in part; uncorrected: the same without what
+    corrects them, where that is of use; rows: the batch rows that are computed all the same. quiet: computed with
+    nothing left to learn from its middle members.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Visit:
         "span",
         "state",
         "stores",
+        "uncorrected",
         "versions",
     )
 
@@ -63,6 +65,7 @@ class Visit:
         self.entered = entered
         self.stores = stores
         self.forecast: list[Tensor] | None = None
+        self.uncorrected: list[Tensor] = []
         self.rows: list[int] | None = None
         self.quiet = False
         self.finished = False

@@ -8,6 +8,7 @@ copied.
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -96,10 +97,36 @@ def is_intercepted(module: nn.Module, session: Any) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of the module itself run compiled, by `torch.compile(module)` or `module.compile()`."""
+    """Whether calls of the module itself run compiled.
+
+    By `torch.compile(module)`, `module.compile()` or `module.forward = torch.compile(module.forward)`.
+    """
     current = vars(module).get(ATTRIBUTE)
     inner = current.previous if isinstance(current, Interceptor) else current
-    return inner is not None or unwrap(module) is not module
+    return inner is not None or unwrap(module) is not module or _uncompiled_forward(module) is not None
+
+
+def run_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the module itself without what compiles it, or intercepts it."""
+    module = unwrap(module)
+    forward = _uncompiled_forward(module)
+    if forward is None:
+        return module._call_impl(*args, **kwargs)
+    compiled, module.forward = module.forward, forward
+    try:
+        return module._call_impl(*args, **kwargs)
+    finally:
+        module.forward = compiled
+
+
+def _uncompiled_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What is compiled as the module's `forward`, None where that is not compiled itself."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, FunctionType) or getattr(forward, "_torchdynamo_disable", False):
+        return None
+    if getattr(forward, "_torchdynamo_wrapper_id", id(forward)) != id(forward):
+        return None  # a function around a compiled one, with its attributes
+    return getattr(forward, "_torchdynamo_orig_callable", None)
 
 
 def release(module: nn.Module, session: Any) -> None:

@@ -15,8 +15,10 @@ class AverageVelocity(Forecaster):
     t, r: σ of the last computed step and of the one `lag` computed steps before it; z, v: the denoiser's input and
     output there; s: σ that the reused step ends at, 0 after the last one. Over a single Euler step u is v_r, and
     nothing is learned of the path: so with one node, or two that are neighbours, v_t is reused. (The paper's code
-    starts again from its last forecast instead of v_t.) For denoisers of a flow; no promise for polynomials in the
-    step. Differences of inputs that are stored in half precision keep few digits.
+    starts again from its last forecast instead of v_t.) Where pipelines negate the output, as the path tells, u is
+    negated. z follows the guided velocity, which no single branch of guidance gives: what holds of û is what guidance
+    makes of the branches' own, if all are reused at the same steps. For denoisers of a flow; no promise for polynomials
+    in the step. Differences of inputs that are stored in half precision keep few digits.
     """
 
     lag: int = 2
@@ -47,14 +49,15 @@ class AverageVelocity(Forecaster):
 
     def input_weights(self, query: Query) -> tuple[float, ...]:
         reach, apart = _reach(query)
-        return _at_ends(query, -reach / apart, reach / apart)
+        of_inputs = query.direction * reach / apart
+        return _at_ends(query, -of_inputs, of_inputs)
 
 
 def _reach(query: Query) -> tuple[float, float]:
-    """(s − t)/(t − r), and t − r; no reach with one node, which says nothing of the path."""
+    """(s − t)/(t − r), and t − r; no reach where nothing is known of the path, as with one node."""
     points, _, s = query.in_time()
     r, t = points[0], points[-1]
-    return ((s - t) / (t - r), t - r) if len(points) > 1 else (0.0, 1.0)
+    return ((s - t) / (t - r), t - r) if len(points) > 1 and query.direction else (0.0, 1.0)
 
 
 def _at_ends(query: Query, first: float, last: float) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """Spectrum (arXiv 2603.01623): a ridge regression on Chebyshev polynomials over the whole run, blended with a line."""
 
+import math
 from dataclasses import dataclass
 
 from ..context import Feature, Forecaster, Query
@@ -30,8 +31,8 @@ class Chebyshev(Forecaster):
         super().__post_init__()
         if not 0 <= self.degree <= 16:
             raise ConfigError(f"chebyshev: degree must be from 0 to 16, not {self.degree}")
-        if not self.ridge > 0:
-            raise ConfigError(f"chebyshev: ridge must be above 0, not {self.ridge}")
+        if not 0 < self.ridge < math.inf:
+            raise ConfigError(f"chebyshev: ridge must be a finite number above 0, not {self.ridge}")
         if not 0 <= self.blend <= 1:
             raise ConfigError(f"chebyshev: blend must be from 0 to 1, not {self.blend}")
         if self.keep < 2:

@@ -1,6 +1,14 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
-from .calls import condition_of, fills_cache, grid_of_call, guidance_of, is_unconditional, unconditional_last
+from .calls import (
+    condition_of,
+    fills_cache,
+    grid_of_call,
+    guidance_of,
+    guidance_weights,
+    is_unconditional,
+    unconditional_last,
+)
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
 from .spans import Called, Layout, Span, arrange, attentions, default_scope, find_layout, is_unet, merged
 
@@ -19,6 +27,7 @@ __all__ = [
     "find_layout",
     "grid_of_call",
     "guidance_of",
+    "guidance_weights",
     "is_unconditional",
     "is_unet",
     "merged",

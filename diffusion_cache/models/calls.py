@@ -3,14 +3,27 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..context import Condition
+from .denoisers import unwrap
 
 UNCONDITIONAL = re.compile(r"uncond|neg", re.IGNORECASE)  # in the names that pipelines give to passes
+CONDITIONAL = re.compile(r"cond|pos", re.IGNORECASE)
+# whose pipelines stack the prompt before the negative one
+PROMPT_FIRST = (
+    "AceStepTransformer1DModel",
+    "LuminaNextDiT2DModel",
+    "OmniGenTransformer2DModel",
+    "StableCascadeUNet",
+    "WuerstchenPrior",
+    "ZImageTransformer2DModel",
+)
+# pipelines whose guided output is c + scale·(c − u)
+BESIDE_THE_PROMPT = re.compile(r"^(ZImage|Krea2|Kandinsky3|Cosmos(2|TextToWorld|VideoToWorld))")
 _CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache_flag", "kv_caches")
 TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
@@ -37,27 +50,52 @@ def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple
     By the arguments in use: true_cfg_scale, of pipelines whose guidance_scale is an input of the denoiser (the FLUX
     family, QwenImage), then guidance_scale. Empty if neither is known.
     """
+    return _scales(call, args, kwargs, ("true_cfg_scale", "guidance_scale"))
+
+
+def _scales(call: Callable, args: tuple, kwargs: Mapping[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+    """Those of a call's arguments of these names that are numbers."""
     try:
         bound = inspect.signature(call).bind_partial(*args, **kwargs)
     except (TypeError, ValueError):
         return ()  # the call itself will tell what is wrong with its arguments
     bound.apply_defaults()
-    given = (bound.arguments.get(name) for name in ("true_cfg_scale", "guidance_scale"))
+    given = (bound.arguments.get(name) for name in names)
     return tuple(float(scale) for scale in given if isinstance(scale, (int, float)))
 
 
-def unconditional_last(kwargs: Mapping[str, Any]) -> bool:
+def guidance_weights(pipe: Any, args: tuple, kwargs: Mapping[str, Any], denoisers: Iterable[str]) -> dict[str, float]:
+    """g of the guided output (1 − g)·u + g·c by each denoiser, as far as a pipeline's call tells.
+
+    By the scale of classifier-free guidance (`guidance_of`), and for a second denoiser by guidance_scale_2 (Wan2.2).
+    """
+    call = type(pipe).__call__
+    more = 1.0 if any(BESIDE_THE_PROMPT.search(cls.__name__) for cls in type(pipe).__mro__) else 0.0
+    scales = guidance_of(call, (pipe, *args), kwargs)
+    seconds = _scales(call, (pipe, *args), kwargs, ("guidance_scale_2",))
+    by_denoiser = {name: seconds if name.endswith("_2") and seconds else scales for name in denoisers}
+    return {name: found[0] + more for name, found in by_denoiser.items() if found}
+
+
+def unconditional_last(denoiser: nn.Module | None, kwargs: Mapping[str, Any]) -> bool:
     """Which of two guidance branches stacked in a call is the unconditional one.
 
-    diffusers' pipelines put it first, all but the one that has class labels and no text (DiT).
+    diffusers' pipelines put it first, all but some that are known by their denoiser, and the one that has class labels
+    and no text (DiT).
     """
+    if denoiser is not None and type(unwrap(denoiser)).__name__ in PROMPT_FIRST:
+        return True
     given = {name for name in (*TEXT, *LABELS) if kwargs.get(name) is not None}
     return bool(given) and given <= {*LABELS}
 
 
 def is_unconditional(pass_name: str) -> bool:
-    """Whether a call of its own is of the unconditional branch: by its name, or as the second where it has none."""
-    return pass_name == "1" or bool(UNCONDITIONAL.search(pass_name))
+    """Whether a call of its own is of the unconditional branch: by its name, or as the second where it has none.
+
+    Not one that is named after both (cond_uncond: CogVideoX, LTX, Mochi), which stacks them.
+    """
+    rest, parts = UNCONDITIONAL.subn("", pass_name)
+    return pass_name == "1" or (parts > 0 and not CONDITIONAL.search(rest))
 
 
 def grid_of_call(kwargs: Mapping[str, Any], tokens: int) -> tuple[int, int, int] | None:

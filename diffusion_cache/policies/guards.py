@@ -26,7 +26,7 @@ class Guards:
     unconditional_every: the unconditional pass (every guidance branch of a step but the first, where they are calls
     of their own) is computed at most at one step in so many, and reused in between whatever the policy says, as in
     FasterCache (arXiv 2410.19355): what is forecast of it is by how much it differs from the first branch, but for
-    forecasters that keep inputs and denoisers compiled as a whole, where it is forecast from its own past.
+    denoisers compiled as a whole, where it is forecast from its own past. Not for forecasters that keep inputs.
     """
 
     warmup: int = 1

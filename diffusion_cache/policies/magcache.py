@@ -52,6 +52,10 @@ class MagCache(Policy):
             raise ConfigError("magcache: threshold, max_skip and max_deviation must be ≥ 0, and retention from 0 to 1")
         if not all(isinstance(step, Integral) for step in self.always):
             raise ConfigError(f"magcache: always must be a list of steps, whole numbers, not {self.always!r}")
+        if not all(0 <= step < len(streams[0]) for step in self.always):
+            raise ConfigError(
+                f"magcache: always must be steps of the ratios, from 0 to {len(streams[0]) - 1}, not {self.always!r}"
+            )
         for name, value in {"ratios": streams, "levels": levels, "always": tuple(self.always)}.items():
             object.__setattr__(self, name, value)
 

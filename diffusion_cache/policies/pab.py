@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..registry import policies
 from ..schedule import Schedule
 
-TEMPORAL = re.compile(r"temporal|motion", re.IGNORECASE)
+TEMPORAL = re.compile(r"temporal|motion|temp_attentions", re.IGNORECASE)
 
 
 @policies.register("pab")
@@ -36,15 +36,15 @@ class PAB(Policy):
                     f"pab: {field.name} must be at least 1 (compute always), not {getattr(self, field.name)}"
                 )
 
-    def every(self, name: str) -> int:
-        """At one step in how many the branch of this name is computed."""
-        kind = branch_kind(name)
+    def every(self, name: str, names: Sequence[str] = ()) -> int:
+        """At one step in how many the branch of this name is computed, of a denoiser with branches of these names."""
+        kind = branch_kind(name, names)
         if kind == "attention":
             return self.temporal if TEMPORAL.search(name) else self.spatial
         return self.cross if kind == "cross-attention" else self.feed_forward
 
     def schedule_of(self, total: int, spans: Sequence[str]) -> Schedule:
-        every = [self.every(name) for name in spans]
+        every = [self.every(name, spans) for name in spans]
         return Schedule(tuple((tuple(step % n == 0 for n in every),) for step in range(total)))
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:

@@ -23,7 +23,8 @@ from .accumulate import Accumulate
 class RaCfg(Accumulate):
     """Reuse while the weighted risks to the guided output add up to less than `threshold`.
 
-    guidance: g; None for what the pipeline's call says (`Step.guidance`). correlation: ρ; with 0, nothing is taken to
+    guidance: g of (1 − g)·u + g·c, one more than the scale of pipelines that give c + scale·(c − u) (Z-Image, Krea 2,
+    Cosmos); None for what the pipeline's call says, as g (`Step.guidance`). correlation: ρ; with 0, nothing is taken to
     cancel. weight, power, floor: λ, α, β. Their defaults are ours, and so is what r_u and r_c are: the relative changes
     of the first block's residual since the step before. Branches that are calls of their own are decided on one after
     the other, with what the other one measured last; without guidance, r is that of the one branch.

@@ -82,7 +82,7 @@ def span_groups(spans: Sequence[SpanFacts]) -> tuple[Group, ...]:
     if spans[0].kind == "block":
         kinds = [("first", "middle", "last")[place * 3 // len(names)] + " third" for place in range(len(names))]
     elif spans[0].kind == "branch":
-        kinds = [branch_kind(name) for name in names]
+        kinds = [branch_kind(name, names) for name in names]
     else:
         return every
     found: dict[str, list[int]] = {}

@@ -59,7 +59,8 @@ class SmoothCache(System):
 
     def plan(self, profile: Profile) -> Plan:
         grams = own_grams(profile)
-        kinds = [branch_kind(span.name) for span in profile.spans]
+        names = [span.name for span in profile.spans]
+        kinds = [branch_kind(name, names) for name in names]
         computed = np.zeros((profile.total, len(kinds)), dtype=bool)
         for kind in dict.fromkeys(kinds):
             places = [place for place, other in enumerate(kinds) if other == kind]

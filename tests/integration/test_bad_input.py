@@ -41,7 +41,17 @@ def uncached(name):
     return generate(name)
 
 
-_enabled = {}  # pipelines with a method enabled, and what they generate
+_enabled = {}  # pipelines with a method enabled, with what they generate and its summary
+
+
+def retire(name):
+    """Disable a pipeline that still generates what it did before all the tests that used it."""
+    output, summary = _enabled.pop(name)
+    try:
+        assert torch.equal(generate(name), output)
+        assert dc.summary(load(name)) == summary
+    finally:
+        dc.disable(load(name))
 
 
 @pytest.fixture
@@ -54,23 +64,21 @@ def unchanged():
         pipe = load(name)
         if name not in _enabled:
             dc.enable(pipe, "interval", every=3)
-            _enabled[name] = generate(name)
-            assert not torch.equal(_enabled[name], uncached(name))
+            output = generate(name)
+            assert not torch.equal(output, uncached(name))
+            _enabled[name] = output, dc.summary(pipe)
         before[name] = snapshot(name), dc.summary(pipe)
         return pipe
 
     yield use
     for name, (state, summary) in before.items():
-        output = _enabled.pop(name)
         try:
             assert snapshot(name) == state
             assert dc.summary(load(name)) == summary
-            assert torch.equal(generate(name), output)
-            assert dc.summary(load(name)) == summary
         except BaseException:
+            del _enabled[name]
             dc.disable(load(name))
             raise
-        _enabled[name] = output
 
 
 @pytest.fixture
@@ -78,8 +86,8 @@ def not_enabled():
     """Gives a pipeline with nothing enabled."""
 
     def use(name):
-        if _enabled.pop(name, None) is not None:
-            dc.disable(load(name))
+        if name in _enabled:
+            retire(name)
         uncached(name)
         return load(name)
 
@@ -91,8 +99,7 @@ def disabled_in_the_end():
     patched = set(patches._patches)
     yield
     for name in list(_enabled):
-        dc.disable(load(name))
-    _enabled.clear()
+        retire(name)
     assert set(patches._patches) == patched
     assert all(torch.equal(generate(name), uncached(name)) for name in (DIT, UNET))
 
@@ -115,7 +122,7 @@ METHODS = [
     bad(dict(policy="firstblock"), "Unknown policy 'firstblock'", "Did you mean 'first_block'?"),
     bad(dict(policy="zzz"), "Unknown policy 'zzz'", "Known: ", "first_block", "interval", "mask"),
     bad(dict(policy=""), "Unknown policy ''", "Known: "),
-    bad(dict(policy="deepcache"), "Unknown policy 'deepcache'. Give method='deepcache' instead."),
+    bad(dict(policy="deepcache"), "Unknown policy 'deepcache'. It is a published system", "(pipe, method='deepcache')"),
     bad(dict(policy="FBCache"), "Unknown policy 'FBCache'. Give policy='first_block' instead."),
     bad(dict(policy="taylorseer"), "Give forecaster='taylor' instead."),
     bad(dict(forecaster="tailor"), "Unknown forecaster 'tailor'", "Did you mean 'taylor'?"),
@@ -274,15 +281,23 @@ def test_enable_where_there_is_nothing_of_the_kind(unchanged, name, options, kin
 
 
 @pytest.mark.parametrize(
-    "options", [dict(policy="zzz"), dict(evry=2), dict(every=0), dict(scope="cut"), dict(depth="1"), dict(warmup="3")]
+    ("options", "message"),
+    [
+        (dict(policy="zzz"), "Unknown policy 'zzz'"),
+        (dict(evry=2), "Unknown option 'evry'"),
+        (dict(every=0), "every must be at least 1"),
+        (dict(scope="cut"), "no cut"),
+        (dict(depth="1"), "depth must be a whole number"),
+        (dict(warmup="3"), "warmup must be a whole number"),
+    ],
 )
-def test_nothing_is_enabled_after_an_error(not_enabled, options):
+def test_nothing_is_enabled_after_an_error(not_enabled, options, message):
     not_enabled(DIT)
     before = snapshot(DIT)
-    with pytest.raises((dc.ConfigError, dc.NoSpansError)):
+    with pytest.raises((dc.ConfigError, dc.NoSpansError), match=message):
         dc.enable(load(DIT), **{"policy": "interval", **options})
     with (
-        pytest.raises((dc.ConfigError, dc.NoSpansError)),
+        pytest.raises((dc.ConfigError, dc.NoSpansError), match=message),
         dc.cached(load(DIT), **{"policy": "interval", **options}),
     ):
         pytest.fail("entered")

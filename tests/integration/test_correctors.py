@@ -1,15 +1,18 @@
 """Correctors and the further kinds of forecasters on whole pipelines: rows apart, guidance branches, refusals."""
 
-from itertools import product
+import math
+from itertools import pairwise, product
 
+import pipelines_image
 import pytest
 import small
 import torch
 
 import diffusion_cache as dc
-from diffusion_cache import reference
+from diffusion_cache import ops, reference
 from diffusion_cache.context import NoiseLevels
 from diffusion_cache.engine import Method, Observer
+from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import AverageVelocity, Sampler
 from diffusion_cache.policies import Guarded
@@ -99,6 +102,72 @@ def test_average_velocities_are_those_of_the_path(flux):
     with dc.cached(flux, policy="interval", every=2, forecaster="taylor", order=2, scope="denoiser"):
         generate("flux-digits", flux)
         assert dc.summary(flux).cache_bytes * 2 == stated.cache_bytes
+
+
+class Curved(torch.nn.Module):
+    """A velocity that changes, or minus it."""
+
+    def __init__(self, sign):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.sign = torch.nn.Linear(4, 4), sign
+
+    def forward(self, hidden_states, timestep):
+        return self.sign * (hidden_states + self.linear(hidden_states) * torch.sin(3 * timestep))
+
+
+SIGMAS = (1.0, 0.9, 0.75, 0.6, 0.5, 0.3, 0.1, 0.0)
+LEVELS = NoiseLevels([2 * math.log((1 - s) / s) if s < 1 else -80.0 for s in SIGMAS[:-1]], "flow")
+
+
+def integrated(sign, policy, forecaster="average_velocity", **options):
+    """Where a flow ends whose pipeline takes the denoiser's output times `sign` for its velocity."""
+    model, x = Curved(sign), torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    options = dict(scope="denoiser", num_steps=len(LEVELS), noise_levels=LEVELS, **options)
+    with torch.no_grad(), dc.run(model, policy, forecaster, **options) as run:
+        for now, after in pairwise(SIGMAS):
+            x = x + sign * (after - now) * model(hidden_states=x, timestep=torch.tensor(now))
+            run.next_step()
+        return x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(policy="mask", mask="1110101"),
+        dict(policy="mask", mask="1110101", cache_dtype="int8-delta"),
+        dict(policy="easycache", threshold=0.3, warmup=3),  # rows apart
+    ],
+)
+def test_average_velocities_of_an_output_that_is_negated(options):
+    """As pipelines of Z-Image and Lumina do."""
+    expected = integrated(1.0, **options)
+    torch.testing.assert_close(integrated(-1.0, **options), expected)
+    assert (expected - integrated(1.0, forecaster="reuse", **options)).abs().max() > 1e-3
+
+
+def test_average_velocities_of_a_list_of_samples():
+    """Each with its own path; Z-Image's pipeline negates them."""
+    case = next(case for case in pipelines_image.CASES if case.id == "ZImagePipeline")
+    pipe = case.build()
+    seen = Outputs()
+    method = Method(Guarded(Mask("1110")), AverageVelocity(), "denoiser", granularity="batch")
+    with attached(pipe, method, seen):
+        pipe(**case.call())
+        sigmas = pipe.scheduler.sigmas.double()
+    r, t, s = sigmas[0], sigmas[2], sigmas[4]
+    moved = seen.inputs[2] - seen.inputs[0]
+    expected = seen.computed[2] + (s - t) * (-moved - (t - r) * seen.computed[0]) / (t - r) ** 2
+    torch.testing.assert_close(seen.reused[3], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_which_way_outputs_point_is_read_back_once(flux, monkeypatch):
+    """In the first run: later ones wait for nothing."""
+    with dc.cached(flux, policy="interval", every=2, forecaster="average_velocity", scope="denoiser"):
+        first = generate("flux-digits", flux)
+        assert [*session_of(flux).directions.values()] == [1.0]
+        monkeypatch.setattr(ops, "decoded", lambda feature: pytest.fail("read again"))
+        assert torch.equal(generate("flux-digits", flux), first)
 
 
 APART = dict(policy="first_block", threshold=0.2, warmup=2)

@@ -6,6 +6,7 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import PassState, Step
+from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.policies import Accumulate, Guarded, Guards, Interval, MagCache
 
@@ -65,13 +66,55 @@ def test_it_is_forecast_by_its_difference_from_the_other_pass(pipe, scope):
     assert (found - expected).norm() < 1e-4 * (uncached - expected).norm()
 
 
-def test_it_beats_a_forecast_from_its_own_past(pipe):
-    uncached, errors = generate(pipe), {}
-    for name in ("taylor", "average_velocity"):  # the latter keeps inputs, so that differences are not for it
-        with dc.cached(pipe, "interval", name, every=1, scope="denoiser", unconditional_every=2):
-            errors[name] = (generate(pipe) - uncached).norm().item()
+def test_it_beats_a_forecast_from_its_own_past(pipe, monkeypatch):
+    uncached, errors = generate(pipe), []
+    for _ in range(2):
+        with dc.cached(pipe, "interval", "taylor", every=1, scope="denoiser", unconditional_every=2):
+            errors.append((generate(pipe) - uncached).norm().item())
             assert computed(pipe)["uncond"] == [0, 2, 4]
-    assert 0 < errors["taylor"] < 0.5 * errors["average_velocity"]
+        monkeypatch.setattr(SpanCalls, "_first_pass", lambda *_: {})
+    assert 0 < errors[0] < 0.5 * errors[1]
+
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2)])
+
+    def forward(self, hidden_states, timestep):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+@pytest.mark.parametrize("reused", [True, False])
+@torch.no_grad()
+def test_what_is_forecast_is_corrected_once(reused):
+    """The second pass by its difference from the first one's forecast as it was before that was corrected.
+
+    reused: whether the first pass is, too.
+    """
+    model, corrected = Linear(), lambda x: 1.25 * x + 0.5
+    first, second, later = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
+    options = dict(scope="denoiser", forecaster="reuse", corrector="affine", scale=1.25, bias=0.5, num_steps=2)
+    with dc.run(model, "interval", every=1 + reused, unconditional_every=2, **options) as run:
+        for x in (first, second):
+            model(x, torch.ones(1))
+        run.next_step()
+        found = [model(later, torch.zeros(1)), model(second, torch.zeros(1))]
+    if reused:
+        expected = [corrected(model(first, None)), corrected(model(second, None))]
+    else:
+        expected = [model(later, None), corrected(model(later, None) + model(second, None) - model(first, None))]
+    for each, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, wanted)
+
+
+def test_forecasters_that_keep_inputs_are_refused(pipe):
+    """Each branch goes by the path of all, and only what guidance makes of them is right."""
+    with pytest.raises(ConfigError, match=r"'average_velocity' goes by the path .* leave unconditional_every out"):
+        dc.enable(pipe, "interval", "average_velocity", scope="denoiser", unconditional_every=2)
 
 
 @pytest.mark.parametrize(

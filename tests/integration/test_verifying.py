@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pipelines_image
 import pytest
 import torch
 from walks import BATCH, STEPS, call, model_of, walk
@@ -223,12 +224,19 @@ def disagreement(features, nodes, step):
     return ((spectral - line).norm() / spectral.norm()).item()
 
 
+@pytest.mark.parametrize(
+    ("mask", "threshold", "forecaster"),
+    [
+        ("110100100", 1.0, {"forecaster": "reuse"}),
+        ("111100100", 0.1, {"forecaster": "chebyshev", "keep": 6}),  # which keeps more than the risk is of
+    ],
+)
 @pytest.mark.parametrize("row", range(BATCH))
-def test_racer_on_what_two_forecasts_make_of_the_history(model, latents, row):
+def test_racer_on_what_two_forecasts_make_of_the_history(model, latents, row, mask, threshold, forecaster):
     x = latents[:, row : row + 1]
     seen = [blocks_of(model, x[step], step) for step in range(STEPS)]
     features = [one[2][3] - one[0][0] for one in seen]
-    options = dict(policy="racer", mask="110100100", threshold=1.0, risk_history=3, forecaster="reuse")
+    options = dict(policy="racer", mask=mask, threshold=threshold, risk_history=3, **forecaster)
     records, _ = cached(model, x, **options)
     nodes = []
     for step, record in enumerate(records):
@@ -237,10 +245,10 @@ def test_racer_on_what_two_forecasts_make_of_the_history(model, latents, row):
                 disagreement(features, nodes[-3:], step), rel=6e-3
             )
         nodes += [step] * record.computed
-    assert len(nodes) == 4
+    assert len(nodes) == mask.count("1")
     assert any(record.computed and record.reason.startswith("risk") for record in records)
     # its forecasts are those of the forecaster, whatever else is kept
-    _, outputs = cached(model, x, policy="mask", mask=decisions(records), forecaster="reuse")
+    _, outputs = cached(model, x, policy="mask", mask=decisions(records), **forecaster)
     assert all(torch.equal(a, b) for a, b in zip(cached(model, x, **options)[1], outputs, strict=True))
 
 
@@ -310,6 +318,26 @@ def test_branches_in_calls_of_their_own_know_what_the_other_measured_last(monkey
     assert noted[2][2][0] == noted[1][2][0]  # from the step before
     assert noted[3][2][1] == noted[2][2][1]
     assert abs(cond / uncond - 1) > 1e-3
+
+
+def test_z_image_stacks_the_prompt_first_and_guides_by_one_more_than_its_scale(monkeypatch):
+    case = next(case for case in pipelines_image.CASES if case.id == "ZImagePipeline")
+    pipe, noted = case.build(), []
+
+    def combine(self, values, step):
+        noted[-1].append((list(values), step.guidance))
+        return max(values)
+
+    monkeypatch.setattr(RaCfg, "combine", combine)
+    with dc.cached(pipe, "ra_cfg", threshold=1e9, granularity="batch"):
+        for known in (models.calls.PROMPT_FIRST, ()):
+            monkeypatch.setattr(models.calls, "PROMPT_FIRST", known)
+            noted.append([])
+            pipe(**case.call(), guidance_scale=4.5)
+    right, wrong = noted
+    assert right == [(values[::-1], 5.5) for values, _ in wrong]
+    assert len(right) == case.iterations - 1
+    assert all(abs(u / c - 1) > 1e-3 for (u, c), _ in right)
 
 
 @pytest.mark.parametrize(("guidance", "branches"), [(1.0, 1), (2.5, 2)])

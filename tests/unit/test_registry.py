@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -195,6 +194,13 @@ def test_built_in_methods():
         assert all(found.get(name).name == name for name in found.names())
 
 
+def test_a_published_system_is_pointed_to_where_it_can_be_asked_for():
+    with pytest.raises(ConfigError, match=r"for pipelines: enable\(pipe, method='fora'\)\.$"):
+        registry.policies.get("fora")
+    with pytest.raises(ConfigError, match=r"Give forecaster='taylor' instead\.$"):
+        registry.policies.get("taylorseer")
+
+
 def test_no_option_has_the_name_of_another_argument():
     """They are all keywords of one call, and a guard or an argument of `enable` and `run` would take it."""
     taken = {field.name for field in dataclasses.fields(policies.Guards)}
@@ -211,9 +217,3 @@ def test_forecasters_share_no_option_with_policies_or_correctors():
     for found in (registry.policies, registry.correctors):
         for name in found.names():
             assert not own & set(found.options(name)), name
-
-
-def test_registry_alone_knows_the_built_in_methods():
-    code = "import diffusion_cache as dc; print(dc.registry.policies.names())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "interval" in result.stdout

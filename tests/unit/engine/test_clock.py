@@ -371,6 +371,17 @@ def test_flow_match_by_hand():
     assert noise_levels(scheduler) == pytest.approx(expected, abs=1e-5)
 
 
+def test_sigmas_above_1_of_a_flow_scheduler_are_variance_exploding():
+    """As Cosmos-Predict2 has them."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.config.sigma_max, scheduler.config.sigma_min = 80.0, 0.002
+    scheduler.set_timesteps(sigmas=np.array([80.0, 7.0, 0.5, 0.002]))
+    assert float(scheduler.sigmas.max()) > 1
+    levels = noise_levels(scheduler)
+    assert levels == pytest.approx([-2 * math.log(sigma) for sigma in scheduler.sigmas[:-1].tolist()])
+    assert levels.form == "other"
+
+
 def test_unipc_flow_by_formula():
     scheduler = SCHEDULERS["unipc-flow"]()
     scheduler.set_timesteps(10)

@@ -1,7 +1,8 @@
 """Decisions of one run: planned ones, and those on each sample of a batch by what was measured."""
 
 import math
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ class Above(Policy):
 
     def decide(self, step, value, state):
         return Verdict(value is None or not value <= self.limit, f"value {value}")
+
+
+@dataclass(frozen=True)
+class Noted(Above):
+    """What is combined at each decision."""
+
+    noted: list = field(default_factory=list)
+
+    @property
+    def needs(self):
+        return Needs(signals=("probe_residual",), guided=True)
+
+    def combine(self, values, step):
+        self.noted.append((step.index, *values))
+        return max(values)
 
 
 class Run:
@@ -737,3 +753,42 @@ def test_policies_get_the_state_of_their_sample():
     states.clear()
     run.measured(3, [0.0, 0.0])
     assert states == [PassState(1, 1, 1), PassState(0, 2, 2)]
+
+
+# guidance branches
+
+
+def test_a_branch_that_is_no_longer_called_is_not_combined():
+    policy = Noted()
+    run = Run(policy)
+    for index in range(6):
+        run.measured(index, [index + 0.25], key=("transformer", "cond"))
+        if index < 3 or index == 5:
+            run.measured(index, [index + 0.75], key=("transformer", "uncond"))
+    assert policy.noted == [
+        (1, 1.25, 1.25),  # the other one has measured nothing yet
+        (1, 1.75, 1.25),
+        (2, 1.75, 2.25),
+        (2, 2.75, 2.25),
+        (3, 2.75, 3.25),
+        (4, 4.25),
+        (5, 5.25),
+        (5, 5.75, 5.25),
+    ]
+
+
+def test_what_a_branch_measured_before_steps_that_a_guard_computed_is_not_combined():
+    policy = Noted()
+    run = Run(policy, max_consecutive=1)
+    for index in range(4):
+        run.measured(index, [index / 8], key=("transformer", "cond"))
+        run.measured(index, [index / 8 + 1 / 16], key=("transformer", "uncond"))
+    assert policy.noted == [(1, 0.125, 0.125), (1, 0.1875, 0.125), (3, 0.375, 0.375), (3, 0.4375, 0.375)]
+
+
+def test_a_pass_named_after_both_branches_stacks_them():
+    run = Run(Interval(2), unconditional_every=2)
+    for index, refused in ((0, nullcontext()), (1, pytest.raises(ConfigError, match="stacks 2 in the rows"))):
+        both = replace(step(index, 4, 2, 2), pass_name="cond_uncond")
+        with refused:
+            run.decisions.open(Frame(both, ("transformer", "cond_uncond"), (True,), 2), 0)

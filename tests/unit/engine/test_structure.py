@@ -289,6 +289,28 @@ def test_inputs_are_kept_beside_outputs_that_continue_them():
         Template.of(full(1, 7), inputs, residual=False, keeps_inputs=True)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("wrap", [list, lambda x: (list(x),), lambda x: Transformer2DModelOutput(sample=list(x))])
+def test_entries_of_a_list_continue_those_of_a_list(wrap, residual):
+    """Whatever is nearest in value, and wherever other lists are as long."""
+    inputs = tensor_inputs(([full(5), full(1)],), {"prompts": [full(3), full(3)]})
+    leaves = Template.of(wrap((full(1), full(5))), inputs, residual, keeps_inputs=True).leaves
+    assert [leaf.kept for leaf in leaves] == ["0.0", "0.1"]
+    assert [leaf.base for leaf in leaves] == (["0.0", "0.1"] if residual else [None, None])
+    longer = tensor_inputs(([full(5), full(1), full(2)],), {})
+    leaves = Template.of(wrap((full(1), full(5))), longer, residual, keeps_inputs=True).leaves
+    assert [leaf.kept for leaf in leaves] == ["0.1", "0.0"]
+
+
+def test_the_input_that_is_kept_is_the_sample_where_others_are_as_large():
+    """Velocities are not near to what they are of."""
+    for inputs in ({"condition": full(5), "hidden_states": full(0)}, {0: full(0), 1: full(5)}):
+        (leaf,) = Template.of(full(5), inputs, residual=False, keeps_inputs=True).leaves
+        assert leaf.kept in ("hidden_states", 0)
+        (leaf,) = Template.of(full(5), inputs, residual=True, keeps_inputs=True).leaves
+        assert (leaf.base, leaf.kept) in (("condition", "hidden_states"), (1, 0))
+
+
 def test_rows_of_the_sample():
     x, other = torch.ones(2, 3), torch.zeros(2, 3)
     assert row_stream({"timestep": other, "hidden_states": x}) is x

@@ -39,6 +39,21 @@ def test_is_the_mean_velocity_where_velocities_change_evenly(target, end):
     assert found == pytest.approx(a + b * (end + times[2]))
 
 
+def test_what_is_negated_is_forecast_negated():
+    generator = torch.Generator().manual_seed(0)
+    velocities, inputs = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    query = Query([0, 1, 2], 3, times=TIMES)
+    expected = -forecast(AverageVelocity(), query, velocities, inputs)
+    found = forecast(AverageVelocity(), query._replace(direction=-1.0), -velocities, inputs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_without_a_direction_the_last_is_reused():
+    query = Query([0, 1, 2], 3, times=TIMES, direction=0.0)
+    assert AverageVelocity().weights(query) == (0.0, 0.0, 1.0)
+    assert AverageVelocity().input_weights(query) == (0.0, 0.0, 0.0)
+
+
 def test_one_node_is_reused():
     forecaster = AverageVelocity()
     assert forecaster.weights(Query([1], 2, times=TIMES)) == (1.0,)

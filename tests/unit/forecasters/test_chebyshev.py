@@ -60,7 +60,8 @@ def test_keeps_as_many_features_as_it_says():
 
 
 @pytest.mark.parametrize(
-    "options", [{"degree": -1}, {"ridge": 0.0}, {"ridge": float("nan")}, {"blend": 1.5}, {"keep": 1}]
+    "options",
+    [{"degree": -1}, {"ridge": 0.0}, {"ridge": float("nan")}, {"ridge": float("inf")}, {"blend": 1.5}, {"keep": 1}],
 )
 def test_bad_options(options):
     with pytest.raises(ConfigError, match=f"^chebyshev: {next(iter(options))} must be"):

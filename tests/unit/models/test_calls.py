@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from diffusers import LuminaNextDiT2DModel, OmniGenTransformer2DModel, SanaTransformer2DModel, ZImageTransformer2DModel
 
-from diffusion_cache.models import grid_of_call, guidance_of, is_unconditional, unconditional_last
+from diffusion_cache.models import (
+    grid_of_call,
+    guidance_of,
+    guidance_weights,
+    is_unconditional,
+    unconditional_last,
+)
 
 LABELS, TEXT = torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 4)
 
@@ -73,9 +80,51 @@ def test_guidance_of(call, args, kwargs, expected):
     ],
 )
 def test_unconditional_last(kwargs, expected):
-    assert unconditional_last(kwargs) == expected
+    assert unconditional_last(None, kwargs) == expected
+    assert unconditional_last(torch.nn.Linear(1, 1), kwargs) == expected
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (LuminaNextDiT2DModel, True),
+        (OmniGenTransformer2DModel, True),
+        (ZImageTransformer2DModel, True),
+        (SanaTransformer2DModel, False),
+    ],
+)
+def test_pipelines_that_stack_the_prompt_first_are_known_by_their_denoiser(cls, expected):
+    assert unconditional_last(cls.__new__(cls), {"encoder_hidden_states": TEXT}) == expected
+
+
+def called(name, call):
+    return type(name, (), {"__call__": call})()
+
+
+def two_experts(self, prompt, guidance_scale=5.0, guidance_scale_2=None): ...
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "kwargs", "expected"),
+    [
+        ("SanaPipeline", plain, {"guidance_scale": 4.5}, {"transformer": 4.5, "transformer_2": 4.5}),
+        ("ZImageImg2ImgPipeline", plain, {"guidance_scale": 4.5}, {"transformer": 5.5, "transformer_2": 5.5}),
+        ("Cosmos2_5_PredictBasePipeline", plain, {}, {"transformer": 8.5, "transformer_2": 8.5}),
+        ("Cosmos3OmniPipeline", plain, {}, {"transformer": 7.5, "transformer_2": 7.5}),
+        ("WanPipeline", two_experts, {}, {"transformer": 5.0, "transformer_2": 5.0}),
+        ("WanPipeline", two_experts, {"guidance_scale_2": 3}, {"transformer": 5.0, "transformer_2": 3.0}),
+        ("WanPipeline", none, {}, {}),
+    ],
+)
+def test_guidance_weights(name, call, kwargs, expected):
+    """Of a pipeline's subclass as well."""
+    pipe = called(name, call)
+    own = type("Own", (type(pipe),), {})()
+    for one in (pipe, own):
+        assert guidance_weights(one, ("a",), kwargs, ["transformer", "transformer_2"]) == expected
 
 
 def test_is_unconditional():
     names = {"cond": False, "uncond": True, "pred_uncond": True, "negative": True, "0": False, "1": True}
+    names |= {"cond_uncond": False, "uncond_cond": False, "uncond_stg": True}
     assert {name: is_unconditional(name) for name in names} == names

@@ -112,6 +112,8 @@ def test_ratios_of_a_profile():
         ({"ratios": (1.0,), "threshold": -1.0}, "threshold, max_skip"),
         ({"ratios": (1.0,), "max_skip": -1}, "threshold, max_skip"),
         ({"ratios": (1.0,), "retention": 1.5}, "retention from 0 to 1"),
+        ({"ratios": (1.0, 1.0), "always": (-1,)}, "always must be steps of the ratios, from 0 to 1"),
+        ({"ratios": ((1.0, 1.0),) * 3, "always": (2,)}, "always must be steps of the ratios, from 0 to 1"),
     ],
 )
 def test_bad_options(options, message):

@@ -18,6 +18,14 @@ def test_branches_are_computed_at_steps_of_their_kind():
     assert steps == [[0, 2, 4], [0, 4], [0, 1, 2, 3, 4, 5], [0, 3]]
 
 
+def test_second_attentions_are_of_the_kind_that_they_are():
+    names = ("blocks.0.attn", "blocks.0.attn2", "motion_modules.0.attn2", "temp_attentions.0.attn1")
+    found = PAB(spatial=2, temporal=3, cross=4).schedule_of(6, names)
+    columns = list(zip(*(row for ((row),) in found.compute), strict=True))
+    steps = [[step for step, computed in enumerate(column) if computed] for column in columns]
+    assert steps == [[0, 2, 4], [0, 2, 4], [0, 3], [0, 3]]
+
+
 def test_outside_the_window_of_noise_all_are():
     """σ of 0.95, 0.5, 0.4 and 0.05 as log-SNR."""
     levels = (-5.89, 0.0, 0.81, 5.89)

@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel, UNetMotionModel
 
 import diffusion_cache
 from diffusion_cache import reference
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.models.spans import branches
 from diffusion_cache.profile import SpanFacts
 from diffusion_cache.profiling import sensitivity as module
 from diffusion_cache.profiling.generation import Batch, last_state, teach
@@ -269,6 +271,10 @@ def test_members_of_groups_in_two_denoisers():
             [("first third", (0, 1)), ("middle third", (2, 3)), ("last third", (4, 5))],
         ),
         (spans("abcdef") + spans("abc", denoisers=("two",)), [("all", None)]),
+        (
+            spans(["b.0.attn", "b.0.attn2", "b.0.ff", "b.1.attn", "b.1.ff"], "branch"),
+            [("attention", (0, 1, 3)), ("feed-forward", (2, 4))],
+        ),
     ],
 )
 def test_groups(facts, expected):
@@ -288,6 +294,58 @@ def test_groups(facts, expected):
 )
 def test_kinds_of_branches(name, kind):
     assert branch_kind(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "kind"),
+    [
+        ("transformer_blocks.0.attn2", "transformer_blocks.0.attn", "attention"),  # SD3.5-medium
+        ("transformer_blocks.0.attn2", "transformer_blocks.0.attn1", "cross-attention"),
+        ("transformer_blocks.0.attn2", "transformer_blocks.1.attn", "cross-attention"),
+        ("down_blocks.0.motion_modules.0.transformer_blocks.0.attn2", "attn1", "attention"),
+        ("down_blocks.0.temp_attentions.0.transformer_blocks.0.attn2", "attn1", "attention"),
+        ("down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn2", "attn1", "cross-attention"),  # of SVD
+    ],
+)
+def test_second_attentions_are_no_cross_attentions_everywhere(name, beside, kind):
+    assert branch_kind(name, [beside, name]) == kind
+
+
+def test_second_attentions_are_told_as_the_modules_say():
+    """Of a motion UNet, SVD's, and SD3.5-medium's transformer."""
+    small = dict(block_out_channels=(4, 4), norm_num_groups=2, cross_attention_dim=8)
+    models = [
+        UNetMotionModel(
+            **small,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+        ),
+        SD3Transformer2DModel(
+            sample_size=4,
+            num_layers=2,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            caption_projection_dim=8,
+            pooled_projection_dim=8,
+            dual_attention_layers=(0,),
+        ),
+    ]
+    seen = set()
+    for model in models:
+        found = branches(model)
+        for name, attention in found.items():
+            if name.endswith("attn2"):
+                kind = branch_kind(name, found.keys())
+                assert (kind == "cross-attention") == attention.is_cross_attention, name
+                seen.add((type(model).__name__, kind))
+    assert seen == {
+        ("UNetMotionModel", "attention"),
+        ("UNetMotionModel", "cross-attention"),
+        ("SD3Transformer2DModel", "attention"),
+    }
 
 
 @pytest.mark.parametrize(("total", "count"), [(2, 16), (6, 3), (50, 16), (50, 1), (17, 16), (16, 100)])
