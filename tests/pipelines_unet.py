@@ -425,7 +425,8 @@ SOLVER = partial(_sd, scheduler=lambda: diffusers.DPMSolverMultistepScheduler(**
 
 
 def _ledits(name: str) -> Any:
-    pipe = _worded(name, scheduler=_sde)
+    attending = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    pipe = _worded(name, scheduler=_sde, unet=_unet(**attending))  # its masks are of a quarter of the latents' size
     pipe.invert(_pil(32), num_inversion_steps=STEPS, skip=0.0, generator=torch.Generator().manual_seed(0))
     return pipe
 
@@ -1019,12 +1020,7 @@ CASES = [
         3 * STEPS,
         variant="two-loops",
     ),
-    _case(
-        "LEditsPPPipelineStableDiffusion",
-        _ledits,
-        _call(editing_prompt=["a smile"], use_intersect_mask=False, output_type="latent"),
-        STEPS,
-    ),
+    _case("LEditsPPPipelineStableDiffusion", _ledits, _call(editing_prompt=["a smile"], output_type="latent"), STEPS),
     _case("StableDiffusionControlNetXSPipeline", _sd_xs, _text(**CONTROL), STEPS),
     _case("StableDiffusionXLControlNetXSPipeline", _sdxl_xs, _pooled(**CONTROL), STEPS),
     _case(

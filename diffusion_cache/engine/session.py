@@ -17,6 +17,7 @@ from ..differences import DIFFERENCES
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..fingerprint import MEANINGS, Fingerprint, adapters_of
 from ..models import (
+    GUIDER_INPUTS,
     Called,
     Layout,
     Span,
@@ -28,6 +29,8 @@ from ..models import (
     find_layout,
     guidance_of,
     guidance_weights,
+    guider_scales,
+    guiders,
     merged,
     unwrap,
 )
@@ -45,10 +48,9 @@ from .ranks import Agree, agreement, checked_group
 from .signals import PROBE_SIGNALS, TAIL_SIGNALS, attention_call
 from .structure import LEARNED, Newest, Template
 
-__all__ = ["GUIDER_INPUTS", "MARK", "SESSION", "Method", "Session", "session_of"]
+__all__ = ["MARK", "SESSION", "Method", "Session", "session_of"]
 
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
-GUIDER_INPUTS = ("prepare_inputs", "prepare_inputs_from_block_state")
 
 
 @dataclass(frozen=True)
@@ -442,10 +444,9 @@ class Session(Attached):
             self._patch(cls, "cache_context", _noted_cache_context)
 
     def _patch_guiders(self, pipe: Any) -> None:
-        for component in pipe.components.values():
-            if all(hasattr(component, name) for name in ("prepare_models", *GUIDER_INPUTS)):
-                for name in GUIDER_INPUTS:
-                    self._patch(type(component), name, _noted_passes)
+        for guider in guiders(pipe):
+            for name in GUIDER_INPUTS:
+                self._patch(type(guider), name, _noted_passes)
 
     def _detach(self) -> None:
         for name in list(self._handlers):
@@ -506,7 +507,7 @@ class Session(Attached):
         self.agree = agreement(self.denoisers.values(), self.group)
         levels = functools.partial(noise_levels, scheduler)
         run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
-        scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs)
+        scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs) or guider_scales(pipe)
         run.guidance = next(iter(scales), None)
         run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
         self._check_guidance(method, scales)

@@ -1,11 +1,14 @@
 """How pipelines expose denoisers, and denoisers their spans."""
 
 from .calls import (
+    GUIDER_INPUTS,
     condition_of,
     fills_cache,
     grid_of_call,
     guidance_of,
     guidance_weights,
+    guider_scales,
+    guiders,
     is_unconditional,
     unconditional_last,
 )
@@ -14,6 +17,7 @@ from .spans import Called, Layout, Span, arrange, attentions, default_scope, fin
 
 __all__ = [
     "DENOISERS",
+    "GUIDER_INPUTS",
     "LOOKING_INSIDE",
     "Called",
     "Layout",
@@ -28,6 +32,8 @@ __all__ = [
     "grid_of_call",
     "guidance_of",
     "guidance_weights",
+    "guider_scales",
+    "guiders",
     "is_unconditional",
     "is_unet",
     "merged",

@@ -24,6 +24,7 @@ PROMPT_FIRST = (
 )
 # pipelines whose guided output is c + scale·(c − u)
 BESIDE_THE_PROMPT = re.compile(r"^(ZImage|Krea2|Kandinsky3|Cosmos(2|TextToWorld|VideoToWorld))")
+GUIDER_INPUTS = ("prepare_inputs", "prepare_inputs_from_block_state")
 _CACHE_ARGUMENTS = ("kv_cache_mode", "kv_cache_flag", "kv_caches")
 TEXT, LABELS, POOLED = ("encoder_hidden_states", "prompt_embeds"), ("class_labels",), ("pooled_projections",)
 
@@ -42,6 +43,18 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
     if isinstance(flag, Mapping) and flag.get("is_cache_step"):
         return True
     return caches is not None and getattr(caches[0], "mode", None) == "write"
+
+
+def guiders(pipe: Any) -> list[Any]:
+    """A modular pipeline's guiders, which name the batches of each step and combine what the denoiser gives of them."""
+    needed = ("prepare_models", *GUIDER_INPUTS)
+    return [component for component in pipe.components.values() if all(hasattr(component, name) for name in needed)]
+
+
+def guider_scales(pipe: Any) -> tuple[float, ...]:
+    """The scales of a modular pipeline's guiders that have one; its calls tell of none."""
+    scales = (getattr(guider, "guidance_scale", None) for guider in guiders(pipe))
+    return tuple(float(scale) for scale in scales if isinstance(scale, (int, float)))
 
 
 def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, ...]:

@@ -22,6 +22,15 @@ LOOKING_INSIDE = {
     "StableDiffusionSAGPipeline": "attention maps for self-attention guidance",
     "StableDiffusionAttendAndExcitePipeline": "attention maps, and gradients through the blocks",
     "StableDiffusionPix2PixZeroPipeline": "attention maps, and gradients through the blocks",
+    "LEditsPPPipelineStableDiffusion": "attention maps for the masks of its edits",
+    "LEditsPPPipelineStableDiffusionXL": "attention maps for the masks of its edits",
+}
+
+# wrappers that hide a denoiser, and what to do instead
+WRAPPERS = {
+    "FullyShardedDataParallel": "shard it by fully_shard (FSDP2), which leaves it the module that it is",
+    "DistributedDataParallel": "give the pipeline the module that it wraps: only training needs the wrapper",
+    "DataParallel": "give the pipeline the module that it wraps, and each device a pipeline of its own",
 }
 
 
@@ -53,7 +62,7 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's denoisers by component name, e.g. {"transformer": …, "transformer_2": …}.
 
     Raises:
-        ConfigError: if this is no diffusers pipeline.
+        ConfigError: if this is no diffusers pipeline, or hides its denoiser in a wrapper for several ranks.
         NoSpansError: if none of its components is a denoiser, or its blocks must run at every step.
     """
     components = getattr(pipe, "components", None)
@@ -68,6 +77,10 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
                 f"{type(pipe).__name__} reads {LOOKING_INSIDE[cls.__name__]} from inside its denoiser at every step, "
                 "so that no block may be skipped"
             )
+    for name, component in components.items():
+        wrapper = type(component).__name__
+        if wrapper in WRAPPERS and is_denoiser(getattr(component, "module", None)):
+            raise ConfigError(f"the pipeline's {name} is wrapped in {wrapper}: {WRAPPERS[wrapper]}")
     found = {name: component for name, component in components.items() if is_denoiser(component)}
     if not found:
         raise NoSpansError(f"{type(pipe).__name__} has no denoiser among its components ({', '.join(components)})")

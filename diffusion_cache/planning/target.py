@@ -27,7 +27,7 @@ from ..engine.structure import forked_rng
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..fingerprint import Fingerprint, adapters_of
 from ..measure.timing import paired
-from ..models import find_denoisers
+from ..models import find_denoisers, guiders
 from ..plain import plain_json
 from ..policies import Guarded, Interval
 from ..registry import check_options
@@ -323,7 +323,8 @@ def _told(value: Any) -> Any:
 
 def _sampler_of(pipe: Any) -> list[Any]:
     scheduler = getattr(pipe, "scheduler", None)
-    return [type(scheduler).__name__, plain_json(dict(getattr(scheduler, "config", {})))]
+    parts = [scheduler, *guiders(pipe)]
+    return [[type(part).__name__, plain_json(dict(getattr(part, "config", {})))] for part in parts]
 
 
 def _device_name(pipe: Any) -> str:

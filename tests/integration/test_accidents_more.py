@@ -40,7 +40,15 @@ pytestmark = [
 ]
 each_model = pytest.mark.parametrize("name", reference.MODELS)
 with_callbacks = pytest.mark.parametrize("name", [UNET, FLUX, WAN])
-each_method = pytest.mark.parametrize("method", [PLANNED, ADAPTIVE], ids=["planned", "adaptive"])
+
+
+def all_pairs(one, other, third):
+    """The values of two parameters in every combination, with those of a third in turn: any two of the three meet."""
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(one) for j, b in enumerate(other)]
+
+
+METHODS = {"planned": PLANNED, "adaptive": ADAPTIVE}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 in_any_order = pytest.mark.parametrize(
     ("first", "undone_first"),
     [(first, undone) for first in (True, False) for undone in (True, False)],
@@ -124,11 +132,10 @@ def test_interrupted(name, method):
     assert torch.equal(generate(name, pipe), uncached(name))
 
 
-@each_method
-@each_model
-@pytest.mark.parametrize("where", ["block", "denoiser"])
-def test_ctrl_c(name, method, where):
+@pytest.mark.parametrize(("name", "where", "method"), all_pairs(reference.MODELS, ["block", "denoiser"], [*METHODS]))
+def test_ctrl_c(name, where, method):
     """The signal itself, in the middle of a block or before the first of them."""
+    method = METHODS[method]
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals arrive in the main thread")
     pipe = load(name)
@@ -221,8 +228,8 @@ def test_every_call_is_as_the_first_one(name, granularity):
     twin, pipe = load(name), load(name)
     alone = [anew(name, twin, method, **given) for given in calls]
     dc.enable(pipe, **method)
-    for order in (range(len(calls)), reversed(range(len(calls)))):
-        for i in order:
+    for order in (1, -1) if granularity == "sample" else (-1,):
+        for i in range(len(calls))[::order]:
             images, seen = alone[i]
             assert torch.equal(generate(name, pipe, **calls[i]), images)
             assert records(pipe) == seen
@@ -247,8 +254,7 @@ def without_guidance(pipe, kwargs):
     return dict(prompt_embeds=kwargs["prompt_embeds"].chunk(2)[1])
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.3, 0.4])
-@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize(("step", "threshold"), [(1, 0.1), (2, 0.2), (4, 0.3), (1, 0.4), (2, 0.3), (4, 0.1)])
 def test_half_the_rows_from_some_step_on(step, threshold):
     """Guidance ends within a run: what has been learned of the larger batch fits no more."""
     given = dict(labels=(1, 7), seeds=(5, 6), steps=10) | at_step(step, without_guidance)
@@ -347,7 +353,8 @@ def test_looked_at_in_a_callback(name):
 # LoRA
 
 
-def lora(name, seed):
+@cache
+def adapter(name, seed):
     """A small adapter for the attention of a shipped model, as pipelines load it from a file."""
     peft = pytest.importorskip("peft")
     denoiser = reference.denoiser(name)
@@ -356,6 +363,10 @@ def lora(name, seed):
     denoiser.add_adapter(config)
     prefix = reference.spec(name).denoiser
     return {f"{prefix}.{key}": 2 * value for key, value in peft.get_peft_model_state_dict(denoiser).items()}
+
+
+def lora(name, seed):
+    return {key: value.clone() for key, value in adapter(name, seed).items()}
 
 
 LORA = {
@@ -371,6 +382,9 @@ LORA = {
 }
 
 
+IN_FULL = [(UNET, None), (FLUX, "block"), (WAN, "denoiser")]
+
+
 @pytest.mark.parametrize("scope", [None, "block", "denoiser"])
 @with_callbacks
 def test_lora_after_enabling(name, scope):
@@ -380,9 +394,9 @@ def test_lora_after_enabling(name, scope):
     dc.enable(pipe, **method)
     assert torch.equal(generate(name, pipe), first)
     before = first
-    for what, act in LORA.items():
-        act(name, twin)
-        act(name, pipe)
+    for what in LORA if (name, scope) in IN_FULL else ("load", "fuse", "unfuse", "unload"):
+        for adapted in (twin, pipe):
+            LORA[what](name, adapted)
         images = generate(name, pipe)
         expected, seen = anew(name, twin, method)
         assert torch.equal(images, expected), what
@@ -492,9 +506,67 @@ def test_offloading_where_only_some_samples_are_computed(how, monkeypatch):
         assert records(pipe) == seen
 
 
-@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
-@pytest.mark.parametrize("cast_first", [True, False])
-@each_model
+def offload_to_nan(name, pipe, size, folder, monkeypatch):
+    """Offload groups of blocks, with NaN for weights until they are loaded; those still loaded at the ends of calls."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    load, offload = ModuleGroup.onload_, ModuleGroup.offload_
+    loaded, left = set(), []
+
+    def onload_(group):
+        load(group)
+        if len(group.modules) > 1 and group.onload_leader in group.modules:
+            loaded.add(group)
+
+    def offload_(group):
+        offload(group)
+        for tensor in group.tensor_to_key:
+            if tensor.is_floating_point():
+                tensor.data.fill_(torch.nan)
+        loaded.discard(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload_)
+    monkeypatch.setattr(ModuleGroup, "offload_", offload_)
+    monkeypatch.setattr(type(pipe), "_execution_device", CPU)
+    options = dict(offload_type="block_level", num_blocks_per_group=size, offload_to_disk_path=str(folder))
+    offload_groups(**options)(name, pipe)
+    denoiser_of(name, pipe).register_forward_hook(lambda *args: left.extend(loaded))
+    return left
+
+
+def every_other_block():
+    """Of a reused step the second block of each pair is computed, of the next one the first."""
+    rows = [[step % 3 == 0 or (block + step) % 2 == 0 for block in range(10)] for step in range(STEPS)]
+    return dict(plan=Plan("half", "block", None, "auto", Schedule(tuple((tuple(row),) for row in rows)), ()))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "size"),
+    [
+        (WAN, ADAPTIVE, 2),
+        (WAN, dict(policy="speca", threshold=0.9), 2),
+        (WAN, every_other_block(), 2),
+        (UNET, PLANNED, 2),
+        (UNET, PLANNED, 3),
+    ],
+    ids=["probe", "tail", "blocks", "first-of-cut", "last-of-cut"],
+)
+def test_groups_of_which_some_blocks_are_skipped(name, method, size, tmp_path, monkeypatch):
+    """Each block that runs has its weights, and no group stays loaded."""
+    expected, seen = anew(name, load(name), method)
+    assert any(reused for *_, reused in seen)
+    pipe = load(name)
+    left = offload_to_nan(name, pipe, size, tmp_path, monkeypatch)
+    assert torch.equal(generate(name, pipe), uncached(name))
+    assert torch.equal(anew(name, pipe, method)[0], expected)
+    assert not left
+    assert torch.equal(generate(name, pipe), uncached(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "cast_first", "storage"),
+    all_pairs(reference.MODELS, [True, False], [torch.float8_e4m3fn, torch.bfloat16]),
+)
 def test_layerwise_casting(name, cast_first, storage):
     def cast(pipe):
         denoiser_of(name, pipe).enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
@@ -526,10 +598,9 @@ def quantized_by_torchao(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("quantized_first", [True, False])
-@each_method
-@each_model
-def test_torchao_int8_weights(name, method, quantized_first):
+@pytest.mark.parametrize(("name", "quantized_first", "method"), all_pairs(reference.MODELS, [True, False], [*METHODS]))
+def test_torchao_int8_weights(name, quantized_first, method):
+    method = METHODS[method]
     quantize = quantized_by_torchao(name)
     twin, pipe = load(name), load(name)
     quantize(twin)
@@ -658,13 +729,16 @@ def by_file(denoiser):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, by_pickle, by_file])
-@pytest.mark.parametrize("within", [True, False])
-@each_model
+DUPLICATES = [copy.deepcopy, copy.copy, by_pickle, by_file]
+
+
+@pytest.mark.parametrize(
+    ("name", "duplicate", "within"),
+    all_pairs([UNET, FLUX, WAN], DUPLICATES, [True, False])
+    + [(DIT, duplicate, False) for duplicate in DUPLICATES],  # DiTPipeline has no callbacks
+)
 def test_a_copy_of_the_denoiser_runs_on_its_own(name, duplicate, within):
     """Made between calls or within one, it is uncached, and can be cached by another pipeline."""
-    if within and name == DIT:
-        pytest.skip("DiTPipeline has no callbacks")
     pipe, copies = load(name), []
     expected, _ = expected_of(name)
     dc.enable(pipe, **PLANNED)
@@ -1009,11 +1083,13 @@ def test_no_room_for_one_feature(name, forecaster, monkeypatch):
     assert torch.equal(generate(name, pipe), uncached(name))
 
 
-@pytest.mark.parametrize("what", [(history, "store"), (ops, "forecast")], ids=["storing", "forecasting"])
-@each_method
-@each_model
-def test_no_room_at_all(name, method, what, monkeypatch):
+FAILING = {"storing": (history, "store"), "forecasting": (ops, "forecast")}
+
+
+@pytest.mark.parametrize(("name", "what", "method"), all_pairs(reference.MODELS, FAILING, [*METHODS]))
+def test_no_room_at_all(name, what, method, monkeypatch):
     given, pipe = dict(labels=(3, 8), seeds=(5, 6)), load(name)
+    what, method = FAILING[what], METHODS[method]
     plain = generate(name, pipe, **given)
     dc.enable(pipe, **method)
     before = generate(name, pipe, **given)

@@ -19,7 +19,9 @@ from zoo import Draw
 
 import diffusion_cache as dc
 from diffusion_cache.engine import intercept, patches
+from diffusion_cache.engine.session import session_of
 from diffusion_cache.models import find_denoisers
+from diffusion_cache.planning.target import _sampler_of
 
 pytestmark = pytest.mark.filterwarnings("error::diffusion_cache.errors.DiffusionCacheWarning")
 
@@ -504,6 +506,18 @@ def test_guiders(build, guider, expected):
     calls = [Call(step, key, step % 2 == 0, denoiser) for step, key in expected]
     check(pipe, lambda: call() | dict(num_inference_steps=8), "10101010", calls)
     assert vars(type(pipe.guider)) == before
+
+
+def test_the_scale_of_a_guider_is_known():
+    pipe, call = modular_wan()
+    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
+    guided = _sampler_of(pipe)
+    dc.enable(pipe, "interval", every=2)
+    generate(pipe, call)
+    assert session_of(pipe).last_run.guidance == 3.0
+    dc.disable(pipe)
+    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0))
+    assert _sampler_of(pipe) != guided
 
 
 def test_a_pass_that_begins_at_a_reused_step_is_computed():

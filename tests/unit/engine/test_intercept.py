@@ -1,6 +1,7 @@
 """Interception: outside hooks and compiled code, and gone without a trace."""
 
 import copy
+import functools
 import pickle
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ from diffusion_cache.engine.intercept import (
     ATTRIBUTE,
     clear_runner,
     intercept,
+    is_compiled,
     is_intercepted,
     release,
+    run_uncompiled,
     runner_of,
     set_runner,
 )
@@ -284,3 +287,45 @@ def test_members_of_a_compiled_parent_are_not_reached(intercepted_first, enter):
         assert torch.equal(parent(X), plain + 1)
     assert log == []
     assert counter.frame_count == 1
+
+
+def compiled_by_forward(module, backend):
+    module.forward = torch.compile(module.forward, backend=backend)
+    return module
+
+
+def compiled_in_place(module, backend):
+    module.compile(backend=backend)
+    return module
+
+
+def compiled_by_wrapping(module, backend):
+    return torch.compile(module, backend=backend)
+
+
+@pytest.mark.parametrize("compiled", [compiled_by_forward, compiled_in_place, compiled_by_wrapping])
+def test_what_is_compiled_can_run_uncompiled(compiled):
+    counter, plain = CompileCounter(), linear()
+    assert not is_compiled(plain)
+    module = compiled(linear(), counter)
+    assert is_compiled(module)
+    assert torch.equal(run_uncompiled(module, X), plain(X))
+    assert counter.frame_count == 0
+    assert torch.equal(module(X), plain(X))
+    assert counter.frame_count == 1
+
+
+def test_what_is_wrapped_around_a_compiled_forward_stays():
+    module, plain = compiled_by_forward(linear(), "eager"), linear()
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def doubled(x):
+        return 2 * forward(x)
+
+    module.forward = doubled
+    assert torch.equal(run_uncompiled(module, X), 2 * plain(X))
+    module.forward = functools.update_wrapper(functools.partial(doubled), forward)
+    assert torch.equal(run_uncompiled(module, X), 2 * plain(X))
+    plain.forward = torch.compiler.disable(plain.forward)
+    assert not is_compiled(plain)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
@@ -443,6 +445,26 @@ def test_containers_of_motion_modules_are_no_denoisers(models):
     assert list(find_denoisers(SimpleNamespace(components={"unet": models["unet"], "motion_adapter": adapter}))) == [
         "unet"
     ]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "inside", "words"),
+    [
+        (FullyShardedDataParallel, "_fsdp_wrapped_module", r"shard it by fully_shard \(FSDP2\)"),
+        (DistributedDataParallel, "module", "the module that it wraps"),
+        (nn.DataParallel, "module", "the module that it wraps"),
+    ],
+)
+def test_wrappers_for_several_ranks_are_refused(models, wrapper, inside, words):
+    """Around a denoiser, and not around anything else."""
+    wrapped = {}
+    for name, module in (("unet", models["unet"]), ("text_encoder", nn.Linear(1, 1))):
+        wrapped[name] = wrapper.__new__(wrapper)
+        nn.Module.__init__(wrapped[name])
+        setattr(wrapped[name], inside, module)
+    with pytest.raises(ConfigError, match=f"the pipeline's unet is wrapped in {wrapper.__name__}: .*{words}"):
+        find_denoisers(SimpleNamespace(components=wrapped))
+    assert [*find_denoisers(SimpleNamespace(components=wrapped | {"unet": models["unet"]}))] == ["unet"]
 
 
 def test_no_pipeline(models):
