@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -105,12 +106,13 @@ def _probe_residual(entry: Entry) -> Tensor:
 
 
 def _modulated_input(entry: Entry) -> Tensor:
-    frame = entry.frame
+    frame, block = entry.frame, entry.span.members[0]
     args, kwargs = copied(entry.args), copied(entry.kwargs)
     frame.peeking = True
     try:
-        with forked_rng():
-            run_uncompiled(entry.span.members[0], *args, **kwargs)
+        # only what trains draws, and other threads' draws meanwhile would be undone
+        with forked_rng() if block.training else nullcontext():
+            run_uncompiled(block, *args, **kwargs)
     except AttentionReached as reached:
         return reached.received
     finally:
