@@ -1,5 +1,6 @@
 """Processes that tests start."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,23 @@ ROOT = Path(__file__).parents[1]
 def interruptible():
     """Ctrl-C reaches the process even where it is ignored here, as in a shell's background job."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def forked(call, log, **environment):
+    """A process that makes the call, in a group of its own; it has all that is imported here."""
+    process = multiprocessing.get_context("fork").Process(target=_forked, args=(call, log, environment))
+    process.start()
+    return process
+
+
+def _forked(call, log, environment):
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    call()
 
 
 def pytest_of(*arguments, **environment):

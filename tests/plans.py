@@ -1,15 +1,23 @@
 """A shipped model's profile and planner, of few steps and samples, for the tests of planning and of enabling."""
 
+from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 from diffusion_cache import reference
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.planning import build
 from diffusion_cache.planning.build import Planner, Search
 from diffusion_cache.profiling.generation import Batch, teach
 from diffusion_cache.profiling.measure import Options, measure
 
 STEPS = 8
 SEARCH = Search(runs=6, regressors=False, polished=0)
+
+
+def quickly_timed():
+    """While it is entered, the speed of plans is that of one pair of runs."""
+    return patch.object(build, "TIMED_PAIRS", 1)
 
 
 def batch(pipe, name, samples, steps=STEPS):
@@ -50,8 +58,17 @@ def planner(name, pipe, found, search=SEARCH, held_out=4, steps=STEPS, **fields)
 
 
 @cache
+def _planner(name, sampler, scope):
+    return planner(name, reference.load(name, sampler), profile(name, sampler, scope))
+
+
+@cache
+def _plan(name, sampler, scope, count):
+    """By itself: no search starts from the steps of another plan, whichever was made before."""
+    with quickly_timed():
+        return replace(_planner(name, sampler, scope)).plan(count)
+
+
 def planned(name, sampler=None, scope=None, computed=(4, 3)):
-    """The profile with a plan for each number of computed steps; made once in a test run."""
-    found = profile(name, sampler, scope)
-    making = planner(name, reference.load(name, sampler), found)
-    return found.with_plans([making.plan(count) for count in computed])
+    """The profile with a plan for each number of computed steps; each made once in a test run."""
+    return profile(name, sampler, scope).with_plans([_plan(name, sampler, scope, count) for count in computed])

@@ -1,22 +1,25 @@
 """`diffusion-cache evaluate` from its command line to finished runs: sweeps, interruptions, ranks, bad input."""
 
-import contextlib
 import copy
 import functools
+import io
 import json
 import os
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from children import interruptible
+from accelerate import PartialState
+from children import forked
 from evaluation_profile import write_profile
 from hydra import compose, initialize_config_module
 
@@ -24,7 +27,7 @@ from diffusion_cache.cli import evaluate as command
 from diffusion_cache.engine.session import session_of
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
-from diffusion_cache.evaluation import contenders, jobs, runner
+from diffusion_cache.evaluation import child, contenders, jobs, runner
 from diffusion_cache.evaluation.jobs import Team, run_job
 from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.speed import SpeedWorker
@@ -63,18 +66,21 @@ def rows(summary):
     return pq.read_table(summary["path"] / "rows.parquet").to_pylist()
 
 
-def started(*arguments, launcher=(), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    call = [*(launcher or [sys.executable]), "-m", "diffusion_cache.cli", "evaluate", *SMALL, *arguments]
-    return subprocess.Popen(
-        call,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        preexec_fn=interruptible,
-        **options,
-    )
+def run(*arguments):
+    command.evaluate([*SMALL, *arguments])
+
+
+def started(folder, *arguments, **environment):
+    """The command, in a process of its own; what it tells is in the folder's `log`."""
+    return forked(functools.partial(run, *arguments), folder / "log", **environment)
+
+
+def ended(process, folder, seconds=300):
+    """What an ended process has told."""
+    process.join(seconds)
+    told = (folder / "log").read_text()
+    assert process.exitcode == 0, told
+    return told
 
 
 # what comes out
@@ -360,11 +366,27 @@ def test_a_rival_runs_in_a_process_of_its_own(tmp_path):
     assert made(tmp_path, *rival) == summaries
 
 
-def test_a_rival_that_does_not_serve_a_model_is_left_out(tmp_path):
+REFUSED = "deepcache on dit-digits: it serves UNets only"
+
+
+def test_a_rival_that_does_not_serve_a_model_says_so(tmp_path):
     pytest.importorskip("DeepCache")
-    news = []
-    assert run_job(job(tmp_path, "method=peer/deepcache"), lambda *told: news.append(told), Team()) == []
-    assert ("left out: deepcache on dit-digits: it serves UNets only", 0, 0) in news
+    task, told = job(tmp_path, "method=peer/deepcache"), []
+    given = {"config": task.config, "folder": str(tmp_path), "ranks": [0, 1], "todo": task.nodes}
+    child.run(given, lambda *message: told.append(message))
+    assert [message for message in told if message[0] != "progress"] == [("refused", REFUSED), ("done",)]
+
+
+def test_a_rival_that_does_not_serve_a_model_is_left_out(tmp_path, monkeypatch):
+    pytest.importorskip("DeepCache")
+    news, given = [], io.StringIO()
+    given.close = lambda: None
+    process = Mock(stdin=given, stdout=io.StringIO(f'["refused", "{REFUSED}"]\n["done"]\n'))
+    monkeypatch.setattr(jobs, "subprocess", Mock(Popen=lambda *how, **options: process))
+    task = job(tmp_path, "method=peer/deepcache")
+    assert run_job(task, lambda *told: news.append(told), Team()) == []
+    assert news == [(f"left out: {REFUSED}", 0, 0)]
+    assert json.loads(given.getvalue())["todo"] == task.nodes
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -374,19 +396,19 @@ def test_a_rival_ends_with_its_parent_and_nothing_is_taken_for_its_result(tmp_pa
     pytest.importorskip("DeepCache")
     rival = ["model=unet-digits", "method=peer/deepcache", "method.grid={interval: [2], branch: [0]}"]
     # small batches, after each of which the rival tells its parent of it
-    size = "steps=20", "prompts.n=30", "batch=2"
-    process = started(*rival, f"out={tmp_path}", "name=orphan", *size, start_new_session=True)
+    size = "steps=20", "prompts.n=12", "batch=2"
+    process = started(tmp_path, *rival, f"out={tmp_path}", "name=orphan", *size)
     folder, group = tmp_path / "orphan", process.pid
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (folder / "references").is_dir() and any((folder / "references").iterdir()):
             break
         time.sleep(0.02)
-    assert process.poll() is None
+    assert process.is_alive()
     assert any((folder / "references").iterdir())
     assert group in {os.getpgid(child.pid) for child in psutil.Process(process.pid).children()}
     process.kill()  # the parent alone
-    process.wait()
+    process.join()
     deadline = time.monotonic() + 120  # however long it took to start
     while time.monotonic() < deadline:
         try:
@@ -414,92 +436,88 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
 def test_stopping_at_any_write_and_going_on_gives_the_same(tmp_path, monkeypatch):
     sweep = ["method=interval", "method.grid={policy.every: [2, 3]}", "steps=3", "prompts.n=1"]
     whole = made(tmp_path / "whole", *sweep)
-    replaced = Path.replace
-    renamed = Path.rename
-    writes = {"left": None}
+    stops = []
 
-    def counted(original):
+    def kept(original):
         def wrapper(self, target):
-            if writes["left"] == 0:
-                writes["left"] = None
-                raise KeyboardInterrupt
-            if writes["left"] is not None:
-                writes["left"] -= 1
+            stops.append(tmp_path / f"stopped-{len(stops)}")
+            shutil.copytree(tmp_path / "going", stops[-1])
             return original(self, target)
 
         return wrapper
 
-    monkeypatch.setattr(Path, "replace", counted(replaced))
-    monkeypatch.setattr(Path, "rename", counted(renamed))
-    stops = 0
-    for stop in range(100):
-        writes["left"] = stop
-        with contextlib.suppress(KeyboardInterrupt):
-            made(tmp_path / f"stopped-{stop}", *sweep)
-        if writes["left"] is not None:
-            break  # there was no such write: all have been stopped at
-        stops += 1
-        again = made(tmp_path / f"stopped-{stop}", *sweep)
+    with monkeypatch.context() as patched:
+        for name in ("replace", "rename"):
+            patched.setattr(Path, name, kept(getattr(Path, name)))
+        made(tmp_path / "going", *sweep)
+    assert len(stops) >= 10
+    for stop in stops:
+        again = made(stop, *sweep)
         assert without_paths(again) == without_paths(whole)
         assert [rows(summary) for summary in again] == [rows(summary) for summary in whole]
-    assert stops >= 10
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path):
-    small = ["steps=2", "prompts.n=1"]
-    sweep = ["-m", "method=interval,uniform_reuse", *small, f"out={tmp_path}", "name=killed"]
-    process = started(*sweep, start_new_session=True)
+    small = ["method=interval", "method.grid={policy.every: [2, 3]}", "steps=2", "prompts.n=1"]
+    sweep = ["-m", *small, "forecaster=taylor,reuse", f"out={tmp_path}", "name=killed"]
+    process = started(tmp_path, *sweep)
     runs = tmp_path / "killed" / "runs"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if runs.is_dir() and any(path.suffix == ".partial" for path in runs.iterdir()):
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.join()
     finished = {path.name for path in runs.iterdir() if (path / "summary.json").is_file()}
-    assert len(finished) < 9
-    process = started(*sweep, *ONE_BY_ONE)
-    told = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, told
-    assert len([path for path in runs.iterdir() if (path / "summary.json").is_file()]) == 9
+    assert len(finished) < 4
+    ended(started(tmp_path, *sweep, *ONE_BY_ONE), tmp_path)
+    assert len([path for path in runs.iterdir() if (path / "summary.json").is_file()]) == 4
     assert not [path for path in runs.iterdir() if path.suffix == ".partial"]
-    whole = made(tmp_path / "whole", "method=uniform_reuse", *small)
-    again = made(tmp_path / "killed", "method=uniform_reuse", *small)
+    whole = made(tmp_path / "whole", *small, "forecaster=reuse")
+    again = made(tmp_path / "killed", *small, "forecaster=reuse")
     assert without_paths(again) == without_paths(whole)
 
 
-@pytest.mark.slow
-def test_ctrl_c_keeps_what_is_done(tmp_path):
-    sweep = ["-m", "method=uniform_reuse,uniform_taylor", "steps=2", "prompts.n=1"]
-    process = started(*sweep, f"out={tmp_path}", "name=stopped")
-    runs = tmp_path / "stopped" / "runs"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if runs.is_dir() and any((path / "summary.json").is_file() for path in runs.iterdir()):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, told
-    assert "goes on from there" in told
-    assert [path for path in runs.iterdir() if (path / "summary.json").is_file()]
+def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch, capfd):
+    small = ["method=interval", "steps=2", "prompts.n=1"]
+
+    def press(*given):
+        put_together(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    put_together, before = jobs.put_together, signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(jobs, "put_together", press)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run("-m", *small, "forecaster=reuse,taylor", f"out={tmp_path}", "name=stopped")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    assert stopped.value.code == 130
+    assert "goes on from there" in capfd.readouterr().err
+    finished = [path.parent for path in (tmp_path / "stopped").glob("runs/*/summary.json")]
+    assert len(finished) == 1
+    monkeypatch.setattr(jobs, "Worker", None)  # nobody may work
+    assert [summary["path"] for summary in made(tmp_path / "stopped", *small, "forecaster=reuse")] == finished
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_after_a_job_that_cannot_work(tmp_path):
-    process = started(
-        "-m",
-        "model=unet-digits,dit-digits",
-        "sampler=dpmpp",
-        "method=interval",
-        "steps=2",
-        f"out={tmp_path}",
-        "name=some",
-    )
-    told = process.communicate(timeout=120)[0]
-    assert process.returncode == 1, told
+def test_a_sweep_goes_on_after_a_job_that_cannot_work(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as failed:
+        run(
+            "-m",
+            "model=unet-digits,dit-digits",
+            "sampler=dpmpp",
+            "method=interval",
+            "steps=2",
+            f"out={tmp_path}",
+            "name=some",
+        )
+    assert failed.value.code == 1
+    told = "".join(capfd.readouterr())
     assert "unet-digits has the samplers ddim, not 'dpm++'" in told.replace("\n", " ")
     assert "Traceback" not in told
     assert len(list((tmp_path / "some" / "runs").glob("*/summary.json"))) == 1
@@ -510,24 +528,30 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_work(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = started("method=first_block", f"out={tmp_path}", "name=two", "batch=1", launcher=launcher)
-    told = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, told
+    """With what `accelerate launch` tells each; the launcher itself starts those of test_profile_cli.py."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def one(rank):
+        PartialState._reset_state()  # which may be known from before the fork
+        run("method=first_block", f"out={tmp_path}", "name=two", "batch=1")
+        (tmp_path / f"{rank}.done").touch()
+        while len([*tmp_path.glob("*.done")]) < 2:  # the other may still be reading what this one sent
+            time.sleep(0.02)
+
+    logs = [tmp_path / str(rank) for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        processes.append(forked(functools.partial(one, rank), log, **ranks, **address))
+    for process, log in zip(processes, logs, strict=True):
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
     two = made(tmp_path / "two", "method=first_block", "batch=1")
-    one = made(tmp_path / "one", "method=first_block", "batch=1")
-    assert without_paths(two) == without_paths(one)
-    assert rows(two[0]) == rows(one[0])
+    one_alone = made(tmp_path / "one", "method=first_block", "batch=1")
+    assert without_paths(two) == without_paths(one_alone)
+    assert rows(two[0]) == rows(one_alone[0])
 
 
 # bad input

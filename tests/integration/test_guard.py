@@ -22,7 +22,7 @@ def guarded(request):
     """Name, pipeline and a plan of 4 computed steps with a band."""
     name = request.param
     pipe = reference.load(name)
-    plan = plans.planned(name).plans[0]
+    plan = plans.planned(name, computed=(4,)).plans[0]
     return name, pipe, with_guard(plan, "input_turn", [plans.batch(pipe, name, plans.drawn(400, 4))])
 
 

@@ -292,23 +292,18 @@ def test_a_plan_at_hand_leaves_nothing_to_wish_for(found, pipe):
         dc.enable(pipe, plan=found.plans[0], ignore=("weights",))
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["compiled first", "enabled first"])
-def test_a_denoiser_compiled_as_a_whole(found, before, silent):
+def test_a_denoiser_compiled_as_a_whole(found, silent):
     """No graph more, whatever the weights and steps; branches in the rows of a call keep weights of their own."""
     torch._dynamo.reset()
     assert (found.scope, found.row_passes) == ("stack", 2)
     plain, pipe = reference.load(NAME), reference.load(NAME)
     backend = CompileCounterWithBackend("eager")
-    if before:
-        pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
     for name in ("nfe-4", "nfe-3"):
         dc.enable(plain, profile=found, plan=name)
         dc.enable(pipe, profile=found, plan=name)
-        if not before:
-            pipe.transformer.compile(backend=backend, fullgraph=True)
         assert (generate(pipe) - generate(plain)).abs().max() <= 1e-5
         assert dc.summary(pipe).computed == int(name[-1])
-        before = True
     # one that computes, and one that reuses for each length of history
     assert backend.frame_count == 1 + len({plan.history for plan in found.plans if plan.name in ("nfe-4", "nfe-3")})
     torch._dynamo.reset()

@@ -1,16 +1,16 @@
-"""The engine with its kernels, run by Triton's interpreter in processes of their own."""
+"""The engine with its kernels, run by Triton's interpreter in a process of their own."""
 
-from children import pytest_of
+from children import ROOT, pytest_of
 
 MODES = dict(TRITON_INTERPRET="1", DIFFUSION_CACHE_KERNELS="interpret")
+# of one model with branches that are stacked and one without
+CASES = "flux-digits-mask-taylor-branch", "wan-moving-digits-first_block-reuse-stack"
+OF_ALL = dict(DIFFUSION_CACHE_ALL_CASES="1", DIFFUSION_CACHE_CASES=",".join(CASES))
 
 
-def test_the_engine_gives_the_same_with_kernels():
-    assert pytest_of("tests/kernels/engine", **MODES) >= 6
-
-
-def test_contracts_hold_with_kernels():
-    """Of one model with branches that are stacked and one without."""
-    chosen = "identical and (flux-digits-mask-taylor-branch or wan-moving-digits-first_block-reuse-stack)"
-    of_all = dict(DIFFUSION_CACHE_ALL_CASES="1")
-    assert pytest_of("tests/contracts/test_invariants.py", "-k", chosen, **of_all, **MODES) == 2
+def test_the_engine_gives_the_same_with_kernels_and_contracts_hold():
+    """Together, for a process takes long to start."""
+    own = " or ".join(path.stem for path in (ROOT / "tests" / "kernels" / "engine").glob("test_*.py"))
+    chosen = f"{own} or identical and ({' or '.join(CASES)})"
+    paths = "tests/kernels/engine", "tests/contracts/test_invariants.py"
+    assert pytest_of(*paths, "-k", chosen, **OF_ALL, **MODES) == 6 + 2

@@ -245,9 +245,17 @@ def test_plans_must_fit_the_profile():
     assert profile(plans=(replace(two_spans, scope="denoiser"),)).plans  # its spans are not the profile's
 
 
-@pytest.mark.parametrize("facts", [{"feature": "auto"}, {"elements": 0}, {"share": 1.5}, {"share": NAN}])
-def test_span_facts_refuse(facts):
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"feature": "auto"}, "feature must be 'residual' or 'output', not 'auto'"),
+        ({"elements": 0}, "0 elements and a share of .* cannot be"),
+        ({"share": 1.5}, "a share of 1.5 cannot be"),
+        ({"share": NAN}, "a share of nan cannot be"),
+    ],
+)
+def test_span_facts_refuse(facts, message):
+    with pytest.raises(ConfigError, match=message):
         SpanFacts(**{**vars(profile().spans[0]), **facts})
 
 
@@ -366,25 +374,33 @@ def test_documents_by_someone_who_can_make_digests(stored, change, message):
         Profile.load(stored)
 
 
+def document(body, schema="1", written=None):
+    """With the digest that fits, so that it is not what is refused. body: as it is written for digests."""
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{"schema": {schema}, "digest": "{digest}", "profile": {written or body}}}'
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "",
-        "null",
-        "[]",
-        "1" * 5000,
-        "[" * 100_000,
-        '{"schema": 1, "digest": "", "profile": {"a": ' + "[" * 900 + "]" * 900 + "}}",
-        '{"schema": 1}',
-        '{"schema": true, "digest": "", "profile": {}}',
-        '{"schema": 1, "digest": "", "profile": {"a": NaN}}',
-        '{"schema": 1, "digest": "", "profile": {"a": 1e999}}',
-        '{"schema": 1, "digest": "\\ud800", "profile": {}}',
+        ("", "cannot be read"),
+        ("null", "expected an object, found NoneType"),
+        ("[]", "expected an object, found list"),
+        ("1" * 5000, "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (document('{"a": ' + "[" * 900 + "]" * 900 + "}"), "cannot be read|fingerprint is missing"),
+        (document("{}"), "fingerprint is missing"),
+        ('{"schema": 1}', "digest is missing"),
+        (document("{}", schema="true"), "schema: expected a whole number, found True"),
+        (document('{"a": NaN}'), "cannot be read: Out of range float"),
+        (document('{"a": Infinity}', written='{"a": 1e999}'), "cannot be read: Out of range float"),
+        ('{"schema": 1, "digest": "\\ud800", "profile": {}}', "digest: expected text"),
     ],
+    ids=lambda given: given[:40],
 )
-def test_documents_that_are_none(stored, text):
+def test_documents_that_are_none(stored, text, message):
     (stored / JSON).write_text(text)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=message):
         Profile.load(stored)
 
 

@@ -40,10 +40,15 @@ def test_nfe_where_one_entry_stands_for_all_spans_of_a_pass():
     assert schedule.nfe == 1.5  # step 1: pass 0 computes everything, pass 1 nothing
 
 
-@pytest.mark.parametrize("compute", [(), (((False,),),), (((True, False),), ((True, True),)), (((True,), (False,)),)])
+@pytest.mark.parametrize("compute", [(((False,),),), (((True, False),), ((True, True),)), (((True,), (False,)),)])
 def test_first_step_must_be_computed(compute):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="must compute its first step"):
         Schedule(compute)
+
+
+def test_no_steps():
+    with pytest.raises(ConfigError, match="needs at least one step"):
+        Schedule(())
 
 
 def test_rows():

@@ -60,6 +60,18 @@ def profile(spans=3, plans=(), **arrays):
     )
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch, request):
+    """Drawing takes a second a profile, and most tests are of the text."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("diffusion_cache.cli.show.write_pictures", lambda profile, out: [])
+
+
+@pytest.fixture
+def drawn():
+    """For tests of pictures."""
+
+
 def shown(made, folder, out=None, width=100):
     made.save(folder)
     console = Console(file=io.StringIO(), width=width)
@@ -156,7 +168,7 @@ def test_many_spans_are_cut(tmp_path):
     assert text.count("blocks.0") == 40
 
 
-def test_without_plans(tmp_path):
+def test_without_plans(tmp_path, drawn):
     text, paths = shown(profile(), tmp_path)
     assert "No plans yet." in text
     assert [path.name for path in paths] == ["gram.png", "drift.png"]
@@ -168,7 +180,7 @@ def test_strips_shade_what_is_computed_in_part():
     assert strip(plan("a", "1021", spans=2)) == "█·▒█"
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, drawn):
     sensitivity = torch.rand(2, STEPS) + 0.01
     sampled = torch.zeros(2, STEPS, dtype=torch.uint8)
     sampled[:, ::3] = 1
@@ -193,7 +205,7 @@ def test_pictures(tmp_path):
     assert dark.sum() / (dark.sum() + light.sum()) == pytest.approx(expected, abs=0.02)
 
 
-def test_one_span_one_step_and_zero_features(tmp_path):
+def test_one_span_one_step_and_zero_features(tmp_path, drawn):
     made = profile(spans=1)
     zero = {name: torch.zeros_like(value) for name, value in made.arrays.items()}
     text, paths = shown(Profile(**{**vars(made), "arrays": zero}), tmp_path)
@@ -239,7 +251,7 @@ def test_default_folder(tmp_path, monkeypatch):
     assert _default_out(tmp_path) == Path("profile-pictures")
 
 
-def test_pictures_that_cannot_be_written(tmp_path):
+def test_pictures_that_cannot_be_written(tmp_path, drawn):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write pictures"):
         shown(profile(), tmp_path / "profile", tmp_path / "file")

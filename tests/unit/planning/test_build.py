@@ -24,6 +24,12 @@ NAME = "flux-digits"
 BARE = Search(runs=1, fitted=False, refined=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_timed():
+    with plans.quickly_timed():
+        yield
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return reference.load(NAME)
@@ -79,7 +85,7 @@ def test_planners_that_share_scores_do_not_take_taylors_for_those_of_weights(pla
     bare = replace(planner, search=BARE, _scores={})
     bare.plan(3)
     taylor = dict(bare._scores)
-    fitting = replace(bare, search=replace(BARE, fitted=True))
+    fitting = replace(bare, search=replace(BARE, fitted=True, regressors=False, polished=0))
     fitting.plan(3)
     gains = [bare._scores[steps, scope, True] - score for (steps, scope, _), score in taylor.items()]
     assert len(gains) == len(taylor) > 1
@@ -128,18 +134,13 @@ def same(one, other):
     return True
 
 
-def test_the_same_search_makes_the_same_plan(planner, three):
-    assert same(three, with_search(planner).plan(3))
-
-
-@pytest.mark.parametrize("when", [5, 12])
-def test_an_interrupted_search_goes_on(planner, three, when):
-    """What was run is not run again, and the plan is the one that an uninterrupted search makes."""
+def test_an_interrupted_search_goes_on(planner, three):
+    """What was run is not run again, and the plan is the one that another search, uninterrupted, has made."""
     told = []
 
     def interrupt(what, done, of):
         told.append(what)
-        if len(told) == when:
+        if len(told) == 12:  # the starts are run, and a few moves
             raise KeyboardInterrupt
 
     other = replace(planner, progress=interrupt, _scores={})
@@ -201,7 +202,7 @@ def test_a_span_without_residual_is_planned_by_its_output():
     profile = plans.profile(name)
     assert (profile.scope, profile.spans[0].feature) == ("cut", "output")
     arrays = {**profile.arrays, "gram_residual": torch.full_like(profile.arrays["gram_residual"], math.nan)}
-    planner = plans.planner(name, reference.load(name), replace(profile, arrays=arrays), BARE)
+    planner = plans.planner(name, reference.load(name), replace(profile, arrays=arrays), BARE, held_out=2)
     assert planner.starts(4)
     share = profile.spans[0].share
     assert 0.5 < share < 1
@@ -213,7 +214,8 @@ def test_a_span_without_residual_is_planned_by_its_output():
 
 def test_branches_in_rows_have_weights_of_their_own():
     name = "dit-digits"
-    (found,) = plans.planned(name, computed=(4,)).plans
+    planner = plans.planner(name, reference.load(name), plans.profile(name), held_out=2)
+    found = planner.fitted((0, 2, 4, 6), "even")
     assert (found.row_passes, found.passes) == (2, 2)
     given = torch.isfinite(found.weights).all(dim=(2, 3))  # [T, P]
     assert given.any()
@@ -249,7 +251,8 @@ def test_a_speed_of_another_device_or_batch_is_measured_anew(planner, three):
         assert same(found, stored)
 
 
-def test_speed_is_known_before_a_plan_is_made(planner):
+def test_speed_is_known_before_a_plan_is_made(planner, monkeypatch):
+    monkeypatch.setattr(build, "TIMED_PAIRS", 5)  # for the machine may be busy
     slow, fast = planner.timed(STEPS - 1), planner.timed(1)
     assert slow.ratio < fast.ratio
     assert session_of(planner.fitting.batch.pipe) is None

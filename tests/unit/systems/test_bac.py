@@ -177,8 +177,13 @@ class by_hand:
 
 
 def test_bad_settings(pipe, profile):
-    for options in ({"updates": 0}, {"upstream": -1}, {"updates": plans.STEPS + 1}, {"unified": 1}):
-        with pytest.raises(ConfigError):
+    for options, message in (
+        ({"updates": 0}, "updates ≥ 1 .*updates=0"),
+        ({"upstream": -1}, "upstream ≥ 0: .*upstream=-1"),
+        ({"updates": plans.STEPS + 1}, "of 8 steps, 1 to 8 can be computed, not 9"),
+        ({"unified": 1}, "unified must be bool, not 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             dc.enable(pipe, method="bac", profile=profile, **options)
     with pytest.raises(ConfigError, match="scope branch"):
         dc.enable(pipe, method="bac", profile=plans.profile(MODEL))
