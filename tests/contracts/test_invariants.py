@@ -1,5 +1,6 @@
 """The invariants of the design, for every registered method on every scope it declares and every shipped model."""
 
+import collections
 import contextlib
 import functools
 
@@ -10,21 +11,28 @@ from cases import (
     ALL_CASES,
     CASES,
     COMPUTING,
+    FEW,
+    MENDING,
+    MIXED,
     NOISE_LEVELS,
+    OF_ONE_LENGTH,
     PAIRS,
     REUSING,
     STEPS,
     Subject,
     covered,
     covered_with_pairs,
+    in_pairs,
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
 from diffusion_cache import registry
-from diffusion_cache.engine import CacheRun, intercept
+from diffusion_cache.engine import CacheRun, intercept, patches
 from diffusion_cache.history import History
+
+few_cases = pytest.mark.parametrize("case", sorted(FEW + MIXED, key=str), ids=str)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -35,12 +43,13 @@ def run_of(subject, case):
     return dc.run(subject.denoiser, num_steps=STEPS, noise_levels=NOISE_LEVELS, **case.options())
 
 
-def test_every_policy_has_options_to_be_tested_with():
+def test_everything_has_options_to_be_tested_with():
     assert set(REUSING) == set(COMPUTING) == set(registry.policies.names())
+    assert set(MENDING) - {"plan"} == set(registry.correctors.names())
 
 
 def test_the_cases_that_are_run_leave_nothing_out():
-    for cases, what in ((CASES, covered), (PAIRS, covered_with_pairs)):
+    for cases, what in ((FEW, in_pairs), (CASES, covered), (PAIRS, covered_with_pairs)):
         assert set().union(*map(what, cases)) == set().union(*map(what, ALL_CASES))
 
 
@@ -61,28 +70,17 @@ def _own(case, table):
     return {name: value for name, value in table[case.policy].items() if name in fields}
 
 
-def test_disable_leaves_nothing_behind(subject, case):
-    before = {name: dict(vars(module)) for name, module in subject.denoiser.named_modules()}
-    classes = [type(subject.pipe), type(subject.denoiser), type(subject.pipe.scheduler)]
-    class_attributes = [dict(vars(cls)) for cls in classes]
-    dc.enable(subject.pipe, **case.options())
-    assert intercept.ATTRIBUTE in vars(subject.denoiser)
-    subject.generate(steps=2)
-    dc.disable(subject.pipe)
-    assert {name: dict(vars(module)) for name, module in subject.denoiser.named_modules()} == before
-    assert [dict(vars(cls)) for cls in classes] == class_attributes
-    assert not [name for name in vars(subject.pipe) if "diffusion_cache" in name]
-    assert not [name for name in vars(subject.pipe.scheduler) if "diffusion_cache" in name]
-
-
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
-    """Where the forecaster promises it."""
+    """Where the forecaster promises it; a mean velocity is at least along the only one that there was."""
     expected = subject.call()
     with run_of(subject, case) as run:
         for _ in range(STEPS):
             run.next_step()
-            assert relative_error(subject.call(), expected) <= (1e-5 if case.is_exact else 10.0)
+            found = subject.call()
+            if not case.is_exact:
+                found = found * ((found * expected).sum() / (found * found).sum())
+            assert relative_error(found, expected) <= 1e-5
         assert run.summary().reused >= 2
 
     # the same with its features perturbed must differ, or the above proves nothing
@@ -100,9 +98,15 @@ def test_reuse_with_identical_inputs_reproduces_the_output(subject, case):
     assert [error > 1e-4 for error in errors] == reused
 
 
-def test_runs_repeat_and_do_not_depend_on_what_ran_before(subject, case):
+@few_cases
+def test_runs_repeat_and_leave_nothing_behind(subject, case):
+    """Whatever ran before, an interrupted run, other steps or other samples; and without the cache all is as before."""
+    before = {name: dict(vars(module)) for name, module in subject.denoiser.named_modules()}
+    classes = [type(subject.pipe), type(subject.denoiser), type(subject.pipe.scheduler)]
+    class_attributes = [dict(vars(cls)) for cls in classes]
     dc.enable(subject.pipe, **case.options())
     try:
+        assert intercept.ATTRIBUTE in vars(subject.denoiser)
         fresh = subject.generate()
         assert dc.summary(subject.pipe).reused > 0
 
@@ -123,26 +127,46 @@ def test_runs_repeat_and_do_not_depend_on_what_ran_before(subject, case):
         finally:
             type(subject.pipe.scheduler).step = step
         assert torch.equal(subject.generate(), fresh)
-        subject.generate(steps=STEPS + 3)
-        assert torch.equal(subject.generate(), fresh)
+        if case.mending not in OF_ONE_LENGTH:
+            subject.generate(steps=STEPS + 3)
+            assert torch.equal(subject.generate(), fresh)
         subject.generate(labels=(1, 2, 3), seeds=(1, 2, 3))
         assert torch.equal(subject.generate(), fresh)
     finally:
         dc.disable(subject.pipe)
+    assert {name: dict(vars(module)) for name, module in subject.denoiser.named_modules()} == before
+    assert [dict(vars(cls)) for cls in classes] == class_attributes
+    assert not [name for name in vars(subject.pipe) if "diffusion_cache" in name]
+    assert not [name for name in vars(subject.pipe.scheduler) if "diffusion_cache" in name]
+    assert torch.equal(subject.generate(), subject.uncached)
 
 
-def test_passes_do_not_mix(subject, case):
-    """Two different inputs alternate within a step, as guidance branches do."""
-    if not case.is_exact:
-        pytest.skip("the forecaster does not promise to reproduce anything")
-    first, second = subject.call(0), subject.call(-1)
-    assert relative_error(first, second) > 1e-2
+def outputs(subject, case, *passes):
+    """Of each pass, what it gives at each step; a pass is the indices of the calls that its inputs are those of."""
+    found = [[] for _ in passes]
     with run_of(subject, case) as run:
-        for _ in range(STEPS):
+        for step in range(STEPS):
             run.next_step()
-            assert relative_error(subject.call(0), first) <= 1e-5
-            assert relative_error(subject.call(-1), second) <= 1e-5
-        summary = run.summary()
+            for into, calls in zip(found, passes, strict=True):
+                into.append(subject.call(calls[step]))
+        return found, run.summary()
+
+
+@few_cases
+def test_passes_do_not_mix(subject, case):
+    """Different inputs alternate within a step, as guidance branches do: each pass goes on as without the other.
+
+    The second one has another first beside it, as a plan has weights for each of the two. Firsts go forward in time, as
+    a mean velocity takes the way that the first pass goes for that of all.
+    """
+    first, second = range(0, len(subject.calls), len(subject.calls) // STEPS), [-1 - step for step in range(STEPS)]
+    other = [*first[1:], first[-1]]
+    together, summary = outputs(subject, case, first, second)
+    (alone,), _ = outputs(subject, case, first)
+    (_, beside_other), _ = outputs(subject, case, other, second)
+    assert all(map(torch.equal, together[0], alone))
+    assert all(map(torch.equal, together[1], beside_other))
+    assert all(relative_error(a, b) > 1e-2 for a, b in zip(*together, strict=True))
     assert summary.reused >= 4
     assert {record.pass_name for record in summary.records} == {"0", "1"}
 
@@ -210,6 +234,7 @@ def uncached_reads(subject):
     return found
 
 
+@few_cases
 def test_planned_policies_add_no_host_sync(subject, case, monkeypatch):
     if registry.policies.get(case.policy)(**_own(case, REUSING)).needs.signals:
         pytest.skip("adaptive policies read their signal back")
@@ -267,14 +292,61 @@ def test_reads_are_counted():
     assert len(cached) >= len(uncached) + STEPS - 2
 
 
-def test_history_stays_within_its_stated_bytes(subject, case):
+NOT_COUNTED = {
+    "frame",  # of the call that runs
+    "decisions",  # signals of the last computed step
+    "_tails",  # what a policy that verifies keeps of the tail blocks
+    "_compared",  # signals that a corrector goes by
+}
+
+
+def held_bytes(root) -> int:
+    """Of the different storages that can be reached from a run, without the modules."""
+    seen, storages, found = set(), {}, [root]
+    while found:
+        value = found.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            found += value
+        elif type(value).__module__.startswith("diffusion_cache") and not isinstance(value, torch.nn.Module):
+            names = {name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())}
+            names |= set(getattr(value, "__dict__", ()))
+            found += [getattr(value, name) for name in names - NOT_COUNTED if hasattr(value, name)]
+    return sum(storages.values())
+
+
+SMALL = 1024  # bytes of what is no feature: timesteps, the numbers of a plan
+
+
+@few_cases
+def test_history_stays_within_its_stated_bytes(subject, case, monkeypatch):
+    """Which are not far too many, and those that are told are those that were held."""
     stated = dc.inspect(
         subject.pipe,
         dc.reference.inputs(subject.name, (3, 8), (5, 6)),
-        **case.options(),
+        **case.inspected(),
     ).cache_bytes
+    finish, held = CacheRun.finish, []
+
+    def finished(run):
+        held.append(held_bytes(run))
+        finish(run)
+
+    monkeypatch.setattr(CacheRun, "finish", finished)
+    hook = subject.denoiser.register_forward_pre_hook(lambda *_: held.append(held_bytes(patches.ACTIVE.get())))
     with dc.cached(subject.pipe, **case.options()):
-        subject.generate(steps=2 * STEPS)
-        used = dc.summary(subject.pipe).cache_bytes
-    assert stated is not None
+        subject.generate(steps=STEPS if case.mending in OF_ONE_LENGTH else 2 * STEPS)
+        summary = dc.summary(subject.pipe)
+    hook.remove()
+    used = summary.cache_bytes
+    loaded = summary.resident_bytes if case.storing == "host" else 0  # copies
+    assert 0 <= max(held) - used <= loaded + SMALL
     assert 0 < used <= stated
+    assert stated <= 2 * used or case.storing  # codes take less

@@ -15,6 +15,8 @@ SCOPES = {
     "UNetSpatioTemporalConditionModel": UNET,
     "WanTransformer3DModel": TRANSFORMER,
 }
+# small enough that slices, and not what the cache holds, take the most memory
+MAX_BYTES = {"UNetMotionModel": 180_000, "UNetSpatioTemporalConditionModel": 180_000, "WanTransformer3DModel": 5_000}
 INTERVAL = {"policy": "interval", "forecaster": "taylor", "every": 2}
 FIRST_BLOCK = {"policy": "first_block", "forecaster": "reuse", "threshold": 1e9, "max_consecutive": 1}
 
@@ -52,10 +54,14 @@ def test_sliced_and_cached_is_cached(subject, name, options):
     model, given = subject(name)
     expected, computed = outputs(model, given, options)
     peak = peak_bytes(lambda: outputs(model, given[:1], options))
-    with dc.slice_features(model, max_bytes=180_000) as features:
+    with dc.slice_features(model, max_bytes=MAX_BYTES[name]) as features:
         found, sliced = outputs(model, given, options)
         assert features.least_bytes > 0
-        assert peak_bytes(lambda: outputs(model, given[:1], options)) < peak or "Wan" in name
+        of_slices = peak_bytes(lambda: outputs(model, given[:1], options))
+        if (name, options["scope"]) == ("WanTransformer3DModel", "branch"):  # the features take the most
+            assert of_slices <= peak
+        else:
+            assert of_slices < peak
     assert ((found - expected).norm() / expected.norm()).item() <= 1e-5
     assert sliced == computed
     assert not all(computed)

@@ -16,6 +16,15 @@ POLICIES = registry.policies.names()
 FORECASTERS = registry.forecasters.names()
 # policies that look at no signals, with forecasters that go by nothing but noise levels
 SERVING = {"interval", "centered", "mask", "growing_window", "magcache", "pab"}, {"reuse", "taylor", "taylor_paper"}
+# what the policies that serve streams amount to in the eight steps of a window's chunks
+MASKS = {
+    "interval": "10101010",
+    "centered": "11010100",
+    "mask": "11010100",
+    "growing_window": "10100100",
+    "magcache": "11010101",
+    "pab": "10101010",
+}
 PAIRS = [(policy, "taylor") for policy in POLICIES] + [("interval", name) for name in FORECASTERS if name != "taylor"]
 
 
@@ -53,7 +62,11 @@ def test_streams(asynchronous, uncached, policy, forecaster):
         with dc.cached(pipe, **options, **REUSING[policy]):
             first = generate()
             assert torch.equal(generate(), first)
-            assert dc.summary(pipe).reused > 0
+            records = dc.summary(pipe).records
+        for name in {record.pass_name for record in records}:
+            assert [r.computed for r in records if r.pass_name == name] == [step == "1" for step in MASKS[policy]]
+        with dc.cached(pipe, **options | dict(policy="mask"), mask=MASKS[policy]):
+            assert torch.equal(generate(), first)
         assert not torch.equal(first, uncached)
     assert state(pipe) == before
     assert torch.equal(generate(), uncached)

@@ -60,9 +60,14 @@ def test_the_zoo_is_complete():
     assert len({case.id for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_denoiser(case):
-    for check in checks(case):
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
+def built(request):
+    return request.param, zoo.build(request.param)
+
+
+def test_denoiser(built):
+    case, model = built
+    for check in checks(case, model):
         assert check.identical, check
         assert check.restored, check
         assert check.error <= TOLERANCE, check
@@ -75,9 +80,8 @@ def test_denoiser(case):
             assert check.perturbed > PERTURBED, check
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_blocks_and_branches_are_found(case):
-    model = zoo.build(case)
+def test_blocks_and_branches_are_found(built):
+    case, model = built
     if is_unet(model):
         assert len(model.down_blocks) == case.levels
         expected = set()
