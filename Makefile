@@ -6,7 +6,7 @@ REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits reacher fill-
 .PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/.stamp ## create .venv with the package and its development tools
 
@@ -59,7 +59,7 @@ reproduce: venv ## check the published systems' claims on the shipped models
 profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
 	$(PYTHON) scripts/make_profiles.py
 
-evaluate-samplers: venv ## the same with the second samplers of the shipped models, where `evaluate` is finished
+evaluate-samplers: venv ## `evaluate` with the second samplers of the shipped models
 	.venv/bin/diffusion-cache evaluate experiment=methods model=dit-digits sampler=dpmpp launcher=joblib -m
 	.venv/bin/diffusion-cache evaluate experiment=methods model=wan-moving-digits sampler=unipc launcher=joblib -m
 	$(MAKE) evaluate
@@ -72,7 +72,7 @@ ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	    method.profile=outputs/ablation/$$stage/flux-digits-flow-euler method.label="plan $$stage" -m || exit 1; done
 	.venv/bin/diffusion-cache report outputs/evaluate/ablation --out results/ablation
 
-evaluate-full: venv ## the same with 256 images and 32 videos each, over as many sittings as it takes
+evaluate-full: venv ## `evaluate` with 256 images and 32 videos each
 	.venv/bin/diffusion-cache evaluate experiment=reference_full launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_full --out results/reference_full
 

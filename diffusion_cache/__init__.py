@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoSpansError
 
 if TYPE_CHECKING:
-    from . import forecasters, policies, reference, registry
+    from . import correctors, forecasters, policies, published, reference, registry, systems
     from .advice import recommend
     from .api import cached, disable, enable, inspect, run, summary, tune
     from .chunks import Stream
+    from .context import NoiseLevels
     from .profile import Profile
     from .slicing import slice_features
 
@@ -23,31 +24,36 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
+    "NoiseLevels": ".context",
     "Profile": ".profile",
     "Stream": ".chunks",
     "recommend": ".advice",
     "slice_features": ".slicing",
 }
-_MODULES = ("forecasters", "policies", "reference", "registry")
+_MODULES = ("correctors", "forecasters", "policies", "published", "reference", "registry", "systems")
 __all__ = [
     "ConfigError",
     "DiffusionCacheError",
     "DiffusionCacheWarning",
     "NoSpansError",
+    "NoiseLevels",
     "Profile",
     "Stream",
     "cached",
+    "correctors",
     "disable",
     "enable",
     "forecasters",
     "inspect",
     "policies",
+    "published",
     "recommend",
     "reference",
     "registry",
     "run",
     "slice_features",
     "summary",
+    "systems",
     "tune",
 ]
 

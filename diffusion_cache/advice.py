@@ -16,6 +16,7 @@ from . import published
 from .engine.clock import is_flow
 from .errors import ConfigError
 from .models import default_scope, find_denoisers, unwrap
+from .plain import check_count
 from .plan import Plan
 from .planning.choose import choose
 from .policies import Guarded
@@ -172,8 +173,8 @@ def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Reco
         NoSpansError: if it has nothing to cache.
     """
     denoisers = find_denoisers(pipe)
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ConfigError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if steps is not None:
+        check_count("steps", steps)
     if not isinstance(speedup, Real) or not 1 < speedup < math.inf:
         raise ConfigError(f"speedup must be a number above 1, not {speedup!r}")
     if steps is None:
@@ -316,7 +317,7 @@ def _share(entry: published.Published, steps: int) -> float:
     """The share of computed steps, over all guidance passes."""
     driven = entry.driven()
     schedule = Guarded(policies.get(driven.policy)(**driven.options)).schedule(steps)
-    assert schedule is not None  # of an entry with a mask
+    assert schedule is not None  # of a scheduled entry
     return schedule.nfe / steps
 
 
@@ -324,7 +325,7 @@ def _entries(denoisers: Mapping[str, nn.Module]) -> list[published.Published]:
     """Published step lists for denoisers of these classes."""
     classes = {type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()}
     found = [published.load(name) for name in published.names()]
-    return [entry for entry in found if entry.has_mask and entry.transformer in classes]
+    return [entry for entry in found if entry.is_scheduled and entry.transformer in classes]
 
 
 def picks() -> list[Pick]:

@@ -1,4 +1,4 @@
-"""The front doors: enable, disable, cached, run, summary, inspect."""
+"""The front doors: enable, disable, cached, run, tune, summary, inspect."""
 
 import contextlib
 import math
@@ -13,13 +13,13 @@ from torch import nn
 from . import resolve
 from .chunks import Stream
 from .context import Corrector, Forecaster, Needs, NoiseLevels, Policy
-from .engine import CacheRun, Method, Session
+from .engine import CacheRun, Method, Session, session_of
 from .engine.patches import ACTIVE
-from .engine.session import session_of
 from .engine.structure import forked_rng
 from .errors import ConfigError
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
 from .models import find_denoisers
+from .plain import check_count
 from .plan import Plan
 from .planning.kept import Tuned
 from .planning.target import Target, Tuner
@@ -101,12 +101,15 @@ def enable(
         target_reuse, speedup: of a named policy that decides by a threshold (teacache, first_block, …), with no
             profile: have it found, see `tune`. It is searched when the pipeline is first called, and once more for
             calls of other steps, sizes or guidance.
-        ignore: fields in which the profile may differ from the pipeline ("scheduler", "weights", …).
+        ignore: fields in which the profile may differ from the pipeline. Differences in "model", "config", "layout",
+            "weights", "lora", "scheduler" and "scheduler_config" refuse it, others are warned of.
         guard: the signal ("input_turn" or "input_l1") that a plan carries a band of, to watch each sample by: where it
             is more than guard_factor (default 10) times its spread above its mean, a step is computed that was to be
             reused, in place of the next one that was to be computed; with strict, beside it. The host waits for the
             signal at each step, as with adaptive policies.
-        scope: "denoiser", "stack", "block", "branch" or "cut"; None picks cut for UNets and stack for transformers.
+        scope: "denoiser", "stack", "block", "branch" or "cut". None picks cut for UNets (block where their levels are
+            no modules), stack for transformers, and denoiser for models with neither, or where policy or forecaster
+            serves denoiser and not these.
         depth: for cuts, how many down and up blocks stay outside the cut; None for 1.
         granularity: with an adaptive policy or a guard, "sample" decides for every sample of a batch apart and computes
             only those that ask for it, so that an image does not depend on its neighbours (falling back, told once,
@@ -204,7 +207,7 @@ def _attached(pipe: Any, method: Method, group: "ProcessGroup | None", tuner: Tu
 
 def disable(pipe: Any) -> None:
     """Take the cache off: the pipeline, its modules and their classes are as they were. No-op if there is none."""
-    session = _session(pipe)
+    session = session_of(pipe)
     if session is not None:
         session.detach_pipeline(pipe)
 
@@ -270,7 +273,7 @@ def tune(
 @contextlib.contextmanager
 def cached(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
     """`enable` for the length of a with block; gives the pipeline. What was enabled before comes back."""
-    before = _session(pipe)
+    before = session_of(pipe)
     enable(pipe, *args, **kwargs)
     try:
         yield pipe
@@ -346,8 +349,8 @@ def run(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"run takes a bare denoiser, not {type(model).__name__}; for pipelines use enable")
-    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1):
-        raise ConfigError(f"num_steps must be a whole number of at least 1, not {num_steps!r}")
+    if num_steps is not None:
+        check_count("num_steps", num_steps)
     levels = _noise_levels(noise_levels)
     if noise_levels is not None and num_steps is not None and len(levels) != num_steps:
         raise ConfigError(f"{len(levels)} noise_levels for {num_steps} steps: give one for each")
@@ -404,7 +407,7 @@ def summary(pipe: Any) -> Summary | LanguageSummary:
     Raises:
         ConfigError: if the cache is not enabled, or nothing was generated since.
     """
-    session = _session(pipe)
+    session = session_of(pipe)
     if session is None:
         raise ConfigError("the cache is not enabled on this pipeline: call diffusion_cache.enable first")
     if session.last_run is None:
@@ -437,7 +440,7 @@ def inspect(
     """
     method = resolve.method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
-    before = _session(pipe)
+    before = session_of(pipe)
     sizes: dict[tuple[str, str], int] = {}
     if inputs is not None:
         generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
@@ -487,7 +490,3 @@ def _by_name(inputs: Any) -> Mapping[str, Any]:
 def _generators(inputs: Mapping[str, Any]) -> list[torch.Generator]:
     values = [value for given in inputs.values() for value in (given if isinstance(given, list) else [given])]
     return [value for value in values if isinstance(value, torch.Generator)]
-
-
-def _session(pipe: Any) -> Session | None:
-    return session_of(pipe)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .history import History, Lane
+from .plain import check_count
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class Stream:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.capacity is not None and (not _is_count(self.capacity) or self.capacity < 1):
-            raise ConfigError(f"stream: capacity must be a whole number of at least 1, or None, not {self.capacity!r}")
-        if not _is_count(self.sinks) or self.sinks < 0:
-            raise ConfigError(f"stream: sinks must be a whole number of at least 0, not {self.sinks!r}")
+        if self.capacity is not None:
+            check_count("stream: capacity", self.capacity)
+        check_count("stream: sinks", self.sinks, 0)
 
     def check(self, numbers: Sequence[int]) -> None:
         """Raises ConfigError if a call's chunks and the sinks are more than the capacity."""
@@ -46,10 +46,6 @@ class Stream:
                 f"stream: a call's {len(numbers)} chunks and {self.sinks} sinks need a capacity of {needed}, and it is "
                 f"{self.capacity}"
             )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Unit(NamedTuple):

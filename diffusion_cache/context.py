@@ -161,7 +161,18 @@ class PassState:
             self.accumulated = accumulated
 
 
-class Policy(ABC):
+class _Named(ABC):
+    """A kind of method."""
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__  # until it is registered under another
+
+
+class Policy(_Named):
     """When to compute. A frozen dataclass of primitives; state lives in PassState.
 
     A planned policy decides from the step alone. An adaptive one names the signals it needs, turns them into one
@@ -169,15 +180,9 @@ class Policy(ABC):
     all rows back at once.
     """
 
-    name: ClassVar[str]
     scopes: ClassVar[frozenset[str]]
     tuned: ClassVar[str | None] = None  # the field, a number ≥ 0, that more is reused by the larger it is
     for_one_sampler: ClassVar[bool] = False  # whether it was planned for one, so that another in its place is told
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__  # until it is registered under another
 
     @property
     def needs(self) -> Needs:
@@ -203,6 +208,10 @@ class Policy(ABC):
     def for_run(self, noise_levels: Sequence[float]) -> "Policy":
         """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
+
+    def departure(self, total: int | None) -> str:
+        """What to warn of in a run of `total` steps (None: not known) that this policy is not made for, "" if it is."""
+        return ""
 
     def choose(
         self, condition: Condition | None, agree: Callable[[Tensor], Tensor] | None
@@ -252,15 +261,22 @@ class NoiseLevels(list[float]):
 
     form: what the sampler takes the denoiser's output for, and so in which variable it integrates that: "flow" (a
     velocity, in σ where x = (1 − σ)·x0 + σ·noise), "epsilon" (noise, in σ/α), "v_prediction" (in the angle
-    arctan(σ/α)), or "other".
+    arctan(σ/α)), or "other". after: the level that the last step leads to.
     """
 
-    def __init__(self, levels: Iterable[float] = (), form: Form = "other"):
+    def __init__(self, levels: Iterable[float] = (), form: Form = "other", after: float = math.inf):
         super().__init__(levels)
         self.form = form
+        self.after = after
+
+    def until(self, total: int | None) -> "NoiseLevels":
+        """Those of a run that ends after `total` steps: a pipeline may make the first ones of what is listed alone."""
+        if total is None or total >= len(self):
+            return self
+        return NoiseLevels(self[:total], self.form, self[total])
 
     def times(self, method: str, forms: Sequence[Form] = TIMED) -> tuple[float, ...]:
-        """The variable that the sampler integrates in, at each step and after the last one, where it is 0.
+        """The variable that the sampler integrates in, at each step and after the last one, where it ends at 0.
 
         Raises:
             ConfigError: naming the method that asks, where the sampler tells no noise levels, is of none of the forms,
@@ -271,7 +287,7 @@ class NoiseLevels(list[float]):
                 f"{method} goes by the noise levels of the steps of a sampler of form {' or '.join(forms)}, which this "
                 "run does not tell: use it on a pipeline with such a sampler, or take forecaster='taylor'"
             )
-        times = (*(_time(level, self.form) for level in self), 0.0)
+        times = tuple(_time(level, self.form) for level in (*self, self.after))
         if not math.isfinite(times[0]) or any(late >= early for early, late in pairwise(times)):
             raise ConfigError(
                 f"{method} needs noise levels that are finite and fall from step to step, which this sampler's do not "
@@ -349,7 +365,7 @@ class Correction(NamedTuple):
     bias: tuple[float, ...]
 
 
-class Forecaster(ABC):
+class Forecaster(_Named):
     """What to reuse: a linear combination of stored features. A frozen dataclass of primitives.
 
     history: features kept. exact_degree: polynomials in the step index up to this degree are forecast exactly on
@@ -362,18 +378,12 @@ class Forecaster(ABC):
     the output continues (a history takes as many bytes more), to be weighed by `input_weights`.
     """
 
-    name: ClassVar[str]
     scopes: ClassVar[frozenset[str]] = frozenset(SCOPES)
     static: ClassVar[bool] = True
     scale_free: ClassVar[bool] = False
     timed: ClassVar[tuple[Form, ...]] = ()
     keeps_inputs: ClassVar[bool] = False
     feature: Feature
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__  # until it is registered under another
 
     def __post_init__(self) -> None:
         if self.feature not in get_args(Feature):
@@ -441,7 +451,7 @@ class NonLinear(Forecaster):
         """
 
 
-class Corrector(ABC):
+class Corrector(_Named):
     """How a forecast is mended, linearly, so that one weighted sum serves. A frozen dataclass of primitives.
 
     needs_signals: names of `SIGNALS`, known before the call, that it compares; it is given them as `Query.signals`.
@@ -449,15 +459,9 @@ class Corrector(ABC):
     whose forecasts it mends, None for any.
     """
 
-    name: ClassVar[str]
     forecasters: ClassVar[frozenset[str] | None] = None
     needs_signals: ClassVar[tuple[str, ...]] = ()
     history: ClassVar[int] = 1
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__  # until it is registered under another
 
     @property
     def static(self) -> bool:

@@ -243,12 +243,12 @@ def _forecast_tensor(
     if weights.shape[-1] != len(features):
         raise ValueError(f"each feature needs a weight, and {weights.shape[-1]} are another number of them")
     dtype = features[0].dtype
-    wide = torch.float32 if dtype in LOW_PRECISION else dtype
-    weights = weights.to(wide)
+    dtype = torch.float32 if dtype in LOW_PRECISION else dtype
+    weights = weights.to(dtype)
     shape = (-1, *[1] * (features[0].ndim - 1)) if weights.ndim == 2 else ()
-    total = torch.zeros_like(features[0], dtype=wide) if base is None else base.to(wide)
+    total = torch.zeros_like(features[0], dtype=dtype) if base is None else base.to(dtype)
     for j, feature in enumerate(features):
-        total = torch.addcmul(total, weights[..., j].reshape(shape), feature.to(wide))
+        total = torch.addcmul(total, weights[..., j].reshape(shape), feature.to(dtype))
     return _corrected(total, correction)
 
 
@@ -258,9 +258,9 @@ def _corrected(output: Tensor, correction: Tensor | None) -> Tensor:
     rows, _, count = correction.shape
     between = (1,) * (output.ndim - 2)
     shape = (rows, *between, count) if output.ndim <= 3 else (rows, count, *between)
-    wide = output.float() if output.dtype in LOW_PRECISION else output
-    scale, bias = (part.reshape(shape).to(wide.dtype) for part in correction.unbind(1))
-    return torch.addcmul(bias, scale, wide)
+    output = wide(output)
+    scale, bias = (part.reshape(shape).to(output.dtype) for part in correction.unbind(1))
+    return torch.addcmul(bias, scale, output)
 
 
 def _gated(
@@ -271,11 +271,11 @@ def _gated(
     weights: Tensor,
     correction: Tensor | None,
 ) -> Tensor:
-    wide = torch.promote_types(base.dtype, torch.float32)
+    dtype = torch.promote_types(base.dtype, torch.float32)
     if not scales:
-        features = [feature.to(wide) for feature in features]
-    branch = _forecast(None, features, scales, weights, correction, wide)
-    return torch.addcmul(base.to(wide), gate.to(wide), branch).to(base.dtype).contiguous()
+        features = [feature.to(dtype) for feature in features]
+    branch = _forecast(None, features, scales, weights, correction, dtype)
+    return torch.addcmul(base.to(dtype), gate.to(dtype), branch).to(base.dtype).contiguous()
 
 
 def _store(codes: Tensor, scales: Tensor, out: Tensor, base: Tensor | None) -> None:

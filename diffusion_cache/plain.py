@@ -1,5 +1,7 @@
 """Plain values: made to be stored as JSON, and read back with checks that name the place."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -29,6 +31,17 @@ def plain_json(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain_json(value.tolist())
     return type(value).__name__
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """So many hex digits that a value of JSON determines, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ConfigError, naming the option, unless its value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def numbers(wanted: str, given: Any, holds: Callable[[Any], bool] = math.isfinite, least: int = 1) -> tuple[float, ...]:

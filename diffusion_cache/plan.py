@@ -297,6 +297,12 @@ class Plan:
         told = self.facts.get(HELD_OUT_PROMPTS)
         return told if isinstance(told, int) else None
 
+    def stating(self, quality: Quality, prompts: int | None) -> "Plan":
+        """The plan with what was measured now. prompts: how many different texts it is of; None for classes."""
+        facts = {name: fact for name, fact in self.facts.items() if name != HELD_OUT_PROMPTS}
+        told = {} if prompts is None else {HELD_OUT_PROMPTS: prompts}
+        return replace(self, quality=quality, facts={**facts, **told})
+
     def computed(self) -> Tensor:
         """The schedule as a bool tensor [T, P, S]."""
         return torch.tensor(self.schedule.compute, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Published figures of other people's caches, as data: polynomials, ratios, step lists and settings for real models.
 
 They ship in `profiles/published/<method>.json`, one object per file: name → entry, where the name is
-`<method>/<model and what the figures depend on>`, with the step count where they depend on it. A file of one's own
-has the same form. What an entry's figures mean is checked when it is loaded, by method.
+`<method>/<model and what the figures depend on>`, with the step count where they depend on it. What an entry's figures
+mean is checked when it is loaded, by method.
 """
 
 import difflib
@@ -11,17 +11,14 @@ import math
 import re
 import reprlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from itertools import chain, pairwise, zip_longest
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
-from .schedule import accumulated_ratios
 
 ALL = "all"  # the one stream or part of an entry that does not tell several apart
 STREAMS = ("cond", "uncond", "ref")  # guidance passes: with the prompt, without it, with the reference image alone
@@ -74,66 +71,30 @@ class Published:
         return self.name.split("/")[0].replace("-", "_")
 
     @property
-    def has_mask(self) -> bool:
-        """Whether policy "mask" can use it: `mask` gives an answer."""
+    def is_scheduled(self) -> bool:
+        """Whether its computed steps are known before a run, and a policy takes them."""
         return self.method == "magcache" or (self.method in _LISTS and self._is_whole(self.masks()))
 
-    def ratios(self, steps: int | None = None) -> dict[str, tuple[float, ...]]:
+    def ratios(self) -> dict[str, tuple[float, ...]]:
         """MagCache's γ_s = mean over tokens of ‖R_s‖/‖R_{s−1}‖, R the residual of the block stack; γ_0 = 1.
-
-        steps: of the run; None for the published number. Another number takes the nearest published value at the same
-        fraction of the run, first and last kept, with halves rounded to even: what the MagCache authors do. (A run of
-        more steps should have ratios nearer to 1; they are not corrected for it.)
 
         Returns:
             One tuple of `steps` values for each guidance stream: "cond", "uncond", "ref", or "all".
 
         Raises:
-            ConfigError: if the entry holds no ratios, or for a number of steps below 1.
+            ConfigError: if the entry holds no ratios.
         """
-        streams = self._streams()
-        nearest = self._nearest(steps)
-        return {stream: tuple(values[index] for index in nearest) for stream, values in streams.items()}
+        if self.method != "magcache":
+            raise ConfigError(f"{self.name} holds no magnitude ratios; those are published for magcache")
+        # steps before a tail are always computed, so that their ratios are never used
+        head = (1.0,) * self._stated("first_step_of_tail", 0)
+        found = {stream: [self._stated(key, None) for key in keys] for stream, keys in _STREAM_KEYS.items()}
+        return {stream: (*head, *next(filter(None, values))) for stream, values in found.items() if any(values)}
 
-    def magcache_schedule(
-        self,
-        steps: int | None = None,
-        threshold: float | None = None,
-        max_skip: int | None = None,
-        retention: float | None = None,
-    ) -> dict[str, str]:
-        """The steps MagCache computes (Ma et al. 2025, arXiv 2506.09045): they follow from the ratios alone.
-
-        Since the last computed step, ρ is the product of the ratios and E = Σ|1 − ρ|; a step is reused while
-        E ≤ threshold and no more than `max_skip` steps are reused in a row. The first int(retention·steps + ½) steps
-        are computed (some of the sources round down), of each expert where the model has two. The further rules of an
-        entry's source hold as well: steps that are always computed, a largest deviation of a single ratio from 1.
-
-        Args:
-            steps: of the run, at least 1. None for the published number.
-            threshold, max_skip, retention: None for the entry's defaults.
-
-        Returns:
-            For each guidance stream one "1" (compute) or "0" (reuse) a step, streams as in `ratios`.
-
-        Raises:
-            ConfigError: if the entry holds no ratios, or for an option out of range.
-        """
-        ratios = self.ratios(steps)
-        limit = self._option("threshold", threshold, "default_threshold")
-        most = self._option("max_skip", max_skip, "default_K")
-        kept = self._kept(self._nearest(steps), self._option("retention", retention, "default_retention_ratio"))
-        deviation = self._stated("max_single_step_deviation", math.inf)
-        return {
-            stream: _joined(accumulated_ratios(values, kept, limit, most, deviation))
-            for stream, values in ratios.items()
-        }
-
-    def masks(self, steps: int | None = None) -> dict[str, str]:
+    def masks(self) -> dict[str, str]:
         """The published step list: one "1" (compute) or "0" (reuse) a step, for each part of the model.
 
-        steps: of the run. A list published for that number is taken; otherwise the entry's own, as it is: policy
-        "mask" rescales it. The parts are "all", or as in the figures: layer types, layers.
+        The parts are "all", or as in the figures: layer types, layers.
 
         Raises:
             ConfigError: if the entry is no step list.
@@ -145,26 +106,21 @@ class Published:
         if "masks" in figures:
             return {part: _joined(mask) for part, mask in figures["masks"].items()}
         if "mask" in figures:
-            return {ALL: _joined(self._stated("masks_by_steps", {}).get(str(steps), figures["mask"]))}
+            return {ALL: _joined(figures["mask"])}
         if "refresh_steps" in figures:
             computed = {*range(figures["full_steps"]), *figures["refresh_steps"]}
         else:
             computed = {step - figures["step_base"] for step in figures["computed_steps"]}
         return {ALL: _joined([step in computed for step in range(total)])}
 
-    def mask(self, steps: int | None = None) -> str:
+    def mask(self) -> str:
         """One mask for the whole denoiser and all guidance passes, for policy "mask".
 
-        steps: of the run. MagCache's schedule is made for it, with the entry's defaults, and computes a step that any
-        guidance stream asks for; published lists are as in `masks`.
-
         Raises:
-            ConfigError: if the entry is neither, or its lists cover different parts of a block or differ between them.
+            ConfigError: if the entry is no step list, or its lists cover different parts of a block or differ between
+                them.
         """
-        if self.method == "magcache":
-            streams = self.magcache_schedule(steps).values()
-            return _joined(["1" in step for step in zip(*streams, strict=True)])
-        masks = self.masks(steps)
+        masks = self.masks()
         if not self._is_whole(masks):
             raise ConfigError(
                 f"{self.name} has no single mask for the whole model, but one for each of {len(masks)} parts "
@@ -188,18 +144,16 @@ class Published:
         return Driven("mask", options, forecaster, "block" if self.blocks else None)
 
     def _by_ratios(self) -> Driven:
-        figures, steps = self.figures, self.steps
-        assert steps is not None  # validated
+        figures = self.figures
         retention, listed = figures["default_retention_ratio"], 0.0
         if figures.get("expert_switch_step"):  # the policy retains the start of a run, and not of each expert's part
             retention, listed = listed, retention
-        always = self._kept(range(steps), listed)
         options = {
             "ratios": tuple(self.ratios().values()),
             "threshold": figures["default_threshold"],
             "max_skip": figures["default_K"],
             "retention": retention,
-            "always": tuple(sorted(always)),
+            "always": tuple(sorted(self._kept(listed))),
             "max_deviation": self._stated("max_single_step_deviation", math.inf),
         }
         return Driven("magcache", options, "reuse", "stack")
@@ -233,48 +187,22 @@ class Published:
     def _is_whole(self, masks: Mapping[str, str]) -> bool:
         return set(masks) in PARTS and len(set(masks.values())) == 1
 
-    def _streams(self) -> dict[str, tuple[float, ...]]:
-        """The published ratios by guidance stream, from step 0."""
-        if self.method != "magcache":
-            raise ConfigError(f"{self.name} holds no magnitude ratios; those are published for magcache")
-        # steps before a tail are always computed, so that their ratios are never used
-        head = (1.0,) * self._stated("first_step_of_tail", 0)
-        found = {stream: [self._stated(key, None) for key in keys] for stream, keys in _STREAM_KEYS.items()}
-        return {stream: (*head, *next(filter(None, values))) for stream, values in found.items() if any(values)}
-
     def _stated(self, key: str, default: Any) -> Any:
         """An optional figure; null is one that the source does not tell."""
         value = self.figures.get(key)
         return default if value is None else value
 
-    def _option(self, option: str, given: Any, key: str) -> Any:
-        value = self.figures[key] if given is None else given
-        _check(f"magcache_schedule: {option}", value, _FIGURES["magcache"][key])
-        return value
-
-    def _nearest(self, steps: int | None, published: int | None = None) -> list[int]:
-        """For each step of the run, the published one at the nearest fraction of the run."""
-        published = published or self.steps
-        assert published is not None  # validated
-        total = published if steps is None else steps
-        _check("steps", total, _whole(1))
-        if total == 1:
-            return [published - 1]
-        scale = (published - 1) / (total - 1)
-        return [round(step * scale) for step in range(total)]
-
-    def _kept(self, nearest: Sequence[int], retention: float) -> set[int]:
-        """Steps of the run that are computed whatever the ratios say."""
-        total = len(nearest)
-        switch = sum(index < self._stated("expert_switch_step", self.steps) for index in nearest)
-        kept = {0}
+    def _kept(self, retention: float) -> set[int]:
+        """Steps that are computed whatever the ratios say. retention: share of each expert's steps, at their start."""
+        total = self.steps
+        assert total is not None  # validated
+        switch = self._stated("expert_switch_step", total)
+        kept = set(range(max(self._stated("first_step_of_tail", 0), self._stated("first_reusable_step", 0))))
         for expert in (range(switch), range(switch, total)):
             # an expert's first step is computed in any case: it is a denoiser of its own, with nothing to reuse yet
             kept.update(expert[: max(int(retention * len(expert) + 0.5), 1)])
-        first = max(self._stated("first_step_of_tail", 0), self._stated("first_reusable_step", 0))
-        kept.update(step for step, index in enumerate(nearest) if index < first)
         forced = self._stated("forced_indices_28_grid", ())
-        kept.update(step for step, index in enumerate(self._nearest(total, published=28)) if index in forced)
+        kept.update(step for step in range(total) if round(step * 27 / max(total - 1, 1)) in forced)
         return kept
 
 
@@ -284,33 +212,22 @@ _DRIVEN = {
 }
 
 
-def names(path: Path | str | None = None) -> list[str]:
-    """Names of the entries that ship with the package, or of those in a file of one's own, sorted.
-
-    Raises:
-        ConfigError: if that file cannot be read.
-    """
-    if path is not None:
-        return sorted(_read(Path(path)))
+def names() -> list[str]:
+    """Names of all entries, sorted."""
     return sorted(name for file in _shipped().values() for name in _read(file))
 
 
-def load(name: str, path: Path | str | None = None) -> Published:
+def load(name: str) -> Published:
     """The published figures of that name, "magcache/flux-dev-28" or "published/magcache/flux-dev-28".
 
-    path: a file of one's own; None for those that ship with the package.
-
     Raises:
-        ConfigError: for an unknown name (with the nearest ones), a file that cannot be read, a broken entry.
+        ConfigError: for an unknown name (with the nearest ones).
     """
     short = name.removeprefix("published/")
-    if path is None:
-        file = _shipped().get(short.split("/")[0])
-        entries = {} if file is None else _read(file)
-    else:
-        entries = _read(Path(path))
+    file = _shipped().get(short.split("/")[0])
+    entries = {} if file is None else _read(file)
     if short not in entries:
-        close = difflib.get_close_matches(short, names(path), n=3, cutoff=0.5)
+        close = difflib.get_close_matches(short, names(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "published.names() lists them."
         raise ConfigError(f"Unknown published entry {name!r}. {hint}")
     return _entry(short, entries[short])
@@ -322,27 +239,13 @@ def _shipped() -> dict[str, Any]:
     return {file.name.removesuffix(".json"): file for file in folder.iterdir() if file.name.endswith(".json")}
 
 
-def _read(file: Any) -> dict[str, Any]:
+def _read(file: Any) -> dict[str, dict[str, Any]]:
     """The entries of a file, not yet checked."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        counted = Counter(key for key, _ in items)
-        if len(counted) < len(items):
-            raise ValueError(f"{counted.most_common(1)[0][0]!r} is there twice")
-        return dict(items)
-
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read published figures from {file}: {error}") from error
-    if not isinstance(entries, dict):
-        raise ConfigError(f"{file}: expected an object of entries by name, not {type(entries).__name__}")
+    entries: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return entries
 
 
-def _entry(name: str, given: Any) -> Published:
-    if not isinstance(given, dict):
-        raise ConfigError(f"{name}: an entry is an object of fields, not {given!r}")
+def _entry(name: str, given: Mapping[str, Any]) -> Published:
     known = [field.name for field in fields(Published) if field.name != "name"]
     _same_keys(name, given, known, known)
     return Published(name, **given)
@@ -596,7 +499,7 @@ def _contradictions(entry: Published) -> Iterator[str]:
 
 
 def _ratio_problems(entry: Published, steps: int) -> Iterator[str]:
-    streams, figures = entry._streams(), entry.figures
+    streams, figures = entry.ratios(), entry.figures
     kinds = {key.split("_")[0] for keys in _STREAM_KEYS.values() for key in keys if figures.get(key) is not None}
     if set(streams) not in ({ALL}, {"cond", "uncond"}, set(STREAMS)) or len(kinds) > 1:
         yield "needs mag_ratios, or mag_ratios_cond with mag_ratios_uncond, or tail_ratios of both"

@@ -24,6 +24,7 @@ from .language import LanguageCache
 from .language import Planned as PlannedText
 from .models import find_denoisers, unwrap
 from .ops import CODES
+from .plain import check_count
 from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
 from .policies import Drift, Guarded, Guards, Planned
@@ -216,8 +217,8 @@ def _check(scope: str | None, depth: int | None, how: Mapping[str, Any]) -> None
         if name in HOW and chosen not in HOW[name]:
             raise ConfigError(f"Unknown {name} {chosen!r}. {suggest(str(chosen), HOW[name])}")
     for name, count in {"depth": depth, "max_cache_bytes": how.get("max_cache_bytes")}.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ConfigError(f"{name} must be a whole number of at least 1, not {count!r}")
+        if count is not None:
+            check_count(name, count)
     graphs, stream = how.get("cuda_graphs", False), how.get("stream")
     if not isinstance(graphs, bool):
         raise ConfigError(f"cuda_graphs must be True or False, not {graphs!r}")

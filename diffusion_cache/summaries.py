@@ -18,7 +18,7 @@ class Summary:
     spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
     none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
     the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once. total:
-    steps of the run, if known. warnings: of this run; Python shows each text once a process, unless told otherwise.
+    steps of the run, if known. warnings: all that this run gave reason for; Python shows each text once a process.
     """
 
     method: str

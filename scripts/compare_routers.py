@@ -29,6 +29,7 @@ from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
 from diffusion_cache.evaluation.reproduction.publish import markdown, merged
 from diffusion_cache.evaluation.reproduction.routers import checked
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
+from diffusion_cache.files import written
 from diffusion_cache.measure import psnr
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.build import Planner, Search
@@ -36,11 +37,11 @@ from diffusion_cache.planning.select import see, with_selector
 from diffusion_cache.planning.static import static_plan
 from diffusion_cache.policies.select import Select
 from diffusion_cache.profile import Profile
-from diffusion_cache.profiling.generation import attached, teach
+from diffusion_cache.profiling.generation import attached, plan_method, teach
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.registry import routers
 from diffusion_cache.routers.router import budget_of, random_logits, ranked, starts
-from diffusion_cache.routers.training import Settings, last_error, plan_method, train
+from diffusion_cache.routers.training import Settings, last_error, train
 from diffusion_cache.schedule import spaced
 from diffusion_cache.systems import Selection
 
@@ -226,9 +227,8 @@ def make_row(out: Path, setting: Setting, method: str) -> None:
             figures = bench.figures([plan])
     row = {**setting._asdict(), "method": method, "compute_asked": setting.compute, **figures, **cost}
     path = row_path(out, setting, method)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row) + "\n")
-    partial.replace(path)  # a row that is there is finished
+    with written(path) as draft:  # a row that is there is finished
+        draft.write_text(json.dumps(row) + "\n")
     console.print(f"{setting}, {method}: error {figures['error']:.4f} at {figures['compute']:.3f} of the FLOPs")
 
 

@@ -24,6 +24,7 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.environment import cpu_name, versions
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
+from diffusion_cache.files import written
 from diffusion_cache.plan import Plan, Quality
 from diffusion_cache.planning import guarantee, surrogate
 from diffusion_cache.planning.build import Planner, Search
@@ -58,9 +59,8 @@ def main() -> None:
             progress("repetition", number, options.repetitions)
             path = options.out / f"{number}.json"
             if not path.is_file():
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(repetition(number), indent=2))
-                partial.replace(path)
+                with written(path) as draft:
+                    draft.write_text(json.dumps(repetition(number), indent=2))
     paths = [options.out / f"{number}.json" for number in range(options.repetitions)]
     if not all(path.is_file() for path in paths):
         return

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffusion_cache.files import written
 from diffusion_cache.reference import data, models
 
 LOSS_WINDOW = 50
@@ -155,8 +156,8 @@ def train(
                     "hardware": hardware,
                     "torch": versions,
                 }
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                with written(checkpoint) as draft:
+                    torch.save(state, draft)
         seconds += time.perf_counter() - began
     facts = {
         "steps": cfg.reference.steps,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,9 @@ class Listed(str, Enum):
     published = "published"
 
 
+# of commands whose arguments Hydra reads
+_HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
 # options of several commands
 _Model = Annotated[
     str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
@@ -93,9 +97,7 @@ def _demo(
     run_demo(names, out, settings, Console())
 
 
-@app.command(
-    "evaluate", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
+@app.command("evaluate", context_settings=_HYDRA)
 def _evaluate(context: typer.Context) -> None:
     """Measure quality and speed of methods and rivals: a Hydra command line (-m sweeps, --cfg job, --help)."""
     from .evaluate import evaluate
@@ -103,9 +105,7 @@ def _evaluate(context: typer.Context) -> None:
     evaluate(context.args)
 
 
-@app.command(
-    "profile", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
+@app.command("profile", context_settings=_HYDRA)
 def _profile(context: typer.Context) -> None:
     """Measure what plans are made from, once for a model and sampler: a Hydra command line (--cfg job, --help)."""
     from .profile import profile
@@ -113,9 +113,7 @@ def _profile(context: typer.Context) -> None:
     profile(context.args)
 
 
-@app.command(
-    "fit-signal", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
+@app.command("fit-signal", context_settings=_HYDRA)
 def _fit_signal(context: typer.Context) -> None:
     """Fit the polynomial that TeaCache decides by to a model and sampler: a Hydra command line (--cfg job, --help)."""
     from .fit_signal import fit_signal
@@ -123,9 +121,7 @@ def _fit_signal(context: typer.Context) -> None:
     fit_signal(context.args)
 
 
-@app.command(
-    "train-router", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-)
+@app.command("train-router", context_settings=_HYDRA)
 def _train_router(context: typer.Context) -> None:
     """Learn a schedule by gradient descent, and store it as a plan: a Hydra command line (--cfg job, --help)."""
     from .train_router import train_router
@@ -142,7 +138,9 @@ def _plan(
     ] = None,
     nfe: Annotated[str | None, typer.Option(help="Plans of at most so many denoiser evaluations: 25,17.")] = None,
     min_psnr: Annotated[float | None, typer.Option(help="Plans down to the cheapest with that PSNR, in dB.")] = None,
-    runs: Annotated[int, typer.Option(help="Cached generations that the search for a plan may take.")] = 60,
+    runs: Annotated[
+        int, typer.Option(help="Cached generations of the fitting samples that the search for a plan may take.")
+    ] = 60,
     fitting: Annotated[int, typer.Option(help="Samples to fit on, generated in one call.")] = 32,
     tuning: Annotated[int, typer.Option(help="Samples to choose strengths on, generated in one call.")] = 16,
     held_out: _HeldOut = 64,
@@ -278,10 +276,13 @@ def _list(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None
 
 
 def _methods(registry: "Registry[Any]") -> Table:
-    """The methods of a registry with their options."""
-    table = Table(registry.kind, "options", "what it does")
-    for name in registry.names():
-        table.add_row(name, escape(_options(registry, name)), escape(_about(registry.get(name))))
+    """The methods of a registry with their options, and their papers where they name them."""
+    methods = {name: registry.get(name) for name in registry.names()}
+    papers = any(hasattr(method, "paper") for method in methods.values())
+    table = Table(registry.kind, *["paper"] * papers, "options", "what it does")
+    for name, method in methods.items():
+        told = [getattr(method, "paper", "")] * papers
+        table.add_row(name, *map(escape, [*told, _options(registry, name), _about(method)]))
     return table
 
 
@@ -354,13 +355,24 @@ def _profiles() -> Table:
 
 
 def _published() -> Table:
-    """Ready-made figures of real models, for enable(pipe, profile=…)."""
+    """Published figures of real models: those that are ready-made methods, and how many are figures alone."""
     from .. import published
 
     table = Table("profile", "model", "denoiser", "source")
+    figures: Counter[str] = Counter()
     for name in published.names():
         entry = published.load(name)
+        try:
+            entry.driven()
+        except ConfigError:
+            figures[entry.method] += 1
+            continue
         table.add_row(f"published/{name}", escape(entry.model), entry.transformer or "", escape(entry.source))
+    others = ", ".join(f"{method} ({count})" for method, count in figures.items())
+    table.caption = (
+        "The above for enable(pipe, profile=…). Of these there are figures only, which no policy takes as they are "
+        f"(diffusion_cache.published.load): {others}."
+    )
     return table
 
 

@@ -1,7 +1,7 @@
 """`diffusion-cache evaluate`: Hydra's command line over evaluation jobs."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,6 @@ def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
         name: "???" if default is dataclasses.MISSING else list(default) if isinstance(default, tuple) else default
         for name, default in options.items()
     }
-
-
-def check(arguments: Sequence[str]) -> None:
-    """Compose the configuration for every value that is given, before anything runs.
-
-    Raises:
-        ConfigError: for a group, option or key that does not exist, with the nearest that does.
-    """
-    hydra_app.check("evaluate", arguments, GROUPS)
 
 
 def run_configured(cfg: DictConfig) -> None:

@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ..errors import ConfigError
+from ..plain import check_count
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
-from .profile import FOLDER, check_number, file_name, fitting_samples
+from .profile import FOLDER, file_name, fitting_samples
 
 if TYPE_CHECKING:
     from ..profiling.fit_signal import Change
@@ -33,9 +34,9 @@ def run_configured(cfg: DictConfig) -> None:
     quieten_libraries()
     config = resolved(cfg)
     for name in ("num_samples", "held_out", "batch", "threads"):
-        check_number(name, config[name])
+        check_count(name, config[name])
     if config["steps"] is not None:
-        check_number("steps", config["steps"])
+        check_count("steps", config["steps"])
     torch.set_num_threads(config["threads"])
     what = subject(config["model"], config["sampler"])
     steps = config["steps"] or what.steps

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from ..errors import ConfigError
+from ..plain import check_count
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 
@@ -25,15 +26,6 @@ GROUPS = ("launcher",)
 FOLDER = Path("profiles-local")
 
 
-def check(arguments: Sequence[str]) -> None:
-    """Compose the configuration for every value that is given, before anything runs.
-
-    Raises:
-        ConfigError: for a group, option or key that does not exist, with the nearest that does.
-    """
-    hydra_app.check("profile", arguments, GROUPS)
-
-
 def run_configured(cfg: DictConfig) -> None:
     """One job of a sweep."""
     import torch
@@ -46,9 +38,9 @@ def run_configured(cfg: DictConfig) -> None:
     config = resolved(cfg)
     options = options_of(config)
     for name in ("num_samples", "threads"):
-        check_number(name, config[name])
+        check_count(name, config[name])
     if config["steps"] is not None:
-        check_number("steps", config["steps"])
+        check_count("steps", config["steps"])
     torch.set_num_threads(config["threads"])
     team = Team()
     what = subject(config["model"], config["sampler"])
@@ -164,11 +156,6 @@ def foreground_of(given: Any) -> "Tensor | Literal['motion'] | None":
         return torch.from_numpy(np.load(given, allow_pickle=False))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"foreground: {given} cannot be read: {error}") from error
-
-
-def check_number(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def file_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """`diffusion-cache select`: plans for kinds of prompts, and scores that choose among them by the prompt."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -62,6 +62,7 @@ def make_selector(
     tuned = _drawn(_each(prompts, settings.tuning), TUNED, taken)
     held_out = _drawn([others[i % len(others)] for i in range(settings.held_out)], HELD_OUT, taken)
     seeds = [sample.seed for sample in held_out]
+    texts = None if source.classes else len({sample.prompt for sample in held_out})
     made, alone = without_selector(profile).with_plans(()), []
     with announcing(console, "select") as progress:
         fitted = _taught(source, fitting, settings.fitting, progress)
@@ -73,7 +74,7 @@ def make_selector(
                 alone.append(start.name)
                 continue
             reported = _measured(seen.plans, apart, progress)
-            plans = sorted([*made.plans, *_stated(reported, seeds)], key=lambda plan: -plan.nfe)
+            plans = sorted([*made.plans, *_stated(reported, seeds, texts)], key=lambda plan: -plan.nfe)
             made = with_selector(made.with_plans(plans), seen, reported, seeds)
             made.save(out)
             progress(told_choice(Selector.of(made).choices[-1]), 0, 0)
@@ -136,9 +137,9 @@ def _measured(plans: Sequence[Plan], teachers: Sequence[Teacher], progress: Prog
     return see(teachers, plans)
 
 
-def _stated(seen: Seen, seeds: Sequence[int]) -> list[Plan]:
-    """The plans with their quality on held-out samples."""
+def _stated(seen: Seen, seeds: Sequence[int], texts: int | None) -> list[Plan]:
+    """The plans with their quality on held-out samples, of so many different texts, None for classes."""
     return [
-        replace(plan, quality=Quality.of("psnr", values, seeds))
+        plan.stating(Quality.of("psnr", values, seeds), texts)
         for plan, values in zip(seen.plans, seen.values.T.tolist(), strict=True)
     ]

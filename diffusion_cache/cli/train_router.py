@@ -13,6 +13,7 @@ from rich.console import Console
 
 from .. import registry
 from ..errors import ConfigError
+from ..plain import check_count
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 
@@ -41,15 +42,6 @@ def register_routers() -> None:
     for name in registry.routers.names():
         node = OmegaConf.create({"name": name, **registry.routers.options(name)})
         store.store(group="router", name=name, node=node)
-
-
-def check(arguments: Sequence[str]) -> None:
-    """Compose the configuration for every value that is given, before anything runs.
-
-    Raises:
-        ConfigError: for a group, option or key that does not exist, with the nearest that does.
-    """
-    hydra_app.check("train_router", arguments, GROUPS)
 
 
 def run_configured(cfg: DictConfig) -> None:
@@ -101,7 +93,7 @@ def run_configured(cfg: DictConfig) -> None:
         )
         if profile is not None:
             given = samples(range(HELD_OUT, HELD_OUT + config["held_out"]))
-            plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, progress)
+            plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, what.classes, progress)
     if profile is not None:
         profile.with_plan(plan).save(folder)
         picture = work / "curves.png"
@@ -116,15 +108,21 @@ def run_configured(cfg: DictConfig) -> None:
 
 
 def stated(
-    plan: "Plan", profile: "Profile", make_batch: "MakeBatch", given: "Sequence[Given]", progress: "Progress"
+    plan: "Plan",
+    profile: "Profile",
+    make_batch: "MakeBatch",
+    given: "Sequence[Given]",
+    classes: bool,
+    progress: "Progress",
 ) -> "Plan":
-    """The plan with its quality and speed on samples that nothing was learned from."""
+    """The plan with its quality and speed on samples that nothing was learned from; classes: not of texts."""
     from ..planning.build import Planner
     from ..profiling.generation import teach
 
     teachers = [teach(make_batch(given[first : first + TOGETHER])) for first in range(0, len(given), TOGETHER)]
     seeds = [seed for _, seed in given]
-    return Planner(profile, teachers[0], teachers[0], teachers, seeds, progress=progress).measured(plan)
+    texts = None if classes else len({prompt for prompt, _ in given})
+    return Planner(profile, teachers[0], teachers[0], teachers, seeds, progress=progress, prompts=texts).measured(plan)
 
 
 def recipe_of(config: Mapping[str, Any]) -> "Recipe":
@@ -174,9 +172,7 @@ def _run_name(recipe: "Recipe", settings: Any) -> str:
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
     for name in ("threads", "steps", "held_out"):
-        value = config[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_count(name, config[name])
     compute = config["compute"]
     if compute is not None and (isinstance(compute, bool) or not isinstance(compute, (int, float))):
         raise ConfigError(f"compute must be a number or null, not {compute!r}")

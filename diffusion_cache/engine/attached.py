@@ -92,7 +92,7 @@ def _tell_copy(pipe: Any) -> None:
             f"this {type(pipe).__name__} is a copy of the pipeline that a cache is enabled on, and runs without it: "
             "enable one on the copy too",
             DiffusionCacheWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -233,7 +233,7 @@ class CacheRun:
                 self.spans.release()
                 self.decisions.clear()
             if self.method.stream is None:  # whose chunks have each their own
-                self._levels = self._noise_levels(clock.first_timestep)
+                self._levels = self._noise_levels(clock.first_timestep).until(clock.total)
             method = self.method.for_call(kwargs, self.session.agree)
             levels = self._own_levels(method.guarded)
             self.forecaster = forecaster = method.forecaster.for_run(levels)
@@ -242,6 +242,8 @@ class CacheRun:
             self.history = replace(method, forecaster=self.forecaster).history
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
             self.decisions.begin_loop(guarded, self.history)
+            if departure := guarded.policy.departure(clock.total):
+                self.session.tell(departure)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):
             self._groups, self._grouped_batch = row_groups(args, kwargs), batch
@@ -379,8 +381,8 @@ class CacheRun:
             return self._levels
         if self._levels and len(self._levels) != len(own):
             raise ConfigError(
-                f"the plan moves the noise levels of all {len(own)} steps, and this run makes only the last "
-                f"{len(self._levels)} (image to image): use a plan without sigmas"
+                f"the plan moves the noise levels of all {len(own)} steps, and this run makes only {len(self._levels)} "
+                "of them (image to image, or an end before the last step): use a plan without sigmas"
             )
         return own
 
@@ -443,7 +445,6 @@ class CacheRun:
             self.whole.sizes |= self.sizes
             self.whole._part_bytes = max(self.whole._part_bytes, self.cache_bytes)
             self.whole._part_resident = max(self.whole._part_resident, self.resident_bytes)
-            self.whole.messages |= self.messages
         try:
             self.spans.release()
         finally:

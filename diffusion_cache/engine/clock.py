@@ -196,9 +196,10 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> NoiseLevels:
     begin = begin_index(scheduler, timestep)
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
-        values = torch.as_tensor(sigmas).double().cpu()[begin : len(timesteps)].tolist()
+        listed = torch.as_tensor(sigmas).double().cpu()[: len(timesteps)].tolist()
+        values = listed[begin:]
         # flow schedulers take sigmas of the other form as well, of pipelines that scale their samples themselves
-        if is_flow(scheduler) and max(values, default=0.0) <= LARGEST_FLOW:
+        if is_flow(scheduler) and max(listed, default=0.0) <= LARGEST_FLOW:
             if getattr(scheduler, "config", {}).get("invert_sigmas"):  # they say how much data there is
                 values = [1 - sigma for sigma in values]
             return NoiseLevels((2 * (_log(1 - sigma) - _log(sigma)) for sigma in values), "flow")

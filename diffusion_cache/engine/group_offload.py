@@ -13,10 +13,11 @@ REGISTRY, HOOK = "_diffusers_hook", "group_offloading"  # diffusers' names
 
 
 class Groups:
-    """The groups whose first block was skipped in the call that is running, with that block."""
+    """The groups of the call that is running whose first block was skipped, with that block, or only begun."""
 
     def __init__(self) -> None:
         self._led: list[tuple[Any, nn.Module]] = []
+        self._begun: list[Any] = []
 
     def __enter__(self) -> None:
         pass
@@ -25,16 +26,29 @@ class Groups:
         while self._led:
             group, leader = self._led.pop()
             group.onload_leader = leader
+        self._begun.clear()
+
+    def begin(self, module: nn.Module) -> None:
+        """A block was run, but not to its end: its group is loaded, if it is the first."""
+        group = _group(module)
+        if group is not None and group.onload_leader is module:
+            self._begun.append(group)
 
     def skip(self, module: nn.Module) -> None:
-        """A block is not run in this call."""
-        registry = vars(module).get(REGISTRY)
-        hook = None if registry is None else registry.get_hook(HOOK)
-        if hook is None or len(hook.group.modules) < 2 or module not in hook.group.modules:
+        """A block is not run, or not to its end, in this call."""
+        group = _group(module)
+        begun = group in self._begun
+        if group is None or (len(group.modules) < 2 and not begun):
             return
-        group = hook.group
-        if group.onload_leader is module:
+        if group.onload_leader is module and not begun:
             self._led.append((group, module))
             group.onload_leader = None  # taken by the first block that runs
         if group.offload_leader is module and group.onload_leader is not None:
             group.offload_()
+
+
+def _group(module: nn.Module) -> Any | None:
+    """The group that a block is moved with."""
+    registry = vars(module).get(REGISTRY)
+    hook = None if registry is None else registry.get_hook(HOOK)
+    return hook.group if hook is not None and module in hook.group.modules else None

@@ -103,25 +103,25 @@ def is_compiled(module: nn.Module) -> bool:
     """
     current = vars(module).get(ATTRIBUTE)
     inner = current.previous if isinstance(current, Interceptor) else current
-    return inner is not None or unwrap(module) is not module or _uncompiled_forward(module) is not None
+    return inner is not None or unwrap(module) is not module or _uncompiled(vars(module).get("forward")) is not None
 
 
 def run_uncompiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the module itself without what compiles it, or intercepts it."""
     module = unwrap(module)
-    forward = _uncompiled_forward(module)
+    compiled: Any = vars(module).get("forward")
+    forward = _uncompiled(compiled)
     if forward is None:
         return module._call_impl(*args, **kwargs)
-    compiled, module.forward = module.forward, forward
+    module.forward = forward
     try:
         return module._call_impl(*args, **kwargs)
     finally:
         module.forward = compiled
 
 
-def _uncompiled_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """What is compiled as the module's `forward`, None where that is not compiled itself."""
-    forward = vars(module).get("forward")
+def _uncompiled(forward: Any) -> Callable[..., Any] | None:
+    """What was compiled to be a module's `forward`, None where that is not compiled itself."""
     if not isinstance(forward, FunctionType) or getattr(forward, "_torchdynamo_disable", False):
         return None
     if getattr(forward, "_torchdynamo_wrapper_id", id(forward)) != id(forward):

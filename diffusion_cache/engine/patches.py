@@ -64,25 +64,33 @@ def release(cls: type, attribute: str) -> None:
 
 
 @contextmanager
-def wrapped_step(scheduler: Any, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """`scheduler.step` is make(step) inside the block, and its class's for every other instance as before.
-
-    On its class, for pipelines look at the signature of an instance's own; blocks of this kind must nest.
-    """
-    cls = type(scheduler)
-    own = vars(cls).get("step")
-    original = cls.step
-    inner = make(original)
-
-    @functools.wraps(original)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (inner if self is scheduler else original)(self, *args, **kwargs)
-
-    cls.step = step
+def patched(cls: type, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """A method of a class is make(method) inside the block; blocks of one method must nest."""
+    own, original = vars(cls).get(name), getattr(cls, name)
+    setattr(cls, name, functools.wraps(original)(make(original)))
     try:
         yield
     finally:
         if own is not None:
-            cls.step = own
+            setattr(cls, name, own)
         else:
-            del cls.step
+            delattr(cls, name)
+
+
+@contextmanager
+def wrapped_step(scheduler: Any, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """`scheduler.step` is make(step) inside the block, and its class's for every other instance as before.
+
+    On its class, for pipelines look at the signature of an instance's own.
+    """
+
+    def for_this(original: Callable) -> Callable:
+        inner = make(original)
+
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return (inner if self is scheduler else original)(self, *args, **kwargs)
+
+        return step
+
+    with patched(type(scheduler), "step", for_this):
+        yield

@@ -36,7 +36,7 @@ from ..models import (
 )
 from ..policies import Guarded
 from ..registry import unknown_name
-from .attached import SESSION, Attached, bracket, session_of
+from .attached import SESSION, Attached, bracket
 from .cache_run import CacheRun
 from .clock import StepClock, loop_total, noise_levels
 from .compiled import CompiledSpans
@@ -48,7 +48,7 @@ from .ranks import Agree, agreement, checked_group
 from .signals import PROBE_SIGNALS, TAIL_SIGNALS, attention_call
 from .structure import LEARNED, Newest, Template
 
-__all__ = ["MARK", "SESSION", "Method", "Session", "session_of"]
+__all__ = ["MARK", "SESSION", "Method", "Session"]
 
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
 
@@ -318,6 +318,7 @@ class Session(Attached):
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
         self._weights: dict[str, Weights] = {}  # likewise, by denoiser
         self._told: set[str] = set()  # warnings
+        self._noted: dict[str, None] = {}  # those that the latest run gave reason for, told then or before
 
     # attaching
 
@@ -462,6 +463,7 @@ class Session(Attached):
 
     def generate(self, pipe: Any, call: Mapping[str, Any], method: Method, observer: Observer | None) -> CacheRun:
         """A generation by another method, which shares this one's layout; the session goes on as if it had not been."""
+        self._noted = {}
         self._refresh(pipe)
         run = self._begin(pipe, (), dict(call), method, observer)
         token = ACTIVE.set(run)
@@ -475,6 +477,7 @@ class Session(Attached):
     def begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         method = self.method if self.tuner is None else self.tuner(self, pipe, args, kwargs)
+        self._noted = {}
         self._refresh(pipe)
         self._check_sampler(pipe)
         self._check_weights()
@@ -507,6 +510,7 @@ class Session(Attached):
         self.agree = agreement(self.denoisers.values(), self.group)
         levels = functools.partial(noise_levels, scheduler)
         run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
+        run.messages = self._noted  # a part's are those of the whole
         scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs) or guider_scales(pipe)
         run.guidance = next(iter(scales), None)
         run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
@@ -517,7 +521,10 @@ class Session(Attached):
 
     def begin_model(self, num_steps: int | None, levels: NoiseLevels) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        return CacheRun(self, self.method, self.observer, StepClock(lambda timestep: num_steps), lambda _: levels)
+        self._noted = {}
+        run = CacheRun(self, self.method, self.observer, StepClock(lambda timestep: num_steps), lambda _: levels)
+        run.messages = self._noted
+        return run
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run
@@ -538,7 +545,7 @@ class Session(Attached):
             return
         found = [str(one) for one in self._sampler.differences(Fingerprint.of(pipe, {})) if one.strict]
         if found:
-            self._tell(
+            self.tell(
                 "the sampler is not the one that a plan was enabled for, and its stated quality does not hold: "
                 f"{'; '.join(found)}. Enable a plan made for this sampler"
             )
@@ -552,7 +559,7 @@ class Session(Attached):
             found = Weights.of(denoiser)
             if found != known:
                 what = "LoRA adapters are" if found.denoiser() is known.denoiser() else "weights are"
-                self._tell(
+                self.tell(
                     f"the {what} not those of {name} that a plan was enabled for, and its stated quality does not "
                     "hold: enable a plan of a profile made with them"
                 )
@@ -561,7 +568,7 @@ class Session(Attached):
         """Tell once where a call's guidance is not the one that its plan was made at, by either scale."""
         planned = method.guidance
         if planned is not None and scales and planned not in scales:
-            self._tell(
+            self.tell(
                 f"the plan was made at guidance {planned:g}, and this call is at {max(scales):g}: "
                 f"{MEANINGS['guidance']}, and the plan's stated quality does not hold. Make a profile at this guidance"
             )
@@ -570,23 +577,31 @@ class Session(Attached):
         """Tell once where latents are not of the size that their plan was made at. sample: [rows, …]."""
         planned, found = method.sample_shape, tuple(sample.shape[1:])
         if planned is not None and found != planned and method.stream is None:
-            self._tell(
+            self.tell(
                 f"the plan was made for latents of {list(planned)}, and this call's are of {list(found)}: "
                 f"{MEANINGS['sample_shape']}, and the plan's stated quality does not hold. Make a profile at this size"
             )
 
-    def _tell(self, message: str) -> None:
-        """Once while enabled."""
+    def tell(self, message: str) -> None:
+        """Once while enabled, and in the summary of every run that it holds of."""
+        self._noted[message] = None
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, DiffusionCacheWarning, stacklevel=5)
+            warnings.warn(message, DiffusionCacheWarning, stacklevel=6)
+
+    def _tell_uncached(self, where: str, error: DiffusionCacheError) -> None:
+        message = f"running without the cache{where}, which cannot be attached any more: {error}"
+        self._noted[message] = None
+        warnings.warn(message, DiffusionCacheWarning, stacklevel=6)
 
     def _refresh(self, pipe: Any) -> None:
         """Follow denoisers that were swapped, and take calls back that `module.compile()` took since."""
         try:
             current = find_denoisers(pipe)
         except DiffusionCacheError as error:
-            _warn_uncached("", error)
+            for name in [*self._handlers]:
+                self._unbind(name)
+            self._tell_uncached("", error)
             return
         for name in [*self._handlers]:
             if current.get(name) is not self.denoisers[name] or _other_cache(self.denoisers[name]):
@@ -595,7 +610,7 @@ class Session(Attached):
             try:
                 self._follow(name, denoiser)
             except DiffusionCacheError as error:
-                _warn_uncached(f" in {name}", error)
+                self._tell_uncached(f" in {name}", error)
 
     def _follow(self, name: str, denoiser: nn.Module) -> None:
         """Attach to a denoiser that is new or was compiled since.
@@ -612,15 +627,8 @@ class Session(Attached):
         intercepted = all(is_intercepted(module, self) for module, _ in self._handlers[name])
         if not intercepted or self.method.is_traced(denoiser, layout.scope) != (name in self.compiled):
             self._unbind(name)  # compiled since
+            self.method.layout(denoiser)  # raises where the method is not for what is compiled
             self._bind(name, denoiser, layout)
-
-
-def _warn_uncached(where: str, error: DiffusionCacheError) -> None:
-    warnings.warn(
-        f"running without the cache{where}, which cannot be attached any more: {error}",
-        DiffusionCacheWarning,
-        stacklevel=5,
-    )
 
 
 def _other_cache(denoiser: nn.Module) -> str:

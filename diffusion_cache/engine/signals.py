@@ -117,6 +117,7 @@ def _modulated_input(entry: Entry) -> Tensor:
         return reached.received
     finally:
         frame.peeking = False
+        entry.run.spans.groups.begin(block)
     raise ConfigError(
         f"policy {entry.run.decisions.guarded.policy.name!r} looks at what the first attention of a block receives, "
         f"and none is reached in the first block of {entry.span.name}: use policy 'first_block', which looks at what "

@@ -64,6 +64,11 @@ def unflatten(leaves: list[Any], shape: Shape) -> Any:
     return tuple(leaves) if shape.kind == "tuple" else pytree.tree_unflatten(leaves, shape.spec)
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The model output in what a denoiser call gives."""
+    return next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
+
+
 def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
     """The tensors among a call's arguments, by position or name; those inside lists and dicts as "name.0"."""
     found: Inputs = {}

@@ -315,7 +315,10 @@ class Rival(Contender):
         return peer(self.peer).apply(subject.pipe, peer(self.peer).never(self.options), steps)
 
     def why_not(self, subject: Subject) -> str | None:
-        return peer(self.peer).why_not(subject.pipe)
+        reason, lacking = peer(self.peer).why_not(subject.pipe), peer(self.peer).lacks(self.options)
+        if reason is None and lacking is not None:
+            return f"no {lacking} for {subject.name}/{subject.sampler}: give them as method.settings.{lacking}"
+        return reason
 
 
 def expand(node: Mapping[str, Any], model: str, sampler: str = "") -> list[dict[str, Any]]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import read_tensors
+from ..plain import check_count
 from . import distribution, metrics
 from .contenders import contender
-from .runner import Job, Progress, Ranks, Worker
+from .runner import Job, Maker, Progress, Ranks, Worker
 from .runs import RATIOS, extremes
-from .store import Store, read_tensors
+from .store import Store
 
 ANY_STEPS = 100  # to look at settings with, before the model and so its number of steps is known
 RESTART = "The same command goes on from there"
@@ -96,16 +98,14 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         "prompts.first_seed": (config["prompts"]["first_seed"], 0, False),
     }
     for name, (value, least, optional) in given.items():
-        if value is None and optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if not (value is None and optional):
+            check_count(name, value, least)
     names = config["metrics"]["names"]
     if not isinstance(names, list):
         raise ConfigError(f"metrics.names must be a list of metrics, not {names!r}")
 
 
-def _worker(job: Job, store: Store, progress: Progress) -> Any:
+def _worker(job: Job, store: Store, progress: Progress) -> Maker:
     if job.config["model"]["kind"] == "random":
         from .speed import SpeedWorker
 

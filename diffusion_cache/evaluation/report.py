@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..advice import GOOD_NOTE, TOLERANCE, Pick, call_text, loss
 from ..errors import ConfigError
+from ..files import written
 from .choices import picks, picks_text
 from .runs import (
     EQUALS,
@@ -111,10 +112,8 @@ def write_report(folder: Path, out: Path | None = None) -> ReportPaths:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write at once: an interrupted call leaves the file as it was."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    draft.replace(path)
+    with written(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
 
 
 # choosing

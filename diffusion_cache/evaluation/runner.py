@@ -7,6 +7,7 @@ import re
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -22,18 +23,22 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
+from ..files import read_tensors, write_tensors
 from ..measure import PairedTiming, elapsed, paired
+from ..profiling.generation import device_name
 from . import distribution, environment, metrics
 from .accounting import Accountant, Observed
 from .contenders import Contender, Uncached, contender, expand
 from .prompts import Sample, samples
-from .store import Store, environment_facts, read_tensors, write_tensors
-from .subjects import Output, Subject, device_name, subject
+from .store import Store, environment_facts
+from .subjects import Output, Subject, subject
 
 Progress = Callable[[str, int, int], None]  # what runs, done, of how many
 SAME_OUTPUT = 1e-3  # root-mean-square difference, of images in [0, 1]
 # torch raises bare RuntimeErrors of these
 MACHINE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|NCCL|out of memory|can't allocate memory", re.IGNORECASE)
+# but for those that say what a method asks of them
+UNSERVED = re.compile(r"_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM)|invalid (configuration )?argument", re.IGNORECASE)
 FEW_STEPS = 4  # enough to see whether a pipeline is as it was
 KEYS = ("model", "sampler", "prompts", "metrics", "timing", "batch", "steps", "threads")
 
@@ -63,7 +68,7 @@ class Job:
         nodes = expand(self.config["method"], self.config["model"]["name"], self._sampler)
         corrector = self.config.get("corrector") or {}
         if not corrector.get("name"):
-            return nodes  # as they were before there were correctors: their runs are kept by what nodes hold
+            return nodes  # which runs are kept by: a node without a corrector names none
         return [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
 
     @property
@@ -114,7 +119,8 @@ def is_of_the_machine(error: Exception) -> bool:
     """Whether a failure says nothing of the method that ran: no memory, no disk, a device that is lost."""
     if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(MACHINE.search(str(error)))
+    told = str(error)
+    return isinstance(error, RuntimeError) and bool(MACHINE.search(told)) and not UNSERVED.search(told)
 
 
 class Generated(NamedTuple):
@@ -140,13 +146,78 @@ class Spent:
         return self._since - before
 
 
-class Worker:
-    """A job at work in this process: one pipeline, its uncached outputs, and what every contender makes of it."""
+class Setting(NamedTuple):
+    """What contenders run on: the model's name, sampler and device."""
+
+    name: str
+    sampler: str
+    device: str
+
+
+class Maker(ABC):
+    """A job at work in this process, which makes a part of each run."""
 
     def __init__(self, job: Job, store: Store, progress: Progress):
         self.spent = Spent()
         torch.set_num_threads(job.config["threads"])
         self.job, self.store, self.progress = job, store, progress
+        self.steps: int
+
+    @property
+    @abstractmethod
+    def setting(self) -> Setting: ...
+
+    @abstractmethod
+    def why_not(self, node: Mapping[str, Any]) -> str | None:
+        """Why a contender cannot run here at all, if so."""
+
+    @abstractmethod
+    def made(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
+        """What is stored of a contender's run as tensors. facts: are added to, with "problem" for what is wrong."""
+
+    def make(self, node: Mapping[str, Any]) -> None:
+        """One run's part: generate, compare, time, and leave the part in the run's partial folder."""
+        config = self.job.run_config(node)
+        path = self.store.part(config, self.job.ranks.index, self.job.ranks.count)
+        if read_tensors(path) is not None:
+            return
+        what = contender(node, self.job.config["forecaster"], self.steps)
+        label = " ".join([what.method, *(f"{key}={value}" for key, value in what.settings.items())])
+        facts: dict[str, Any] = {
+            "steps": what.steps(self.steps),
+            "sampler": self.setting.sampler,
+            "kind": what.kind,
+            "method": what.method,
+            "settings": dict(what.settings),
+            "scope": what.scope,
+            "problem": None,
+            "rows": [],
+            "device": device_name(self.setting.device),
+            "environment": environment_facts(),
+        }
+        tensors: dict[str, Tensor] = {}
+        try:
+            tensors = self.made(what, label, facts)
+        except DiffusionCacheError as error:
+            if what.kind != "rival":
+                raise
+            facts["problem"] = f"cannot run: {error}"
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise  # to be tried again
+            # one setting that fails must not take the others with it, and must not go unseen
+            facts["problem"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if facts["problem"]:
+            warnings.warn(f"{self.setting.name}, {label}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2)
+        facts["cpu_seconds"] = self.spent()
+        write_tensors(path, tensors or {"none": torch.zeros(0)}, facts)
+
+
+class Worker(Maker):
+    """A job at work in this process: one pipeline, its uncached outputs, and what every contender makes of it."""
+
+    def __init__(self, job: Job, store: Store, progress: Progress):
+        super().__init__(job, store, progress)
         self.subject: Subject = subject(job.config["model"], job.config["sampler"])
         self.subject.profiles = store.profiles(job.subject_key)
         self.steps = job.config["steps"] or self.subject.steps
@@ -167,7 +238,6 @@ class Worker:
         self._faults: dict[Hashable, str | None] = {}
 
     def why_not(self, node: Mapping[str, Any]) -> str | None:
-        """Why a contender cannot run on this subject at all, if so."""
         what = contender(node, self.job.config["forecaster"], self.steps)
         reason = what.why_not(self.subject)
         return None if reason is None else f"{what.method} on {self.subject.name}: {reason}"
@@ -225,16 +295,30 @@ class Worker:
         return found if found is not None and len(found[0]) == len(observed.steps) else [None] * samples
 
     def _uncached(self) -> tuple[Output, Observed]:
-        """This share's uncached outputs, and the work of one of them."""
+        """This share's uncached outputs, and the work of one of them.
+
+        Raises:
+            ConfigError: for outputs that are not finite, or stored ones that are another pipeline's.
+        """
         path = self.store.reference(self.job.reference_key(self.steps))
         found = read_tensors(path)
         if found is not None and found[1]:
+            self._check_finite(found[0]["images"])
             self._check_reference(found[0]["images"], path)
             return Output(found[0]["images"], found[0]["latents"]), Observed.of_facts(found[1])
         made = self.generate(Uncached("baseline", "uncached"), "uncached outputs")
+        self._check_finite(made.output.images)
         plain = dataclasses.replace(made.works[0], reads=made.reads)
         write_tensors(path, made.output._asdict(), plain.facts)
         return made.output, plain
+
+    def _check_finite(self, images: Tensor) -> None:
+        wrong = int((~finite_samples(images)).sum())
+        if wrong:
+            raise ConfigError(
+                f"{self.subject.name} makes {wrong} of {len(images)} uncached outputs that hold values that are not "
+                "finite, which nothing can be compared with: take another dtype, sampler or size"
+            )
 
     def _check_reference(self, images: Tensor, path: Path) -> None:
         """That the stored uncached outputs are this pipeline's, by the first sample of all.
@@ -254,43 +338,13 @@ class Worker:
 
     # runs
 
-    def make(self, node: Mapping[str, Any]) -> None:
-        """One run's part: generate, compare, time, and leave the part in the run's partial folder."""
-        config = self.job.run_config(node)
-        path = self.store.part(config, self.job.ranks.index, self.job.ranks.count)
-        if read_tensors(path) is not None:
-            return
-        what = contender(node, self.job.config["forecaster"], self.steps)
-        label = " ".join([what.method, *(f"{key}={value}" for key, value in what.settings.items())])
-        facts: dict[str, Any] = {
-            "steps": what.steps(self.steps),
-            "sampler": self.subject.sampler,
-            "kind": what.kind,
-            "method": what.method,
-            "settings": dict(what.settings),
-            "scope": what.scope,
-            "problem": None,
-            "rows": [],
-            "device": device_name(self.subject.device),
-            "environment": environment_facts(),
-        }
-        images: dict[str, Tensor] = {}
-        try:
-            facts["problem"] = self.fault(what)
-            images = self._fill(what, label, facts)
-        except DiffusionCacheError as error:
-            if what.kind != "rival":
-                raise
-            facts["problem"] = f"cannot run: {error}"
-        except Exception as error:
-            if is_of_the_machine(error):
-                raise  # to be tried again
-            # one setting that fails must not take the others with it, and must not go unseen
-            facts["problem"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if facts["problem"]:
-            warnings.warn(f"{self.subject.name}, {label}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2)
-        facts["cpu_seconds"] = self.spent()
-        write_tensors(path, images or {"none": torch.zeros(0)}, facts)
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.subject.name, self.subject.sampler, self.subject.device)
+
+    def made(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
+        facts["problem"] = self.fault(what)
+        return self._fill(what, label, facts)
 
     def fault(self, what: Contender) -> str | None:
         """What is wrong with a contender even where it reuses nothing, or after it is taken off.
@@ -326,7 +380,7 @@ class Worker:
         if trace is not None:
             facts["problem"] = trace
             return {}
-        finite = torch.isfinite(output.images).flatten(1).all(1)
+        finite = finite_samples(output.images)
         if not finite.all():
             facts["problem"] = f"{int((~finite).sum())} of {len(finite)} outputs hold values that are not finite"
             return {}
@@ -431,6 +485,11 @@ class Worker:
     def timing_lock(self) -> AbstractContextManager[Any]:
         """The device for this process alone; processes that share a CPU have a core each, and compare its time."""
         return self.lock.read_lock() if self.subject.device == "cpu" else self.lock.write_lock()
+
+
+def finite_samples(images: Tensor) -> Tensor:
+    """Whether all values of each sample are finite, [n]."""
+    return torch.isfinite(images).flatten(1).all(1)
 
 
 def timing_facts(timing: PairedTiming) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Speed of full-size architectures with random weights, whose images would mean nothing: a bare denoiser in a loop."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -8,29 +7,27 @@ from typing import Any
 import torch
 
 from .. import api
-from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
+from ..errors import ConfigError
 from ..measure import elapsed, executed_flops, paired
 from .architectures import architecture
-from .contenders import Contender, FewerSteps, Ours, Uncached, contender
-from .runner import Job, Progress, Spent, device_lock, is_of_the_machine, timing_facts
-from .store import Store, environment_facts, read_tensors, write_tensors
-from .subjects import DTYPES, device_name, device_of
+from .contenders import Contender, FewerSteps, Ours, Uncached
+from .runner import Job, Maker, Progress, Setting, device_lock, timing_facts
+from .store import Store
+from .subjects import DTYPES, device_of
 
 
-class SpeedWorker:
+class SpeedWorker(Maker):
     """As `runner.Worker`, without outputs: the sampler is an Euler loop over the architecture's own inputs."""
 
     def __init__(self, job: Job, store: Store, progress: Progress):
-        self.spent = Spent()
-        torch.set_num_threads(job.config["threads"])
+        super().__init__(job, store, progress)
         model = job.config["model"]
         if job.ranks.count > 1:
             raise ConfigError("random weights are for timing, which one process does alone: leave accelerate out")
         if model["dtype"] not in DTYPES:
             raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, not {model['dtype']!r}")
-        self.job, self.store, self.progress = job, store, progress
         self.architecture = architecture(model["name"])
-        self.steps: int = job.config["steps"] or self.architecture.steps
+        self.steps = job.config["steps"] or self.architecture.steps
         self.options = {
             "device": device_of(model["device"]),
             "dtype": DTYPES[model["dtype"]],
@@ -61,40 +58,15 @@ class SpeedWorker:
             output = self.loop(steps, run.next_step)
             return output, run.summary()
 
-    def make(self, node: Mapping[str, Any]) -> None:
-        config = self.job.run_config(node)
-        path = self.store.part(config, self.job.ranks.index, self.job.ranks.count)
-        if read_tensors(path) is not None:
-            return
-        what = contender(node, self.job.config["forecaster"], self.steps)
-        self.progress(f"{what.method}: timing", 0, 1)
-        facts: dict[str, Any] = {
-            "steps": what.steps(self.steps),
-            "sampler": "Euler",
-            "kind": what.kind,
-            "method": what.method,
-            "settings": dict(what.settings),
-            "scope": what.scope,
-            "rows": [],
-            "problem": None,
-            "random_weights": True,
-            "device": device_name(self.options["device"]),
-            "environment": environment_facts(),
-        }
-        try:
-            facts |= self._measured(what)
-        except DiffusionCacheError:
-            raise
-        except Exception as error:
-            if is_of_the_machine(error):
-                raise
-            facts["problem"] = f"failed: {type(error).__name__}: {error}"
-        if facts["problem"]:
-            warnings.warn(
-                f"{self.architecture.name}, {what.method}: {facts['problem']}", DiffusionCacheWarning, stacklevel=2
-            )
-        facts["cpu_seconds"] = self.spent()
-        write_tensors(path, {"none": torch.zeros(0)}, facts)
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.architecture.name, "Euler", self.options["device"])
+
+    def made(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
+        self.progress(f"{label}: timing", 0, 1)
+        facts["random_weights"] = True
+        facts |= self._measured(what)
+        return {}
 
     def _measured(self, what: Contender) -> dict[str, Any]:
         plain = partial(self.loop, self.steps)

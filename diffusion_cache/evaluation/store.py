@@ -1,9 +1,7 @@
 """Where runs are kept: one folder per run, named by its configuration's hash, complete or not there at all."""
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +10,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
 from ..errors import ConfigError
+from ..files import write_tensors, written
+from ..plain import digest
 from . import environment
 
 SUMMARY, CONFIG, ROWS, IMAGES, ENVIRONMENT = (
@@ -36,10 +34,9 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         ConfigError: for a value that JSON cannot hold.
     """
     try:
-        text = json.dumps({**config, "version": __version__}, sort_keys=True)
+        return digest({**config, "version": __version__})
     except TypeError as error:
         raise ConfigError(f"the configuration holds a value that cannot be stored as JSON: {error}") from error
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def json_safe(value: Any) -> Any:
@@ -55,29 +52,8 @@ def json_safe(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write at once: a reader, or a process that takes over, sees all of it or the file that was there before."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(json_safe(value), indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-    """Write tensors, and facts as JSON beside them (with infinity and NaN as Python writes them), at once."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    metadata = None if facts is None else {"facts": json.dumps(facts)}
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, draft, metadata)
-    draft.replace(path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `write_tensors` wrote; None where there is nothing, or nothing that can be read."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-        return load_file(path), facts
-    except (OSError, SafetensorError, ValueError):
-        return None
+    with written(path) as draft:
+        draft.write_text(json.dumps(json_safe(value), indent=1) + "\n", encoding="utf-8")
 
 
 def environment_facts() -> dict[str, Any]:

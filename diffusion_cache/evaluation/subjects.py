@@ -192,11 +192,6 @@ def batches_of(subject: Subject, steps: int) -> MakeBatch:
     return make
 
 
-def device_name(device: str) -> str:
-    """cpu, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
 def device_of(name: str) -> str:
     """The device that a configuration names; auto is CUDA where there is one."""
     if name == "auto":

@@ -7,6 +7,9 @@ from functools import cached_property
 from itertools import product
 from typing import cast
 
+import torch
+from torch import Tensor
+
 from ..context import Correction, Feature, Forecaster, Query
 from ..fingerprint import same_levels, start_in
 from ..plan import Plan
@@ -71,6 +74,25 @@ class Fitted(Forecaster):
         feature = cast(Feature, plan.feature)
         whole = plan.sigmas is not None  # which a part of a run does not have
         return cls(table, plan.history, groups, plan.row_passes, feature, plan.noise_levels, plan.total, whole)
+
+    def as_tensors(self, steps: int, branches: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The table as a plan's nodes [T, S, K], weights [T, P, S, K] and correction [T, P, S, 2, C] or None."""
+        groups = max(self.groups, default=0) + 1
+        nodes = torch.full((steps, groups, self.history), -1, dtype=torch.int32)
+        weights = torch.full((steps, branches, groups, self.history), math.nan, dtype=torch.float64)
+        for (step, group, branch), fit in self.table.items():
+            place = self.history - len(fit.nodes)
+            nodes[step, group, place:] = torch.tensor(fit.nodes, dtype=torch.int32)
+            weights[step, branch, group] = 0.0
+            weights[step, branch, group, place:] = torch.tensor(fit.weights, dtype=torch.float64)
+        channels = self.corrected_channels
+        if not channels:
+            return nodes, weights, None
+        correction = torch.full((*weights.shape[:3], 2, channels), math.nan, dtype=torch.float64)
+        for (step, group, branch), fit in self.table.items():
+            if fit.correction:
+                correction[step, branch, group] = torch.tensor(fit.correction, dtype=torch.float64)
+        return nodes, weights, correction
 
     def for_run(self, noise_levels: Sequence[float]) -> "Fitted":
         if not noise_levels or not self.noise_levels or same_levels(self.noise_levels, noise_levels):

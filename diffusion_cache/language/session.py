@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.attached import Attached, bracket, session_of
+from ..engine import session_of
+from ..engine.attached import Attached, bracket
 from ..engine.intercept import intercept, is_intercepted, release
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from .base import LanguageCache

@@ -42,46 +42,45 @@ class Quality:
         return {key: None if math.isinf(value) else value for key, value in asdict(self).items()}
 
 
-def psnr(candidate: Tensor, reference: Tensor, data_range: float = 1.0, check_range: bool = True) -> Tensor:
+def psnr(candidate: Tensor, reference: Tensor, check_range: bool = True) -> Tensor:
     """Peak signal-to-noise ratio in dB of each sample, from its mean squared error over all pixels and frames.
 
     Args:
-        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w].
-        data_range: width of the interval that pixel values lie in.
-        check_range: whether values spread over more than that are an error; not for decoder outputs before clamping.
+        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w], values from 0 to 1.
+        check_range: whether values spread over more than 1 are an error; not for decoder outputs before clamping.
 
     Returns:
         float64 [n]; infinite where a sample equals its reference.
 
     Raises:
-        ConfigError: if the tensors are not such a pair, are not finite, or exceed the data range.
+        ConfigError: if the tensors are not such a pair, are not finite, or spread over more than 1.
     """
     from torchmetrics.functional.regression import mean_squared_error
 
-    candidate, reference = _images(candidate, reference, data_range, check_range)
+    candidate, reference = _images(candidate, reference, check_range)
     # torchmetrics' own PSNR takes its logarithms of constants in float32, which is up to 1e-6 dB off
     error = mean_squared_error(candidate.flatten(1).T, reference.flatten(1).T, num_outputs=len(reference))
-    return 10 * torch.log10(data_range**2 / error.reshape(-1))  # of one sample, the error is a scalar
+    return -10 * torch.log10(error.reshape(-1))  # of one sample, the error is a scalar
 
 
-def ssim(candidate: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
+def ssim(candidate: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each sample, averaged over the frames of a video.
 
     The Gaussian window has σ = 1.5 pixels (11 wide); for images with a side under 32 pixels, σ = 0.8 (7 wide).
 
     Args:
-        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w], sides of at least 7 pixels.
-        data_range: width of the interval that pixel values lie in.
+        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w], sides of at least 7 pixels,
+            values from 0 to 1.
 
     Returns:
         float64 [n], at most 1.
 
     Raises:
-        ConfigError: if the tensors are not such a pair, are not finite, or exceed the data range.
+        ConfigError: if the tensors are not such a pair, are not finite, or spread over more than 1.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    candidate, reference = _images(candidate, reference, data_range)
+    candidate, reference = _images(candidate, reference)
     side = min(reference.shape[-2:])
     if side < SSIM_MIN_SIDE:
         raise ConfigError(f"structural similarity needs sides of at least {SSIM_MIN_SIDE} pixels, got {side}")
@@ -91,7 +90,7 @@ def ssim(candidate: Tensor, reference: Tensor, data_range: float = 1.0) -> Tenso
     frames = max(1, _SSIM_CHUNK // reference[0].numel())
     scores = []
     for a, b in zip(candidate.split(frames), reference.split(frames), strict=True):
-        score = structural_similarity_index_measure(a, b, sigma=sigma, data_range=data_range, reduction="none")
+        score = structural_similarity_index_measure(a, b, sigma=sigma, data_range=1.0, reduction="none")
         scores.append(cast(Tensor, score).reshape(-1))
     return torch.cat(scores).reshape(n, -1).mean(1)
 
@@ -109,18 +108,17 @@ def latent_error(candidate: Tensor, reference: Tensor) -> Tensor:
     return (_mean_square(candidate - reference) / _mean_square(reference)).sqrt()
 
 
-def quality(candidate: Tensor, reference: Tensor, data_range: float = 1.0) -> Quality:
+def quality(candidate: Tensor, reference: Tensor) -> Quality:
     """PSNR and structural similarity of a batch, with the tail as well as the mean.
 
     Args:
-        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w].
-        data_range: width of the interval that pixel values lie in.
+        candidate, reference: floating point, [n, c, h, w] or [n, frames, c, h, w], values from 0 to 1.
 
     Raises:
         ConfigError: see `psnr` and `ssim`.
     """
-    decibels = psnr(candidate, reference, data_range)
-    similarity = ssim(candidate, reference, data_range)
+    decibels = psnr(candidate, reference)
+    similarity = ssim(candidate, reference)
     return Quality(
         n=len(decibels),
         identical=int(decibels.isinf().sum()),
@@ -156,14 +154,12 @@ def _pair(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return candidate.detach().to(reference.device, torch.float64), reference.detach().double()
 
 
-def _images(candidate: Tensor, reference: Tensor, data_range: float, check_range: bool = True) -> tuple[Tensor, Tensor]:
-    """As `_pair`, for [n, c, h, w] or [n, frames, c, h, w] within an interval of the width data_range."""
+def _images(candidate: Tensor, reference: Tensor, check_range: bool = True) -> tuple[Tensor, Tensor]:
+    """As `_pair`, for [n, c, h, w] or [n, frames, c, h, w] of values from 0 to 1."""
     candidate, reference = _pair(candidate, reference)
     if reference.ndim not in (4, 5):
         raise ConfigError(f"expected [n, c, h, w] or [n, frames, c, h, w], got {tuple(reference.shape)}")
-    if not data_range > 0:
-        raise ConfigError(f"data_range must be positive, got {data_range}")
     spread = float(max(candidate.max(), reference.max()) - min(candidate.min(), reference.min()))
-    if check_range and spread > data_range * (1 + 1e-4):
-        raise ConfigError(f"values spread over {spread:.4g}, more than data_range={data_range:g}: pass the true range")
+    if check_range and spread > 1 + 1e-4:
+        raise ConfigError(f"values spread over {spread:.4g}: scale them to lie from 0 to 1")
     return candidate, reference

@@ -48,13 +48,19 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
 def guiders(pipe: Any) -> list[Any]:
     """A modular pipeline's guiders, which name the batches of each step and combine what the denoiser gives of them."""
     needed = ("prepare_models", *GUIDER_INPUTS)
-    return [component for component in pipe.components.values() if all(hasattr(component, name) for name in needed)]
+    components = getattr(pipe, "components", {}).values()
+    return [component for component in components if all(hasattr(component, name) for name in needed)]
 
 
 def guider_scales(pipe: Any) -> tuple[float, ...]:
     """The scales of a modular pipeline's guiders that have one; its calls tell of none."""
-    scales = (getattr(guider, "guidance_scale", None) for guider in guiders(pipe))
-    return tuple(float(scale) for scale in scales if isinstance(scale, (int, float)))
+    return tuple(scale for _, scale in _scaled(pipe))
+
+
+def _scaled(pipe: Any) -> list[tuple[Any, float]]:
+    """Guiders that have a scale, each with it."""
+    scales = [(guider, getattr(guider, "guidance_scale", None)) for guider in guiders(pipe)]
+    return [(guider, float(scale)) for guider, scale in scales if isinstance(scale, (int, float))]
 
 
 def guidance_of(call: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, ...]:
@@ -80,11 +86,14 @@ def _scales(call: Callable, args: tuple, kwargs: Mapping[str, Any], names: Seque
 def guidance_weights(pipe: Any, args: tuple, kwargs: Mapping[str, Any], denoisers: Iterable[str]) -> dict[str, float]:
     """g of the guided output (1 − g)·u + g·c by each denoiser, as far as a pipeline's call tells.
 
-    By the scale of classifier-free guidance (`guidance_of`), and for a second denoiser by guidance_scale_2 (Wan2.2).
+    By the scale of classifier-free guidance (`guidance_of`, or a guider's), and for a second denoiser by
+    guidance_scale_2 (Wan2.2).
     """
     call = type(pipe).__call__
     more = 1.0 if any(BESIDE_THE_PROMPT.search(cls.__name__) for cls in type(pipe).__mro__) else 0.0
     scales = guidance_of(call, (pipe, *args), kwargs)
+    if not scales:  # a guider may give c + scale·(c − u) too
+        scales = tuple(scale + bool(getattr(one, "use_original_formulation", False)) for one, scale in _scaled(pipe))
     seconds = _scales(call, (pipe, *args), kwargs, ("guidance_scale_2",))
     by_denoiser = {name: seconds if name.endswith("_2") and seconds else scales for name in denoisers}
     return {name: found[0] + more for name, found in by_denoiser.items() if found}

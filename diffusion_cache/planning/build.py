@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import measure
@@ -17,18 +16,18 @@ from ..fingerprint import same_levels
 from ..forecasters.fitted import Fitted
 from ..measure import paired
 from ..plain import plain_json
-from ..plan import GUARD_SIGNALS, HELD_OUT_PROMPTS, Plan, Quality, Speed
+from ..plan import GUARD_SIGNALS, Plan, Quality, Speed
 from ..policies import Guarded, Planned
 from ..profile import Profile
 from ..profiling import trajectory
-from ..profiling.generation import Batch, Teacher, attached, dtype_of
+from ..profiling.generation import Batch, Teacher, attached, device_name, device_of, dtype_of, plan_method
 from ..profiling.polish import polish
 from ..profiling.replay import Replay
 from ..registry import unknown_name
 from ..schedule import Schedule, spaced
 from . import closed_loop, surrogate
 from .band import with_guard
-from .dynamic import Objective, Steps, best_schedule
+from .dynamic import NoScheduleError, Objective, Steps, best_schedule
 from .static import spared
 from .timesteps import kept_if_better
 
@@ -152,7 +151,7 @@ class Planner:
         facts = self._facts
         seeds = plan.quality is not None and plan.quality.seeds == tuple(self.seeds)
         found = {name: plan.facts.get(name) for name in facts}
-        if isinstance(found["search"], dict):  # options that there were none of yet are at their defaults
+        if isinstance(found["search"], dict):  # options that it does not name are at their defaults
             found["search"] = {**plain_json(vars(Search())), **found["search"]}
         return seeds and found == facts
 
@@ -236,7 +235,7 @@ class Planner:
     def _optimal(self, damage: Any, computed: int, objective: Objective = "sum") -> Steps | None:
         try:
             best = best_schedule(damage, range(computed, computed + 1), objective, last=self.search.last)
-        except ConfigError:  # none is possible
+        except NoScheduleError:
             return None
         return best[computed].computed
 
@@ -276,10 +275,10 @@ class Planner:
             self.progress(f"{label}, {scope}: {best:.2f} dB", done, of)
 
         last, seed = self.search.last, self.search.seed
-        found = closed_loop.refine(
+        tried = closed_loop.refine(
             run, starts, self._damage, runs, last=last, also=self.fitting.begun, seed=seed, progress=told
         )
-        return sorted(found.tried, key=lambda tried: -tried.score)
+        return sorted(tried, key=lambda one: -one.score)
 
     def _settings(self, scope: str | None) -> trajectory.Settings:
         depth = self.profile.depth if scope == self.profile.scope else None
@@ -356,7 +355,7 @@ class Planner:
 
     def _assembled(self, name: str, computed: Steps, result: trajectory.Result, settings: trajectory.Settings) -> Plan:
         bare = self._bare(computed, settings)
-        nodes, weights, correction = as_tensors(result.forecaster, self.steps, self.fitting.branches)
+        nodes, weights, correction = result.forecaster.as_tensors(self.steps, self.fitting.branches)
         facts = {
             **self._facts,
             "history": settings.history,
@@ -405,13 +404,13 @@ class Planner:
 
     def measured(self, plan: Plan) -> Plan:
         """The plan with its quality on the held-out samples, and its speed."""
-        told = {} if self.prompts is None else {HELD_OUT_PROMPTS: self.prompts}
-        return replace(plan, quality=self.quality(plan), speed=self._speed(plan), facts={**plan.facts, **told})
+        return replace(plan.stating(self.quality(plan), self.prompts), speed=self._speed(plan))
 
     def timed_here(self, plan: Plan) -> Plan:
         """The plan with its speed on this device in a batch of this size, measured where it states another's."""
         batch = self.held_out[-1].batch
-        if plan.speed is not None and (plan.speed.device, plan.speed.batch) == (_device(batch.pipe), batch.count):
+        here = device_name(device_of(batch.pipe)), batch.count
+        if plan.speed is not None and (plan.speed.device, plan.speed.batch) == here:
             return plan
         return replace(plan, speed=self._speed(plan))
 
@@ -427,7 +426,7 @@ class Planner:
 
     def _speed(self, plan: Plan) -> Speed:
         batch: Batch = self.held_out[-1].batch
-        method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
+        method = plan_method(plan)
         with ExitStack() as setting:
             timing = paired(
                 batch.call,
@@ -437,13 +436,7 @@ class Planner:
                 before_b=lambda: setting.enter_context(attached(batch.pipe, method)),
             )
         ratios = sorted(timing.wall_ratios)
-        return Speed(timing.wall_ratio, ratios[0], ratios[-1], _device(batch.pipe), batch.count)
-
-
-def _device(pipe: Any) -> str:
-    """What a pipeline runs on, GPUs by their name."""
-    device = str(getattr(pipe, "device", "cpu"))
-    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+        return Speed(timing.wall_ratio, ratios[0], ratios[-1], device_name(device_of(batch.pipe)), batch.count)
 
 
 def _method(policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Method:
@@ -453,23 +446,3 @@ def _method(policy: Planned, forecaster: Fitted, settings: trajectory.Settings) 
 def psnr(images: Tensor, reference: Tensor) -> list[float]:
     """Of each sample, [n], in dB: float images clamped to [0, 1] against their references; at most MAX_PSNR."""
     return measure.psnr(images.clamp(0, 1), reference.clamp(0, 1)).clamp(max=MAX_PSNR).tolist()
-
-
-def as_tensors(forecaster: Fitted, steps: int, branches: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A fitted table as a plan's nodes [T, S, K], weights [T, P, S, K] and correction [T, P, S, 2, C] or None."""
-    groups = max(forecaster.groups, default=0) + 1
-    nodes = torch.full((steps, groups, forecaster.history), -1, dtype=torch.int32)
-    weights = torch.full((steps, branches, groups, forecaster.history), math.nan, dtype=torch.float64)
-    for (step, group, branch), fit in forecaster.table.items():
-        place = forecaster.history - len(fit.nodes)
-        nodes[step, group, place:] = torch.tensor(fit.nodes, dtype=torch.int32)
-        weights[step, branch, group] = 0.0
-        weights[step, branch, group, place:] = torch.tensor(fit.weights, dtype=torch.float64)
-    channels = forecaster.corrected_channels
-    if not channels:
-        return nodes, weights, None
-    correction = torch.full((*weights.shape[:3], 2, channels), math.nan, dtype=torch.float64)
-    for (step, group, branch), fit in forecaster.table.items():
-        if fit.correction:
-            correction[step, branch, group] = torch.tensor(fit.correction, dtype=torch.float64)
-    return nodes, weights, correction

@@ -26,15 +26,6 @@ class Tried:
     score: float
 
 
-@dataclass(frozen=True)
-class Found:
-    """best: the highest score of all; tried: in order, each schedule once; start: the best of those given."""
-
-    best: Tried
-    start: Tried
-    tried: tuple[Tried, ...]
-
-
 def score(values: Sequence[float]) -> float:
     """Midway between the mean and the 5th percentile of a quality's values, both of which a plan is judged by.
 
@@ -51,19 +42,21 @@ def refine(
     damage: ArrayLike,
     runs: int,
     *,
-    warmup: int = 1,
     last: int = 0,
     also: Collection[int] = (),
     seed: int = 0,
     progress: Callable[[int, int, float], None] = lambda done, of, best: None,
-) -> Found:
-    """The best schedule found in at most `runs` runs, with as many computed steps as the starts have.
+) -> tuple[Tried, ...]:
+    """The schedules of a search for the best, at most `runs` (or one), with as many computed steps as the starts have.
 
     run: the score in dB of a schedule, run for real. starts: schedules to begin from, all with one number of computed
     steps. damage: [h + 1, i, t], [T, T, T], what a surrogate says of forecasts (see `dynamic.best_schedule`), finite
-    but at steps that stay computed: warmup and last ones at the ends, and those of `also`. Each start is run; then, in
-    turns, the schedule that is best by what has been learned, and the most promising of those that differ from the
-    best so far in one computed step, until all of these were run. The same seed gives the same search.
+    but at steps that stay computed: the first, the last ones, and those of `also`. Each start is run; then, in turns,
+    the schedule that is best by what has been learned, and the most promising of those that differ from the best so
+    far in one computed step, until all of these were run. The same seed gives the same search.
+
+    Returns:
+        What was run, each schedule once, in order.
 
     Raises:
         ConfigError: for no starts, starts of different sizes, or one that a guard forbids.
@@ -72,8 +65,7 @@ def refine(
     damage[..., list(also)] = np.inf
     learned = Learned(damage)
     steps = len(learned.damage)
-    warmup = max(warmup, 1)  # nothing to reuse at the first
-    fixed = frozenset(range(warmup)) | frozenset(range(steps - last, steps)) | frozenset(also)
+    fixed = frozenset({0, *range(steps - last, steps), *also})  # nothing to reuse at the first
     if not starts or len({len(start) for start in starts}) > 1:
         raise ConfigError("a search needs at least one schedule to start from, all with as many computed steps")
     for start in starts:
@@ -88,7 +80,6 @@ def refine(
         return tried[computed]
 
     best = max(dict.fromkeys(tuple(start) for start in starts[: max(runs, 1)]), key=ran)
-    begun = Tried(best, tried[best])
     chance = np.random.default_rng(seed)
     while len(tried) < runs:
         moves = [moved for moved in _moves(best, steps, fixed) if moved not in tried]
@@ -98,11 +89,11 @@ def refine(
         guess = learned.drawn(chance)
         chosen = moves[int(guess.errors(moves).argmin())]
         if len(tried) % 2:
-            optimum = guess.optimum(len(best), warmup, last)
+            optimum = guess.optimum(len(best), last)
             chosen = chosen if optimum in tried else optimum
         if ran(chosen) > tried[best]:
             best = chosen
-    return Found(Tried(best, tried[best]), begun, tuple(Tried(*item) for item in tried.items()))
+    return tuple(Tried(*item) for item in tried.items())
 
 
 def _moves(computed: Steps, steps: int, fixed: frozenset[int]) -> list[Steps]:

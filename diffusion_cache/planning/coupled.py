@@ -104,7 +104,7 @@ def couple(
     """Each span's schedule, for a budget that they share.
 
     damages: for each span [T, T, T], as `best_schedule` takes them; may be made one at a time, and must be comparable
-    between spans. options: of `best_schedule` (objective, gamma, last, warmup, max_gap). The rest as in `allocate`.
+    between spans. options: of `best_schedule` (objective, last). The rest as in `allocate`.
 
     Raises:
         ConfigError: as `best_schedule` and `allocate`.

@@ -21,7 +21,12 @@ from .surrogate import MOST_STEPS, Array
 Objective = Literal["sum", "power", "minimax"]
 Steps = tuple[int, ...]  # the computed steps of a schedule, in order
 
+POWER = 2.0  # of damages, where the objective is the sum of powers
 CHUNK = 1 << 17  # sums held at a time: they should stay in the processor's cache
+
+
+class NoScheduleError(ConfigError):
+    """No schedule computes any of the numbers of steps that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +48,24 @@ def best_schedule(
     damage: ArrayLike,
     computed: int | range,
     objective: Objective = "sum",
-    gamma: float = 2.0,
     last: int = 0,
-    warmup: int = 1,
-    max_gap: int | None = None,
 ) -> dict[int, Best]:
     """The best schedule for each number of computed steps, keyed by that number (exactly so many are computed).
 
     damage: [h + 1, i, t], [T, T, T]: of forecasting step t from computed steps h < i < t; h = −1 where i is the only
     one, which is step 0. [1, T, T] where h does not matter. At least 0; infinite where it must not be. Not read where
     not h < i < t.
-    computed: the numbers asked for; a whole number n means all from 1 to n. Those that the guards do not allow are
+    computed: the numbers asked for; a whole number n means all from 1 to n. Those that are not possible are
     left out.
-    objective: "sum" of damages, sum of their "power" gamma, or "minimax": the smallest worst damage, then the smallest
+    objective: "sum" of damages, sum of their second "power", or "minimax": the smallest worst damage, then the smallest
     sum.
-    last, warmup: steps computed at the end and at the start. max_gap: longest run of reused steps (the guards'
-    max_consecutive).
+    last: steps computed at the end.
 
     Ties go to the schedule whose last computed step is earlier, then the one before it, and so on.
 
     Raises:
-        ConfigError: for values out of range, and where no number asked for is possible; names the nearest that is.
+        ConfigError: for values out of range.
+        NoScheduleError: where no number asked for is possible; names the nearest that is.
     """
     damage = _checked_shape(damage)
     steps = len(damage)
@@ -73,14 +75,12 @@ def best_schedule(
         raise ConfigError(f"of {steps} steps, 1 to {steps} can be computed, not {asked}")
     if objective not in get_args(Objective):
         raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, not {objective!r}")
-    if gamma <= 0:
-        raise ConfigError(f"gamma must be above 0, not {gamma}")
-    if warmup < 1 or last < 0 or (max_gap is not None and max_gap < 0):
-        raise ConfigError(f"need warmup ≥ 1, last ≥ 0, max_gap ≥ 0: warmup={warmup}, last={last}, max_gap={max_gap}")
-    cost = _edge_damages(damage, last, warmup, max_gap)
+    if last < 0:
+        raise ConfigError(f"last must be at least 0, not {last}")
+    cost = _edge_damages(damage, last)
     worst = np.maximum.accumulate(cost, axis=1) if objective == "minimax" else None
     if objective == "power":
-        cost **= gamma
+        cost **= POWER
     np.cumsum(cost, axis=1, out=cost)
 
     limit = max(wanted)
@@ -93,9 +93,9 @@ def best_schedule(
         every = _Paths(cost, steps)
         possible = [count for count in range(1, steps + 1) if every.reaches(count)]
         nearest = min(possible, key=lambda count: min(abs(count - other) for other in wanted))
-        raise ConfigError(
-            f"no schedule of {steps} steps with {computed} computed keeps the guards (warmup={warmup}, last={last}, "
-            f"max_gap={max_gap}); the nearest number that does is {nearest}"
+        raise NoScheduleError(
+            f"no schedule of {steps} steps with {computed} computed can have last={last}; the nearest number that can "
+            f"is {nearest}"
         )
     return {count: _best(damage, path, float(total)) for count, (total, path) in found.items()}
 
@@ -112,8 +112,8 @@ def _checked_shape(damage: ArrayLike) -> Array:
     return np.broadcast_to(damage, (steps, steps, steps))
 
 
-def _edge_damages(damage: Array, last: int, warmup: int, max_gap: int | None) -> Array:
-    """The damages as [i, t + 1, h + 1], infinite where the guards want step t computed, 0 where t ≤ i.
+def _edge_damages(damage: Array, last: int) -> Array:
+    """The damages as [i, t + 1, h + 1], infinite where step t is one of the last, which are computed, 0 where t ≤ i.
 
     Summed over its middle axis up to j, it is the cost of the edge from (h, i) to (i, j). h runs innermost because
     that is what every state is minimised over.
@@ -126,10 +126,7 @@ def _edge_damages(damage: Array, last: int, warmup: int, max_gap: int | None) ->
         if not (reachable >= 0).all():
             raise ConfigError(f"damages must be numbers of at least 0: not so for reuse of step {i}")
         edges[i, i + 2 :, previous] = reachable
-        edges[i, i + 2 : warmup + 1] = np.inf
         edges[i, max(i + 1, steps - last) + 1 :] = np.inf
-        if max_gap is not None:
-            edges[i, i + max_gap + 2 :] = np.inf
     return edges
 
 

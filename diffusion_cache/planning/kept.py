@@ -7,12 +7,12 @@ nothing is read or stored.
 import json
 import os
 import sys
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, DiffusionCacheWarning
+from ..files import written
 from ..plain import Fields, integer, number, plain_json, text
 
 VARIABLE = "DIFFUSION_CACHE_FOLDER"
@@ -73,9 +73,8 @@ def keep(key: str, found: Tuned) -> Path | None:
     path = place / f"{key}.json"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place, suffix=".part", delete=False, encoding="utf-8") as part:
-            json.dump({"format": FORMAT, **plain_json(vars(found))}, part)
-        os.replace(part.name, path)
+        with written(path) as draft:
+            draft.write_text(json.dumps({"format": FORMAT, **plain_json(vars(found))}), encoding="utf-8")
     except OSError as error:
         _warn(f"what was found cannot be kept for later: {error}. Name another folder in {VARIABLE}")
         return None

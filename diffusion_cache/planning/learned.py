@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .dynamic import Steps, best_schedule
-from .surrogate import TINY, Array
+from .surrogate import TINY, Array, edge_damages
 
 DECIBEL = math.log(10) / 10  # a decibel as a difference of logarithms
 SPREAD = 2.0  # what the coefficients are thought to be, before anything was run: a standard deviation
@@ -82,11 +82,11 @@ class Guess:
 
     def __init__(self, damage: Array):
         self.damage = damage
-        self._until = np.cumsum(np.where(_ahead(len(damage)), damage, 0.0), axis=2)  # [h + 1, i, t], of i + 1 … t
+        self._until = edge_damages(damage)  # of steps i + 1 … t
 
-    def optimum(self, computed: int, warmup: int, last: int) -> Steps:
+    def optimum(self, computed: int, last: int) -> Steps:
         """The best schedule with so many computed steps."""
-        return best_schedule(self.damage, range(computed, computed + 1), warmup=warmup, last=last)[computed].computed
+        return best_schedule(self.damage, range(computed, computed + 1), last=last)[computed].computed
 
     def errors(self, schedules: Sequence[Steps]) -> Array:
         """Of each of the schedules, which compute equally many steps."""
@@ -95,8 +95,3 @@ class Guess:
         before = np.pad(computed[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         until = np.pad(computed[:, 1:], ((0, 0), (0, 1)), constant_values=total) - 1
         return np.asarray(self._until[before + 1, computed, until].sum(axis=1))
-
-
-def _ahead(steps: int) -> Array:
-    """Whether t lies after i, [1, i, t]."""
-    return np.triu(np.ones((1, steps, steps), dtype=bool), 1)

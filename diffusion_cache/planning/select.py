@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..context import Condition
-from ..engine import Method, Observer
+from ..engine import Observer
 from ..errors import ConfigError
 from ..forecasters.fitted import Fitted
 from ..models import condition_of, find_denoisers
-from ..plan import Plan, Quality
-from ..policies import Guarded, Planned
+from ..plan import HELD_OUT_PROMPTS, Plan, Quality
+from ..policies import Planned
 from ..policies.select import Select, embedded
 from ..profile import Profile
 from ..profiling import trajectory
-from ..profiling.generation import Teacher, attached
-from .build import as_tensors, psnr
+from ..profiling.generation import Teacher, attached, plan_method
+from .build import psnr
 from .selector import ARRAYS, STORED
 
 SHARE = 0.5  # of the way to weights that were fitted to few samples
@@ -89,8 +89,9 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
         nfe=plan.nfe,
     )
     result = trajectory.fit(teacher, Planned(bare), settings)
-    nodes, weights, correction = as_tensors(result.forecaster, plan.total, teacher.branches)
+    nodes, weights, correction = result.forecaster.as_tensors(plan.total, teacher.branches)
     facts = {**plan.facts, "refitted_on": teacher.batch.count}
+    facts.pop(HELD_OUT_PROMPTS, None)
     if weights.shape == plan.weights.shape and bool(plan.weights.isfinite().any()):
         alike = (nodes == plan.nodes).all(dim=2)[:, None, :, None]
         weights = _moved(plan.weights, weights.where(alike, torch.nan))
@@ -210,12 +211,11 @@ def _run(teacher: Teacher, plan: Plan) -> tuple[Condition | None, list[float]]:
     def note(module: Any, args: Any, kwargs: Any) -> None:
         first.append(condition_of(kwargs))
 
-    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
     handles = [
         denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in find_denoisers(batch.pipe).values()
     ]
     try:
-        with attached(batch.pipe, method, Observer()):
+        with attached(batch.pipe, plan_method(plan), Observer()):
             images = batch.images(batch.call()).detach().float()
     finally:
         for handle in handles:

@@ -225,7 +225,7 @@ def damages(err: ArrayLike, sensitivity: ArrayLike, energy: ArrayLike, exponent:
 
 def edge_damages(damage: Array) -> Array:
     """What a gap does that begins after step i and has been reused up to step t: the damages so far, [h + 1, i, t]."""
-    return np.cumsum(damage, axis=-1)
+    return np.cumsum(np.triu(damage, 1), axis=-1)  # what does not lie ahead is no part of a gap
 
 
 def edge_powers(damage: Array, gamma: float) -> Array:

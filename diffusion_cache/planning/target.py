@@ -4,22 +4,21 @@ Thresholds mean something else for every model, sampler, size and policy. What i
 pipeline's own call, from other noise, reuses a given share of its steps or is so many times as fast.
 """
 
-import hashlib
 import inspect
-import json
 import math
 import re
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import CacheRun, Method, Observer, Session
 from ..engine.frame import Frame
@@ -27,9 +26,10 @@ from ..engine.structure import forked_rng
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..fingerprint import Fingerprint, adapters_of
 from ..measure.timing import paired
-from ..models import find_denoisers, guiders
-from ..plain import plain_json
+from ..models import find_denoisers, guider_scales, guiders, unwrap
+from ..plain import digest, plain_json
 from ..policies import Guarded, Interval
+from ..profiling.generation import device_name, device_of
 from ..registry import check_options
 from .kept import Tuned, keep, kept
 
@@ -39,7 +39,7 @@ MOST_TRIED = 14
 STEPS_OFF = 0.5  # from the target, in steps: good enough
 NO_FINER = 1.005  # values that differ by less than this factor are one
 # of a pipeline's arguments, what tells neither steps, size nor guidance, though it has sizes or is a number or a switch
-SILENT = re.compile(r"prompt|embed|mask|labels|_ids$|conditioning_scale$|^return_dict$|^max_sequence_length$|^eta$")
+SILENT = re.compile(r"prompt|embed|mask|labels|_ids$|conditioning_scale$|^return_dict$|^max_sequence_length$")
 UNTOLD = object()  # of an argument that says nothing of a call's kind
 PAIRS = 3  # of timed generations, uncached and cached
 
@@ -62,7 +62,7 @@ class Target:
 
 
 class Tuner:
-    """Finds the method of a session for each kind of call that is made of its pipeline; see `Session.tune`.
+    """Finds the method of a session for each kind of call that is made of its pipeline; see `Session.generate`.
 
     A kind of call is what its arguments say of steps, size and guidance, with the sampler as it is set up. What was
     found is remembered, and stored in the user's cache (`kept`) by the model's fingerprint beside that.
@@ -79,7 +79,7 @@ class Tuner:
                 "much it reuses. Give those, or take a policy that decides by a threshold (teacache, first_block)"
             )
         self.method, self.target, self.field = method, target, policy.tuned
-        self._found: dict[str, Tuned] = {}
+        self._found: dict[str, tuple[dict[str, weakref.ref[nn.Module]], Tuned]] = {}  # each for these models
         self._searching = threading.Lock()
 
     def __call__(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Method:
@@ -94,18 +94,21 @@ class Tuner:
     def tuned(self, session: Session, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Tuned:
         """What was found for such a call, before or now."""
         call = arguments_of(pipe, args, kwargs)
-        denoisers = {name: (id(model), adapters_of(model)) for name, model in find_denoisers(pipe).items()}
-        kind = _digest([kind_of(call), _sampler_of(pipe), denoisers])
+        models = {name: unwrap(model) for name, model in find_denoisers(pipe).items()}
+        denoisers = {name: (id(model), adapters_of(model)) for name, model in models.items()}
+        kind = digest(plain_json([kind_of(call), _sampler_of(pipe), denoisers]), 32)
         with self._searching:  # another thread's call of this kind waits for what is found
-            if kind not in self._found:
+            known = self._found.get(kind)
+            # the address of a model that is gone may be another's by now
+            if known is None or any(ref() is not models[name] for name, ref in known[0].items()):
                 key = self._key(pipe, call)
                 found = kept(key) if key is not None else None
                 if found is None:
                     found = self._search(session, pipe, call)
                     place = keep(key, found) if key is not None else None
                     print(self._told(found, place), file=sys.stderr)
-                self._found[kind] = found
-            return self._found[kind]
+                self._found[kind] = known = {name: weakref.ref(model) for name, model in models.items()}, found
+            return known[1]
 
     def _told(self, found: Tuned, place: Any) -> str:
         wished = f"target {self.target.reuse * found.steps:.1f}" if self.target.reuse else f"{self.target.speedup}×"
@@ -122,9 +125,9 @@ class Tuner:
         if any(facts.weights is None for facts in fingerprint.denoisers.values()):
             return None
         made = self.with_value(0.0)
-        device = _device_name(pipe) if self.target.speedup else ""
+        device = _speed_of(pipe) if self.target.speedup else ""
         facts = replace(fingerprint, versions={}).to_json()
-        return _digest([facts, kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device])
+        return digest(plain_json([facts, kind_of(call), _sampler_of(pipe), repr(made), repr(self.target), device]), 32)
 
     def _search(self, session: Session, pipe: Any, call: Mapping[str, Any]) -> Tuned:
         count, latest = Counted(), None
@@ -301,10 +304,15 @@ def quiet(pipe: Any) -> Any:
 
 def kind_of(call: Mapping[str, Any]) -> dict[str, Any]:
     """What of a call tells its steps, size and guidance: numbers and switches, sizes of tensors and images, and these
-    in lists and dicts. Neither prompts, their embeddings, masks and number, nor how many samples there are.
+    in lists and dicts. Neither prompts, their embeddings, masks and number, nor how many samples there are; but whether
+    there is a negative prompt, as some pipelines guide only then.
     """
-    told = {name: _told(value) for name, value in call.items() if not SILENT.search(name)}
+    told = {name: _told(value) if not SILENT.search(name) else _whether(name, value) for name, value in call.items()}
     return {name: value for name, value in told.items() if value is not UNTOLD}
+
+
+def _whether(name: str, value: Any) -> Any:
+    return True if name.startswith("negative_") and value is not None else UNTOLD
 
 
 def _told(value: Any) -> Any:
@@ -324,13 +332,20 @@ def _told(value: Any) -> Any:
 def _sampler_of(pipe: Any) -> list[Any]:
     scheduler = getattr(pipe, "scheduler", None)
     parts = [scheduler, *guiders(pipe)]
-    return [[type(part).__name__, plain_json(dict(getattr(part, "config", {})))] for part in parts]
+    configs = [[type(part).__name__, plain_json(_opened(dict(getattr(part, "config", {}))))] for part in parts]
+    return [*configs, *guider_scales(pipe)]  # which are read where they are set, apart from the configuration
 
 
-def _device_name(pipe: Any) -> str:
-    device = torch.device(getattr(pipe, "_execution_device", "cpu"))
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {torch.get_num_threads()}"
+def _opened(value: Any) -> Any:
+    """A configuration with what those in it say; not their text, which a guider fills in at its first use."""
+    if isinstance(value, Mapping):
+        return {name: _opened(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_opened(item) for item in value]
+    return kind_of(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(plain_json(value), sort_keys=True).encode()).hexdigest()[:32]
+def _speed_of(pipe: Any) -> str:
+    """What of the machine a pipeline's speed depends on."""
+    device = device_of(pipe)
+    return device_name(device) if device.type == "cuda" else f"{device} {torch.get_num_threads()}"

@@ -64,9 +64,7 @@ def calibrated(plan: Plan, teacher: Teacher, sigmas: ArrayLike, kind: str) -> Pl
     return replace(plan, sigmas=adjusted(sigmas, np.where(computed, 1.0, phi)))
 
 
-def kept_if_better(
-    plan: Plan, teacher: Teacher, sigmas: ArrayLike | None, score: Callable[[Plan], float], kind: str = "B"
-) -> Plan:
+def kept_if_better(plan: Plan, teacher: Teacher, sigmas: ArrayLike | None, score: Callable[[Plan], float]) -> Plan:
     """The plan with `calibrated` noise levels where they score higher than its own, else as it was.
 
     sigmas: the sampler's own, None if it has none. score: of a plan, higher is better. What was found is in the plan's
@@ -75,7 +73,7 @@ def kept_if_better(
     if sigmas is None:
         return replace(plan, facts={**plan.facts, "sigmas": "the sampler has none"})
     try:
-        moved = calibrated(plan, teacher, sigmas, kind)
+        moved = calibrated(plan, teacher, sigmas, "B")
         before, after = score(plan), score(moved)
     except ConfigError as error:  # not this sampler
         return replace(plan, facts={**plan.facts, "sigmas": str(error)})

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from ..context import Needs, PassState, Past, Policy, Step, Verdict, largest, no
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..schedule import Schedule
 from .drift import Drift
-from .exchange import remaining, replaced
 
 
 @dataclass(frozen=True)
@@ -221,13 +220,37 @@ class Guarded:
         planned = [index for index in range(own.total) if all(own.row(index, 0))]
         fixed = [index for index in planned if self.guards.forced(self._step(index, step.total), PassState())]
         strict = self.drift is not None and self.drift.strict
-        left = remaining(planned, state.extra, fixed, strict)
+        left = _remaining(planned, state.extra, fixed, strict)
         if step.index in left:
             return Verdict(True, "schedule")
-        affordable = strict or replaced(left, step.index, fixed) is not None
+        affordable = strict or _replaced(left, step.index, fixed) is not None
         # one extra step between two planned ones: else a run that asks for more at every step would spend all it has
         # at once
         if value is None or not affordable or state.last_computed in state.extra:
             return Verdict(False, "schedule")
         verdict = (self.drift or self.policy).decide(step, value, state)
         return verdict._replace(extra=verdict.compute)
+
+
+def _remaining(
+    planned: Collection[int], extra: Sequence[int], fixed: Collection[int] = (), strict: bool = False
+) -> frozenset[int]:
+    """What of the planned steps is left, with the extra ones, each of which has taken the place of the next.
+
+    fixed: planned steps that stay whatever happens. strict: extra steps take nobody's place.
+    """
+    steps = set(planned)
+    for step in extra:
+        steps.add(step)
+        dropped = None if strict else _replaced(steps, step, fixed)
+        if dropped is not None:
+            steps.remove(dropped)
+    return frozenset(steps)
+
+
+def _replaced(steps: Collection[int], step: int, fixed: Collection[int] = ()) -> int | None:
+    """Which of the steps is dropped if an extra one is computed; None where none is left.
+
+    The next one: what was to be computed then is computed at once.
+    """
+    return min((s for s in steps if s > step and s not in fixed), default=None)

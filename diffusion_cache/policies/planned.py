@@ -1,12 +1,11 @@
 """Compute where a plan says so."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..context import SCOPES, PassState, Policy, Step, Verdict
-from ..errors import ConfigError, DiffusionCacheWarning
+from ..errors import ConfigError
 from ..fingerprint import start_in
 from ..plan import Plan
 from ..schedule import Schedule
@@ -18,10 +17,11 @@ TAYLOR = "Taylor forecasts take the place of fitted weights{}, "
 class Planned(Policy):
     """A plan's schedule. In a run with other noise levels its computed steps are those nearest to the plan's.
 
-    That is told once for each kind of run.
+    moved: what is to be told of a run that the plan was not made for.
     """
 
     plan: Plan
+    moved: str = ""
 
     name = "plan"
     scopes = frozenset(SCOPES)
@@ -46,39 +46,43 @@ class Planned(Policy):
         if levels not in self._resampled:
             plan = self.plan.resampled(levels)
             first = start_in(self.plan.noise_levels, levels)
-            if plan is not self.plan and first is not None:
+            if plan is self.plan:
+                self._resampled[levels] = self
+                return self
+            if first is None:
+                moved = f"other noise levels ({self.plan.total} steps; this run has {len(levels)}): {self._resampling}"
+            else:
                 own = self.plan.weights[first : first + len(levels)]
                 lost = bool((plan.weights.isnan() & own.isfinite()).any())
                 taylor = TAYLOR.format(" that go by features from before them") + "and " if lost else ""
-                self._warn(f"{self.plan.total} steps, and this run makes {len(levels)} of them: {taylor}")
-            elif plan is not self.plan:
-                self._warn(f"other noise levels ({self.plan.total} steps; this run has {len(levels)}): {self._moved}")
-            self._resampled[levels] = self if plan is self.plan else replace(self, plan=plan)
+                moved = f"{self.plan.total} steps, and this run makes {len(levels)} of them: {taylor}"
+            self._resampled[levels] = replace(self, plan=plan, moved=self._departure(moved))
         return self._resampled[levels]
+
+    def departure(self, total: int | None) -> str:
+        if total is None or total == self.plan.total:
+            return self.moved
+        return self._departure(f"{self.plan.total} steps, and this run has {total}: {self._resampling}")
+
+    def _departure(self, moved: str) -> str:
+        band = ", nor does the band of its guard, which is off" if self.plan.guard is not None else ""
+        return (
+            f"plan {self.plan.name!r} is for {moved}the plan's stated quality does not hold{band}. "
+            "Make a plan for these steps"
+        )
 
     def schedule(self, total: int) -> Schedule:
         """The plan's, stretched by the share of the run where the number of steps is all that is known."""
         if total == self.plan.total:
             return self.plan.schedule
         if total not in self._stretched:
-            self._warn(f"{self.plan.total} steps, and this run has {total}: {self._moved}")
             self._stretched[total] = replace(self.plan, noise_levels=()).resampled((0.0,) * total).schedule
         return self._stretched[total]
 
     @property
-    def _moved(self) -> str:
+    def _resampling(self) -> str:
         taylor = TAYLOR.format("") if self.plan.history > 1 else ""
         return f"steps at the nearest noise levels are computed, {taylor}and "
-
-    def _warn(self, difference: str) -> None:
-        warnings.warn(
-            f"plan {self.plan.name!r} is for {difference}"
-            "the plan's stated quality does not hold"
-            + (", nor does the band of its guard, which is off" if self.plan.guard is not None else "")
-            + ". Make a plan for these steps",
-            DiffusionCacheWarning,
-            stacklevel=3,
-        )
 
     def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
         raise ConfigError("a plan needs the run's number of steps: pass num_steps to diffusion_cache.run")

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..context import Past
 from ..engine import Method, Observer
 from ..engine.frame import Frame
+from ..engine.structure import first_tensor
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..policies import Guarded, Guards, TeaCache
@@ -52,7 +52,7 @@ class _Changes(Observer):
         self.before: dict[Any, tuple[int, dict[str, Tensor], Tensor]] = {}
 
     def denoiser_called(self, frame: Frame, output: Any, again: Any) -> None:
-        (given, *_) = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        given = first_tensor(output)
         assert frame.signals is not None
         index, signals, earlier = self.before.get(frame.key, (-1, {}, given))
         if frame.step.index == index + 1 and index >= 0 and earlier.shape == given.shape:

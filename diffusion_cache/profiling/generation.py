@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Method, Observer, Session
+from ..engine import Method, Observer, Session, session_of
 from ..engine.frame import Frame, PassKey
 from ..engine.patches import wrapped_step
 from ..errors import ConfigError
 from ..forecasters import Reuse
+from ..forecasters.fitted import Fitted
 from ..models import find_denoisers
-from ..policies import Guarded, Interval
+from ..plan import Plan
+from ..policies import Guarded, Interval, Planned
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,22 @@ def device_of(pipe: Any) -> torch.device:
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
+def device_name(device: torch.device | str) -> str:
+    """As torch writes it, or the GPU's name."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def dtype_of(pipe: Any) -> torch.dtype:
     """The coarsest precision that a pipeline's denoisers keep their weights in."""
     parameters = (parameter for denoiser in find_denoisers(pipe).values() for parameter in denoiser.parameters())
     dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def plan_method(plan: Plan) -> Method:
+    """What a session does to run by a plan."""
+    return Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
 
 
 class attached:
@@ -189,8 +202,6 @@ class attached:
         self.pipe, self.session = pipe, Session(method, observer=observer)
 
     def __enter__(self) -> Session:
-        from ..engine.session import session_of
-
         self.before = session_of(self.pipe)
         self.session.attach_pipeline(self.pipe)
         return self.session

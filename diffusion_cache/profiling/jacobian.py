@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..context import noise_share
 from ..engine import Method, Observer
 from ..engine.frame import Frame
 from ..engine.observer import Again
-from ..engine.structure import sample_of, with_sample
+from ..engine.structure import first_tensor, sample_of, with_sample
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..policies import Guarded, Interval
@@ -48,11 +47,12 @@ class _Norms(Observer):
             raise ConfigError(
                 "norms are measured where the sample is one tensor and the sampler tells its noise levels"
             )
-        now = _Call(frame.step.index, noise_share(level), sample.detach().clone(), _main(output).clone())
+        given = first_tensor(output).detach().clone()
+        now = _Call(frame.step.index, noise_share(level), sample.detach().clone(), given)
         before = self.before.get(frame.key)
         if before is not None and before.step == now.step - 1 and before.sample.shape == now.sample.shape:
             # from one step to the next by way of the old input at the new time: what either has done to the output
-            between = _main(again(True, with_sample(*frame.called, before.sample)))
+            between = first_tensor(again(True, with_sample(*frame.called, before.sample))).detach()
             by_input = _size(now.output - between) / _size(now.sample - before.sample)
             by_time = _size(between - before.output) / abs(now.time - before.time)
             self.by_step[now.step].append(torch.stack([by_input, by_time]).cpu())
@@ -84,10 +84,6 @@ def norms(batches: Sequence[Batch]) -> Norms:
         raise ConfigError("the uncached generations are not finite, or stand still: no norms can be measured of them")
     levels = tuple(watching.levels[step] for step in range(len(means) + 1))
     return Norms(tuple(found[0].tolist()), tuple(found[1].tolist()), levels)
-
-
-def _main(output: Any) -> Tensor:
-    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)).detach()
 
 
 def _size(difference: Tensor) -> Tensor:

@@ -5,32 +5,29 @@ batches at the end. So it makes no difference to any bit of a profile whether a 
 processes shared its batches.
 """
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ..context import SCOPES, Feature
 from ..engine import Session
 from ..errors import ConfigError, DiffusionCacheWarning
+from ..files import read_tensors, write_tensors, written
 from ..fingerprint import Fingerprint
 from ..models import find_denoisers
-from ..plain import plain_json
+from ..plain import check_count, digest, plain_json
 from ..plan import FEATURES
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
@@ -77,12 +74,9 @@ class Options:
     def __post_init__(self) -> None:
         least = {"batch": 1, "sensitivity_samples": 0, "sensitivity_steps": 1, "attention_offset": 0, "memory": 1}
         for name, bound in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-                raise ConfigError(f"{name} must be a whole number of at least {bound}, not {value!r}")
-        depth = self.depth
-        if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
-            raise ConfigError(f"depth must be a whole number of at least 1, not {depth!r}")
+            check_count(name, getattr(self, name), bound)
+        if self.depth is not None:
+            check_count("depth", self.depth)
         if self.scope is not None and self.scope not in SCOPES:
             raise unknown_name("scope", self.scope, SCOPES)
         if self.feature not in FEATURES:
@@ -447,33 +441,25 @@ class Work:
 
     def batch(self, index: int) -> tuple[State, dict[str, Any]] | None:
         """The sums of a batch and its facts; None where there are none, or they cannot be read."""
-        path = self._path(index)
-        try:
-            data = path.read_bytes()
-            size = int.from_bytes(data[:8], "little")
-            facts = json.loads(data[8 : 8 + size])["__metadata__"]["facts"]
-            return load(data), json.loads(facts)
-        except (OSError, SafetensorError, ValueError, KeyError):
-            return None
+        return read_tensors(self._path(index))
 
     def keep(self, index: int, state: State, facts: Mapping[str, Any]) -> None:
-        self._write(self._path(index), save(state, {"facts": json.dumps(facts)}))
+        with self.writing():
+            write_tensors(self._path(index), state, facts)
 
     def cells(self, samples: int) -> "Cells":
         """Final errors with some cells reused, measured on so many samples."""
         return Cells(self, self.folder / f"sensitivity-{samples}.json")
 
-    def _write(self, path: Path, data: bytes) -> None:
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Says of an error that the block meets what can be done about it."""
         try:
-            draft.write_bytes(data)
-            draft.replace(path)
+            yield
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
             raise ConfigError(
-                f"cannot write {path}: {error.strerror or error}. What was done before is kept: asked for the same "
-                "profile again, it goes on from there"
+                f"cannot write to {self.folder}: {error.strerror or error}. What was done before is kept: asked for "
+                "the same profile again, it goes on from there"
             ) from error
 
     def remove(self) -> None:
@@ -492,7 +478,8 @@ class Cells(dict[str, float]):
 
     def __setitem__(self, key: str, value: float) -> None:
         super().__setitem__(key, value)
-        self._work._write(self._path, json.dumps(self).encode())
+        with self._work.writing(), written(self._path) as draft:
+            draft.write_text(json.dumps(self))
 
 
 def looked_at(batch: Batch, survey: Survey, guidance: float | None) -> Fingerprint:
@@ -505,7 +492,3 @@ def looked_at(batch: Batch, survey: Survey, guidance: float | None) -> Fingerpri
         guidance=guidance,
         sample_shape=survey.sample_shape,
     )
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import ConfigError
 from .sketch import DEFAULT_WIDTH, CountSketch, Exact, make_sketch
 
@@ -66,7 +67,7 @@ class Sums:
 
 
 class Observed(NamedTuple):
-    """What is kept of one step of a pass until the run ends; inputs None where no leaf has one. Sums over the batch."""
+    """What is kept of one step until the run ends; inputs None where no leaf has one. Sums over the batch."""
 
     features: Tensor
     inputs: Tensor | None
@@ -75,40 +76,36 @@ class Observed(NamedTuple):
 
 
 class SpanMoments(Sums):
-    """Inner products of one span's features over all pairs of steps, and their moments per channel.
+    """Inner products of one span's features in one pass over all pairs of steps, and their moments per channel.
 
     The features of a run's steps wait on the host, whole while those of one sample take at most `exact_bytes` over
     all steps, else as count-sketches (`sketch.py`), until `end_run` folds them into float64 sums over samples: what
-    is held depends on the number of steps, passes and the batch, not on the size of a sketched feature.
+    is held depends on the number of steps and the batch, not on the size of a sketched feature.
 
     A feature is the residual y − x of each leaf that has an input of its shape, in the arithmetic of the model as a
-    history stores it, else the output y. A step that a pass skipped (guidance off, another denoiser) counts as
-    missing and is 0 in the results.
+    history stores it, else the output y. A step that was skipped (guidance off, another denoiser) counts as missing and
+    is 0 in the results.
 
-    name: of the span, for messages. seed: of the sketch; give processes that profile different samples seeds of
-    their own, so that their errors are independent. channel_dim: see `channels`.
+    name: of the span and pass, for messages. seed: of the sketch; give processes that profile different samples seeds
+    of their own, so that their errors are independent.
     """
 
     def __init__(
         self,
         name: str,
         steps: int,
-        passes: int = 1,
         *,
         width: int = DEFAULT_WIDTH,
         exact_bytes: int = 2**23,
         seed: int = 0,
-        channel_dim: int | None = None,
     ):
         super().__init__(name)
-        self.steps, self.passes = steps, passes
+        self.steps = steps
         self.width, self.exact_bytes, self.seed = width, exact_bytes, seed
-        self.channel_dim = channel_dim
-        square = (passes, steps, steps)
         for key in ("features", "cross", "inputs", "pairs"):  # sums of ⟨f_i, f_j⟩, ⟨f_i, x_t⟩, ⟨x_i, x_j⟩; samples
-            self.sums[key] = torch.zeros(square, dtype=torch.float64)
+            self.sums[key] = torch.zeros(steps, steps, dtype=torch.float64)
         self.sums["samples"] = torch.zeros((), dtype=torch.float64)
-        self._run: dict[tuple[int, int], Observed] = {}
+        self._run: dict[int, Observed] = {}
         self._sketch: Exact | CountSketch | None = None
         self._elements = 0
 
@@ -122,7 +119,7 @@ class SpanMoments(Sums):
         """Bytes held on the host: the sums, and the features of the unfinished run."""
         return super().nbytes + sum(t.nbytes for seen in self._run.values() for t in seen if t is not None)
 
-    def observe(self, step: int, pass_index: int, outputs: Leaves, inputs: Leaves | None = None) -> None:
+    def observe(self, step: int, outputs: Leaves, inputs: Leaves | None = None) -> None:
         """Take in what the span computed at one step of the current run.
 
         outputs: [B, ...] for each leaf. inputs: for each leaf the input that its residual is taken against; None,
@@ -132,20 +129,17 @@ class SpanMoments(Sums):
             ConfigError: for a NaN or infinity, a step that was seen already, or one that is out of range; for a
                 feature or a batch of another size than the run's others.
         """
-        if not (0 <= step < self.steps and 0 <= pass_index < self.passes):
-            raise ConfigError(
-                f"{self.name}: step {step}, pass {pass_index} is outside the profile's {self.steps} steps and "
-                f"{self.passes} passes"
-            )
-        if (pass_index, step) in self._run:
-            raise ConfigError(f"{self.name} ran twice at step {step} of pass {pass_index}: end each run with end_run()")
+        if not 0 <= step < self.steps:
+            raise ConfigError(f"{self.name}: step {step} is outside the profile's {self.steps} steps")
+        if step in self._run:
+            raise ConfigError(f"{self.name} ran twice at step {step}: end each run with end_run()")
         features, bases = _features(outputs, inputs)
         sketch = self._sketch_for(sum(leaf[0].numel() for leaf in features))
         held = sketch(features, self.samples).cpu()
         if not held.isfinite().all():
             raise ConfigError(
-                f"{self.name} gave NaN or infinity at step {step} (pass {pass_index}): nothing can be measured from "
-                "that; try the model in bfloat16 or float32"
+                f"{self.name} gave NaN or infinity at step {step}: nothing can be measured from that; try the model in "
+                "bfloat16 or float32"
             )
         if self._run and len(held) != len(next(iter(self._run.values())).features):
             raise ConfigError(f"{self.name}: the batch changed its size at step {step}; end each run with end_run()")
@@ -156,35 +150,32 @@ class SpanMoments(Sums):
                 out.new_zeros(()).expand_as(out) if x is None else x for out, x in zip(features, bases, strict=True)
             ]
             base = sketch(whole, self.samples).cpu()
-        moments = [channel_moments(leaf, self.channel_dim) for leaf in features]
+        moments = [channel_moments(leaf) for leaf in features]
         mean, square = (torch.cat(parts, dim=1).cpu().double().sum(0) for parts in zip(*moments, strict=True))
-        self._run[pass_index, step] = Observed(held, base, mean, square)
+        self._run[step] = Observed(held, base, mean, square)
 
     def end_run(self) -> None:
         """Fold the run's batch into the sums, and drop its features."""
         if not self._run:
             return
         batch = len(next(iter(self._run.values())).features)
-        for index in range(self.passes):
-            seen = {step: self._run[index, step] for step in range(self.steps) if (index, step) in self._run}
-            if not seen:
-                continue
-            at = torch.tensor([*seen])
-            here = (torch.tensor(index), at[:, None], at)
-            for row in range(batch):
-                features = torch.stack([item.features[row] for item in seen.values()]).double()
-                self.sums["features"][here] += features @ features.T
-                if any(item.inputs is not None for item in seen.values()):
-                    nothing = torch.zeros(features.shape[1])
-                    rows = [nothing if item.inputs is None else item.inputs[row] for item in seen.values()]
-                    inputs = torch.stack(rows).double()
-                    self.sums["cross"][here] += features @ inputs.T
-                    self.sums["inputs"][here] += inputs @ inputs.T
-            self.sums["pairs"][here] += batch
-            for step, item in seen.items():
-                shape = (self.passes, self.steps, len(item.mean))
-                self.add("channel_mean", item.mean, (index, step), shape)
-                self.add("channel_square", item.square, (index, step), shape)
+        seen = dict(sorted(self._run.items()))
+        at = torch.tensor([*seen])
+        here = (at[:, None], at)
+        for row in range(batch):
+            features = torch.stack([item.features[row] for item in seen.values()]).double()
+            self.sums["features"][here] += features @ features.T
+            if any(item.inputs is not None for item in seen.values()):
+                nothing = torch.zeros(features.shape[1])
+                rows = [nothing if item.inputs is None else item.inputs[row] for item in seen.values()]
+                inputs = torch.stack(rows).double()
+                self.sums["cross"][here] += features @ inputs.T
+                self.sums["inputs"][here] += inputs @ inputs.T
+        self.sums["pairs"][here] += batch
+        for step, item in seen.items():
+            shape = (self.steps, len(item.mean))
+            self.add("channel_mean", item.mean, (step,), shape)
+            self.add("channel_square", item.square, (step,), shape)
         self.sums["samples"] += batch
         self.drop_run()
 
@@ -200,15 +191,13 @@ class SpanMoments(Sums):
         self._check_finished()
         return super().state_dict()
 
-    def result(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Means over samples, in squared units of the feature; 0 where no sample ran a step.
+    def result(self) -> dict[str, Tensor]:
+        """Means over samples, in squared units of the feature, float64; 0 where no sample ran a step.
 
-        gram_residual[p,i,j] = ⟨f_i, f_j⟩ and gram_output[p,i,j] = ⟨y_i, y_j⟩, [P, T, T], summed over a sample's
-        elements (equal where the span has no residual); cross_input[p,i,t] = ⟨f_i, x_t⟩, [P, T, T]; input_energy
-        ⟨x_t, x_t⟩, [P, T] (both 0 without a residual); channel_mean and channel_square of the feature, [P, T, C],
-        the leaves' channels one after another.
-
-        dtype: float32 cannot tell forecast errors below 1e-3 of a feature's norm from the Gram matrix's rounding.
+        gram_residual[i,j] = ⟨f_i, f_j⟩ and gram_output[i,j] = ⟨y_i, y_j⟩, [T, T], summed over a sample's elements
+        (equal where the span has no residual); cross_input[i,t] = ⟨f_i, x_t⟩, [T, T]; input_energy ⟨x_t, x_t⟩, [T]
+        (both 0 without a residual); channel_mean and channel_square of the feature, [T, C], the leaves' channels one
+        after another.
 
         Raises:
             ConfigError: if no run was finished.
@@ -218,16 +207,15 @@ class SpanMoments(Sums):
             raise ConfigError(f"{self.name} was not seen in any finished run: nothing was measured")
         count = self.sums["pairs"].clamp(min=1)
         features, cross, inputs = (self.sums[key] / count for key in ("features", "cross", "inputs"))
-        counts = count.diagonal(dim1=1, dim2=2)
-        arrays = {
+        counts = count.diagonal()[:, None]
+        return {
             "gram_residual": features,
-            "gram_output": features + cross + cross.transpose(1, 2) + inputs,  # y = f + x
+            "gram_output": features + cross + cross.T + inputs,  # y = f + x
             "cross_input": cross,
-            "input_energy": inputs.diagonal(dim1=1, dim2=2),
-            "channel_mean": self.sums["channel_mean"] / counts[..., None],
-            "channel_square": self.sums["channel_square"] / counts[..., None],
+            "input_energy": inputs.diagonal(),
+            "channel_mean": self.sums["channel_mean"] / counts,
+            "channel_square": self.sums["channel_square"] / counts,
         }
-        return {key: value.to(dtype).contiguous() for key, value in arrays.items()}
 
     def _sketch_for(self, elements: int) -> Exact | CountSketch:
         if self._sketch is None:
@@ -263,19 +251,9 @@ def _features(outputs: Leaves, inputs: Leaves | None) -> tuple[list[Tensor], lis
     return [out if base is None else out - base for out, base in pairs], [base for _, base in pairs]
 
 
-def channels(leaf: Tensor, channel_dim: int | None = None) -> int:
-    """Which dimension holds the channels: the last of [B, N, C] and [B, C], dim 1 of [B, C, H, W] and [B, C, F, H, W].
-
-    Decided by the number of dimensions alone. channel_dim overrides it, for [B, C, N] and channel-last latents.
-    """
-    if channel_dim is not None:
-        return channel_dim % leaf.ndim
-    return leaf.ndim - 1 if leaf.ndim <= 3 else 1
-
-
-def channel_moments(leaf: Tensor, channel_dim: int | None = None) -> tuple[Tensor, Tensor]:
+def channel_moments(leaf: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and mean square over positions of each sample's channels: [B, C] each, float32."""
-    keep = channels(leaf, channel_dim)
+    keep = ops.channel_axis(leaf) % leaf.ndim
     over = [dim for dim in range(1, leaf.ndim) if dim != keep]
     if not over:
         return leaf.float(), leaf.float().square()

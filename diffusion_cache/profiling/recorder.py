@@ -90,8 +90,10 @@ class Recorder(Observer):
         # each pass alone: prompts and their negatives may differ in length, and so may features
         self.moments = [
             [
-                SpanMoments(watched.facts.name, steps, width=width, exact_bytes=exact_bytes, seed=seed)
-                for _ in survey.passes
+                SpanMoments(
+                    f"{watched.facts.name} (pass {name})", steps, width=width, exact_bytes=exact_bytes, seed=seed
+                )
+                for name in survey.passes
             ]
             for watched in survey.spans
         ]
@@ -151,10 +153,7 @@ class Recorder(Observer):
             step, index = frame.step.index, frame.position * self.survey.rows + group
             if index >= len(self.survey.passes):
                 raise ConfigError(f"the denoiser is called more often at step {step} than it was at first")
-            try:
-                self.moments[place][index].observe(step, 0, some_outs, some_bases)
-            except ConfigError as error:  # to it, its one pass is number 0
-                raise ConfigError(str(error).replace("pass 0", f"pass {self.survey.passes[index]}")) from error
+            self.moments[place][index].observe(step, some_outs, some_bases)
             if stream is not None:  # no residual is taken against it, but it has its curves
                 some_outs, some_bases = [*some_outs, None], [*some_bases, stream[part]]
             self.signals[place].observe(step, index, some_outs, some_bases)
@@ -246,20 +245,20 @@ class Recorder(Observer):
             raise ConfigError("no run was finished: nothing was measured")
         steps = self.survey.steps
         nothing = {
-            **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), torch.zeros(1, steps, steps).double()),
-            "input_energy": torch.zeros(1, steps).double(),
+            **dict.fromkeys(("gram_residual", "gram_output", "cross_input"), torch.zeros(steps, steps).double()),
+            "input_energy": torch.zeros(steps).double(),
         }
         found = [[part.result() if part.samples else nothing for part in passes] for passes in self.moments]
         arrays = {
-            name: torch.stack([torch.cat([part[name] for part in passes]) for passes in found]) for name in nothing
+            name: torch.stack([torch.stack([part[name] for part in passes]) for passes in found]) for name in nothing
         }
         arrays["input_energy"] = arrays["input_energy"].float()
         for i, passes in enumerate(found):
             for name in ("channel_mean", "channel_square"):
                 widths = {part[name].shape[-1] for part in passes if name in part}
                 if len(widths) == 1:
-                    empty = torch.zeros(1, steps, widths.pop())
-                    arrays[f"{name}.{i}"] = torch.cat([part.get(name, empty).float() for part in passes])
+                    empty = torch.zeros(steps, widths.pop())
+                    arrays[f"{name}.{i}"] = torch.stack([part.get(name, empty).float() for part in passes])
         curves = [part.result() for part in self.signals]
         return arrays | {name: torch.stack([curve[name] for curve in curves]) for name in curves[0]}
 

@@ -20,15 +20,15 @@ from ..engine import Method, Observer
 from ..engine.frame import Frame, Visit
 from ..engine.observer import Again
 from ..engine.patches import wrapped_step
-from ..engine.structure import flatten
+from ..engine.structure import first_tensor
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..forecasters.fitted import Fit, Fitted
 from ..models import Span
 from ..plan import Plan
 from ..policies import Guarded, Interval, Planned
-from .generation import StepCall, Teacher, attached
-from .trajectory import Called, Fitting, Settings, UnfitError, aligned, combined, guidance_weights
+from .generation import StepCall, Teacher, attached, plan_method
+from .trajectory import Called, Fitting, Settings, UnfitError, aligned, guidance_weights
 
 Array = NDArray[np.float64]
 
@@ -45,8 +45,7 @@ def reuse_errors(teacher: Teacher, plan: Plan) -> tuple[Array, Array, Array]:
     """
     watching = _Watching(teacher.steps)
     batch = teacher.batch
-    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
-    with attached(batch.pipe, method, watching):
+    with attached(batch.pipe, plan_method(plan), watching):
         batch.call()
     return watching.errors, watching.sizes, watching.changes
 
@@ -58,9 +57,9 @@ class _Watching(Observer):
 
     def denoiser_called(self, frame: Frame, output: Any, again: Again) -> None:
         step = frame.step.index
-        given = true = _model_output(output)
+        given = true = first_tensor(output).detach()
         if frame.reused:
-            true = _model_output(again(compute=True))
+            true = first_tensor(again(compute=True)).detach()
         before = self._before.get(frame.key, true)
         self._before[frame.key] = true.clone()
         self.errors[step] += _l1(given - true)
@@ -68,22 +67,16 @@ class _Watching(Observer):
         self.changes[step] += _l1(true - before)
 
 
-def _model_output(output: Any) -> Tensor:
-    """The first tensor of what a denoiser returns."""
-    return next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)).detach()
-
-
 def _l1(tensor: Tensor) -> float:
     return float(tensor.double().abs().sum())
 
 
-def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel: bool = True) -> Plan:
+def rectified(teacher: Teacher, plan: Plan, target: str = "teacher") -> Plan:
     """The plan with a correction of each span's reused output, fitted along one cached run of the teacher's batch.
 
     Step by step, on the path that the corrections so far lead to. target: what the corrected output shall be: "output",
     the span's own where the run has come to; "teacher", that of the uncached run at this step; "state", at scope
-    denoiser, the model output that leads to the uncached run's next state. per_channel: a scale and bias for each
-    channel, else one of each for all.
+    denoiser, the model output that leads to the uncached run's next state. Each channel has a scale and a bias.
 
     What it comes to is in the plan's facts, as "rectified": the distance from the target at each step before and after,
     relative, of the (guided) model output for "state" and of the spans' outputs otherwise. Steps that the plan has no
@@ -106,7 +99,7 @@ def rectified(teacher: Teacher, plan: Plan, target: str = "teacher", per_channel
         )
     batch = teacher.batch
     known = _uncached_outputs(teacher, plan) if target == "teacher" else {}
-    fitting = _Rectifying(teacher, plan, target, per_channel, known)
+    fitting = _Rectifying(teacher, plan, target, known)
     method = Method(Guarded(Planned(plan)), fitting.forecaster, plan.scope, plan.depth, "batch")
     with (
         attached(batch.pipe, method, fitting) as session,
@@ -146,10 +139,10 @@ class _Collecting(Observer):
 class _Rectifying(Fitting):
     """Goes along the cached path as trajectory matching does, with another fit at each reused step."""
 
-    def __init__(self, teacher: Teacher, plan: Plan, target: str, per_channel: bool, known: Outputs):
+    def __init__(self, teacher: Teacher, plan: Plan, target: str, known: Outputs):
         settings = Settings(plan.scope, plan.depth, plan.history, feature=plan.feature)  # type: ignore[arg-type]
         super().__init__(teacher, settings)
-        self.given, self.target, self.per_channel, self.known = plan, target, per_channel, known
+        self.given, self.target, self.known = plan, target, known
         self.steps = _reused_steps(plan)
         self.spans = 1
 
@@ -187,7 +180,7 @@ class _Rectifying(Fitting):
             # of the branches one by one, it is the same once guidance has combined them
             bias = tuple(value / sum(guidance) for value in bias)
             for call, visit in _reused(calls):
-                scale, bias = _padded(scale, bias, self._channels(visit))
+                scale, bias = _padded(scale, bias, ops.channels((visit.forecast or [])[0]))
                 for branch in range(self.teacher.rows):
                     found[self._key(call, visit, branch)] = Correction(scale, bias)
         else:
@@ -207,7 +200,7 @@ class _Rectifying(Fitting):
             self.forecaster.channels = len(correction.scale)
             entry = self.forecaster.table[index, span, branch]
             self.forecaster.table[index, span, branch] = replace(entry, correction=correction)
-        after = combined(self._repeat(calls, before.shape), guidance)
+        after = self._guided(before, branches, calls, guidance)
         if self.target == "state":
             size = float(target.norm().clamp_min(1e-30))
             errors = [(float((before - target).norm()) / size, float((after - target).norm()) / size)]
@@ -218,16 +211,11 @@ class _Rectifying(Fitting):
     def _key(self, call: Called, visit: Visit, branch: int) -> tuple[int, int]:
         return self.run.session.span_index[visit.span], call.frame.position * self.teacher.rows + branch
 
-    def _channels(self, visit: Visit) -> int:
-        return ops.channels((visit.forecast or [])[0]) if self.per_channel else 1
-
     def _affine(self, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Correction:
         """Scale and bias by least squares."""
-        widths = {ops.channels(leaf) for leaf in given} if self.per_channel else {1}
-        if len(widths) > 1:
-            raise ConfigError("the outputs of one span have different channels: rectify them with per_channel=False")
-        width = widths.pop()
-        x, y = (torch.cat([_by_channel(leaf, width) for leaf in side]) for side in (given, wanted))
+        if len({ops.channels(leaf) for leaf in given}) > 1:
+            raise ConfigError("the outputs of one span have different channels, which no one correction is of")
+        x, y = (torch.cat([_by_channel(leaf) for leaf in side]) for side in (given, wanted))
         mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
         varied = (x - mean_x).square().mean(dim=0)
         together = ((x - mean_x) * (y - mean_y)).mean(dim=0)
@@ -244,7 +232,7 @@ class _Rectifying(Fitting):
             if entry.correction is not None:
                 correction[step, branch, span] = torch.tensor(entry.correction, dtype=torch.float64)
         found = {str(step): [round(error, 6) for error in errors] for step, errors in self.errors.items()}
-        how = {"target": self.target, "per_channel": self.per_channel, "samples": self.teacher.batch.count}
+        how = {"target": self.target, "samples": self.teacher.batch.count}
         left = {str(step): why for step, why in self.notes.items()}
         return replace(
             plan,
@@ -262,10 +250,9 @@ def _reused(calls: Sequence[Called]) -> list[tuple[Called, Visit]]:
     return [(call, visit) for call in calls for visit in call.frame.reused]
 
 
-def _by_channel(leaf: Tensor, width: int) -> Tensor:
-    """[numbers, channels] in float64; all in one channel for width 1."""
-    leaf = leaf.double()
-    return leaf.reshape(-1, 1) if width == 1 else leaf.movedim(-1 if leaf.ndim <= 3 else 1, -1).reshape(-1, width)
+def _by_channel(leaf: Tensor) -> Tensor:
+    """[numbers, channels] in float64."""
+    return leaf.double().movedim(ops.channel_axis(leaf), -1).flatten(0, -2)
 
 
 def _padded(scale: tuple[float, ...], bias: tuple[float, ...], channels: int) -> Correction:
@@ -276,7 +263,7 @@ def _padded(scale: tuple[float, ...], bias: tuple[float, ...], channels: int) ->
 
 def _distances(given: Sequence[Tensor], wanted: Sequence[Tensor], correction: Correction) -> tuple[float, float]:
     """Relative ones, before and after."""
-    x, y = (torch.cat([_by_channel(leaf, len(correction.scale)) for leaf in side]) for side in (given, wanted))
+    x, y = (torch.cat([_by_channel(leaf) for leaf in side]) for side in (given, wanted))
     scale, bias = torch.tensor(correction, dtype=x.dtype, device=x.device)
     after = x * scale + bias
     size = float(y.norm().clamp_min(1e-30))

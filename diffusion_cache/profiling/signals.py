@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import ConfigError
+from ..profile import SIGNALS
 from ..signals import filtered_l1
-from .moments import Leaves, Sums, as_leaves, channels
-
-CURVES = ("residual_l1", "input_l1", "filtered_l1", "norm_ratio")
+from .moments import Leaves, Sums, as_leaves
 
 
 class Last(NamedTuple):
@@ -36,7 +36,7 @@ class SignalCurves(Sums):
     Only one step of each pass is kept, where it was computed; hold: a device to keep it on instead ("cpu" for models
     that fill theirs). noise_levels: log-SNR of each step; without them filtered_l1 is not measured. grid: (frames,
     height, width) of the tokens, frames 1 for images; latents [B, C, H, W] and [B, C, F, H, W] tell it themselves,
-    and an input of neither form is not filtered. channel_dim: see `moments.channels`.
+    and an input of neither form is not filtered.
     """
 
     def __init__(
@@ -48,15 +48,14 @@ class SignalCurves(Sums):
         noise_levels: Sequence[float] | None = None,
         grid: tuple[int, int, int] | None = None,
         hold: torch.device | str | None = None,
-        channel_dim: int | None = None,
     ):
         super().__init__(name)
         if noise_levels is not None and len(noise_levels) != steps:
             raise ConfigError(f"{name}: {len(noise_levels)} noise levels for {steps} steps; give one for each")
         self.steps, self.passes = steps, passes
         self.noise_levels, self.grid = noise_levels, grid
-        self.hold, self.channel_dim = hold, channel_dim
-        for key in CURVES:
+        self.hold = hold
+        for key in SIGNALS:
             for kind in ("sum", "count"):
                 self.sums[f"{key}.{kind}"] = torch.zeros(passes, steps, dtype=torch.float64)
         self._last: dict[int, Last] = {}
@@ -115,7 +114,7 @@ class SignalCurves(Sums):
 
     def result(self) -> dict[str, Tensor]:
         """residual_l1, input_l1, filtered_l1, norm_ratio: [P, T] float32; NaN at step 0 and where nothing was seen."""
-        return {key: (self.sums[f"{key}.sum"] / self.sums[f"{key}.count"]).float() for key in CURVES}
+        return {key: (self.sums[f"{key}.sum"] / self.sums[f"{key}.count"]).float() for key in SIGNALS}
 
     def _take(self, step: int, outputs: Leaves, inputs: Leaves | None) -> Last:
         outs = as_leaves(outputs, 1)
@@ -126,15 +125,14 @@ class SignalCurves(Sums):
             if out is not None
         ]
         main = max(residuals, key=lambda leaf: leaf[0].numel())
-        keep = channels(main, self.channel_dim)
-        norms = torch.linalg.vector_norm(main, dim=keep, dtype=torch.float32).flatten(1)
+        norms = torch.linalg.vector_norm(main, dim=ops.channel_axis(main), dtype=torch.float32).flatten(1)
         return Last(step, residuals, [base.detach() for base in bases if base is not None], norms)
 
     def _filtered_l1(self, now: Last, last: Last) -> Tensor | None:
         if self.noise_levels is None:
             return None
         for leaf, before in zip(now.inputs, last.inputs, strict=True):
-            keep = channels(leaf, self.channel_dim)
+            keep = ops.channel_axis(leaf) % leaf.ndim
             layout = self._layout(leaf, keep)
             if layout is not None:
                 new, old = (x.to(leaf.device).movedim(keep, 1).reshape(len(x), -1, *layout) for x in (leaf, before))

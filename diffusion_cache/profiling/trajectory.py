@@ -30,7 +30,7 @@ from ..engine import Method, Observer
 from ..engine.frame import Frame
 from ..engine.observer import Again
 from ..engine.patches import wrapped_step
-from ..engine.structure import flatten, forked_rng
+from ..engine.structure import first_tensor, forked_rng
 from ..forecasters.fitted import Fit, Fitted, Key, taylor_weights
 from ..policies import Guarded
 from .generation import StepCall, Teacher, attached, state_of
@@ -38,7 +38,7 @@ from .generation import StepCall, Teacher, attached, state_of
 NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}
 LOW_PRECISION_NUDGE = 0.25
 GUIDANCE_TOLERANCE = 1e-3  # what guidance may differ from a linear combination by, relative
-ROUNDINGS = 2.0  # or by so many units of the precision that it is combined in, where that is more
+ROUNDINGS = 0.5  # or by so many units of the precision that it is combined in, where that is more
 LENGTHS = (1.0, 0.5, 0.25)  # of the step that is solved for, where the output is not as linear as it takes it to be
 BIASED_CHANNELS = 128
 NEGLIGIBLE = 1e-2  # what a scale or a bias of one changes the model output by, relative, if it is to be solved for
@@ -194,8 +194,7 @@ class Fitting(Observer):
         self.calls.append(Called(frame, self._branches(frame, output), again))
 
     def _branches(self, frame: Frame, output: Any) -> list[Tensor]:
-        first = next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
-        return list(first.detach().chunk(max(1, frame.batch // self.teacher.batch.count)))
+        return list(first_tensor(output).detach().chunk(max(1, frame.batch // self.teacher.batch.count)))
 
     def stepping(self, step: Callable) -> Callable:
         """`scheduler.step`, which goes on from the fitted weights."""
@@ -228,8 +227,10 @@ class Fitting(Observer):
         if len(unknowns) == len(owners):
             raise UnfitError(ONE_FEATURE)
         wanted = target - before
-        weight = _root_weights(wanted) if self.settings.robust else 1.0
-        columns.unflatten(1, like).mul_(weight)
+        weight: Tensor | float = 1.0
+        if self.settings.robust:
+            weight = _root_weights(wanted)
+            columns.unflatten(1, like).mul_(weight)
         delta = dict(zip(unknowns, self._solve(columns, (wanted * weight).flatten(), unknowns), strict=True))
         size = float((target * weight).norm().clamp_min(1e-30))
         error = float((wanted * weight).norm()) / size
@@ -238,7 +239,7 @@ class Fitting(Observer):
                 own = {unknown: length * change for (of, unknown), change in delta.items() if of == owner}
                 for branch in owner.branches:
                     self.forecaster.table[index, owner.group, branch] = self._found(index, owner.nodes, own)
-            after = combined(self._repeat(calls, like), guidance)
+            after = self._guided(before, branches, calls, guidance)
             reached = float(((after - target) * weight).norm()) / size
             if reached < error:
                 self.errors[index] = error, reached
@@ -247,6 +248,15 @@ class Fitting(Observer):
         for key in [key for key in self.forecaster.table if key[0] == index]:
             del self.forecaster.table[key]
         raise UnfitError("the fitted weights are no better than Taylor's")
+
+    def _guided(
+        self, before: Tensor, branches: Sequence[Tensor], calls: Sequence[Called], guidance: Sequence[float]
+    ) -> Tensor:
+        """The model output with the weights as they are now.
+
+        before: what the pipeline made of these branches. In what that is off from their combination, it stays.
+        """
+        return before + (combined(self._repeat(calls, before.shape), guidance) - combined(branches, guidance))
 
     def _repeat(self, calls: Sequence[Called], like: torch.Size) -> list[Tensor]:
         """The guidance branches' outputs with the weights as they are now."""

@@ -21,7 +21,7 @@ from .models import BARE, MODELS, NULL_CLASS, ReferenceModel, class_embeddings, 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["MODELS", "card", "images", "inputs", "load", "save", "spec"]
+__all__ = ["MODELS", "assemble", "card", "denoiser", "images", "inputs", "load", "save", "spec"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -1,24 +1,29 @@
 """One trajectory that a router learns from: teacher and student at every step, on the state that the gates led to."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..engine.structure import first_tensor
 from ..errors import ConfigError
 from ..profiling.generation import StepCall
 from ..profiling.trajectory import UnfitError, aligned, combined, guidance_weights
-from .mixing import Gates, Run, detached, tensor_of
+from .mixing import Gates, Run, detached
 
 if TYPE_CHECKING:
     from .training import Trainer
 
 
 class Lesson:
-    """One trajectory that a trainer learns from. clean: noise-free latents, for one along noised images."""
+    """One trajectory that a trainer learns from, of `count` samples.
 
-    def __init__(self, trainer: "Trainer", clean: Tensor | None):
-        self.trainer, self.clean = trainer, clean
+    clean: noise-free latents, for one along noised images.
+    """
+
+    def __init__(self, trainer: "Trainer", count: int, clean: Tensor | None):
+        self.trainer, self.count, self.clean = trainer, count, clean
         self.stored = trainer.stored
         self.losses: dict[int, float] = {}  # of each step
         self.slopes: dict[int, dict[int, Tensor]] = {}  # of each step's loss by the gates of steps, [S]
@@ -37,10 +42,10 @@ class Lesson:
                 with torch.enable_grad():
                     self.gates[step] = trainer.gates(step, self.stored)
             with torch.no_grad():
-                teacher = tensor_of(run(None))
+                teacher = first_tensor(run(None))
             with torch.enable_grad():
                 student = run(self.gates[step])
-        self.calls.append((teacher, tensor_of(student)))
+        self.calls.append((teacher, first_tensor(student)))
         return detached(student)
 
     def stepped(self, step: int, given: StepCall) -> Any:
@@ -62,12 +67,9 @@ class Lesson:
 
     def _difference(self, given: StepCall) -> Tensor:
         """The student's guided output less the teacher's, [n, ...]."""
-        rows = self.trainer.rows
-        count = max(len(student) for _, student in self.calls) // rows
-        guided = given.model_output[:count]
-        sides = zip(*self.calls, strict=True)
-        teacher, student = ([aligned(b, guided.shape) for out in outs for b in out.chunk(rows)] for outs in sides)
+        guided = given.model_output[: self.count]
         try:
+            teacher, student = (self._branches(outputs, guided.shape) for outputs in zip(*self.calls, strict=True))
             found = guidance_weights([branch.detach() for branch in student], guided)
         except UnfitError as error:
             raise ConfigError(
@@ -77,6 +79,11 @@ class Lesson:
         # rounded, for the last bits of a solution may depend on where in memory its system lies
         guidance = [round(w, 6) for w in found]
         return combined(student, guidance) - combined(teacher, guidance)
+
+    def _branches(self, outputs: Sequence[Tensor], like: torch.Size) -> list[Tensor]:
+        """Of each guidance branch, of which a call may have fewer once guidance ends."""
+        parts = [part for output in outputs for part in output.chunk(max(1, len(output) // self.count))]
+        return [aligned(part, like) for part in parts]
 
     def _noised(self, step: int, given: StepCall, result: Any) -> Any:
         """The next state as a training image with the noise that the trajectory began with."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..context import Query
+from ..engine import session_of
 from ..engine.intercept import intercept, release
 from ..engine.patches import ACTIVE, wrapped_step
-from ..engine.session import session_of
 from ..engine.structure import Inputs, Template, flatten, tensor_inputs, unflatten
 from ..errors import ConfigError
 from ..forecasters import Taylor
@@ -182,7 +182,9 @@ class Mixture:
             for tensor, leaf in zip(tensors, template.leaves, strict=True)
         )
         past = self.histories.get(key, ())
-        if past and all(_alike(*pair) for pair in zip(past[-1].features, features, strict=True)):
+        if past and not all(_alike(*pair) for pair in zip(past[-1].features, features, strict=True)):
+            past = ()  # of more rows, as before guidance ended
+        if past:
             missing = 1 - call.gates.mix[index]
             tensors = [
                 # exactly the tensor where it is all that counts
@@ -243,11 +245,6 @@ def _scaled(feature: Tensor, gate: Tensor) -> Tensor:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The model output in what a denoiser call gives."""
-    return next(leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
 
 
 def detached(output: Any) -> Any:

@@ -7,7 +7,6 @@ student's. No graph outlives its step; of features, those are held that forecast
 and of every step while the image-error proxy is measured.
 """
 
-import hashlib
 import json
 import math
 import resource
@@ -24,19 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..context import Feature
-from ..engine import Method
 from ..errors import ConfigError
+from ..files import written
 from ..fingerprint import Fingerprint
-from ..forecasters.fitted import Fitted
 from ..models import Span, find_denoisers
-from ..plain import plain_json
+from ..plain import digest, plain_json
 from ..plan import Plan
-from ..planning.build import as_tensors
 from ..planning.static import evaluations, static_plan
-from ..policies import Guarded, Planned
+from ..policies import Planned
 from ..profile import Profile
 from ..profiling import trajectory
-from ..profiling.generation import Batch, Teacher, attached, last_state, teach
+from ..profiling.generation import Batch, Teacher, attached, last_state, plan_method, teach
 from ..profiling.measure import Given, MakeBatch
 from ..profiling.recorder import surveyed
 from .base import HARD, Recipe
@@ -216,8 +213,7 @@ class Trainer:
         """The pipeline's spans, as the profile has them."""
         profile = self.profile
         with surveyed(batch, profile.scope, profile.depth, self._feature) as (_, survey):
-            self.rows = survey.rows
-        names = [watched.facts.name for watched in survey.spans]
+            names = [watched.facts.name for watched in survey.spans]
         if survey.steps != profile.total:
             raise ConfigError(
                 f"the profile has {profile.total} steps and the generation {survey.steps}: profile again, or train "
@@ -249,7 +245,8 @@ class Trainer:
             batch = self._batch(numbers)
             if self.recipe.proxy != "none" and self.done % every == 0:
                 self._weigh(batch)
-            lesson = Lesson(self, None if self.clean is None or not self.recipe.images else self.clean(numbers))
+            clean = None if self.clean is None or not self.recipe.images else self.clean(numbers)
+            lesson = Lesson(self, batch.count, clean)
             self.mixture.generate(batch, lesson)
             if self.recipe.gates == HARD:
                 self._learn_hard(lesson)
@@ -294,7 +291,7 @@ class Trainer:
             plan.scope, plan.depth, self.recipe.order + 1, groups=groups, feature=self._feature
         )
         found = trajectory.fit(teacher, Planned(plan), settings)
-        nodes, weights, _ = as_tensors(found.forecaster, plan.total, teacher.branches)
+        nodes, weights, _ = found.forecaster.as_tensors(plan.total, teacher.branches)
         facts = {**plan.facts, "left_to_taylor": {str(step): why for step, why in sorted(found.notes.items())}}
         plan = replace(plan, nodes=nodes, weights=weights, row_passes=teacher.rows, facts=facts)
         return plan, self.error(plan)
@@ -499,7 +496,7 @@ class Trainer:
         """What a checkpoint must agree in to be gone on from."""
         asked = range(self.settings.held_out), range(MOST_HELD_OUT, MOST_HELD_OUT + self.settings.batch)
         value = {
-            "model": _digest([each.to_json() for each in (self.profile.fingerprint, self.fingerprint)]),
+            "model": digest([each.to_json() for each in (self.profile.fingerprint, self.fingerprint)]),
             "steps": self.profile.total,
             "spans": [span.name for span in self.profile.spans],
             "profile": self.profile.facts.get("key"),
@@ -507,7 +504,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "precision": self.accelerator.mixed_precision,
             "processes": self.accelerator.num_processes,
-            "samples": _digest([[list(given) for given in self.samples(numbers)] for numbers in asked]),
+            "samples": digest([[list(given) for given in self.samples(numbers)] for numbers in asked]),
         }
         return json.loads(json.dumps(value))
 
@@ -523,11 +520,10 @@ class Trainer:
             **{name: getattr(self, name) for name in ("price", "done", "waited", "best", "log")},
         }
         path = self.folder / CHECKPOINT
-        draft = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state, draft)
-            draft.replace(path)
+            with written(path) as draft:
+                torch.save(state, draft)
             (self.folder / LOG).write_text(json.dumps(plain_json(self.log), indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
@@ -553,11 +549,6 @@ class Trainer:
         self.spent, self.began = self.log[-1]["seconds"], time.process_time()
 
 
-def plan_method(plan: Plan) -> Method:
-    """What a session does to run by a plan."""
-    return Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
-
-
 def last_error(teacher: Teacher, plan: Plan) -> Tensor:
     """Relative L2 distance of each sample's last state to the uncached run's, when the batch runs by a plan, [n]."""
     batch = teacher.batch
@@ -565,7 +556,3 @@ def last_error(teacher: Teacher, plan: Plan) -> Tensor:
         batch.call()
     whole = teacher.states[-1][: batch.count].flatten(1).double()
     return (state[-1][: batch.count].flatten(1).double() - whole).norm(dim=1) / whole.norm(dim=1)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -23,12 +23,13 @@ ADDITIVE = (0.5, 2.0)  # squared joint error over the sum of squares; what is me
 class Laptop(System):
     """The cells (step, block) to compute that keep the sum of damages of all others least within a share of compute.
 
-    keep: share of the blocks' arithmetic that is spent. A cell's
-    damage is the squared error of the final output by reusing that block at that step alone, from the profile: the
-    sensitivity measured for its third of the blocks, shared out by the blocks' own errors. Errors of cells that reuse
-    one feature point the same way, so within such a gap they are added before they are squared. Each block's gaps are
-    chosen by dynamic programming, and blocks are weighed by knapsack.
-    Warns where the profile's check says that damages do not add up.
+    A cell's damage is the squared error of the final output by reusing that block at that step alone, from the profile:
+    the sensitivity measured for its third of the blocks, shared out by the blocks' own errors. Errors of cells that
+    reuse one feature point the same way, so within such a gap they are added before they are squared. Each block's gaps
+    are chosen by dynamic programming, and blocks are weighed by knapsack. Warns where the profile's check says that
+    damages do not add up.
+
+    keep: share of the blocks' arithmetic that is spent.
     """
 
     keep: float = 0.5

@@ -1,4 +1,4 @@
-"""What breaks other caches, and what users do around one. The numbers are those of the list in docs/peers.md."""
+"""What breaks other caches, and what users do around one."""
 
 import contextlib
 import copy

@@ -545,11 +545,13 @@ def every_other_block():
     [
         (WAN, ADAPTIVE, 2),
         (WAN, dict(policy="speca", threshold=0.9), 2),
+        (WAN, dict(policy="teacache", threshold=0.3), 1),
+        (WAN, dict(policy="teacache", threshold=0.3), 2),
         (WAN, every_other_block(), 2),
         (UNET, PLANNED, 2),
         (UNET, PLANNED, 3),
     ],
-    ids=["probe", "tail", "blocks", "first-of-cut", "last-of-cut"],
+    ids=["probe", "tail", "begun-alone", "begun", "blocks", "first-of-cut", "last-of-cut"],
 )
 def test_groups_of_which_some_blocks_are_skipped(name, method, size, tmp_path, monkeypatch):
     """Each block that runs has its weights, and no group stays loaded."""

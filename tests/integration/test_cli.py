@@ -4,13 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusion_cache import reference
+from diffusion_cache import published, reference
 from diffusion_cache.cli import app, demo
 from diffusion_cache.cli.results import Row
 from diffusion_cache.cli.tables import COLUMNS
@@ -41,7 +42,7 @@ def test_help_needs_no_heavy_import():
         ("policies", ["interval", "every=2", "first_block", "mask"]),
         ("forecasters", ["reuse", "taylor", "order=1", "rfc", "non-linear", "denoiser"]),
         ("correctors", ["affine", "alignment", "magnitude", "ratios", "shrink", "strength=0.8"]),
-        ("languages", ["prefix", "dkv", "refresh=8", "elastic", "sub_block"]),
+        ("languages", ["prefix", "2503.09573", "dkv", "refresh=8", "elastic", "sub_block"]),
         ("guards", ["warmup", "max_consecutive", "unconditional_every", "first steps computed"]),
         ("models", list(reference.MODELS)),
         ("profiles", ["dit-digits-ddim", "FluxTransformer2DModel", "nfe-25"]),
@@ -51,6 +52,18 @@ def test_help_needs_no_heavy_import():
 def test_list(what, expected):
     output = run("list", what)
     assert all(text in output for text in expected)
+
+
+def test_published_figures_are_listed_where_they_are_a_method():
+    output = run("list", "published")
+    usable = [name for name in published.names() if f"published/{name} " in output]
+    assert all(published.load(name).driven() for name in usable)
+    others = Counter(published.load(name).method for name in {*published.names()} - {*usable})
+    assert "scm" not in others
+    assert all(f"{method} ({count})" in " ".join(output.split()) for method, count in others.items())
+    for name in {*published.names()} - {*usable}:
+        with pytest.raises(ConfigError):
+            published.load(name).driven()
 
 
 def test_shipped_profiles_go_by_their_names(tmp_path, monkeypatch):

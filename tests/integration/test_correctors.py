@@ -11,8 +11,7 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import ops, reference
 from diffusion_cache.context import NoiseLevels
-from diffusion_cache.engine import Method, Observer
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import Method, Observer, session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import AverageVelocity, Sampler
 from diffusion_cache.policies import Guarded

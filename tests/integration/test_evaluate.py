@@ -24,14 +24,16 @@ from evaluation_profile import write_profile
 from hydra import compose, initialize_config_module
 
 from diffusion_cache.cli import evaluate as command
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.cli import hydra_app
+from diffusion_cache.engine import session_of
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import child, contenders, jobs, runner
 from diffusion_cache.evaluation.jobs import Team, run_job
 from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.speed import SpeedWorker
-from diffusion_cache.evaluation.store import Store, read_tensors, write_tensors
+from diffusion_cache.evaluation.store import Store
+from diffusion_cache.files import read_tensors, write_tensors
 
 SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
 # by the launcher for several jobs at once where it is installed
@@ -329,7 +331,15 @@ def test_a_fault_of_the_machine_is_not_the_methods(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert runner.is_of_the_machine(caught.value)
-    assert not runner.is_of_the_machine(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    for told in (
+        "mat1 and mat2 shapes cannot be multiplied",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling cublasSgemm",
+        "CUDA error: invalid configuration argument",
+        "CUDA error: invalid argument",
+    ):
+        assert not runner.is_of_the_machine(RuntimeError(told)), told
 
 
 def test_random_weights_are_for_speed_only(tmp_path):
@@ -572,7 +582,7 @@ def test_two_processes_give_the_table_of_one(tmp_path):
 def test_misspelled_keys_are_told_with_a_suggestion(override, message):
     command.register_methods()
     with pytest.raises(ConfigError, match=message):
-        command.check([override, "-m"])
+        hydra_app.check("evaluate", [override, "-m"], command.GROUPS)
 
 
 def test_what_must_be_given(tmp_path):
@@ -632,6 +642,28 @@ def test_a_damaged_reference_is_made_again(tmp_path):
     (summary,) = made(tmp_path, "method=interval", "forecaster=reuse")
     assert summary["correct"] is True
     assert summary["metrics"]["psnr"]["mean"] != before["metrics"]["psnr"]["mean"]
+
+
+def test_uncached_outputs_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    """New or stored, and not as another pipeline's."""
+    plain = runner.Worker.generate
+
+    def broken(self, what, label, pairs=0):
+        found = plain(self, what, label, pairs)
+        found.output.images[0, 0] = float("nan")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.Worker, "generate", broken)
+        with pytest.raises(ConfigError, match=r"dit-digits makes 1 of 3 uncached outputs .* not finite"):
+            made(tmp_path, "method=interval")
+    assert not list((tmp_path / "references").glob("*"))
+    made(tmp_path, "method=interval")
+    (path,) = (tmp_path / "references").iterdir()
+    tensors, facts = read_tensors(path)
+    write_tensors(path, {**tensors, "images": tensors["images"] * float("nan")}, facts)
+    with pytest.raises(ConfigError, match="dit-digits makes 3 of 3 uncached outputs"):
+        made(tmp_path, "method=interval", "forecaster=reuse")
 
 
 def test_references_of_other_weights_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.planning.band import with_guard
 

@@ -18,9 +18,8 @@ from pipeline_zoo import equal, tensors
 from zoo import Draw
 
 import diffusion_cache as dc
-from diffusion_cache.engine import intercept, patches
-from diffusion_cache.engine.session import session_of
-from diffusion_cache.models import find_denoisers
+from diffusion_cache.engine import intercept, patches, session_of
+from diffusion_cache.models import find_denoisers, guidance_weights
 from diffusion_cache.planning.target import _sampler_of
 
 pytestmark = pytest.mark.filterwarnings("error::diffusion_cache.errors.DiffusionCacheWarning")
@@ -514,7 +513,11 @@ def test_the_scale_of_a_guider_is_known():
     guided = _sampler_of(pipe)
     dc.enable(pipe, "interval", every=2)
     generate(pipe, call)
-    assert session_of(pipe).last_run.guidance == 3.0
+    run = session_of(pipe).last_run
+    assert (run.guidance, run.guidance_weights) == (3.0, {"transformer": 3.0})
+    beside = diffusers.ClassifierFreeGuidance(guidance_scale=3.0, use_original_formulation=True)
+    pipe.update_components(guider=beside)
+    assert guidance_weights(pipe, (), {}, ["transformer"]) == {"transformer": 4.0}
     dc.disable(pipe)
     pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0))
     assert _sampler_of(pipe) != guided

@@ -14,8 +14,9 @@ from children import interruptible
 from hydra import compose, initialize_config_module
 
 from diffusion_cache import reference
+from diffusion_cache.cli import hydra_app
 from diffusion_cache.cli import profile as command
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.models import find_denoisers
@@ -438,7 +439,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 )
 def test_misspelled_keys_are_told_with_a_suggestion(override, message):
     with pytest.raises(ConfigError, match=message):
-        command.check([override])
+        hydra_app.check("profile", [override], command.GROUPS)
 
 
 @pytest.mark.parametrize(

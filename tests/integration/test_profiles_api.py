@@ -19,7 +19,7 @@ import diffusion_cache as dc
 from diffusion_cache import published, reference
 from diffusion_cache.cli import app
 from diffusion_cache.cli.plan import Source, _ladder, _Work
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.plan import Quality, Speed
 from diffusion_cache.planning.build import Planner, Search, psnr

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import plans
 import pytest
 import torch
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.cli import app
+from diffusion_cache.cli.select import _stated
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.plan import Plan
+from diffusion_cache.planning.select import Seen
 from diffusion_cache.planning.selector import Selector
 from diffusion_cache.profile import Profile
 from diffusion_cache.schedule import Schedule
@@ -61,6 +64,14 @@ def test_a_profile_learns_to_choose_among_plans_of_its_prompts(profile, tmp_path
             chosen = next(name for name in names if f"plan {name!r}" in dc.summary(pipe).method)
         with dc.cached(pipe, profile=made, plan=chosen):
             assert torch.equal(images, reference.images(NAME, plans.batch(pipe, NAME, [(digit, 5)]).call()))
+
+
+@pytest.mark.parametrize("texts", [2, None])
+def test_plans_state_of_how_many_texts_their_own_samples_are(profile, texts):
+    (plan,) = Profile.load(profile).plans
+    other = replace(plan, facts={"held_out_prompts": 60})
+    (stated,) = _stated(Seen((other,), (), np.array([[30.0], [31.0]])), (1, 2), texts)
+    assert (stated.quality.values, stated.held_out_prompts) == ((30.0, 31.0), texts)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import copy
 import threading
 import warnings
 
+import numpy as np
 import pytest
+import small
 import torch
+from diffusers import DiffusionPipeline
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.engine.structure import Newest
 from diffusion_cache.errors import DiffusionCacheWarning
@@ -17,6 +20,7 @@ from tests import plans
 
 NAME, STEPS = "flux-digits", 8
 CHANGED = "that a plan was enabled for"
+CLASS_AND_NONE = torch.tensor([3, 10])
 
 
 @pytest.fixture
@@ -144,3 +148,85 @@ def test_what_is_learned_of_sizes_does_not_grow_without_end():
     assert learned == {"b": "B", "c": "again", "d": "D"}
     learned.drop(lambda key: key < "c")
     assert list(learned) == ["c", "d"]
+
+
+class FirstSteps(DiffusionPipeline):
+    """Makes the first steps of what the scheduler lists, as SDXL's base model does before its refiner."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(self, steps, made):
+        self.scheduler.set_timesteps(steps)
+        timesteps = self.scheduler.timesteps[:made]
+        self._num_timesteps = made
+        sample = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        with self.progress_bar(total=made) as bar:
+            for t in timesteps:
+                both = self.transformer(sample.repeat(2, 1, 1, 1), timestep=t.expand(2), class_labels=CLASS_AND_NONE)
+                given, none = both.sample[:, :1].chunk(2)
+                sample = self.scheduler.step(none + 1.5 * (given - none), t, sample).prev_sample
+                bar.update()
+        return sample
+
+
+def test_a_run_that_ends_early_gets_its_part_of_a_plan():
+    made = reference.load("dit-digits")
+    pipe = FirstSteps(made.transformer, made.scheduler)
+    profile = dc.Profile.from_pretrained("dit-digits-ddim")
+    computed = next(plan for plan in profile.plans if plan.name == "nfe-12").schedule.computed
+    dc.enable(pipe, profile=profile, plan="nfe-12", ignore=["pipeline"])
+    with pytest.warns(DiffusionCacheWarning, match="50 steps, and this run makes 40 of them"):
+        pipe(50, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DiffusionCacheWarning)  # it was told
+        pipe(50, 40)
+    summary = dc.summary(pipe)
+    assert [record.step for record in summary.records if record.computed] == [s for s in computed if s < 40]
+    assert summary.unfitted == 2  # of its first steps, with one feature to go by
+    assert any("this run makes 40" in warning for warning in summary.warnings)
+
+
+def test_what_a_plan_was_not_made_for_is_in_every_runs_summary(pipe):
+    dc.enable(pipe, profile=plans.planned(NAME, computed=(4,)), plan="nfe-4")
+    pipe.transformer = reference.denoiser(NAME)
+    assert told(pipe, CHANGED)
+    assert not told(pipe, CHANGED)
+    assert any(CHANGED in warning for warning in dc.summary(pipe).warnings)
+
+
+def classes(pipe):
+    return pipe([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+
+def test_a_method_that_is_not_for_compiled_denoisers_runs_uncached_from_then_on():
+    pipe = small.load("dit-digits")
+    uncached = classes(pipe)
+    dc.enable(pipe, "interval", every=2, scope="stack", cache_dtype="int8")
+    assert (classes(pipe) != uncached).any()
+    pipe.transformer.compile(backend="eager")
+    with pytest.warns(DiffusionCacheWarning, match="running without the cache in transformer.*compiled as a whole"):
+        assert np.allclose(classes(pipe), uncached, atol=1e-5)
+
+
+def test_a_denoiser_that_is_wrapped_since_runs_uncached():
+    """What is told is what is done."""
+
+    class DataParallel(torch.nn.DataParallel):
+        config = property(lambda self: self.module.config)
+        dtype = property(lambda self: self.module.dtype)
+        device = property(lambda self: self.module.device)
+
+    pipe = small.load("dit-digits")
+    inner, uncached = pipe.transformer, classes(pipe)
+    dc.enable(pipe, "interval", every=2)
+    cached = classes(pipe)
+    assert (cached != uncached).any()
+    pipe.transformer = DataParallel(inner)
+    with pytest.warns(DiffusionCacheWarning, match="running without the cache"):
+        assert (classes(pipe) == uncached).all()
+    pipe.transformer = inner
+    assert (classes(pipe) == cached).all()

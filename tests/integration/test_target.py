@@ -8,7 +8,7 @@ import torch
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import Verdict
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.measure import count_blocks, timing
 from diffusion_cache.planning import kept

@@ -2,18 +2,21 @@
 
 import json
 
+import plans
 import pytest
 from hydra import compose, initialize_config_module
 from typer.testing import CliRunner
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.cli import app
+from diffusion_cache.cli import app, hydra_app
 from diffusion_cache.cli import train_router as command
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.plan import Plan
 from diffusion_cache.profile import Profile
 from diffusion_cache.registry import routers
+from diffusion_cache.schedule import Schedule
 
 STEPS = 4
 SMALL = [
@@ -62,6 +65,21 @@ def test_a_trained_router_runs_as_a_plan(tmp_path, capsys):
         assert [row["trajectory"] for row in json.loads((folder / name / "training.json").read_text())] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(("classes", "texts"), [(False, 2), (True, None)])
+def test_a_plan_states_of_how_many_texts_its_samples_are(classes, texts):
+    profile, pipe = plans.profile("flux-digits"), reference.load("flux-digits")
+    schedule = Schedule.uniform(step < 2 for step in range(plans.STEPS))
+    plan = Plan("early", "stack", None, "auto", schedule, profile.noise_levels, facts={"held_out_prompts": 60})
+
+    def make(samples):
+        return plans.batch(pipe, "flux-digits", samples)
+
+    with plans.quickly_timed():
+        given = [("3", 1), ("8", 2), ("3", 3)]
+        made = command.stated(plan, profile, make, given, classes, lambda *told: None)
+    assert (made.quality.seeds, made.held_out_prompts) == ((1, 2, 3), texts)
+
+
 def test_samples_are_for_fitting_alone():
     from diffusion_cache.evaluation.subjects import Shipped
 
@@ -104,9 +122,9 @@ def test_what_cannot_be_trained(overrides, said, tmp_path):
 def test_unknown_names_are_told_before_anything_runs():
     command.register_routers()
     with pytest.raises(ConfigError, match="Did you mean 'harmonica'"):
-        command.check(["router=harmonika"])
+        hydra_app.check("train_router", ["router=harmonika"], command.GROUPS)
     with pytest.raises(ConfigError, match=r"training\.patience"):
-        command.check(["training.patients=3"])
+        hydra_app.check("train_router", ["training.patients=3"], command.GROUPS)
 
 
 def test_routers_are_listed():

@@ -25,6 +25,7 @@ from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.fingerprint import Fingerprint
 from diffusion_cache.models import find_denoisers
 from diffusion_cache.plan import Plan, Quality
+from diffusion_cache.policies import MagCache
 from diffusion_cache.profile import Profile, SpanFacts
 from diffusion_cache.published import load
 from diffusion_cache.schedule import Schedule
@@ -269,20 +270,20 @@ def test_what_was_published_for_this_very_model():
     entry = load(name)
     assert (entry.model, entry.steps) == ("black-forest-labs/FLUX.1-dev", 28)
     assert entry.source in found.reason
-    assert f"It computes {entry.mask(28).count('1') / 28:.0%} of the steps. Not measured here" in found.reason
+    assert f"It computes {_share(entry, 28):.0%} of the steps. Not measured here" in found.reason
     dc.enable(pipe, found.policy, **found.options)
     dc.disable(pipe)
     longer = load(dc.recommend(pipe, 50).options["profile"])
     assert longer.steps == 50
-    assert 20 <= longer.mask(50).count("1") <= 26  # about half
-    assert load(dc.recommend(pipe, 50, speedup=3).options["profile"]).mask(50).count("1") < 20
+    assert 0.4 <= _share(longer, 50) <= 0.52  # about half
+    assert _share(load(dc.recommend(pipe, 50, speedup=3).options["profile"]), 50) < 0.4
     # MagCache's steps and shares are those that its policy computes, of each guidance branch apart
     wan = load("magcache/wan2.1-t2v-1.3b-50")
-    schedules = wan.magcache_schedule(50).values()
-    assert len(schedules) == 2
-    assert _share(wan, 50) == pytest.approx(sum(schedule.count("1") for schedule in schedules) / 100)
+    schedule = MagCache(**wan.driven().options).schedule(50)
+    assert [len(step) for step in schedule.compute] == [2] * 50
+    assert _share(wan, 50) == pytest.approx(sum(compute for step in schedule.compute for (compute,) in step) / 100)
     listed = load("scm/slow-15")
-    assert _share(listed, 12) == listed.mask(12).count("1") / 12
+    assert _share(listed, 12) == sum(listed.figures["masks_by_steps"]["12"]) / 12
     assert _share(listed, 30) == pytest.approx(listed.mask().count("1") / 15)
     # of the same class, but of another model: no more than a hint
     other = dc.recommend(reference.load("flux-digits"), 28)

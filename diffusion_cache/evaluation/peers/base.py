@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,8 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ...engine.patches import patched
 from ...errors import ConfigError, NoSpansError
 from ...models import find_denoisers
+from ...plain import check_count
 from ...registry import check_options, suggest, unknown_name
 
 PARTS_OF_A_CONFIG = ("kind", "label", "peer", "settings", "grid", "points", "models")
@@ -37,6 +38,10 @@ class Peer(ABC):
     def why_not(self, pipe: Any) -> str | None:
         """Why this rival cannot run on this pipeline, None if it can."""
 
+    def lacks(self, settings: Mapping[str, Any]) -> str | None:
+        """The setting that has to be measured on each model and sampler, if these hold none."""
+        return None
+
     @abstractmethod
     def never(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The same settings, changed so that nothing is ever reused."""
@@ -55,8 +60,7 @@ class Peer(ABC):
                 finds nothing to cache with these settings (that one on entering the block).
         """
         options = self.options(settings)
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ConfigError(f"rival {self.name!r}: steps must be a whole number of at least 1, not {steps!r}")
+        check_count(f"rival {self.name!r}: steps", steps)
         reason = self.why_not(pipe)
         if reason is not None:
             raise ConfigError(f"rival {self.name!r} cannot run on {type(pipe).__name__}: {reason}")
@@ -153,20 +157,6 @@ def leaving_nothing(pipe: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
         for name, value in of_class.items():
             if vars(cls)[name] is not value:
                 setattr(cls, name, value)
-
-
-@contextlib.contextmanager
-def patched(cls: type, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Replace a method of a class: an instance's own `__call__` is never reached, its own `step` fails checks."""
-    own, original = name in vars(cls), getattr(cls, name)
-    setattr(cls, name, functools.wraps(original)(make(original)))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(cls, name, original)
-        else:
-            delattr(cls, name)
 
 
 class Loop:

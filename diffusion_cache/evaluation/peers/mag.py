@@ -42,6 +42,9 @@ class DiffusersMag(DiffusersPeer):
     def why_not(self, pipe: Any) -> str | None:
         return for_every_denoiser(pipe, without_stack)
 
+    def lacks(self, settings: Mapping[str, Any]) -> str | None:
+        return None if settings.get("ratios") else "ratios"
+
     def never(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**settings, "max_skip": 0}
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import ConfigError
+from ...files import written
 from . import bench
 from .claims import Claim, Outcome, SeedSet
 
@@ -72,9 +73,8 @@ def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> Outcome:
         return Outcome(**json.loads(path.read_text()))
     outcome = claim.check(seeds)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(outcome), indent=2))
-    partial.replace(path)
+    with written(path) as draft:
+        draft.write_text(json.dumps(asdict(outcome), indent=2))
     return outcome
 
 

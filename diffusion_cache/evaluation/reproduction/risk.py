@@ -6,9 +6,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ... import api
+from ...engine import session_of
 from ...engine.frame import Frame
 from ...engine.observer import Again, Observer
-from ...engine.session import session_of
 from .bench import Bench
 from .claims import Outcome, SeedSet, claim
 

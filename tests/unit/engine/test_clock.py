@@ -405,3 +405,14 @@ def test_schedulers_that_tell_nothing():
 
     assert noise_levels(Bare()) == []
     assert noise_levels(None) == []
+
+
+def test_a_late_start_has_the_form_of_the_whole_run():
+    """Sigmas of the other form stay that, also where all that are left are below 1."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[80.0, 20.0, 5.0, 0.9, 0.5, 0.1])
+    whole = noise_levels(scheduler)
+    scheduler.set_begin_index(3)
+    late = noise_levels(scheduler)
+    assert whole.form == late.form == "other"
+    assert late == whole[3:]

@@ -17,8 +17,8 @@ from diffusers import (
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.engine import session_of
 from diffusion_cache.engine.clock import noise_levels
-from diffusion_cache.engine.session import session_of
 from diffusion_cache.engine.sigmas import move_sigmas
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fitted
@@ -242,7 +242,7 @@ def test_a_run_of_the_last_steps_alone_says_so(flux):
 
     before = generate()
     dc.enable(pipe, plan=plan(FluxSampler(3.0), levels_of(FluxSampler(1.5))))
-    with pytest.raises(ConfigError, match="only the last 3"):
+    with pytest.raises(ConfigError, match="makes only 3 of them"):
         generate()
     dc.disable(pipe)
     assert torch.equal(generate(), before)

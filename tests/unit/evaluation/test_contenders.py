@@ -13,7 +13,7 @@ from evaluation_profile import plan, write_profile
 
 from diffusion_cache import api, reference, registry
 from diffusion_cache.context import Condition
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation import contenders
 from diffusion_cache.evaluation.contenders import (
@@ -432,6 +432,18 @@ def test_norms_are_measured_first_on_samples_that_are_not_reported(monkeypatch):
     assert type(contender({**node, "norms": False}, TAYLOR, 3)) is Adaptive
     subject.classes = False
     assert "takes prompts" in what.why_not(subject)
+
+
+def test_a_rival_without_what_is_measured_of_the_sampler_is_left_out():
+    """Rather than recorded as incorrect at each of its settings."""
+    rival = {"kind": "rival", "peer": "diffusers_mag", "settings": {"threshold": 0.1, "ratios": []}}
+    models = {"dit-digits/ddim": {"settings": {"ratios": [1.0, 0.9]}}}
+    reasons = {}
+    for sampler in ("ddim", "dpm++"):
+        (node,) = expand({**rival, "models": models}, "dit-digits", sampler)
+        reasons[sampler] = contender(node, {}, 2).why_not(Shipped("dit-digits", sampler))
+    assert reasons["ddim"] is None
+    assert reasons["dpm++"] == "no ratios for dit-digits/dpm++: give them as method.settings.ratios"
 
 
 # published systems

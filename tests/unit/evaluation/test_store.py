@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.evaluation.store import Store, fingerprint, json_safe, read_tensors, write_json, write_tensors
+from diffusion_cache.evaluation.store import Store, fingerprint, json_safe, write_json
+from diffusion_cache.files import read_tensors, write_tensors
 
 CONFIG = {"model": {"name": "m"}, "contender": {"kind": "ours", "every": 2}}
 

@@ -54,6 +54,9 @@ def test_the_variable_is_the_samplers():
     assert NoiseLevels(levels, "v_prediction").times("x") == pytest.approx([*ratio.atan().tolist(), 0.0])
     assert NoiseLevels([-math.inf, 0.0], "flow").times("x") == pytest.approx([1.0, 0.5, 0.0])
     assert NoiseLevels([-math.inf, 0.0], "v_prediction").times("x") == pytest.approx([math.pi / 2, math.pi / 4, 0.0])
+    whole = NoiseLevels(levels, "flow")
+    assert whole.until(2).times("x") == pytest.approx(whole.times("x")[:3])  # the run ends where the third would begin
+    assert whole.until(None) is whole.until(len(levels)) is whole
 
 
 @pytest.mark.parametrize(

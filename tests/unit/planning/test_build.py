@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
+import numpy as np
 import plans
 import pytest
 import torch
@@ -11,12 +13,12 @@ from plans import STEPS
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import Correction
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fit, Fitted
 from diffusion_cache.plan import Speed
 from diffusion_cache.planning import build
-from diffusion_cache.planning.build import MAX_PSNR, Search, as_tensors, psnr
+from diffusion_cache.planning.build import MAX_PSNR, Search, psnr
 from diffusion_cache.profiling import trajectory
 from diffusion_cache.profiling.generation import teach
 
@@ -163,6 +165,29 @@ def test_starts_compute_as_many_steps_as_asked_for(planner):
     assert all({0, 6, 7} <= set(start) for start in with_last.starts(4))
 
 
+def test_a_search_starts_from_the_least_sum_of_powers_of_gaps(planner):
+    """Though the first step is never reused, which damages are infinite at."""
+    damage = np.random.default_rng(19).random((STEPS, STEPS, STEPS))
+    damage[..., 0] = math.inf
+    chosen = replace(planner)
+    vars(chosen)["_damage"] = damage
+
+    def powers(steps):
+        edges = zip((-1, *steps), steps, (*steps[1:], STEPS), strict=False)
+        return sum(damage[h + 1, i, i + 1 : j].sum() ** 2 for h, i, j in edges)
+
+    for computed in (3, 4, 5):
+        every = [(0, *rest) for rest in combinations(range(1, STEPS), computed - 1)]
+        assert min(every, key=powers) in chosen.starts(computed)
+
+
+def test_what_a_profile_has_wrong_is_told_of_rather_than_left_out(planner):
+    broken = replace(planner)
+    vars(broken)["_damage"] = np.full((STEPS, STEPS, STEPS), math.nan)
+    with pytest.raises(ConfigError, match="damages must be numbers"):
+        broken.starts(3)
+
+
 def test_a_search_starts_from_the_steps_of_the_nearest_plans(planner):
     """A plan with more steps adds to those of a cheaper one, and a cheaper one leaves some out."""
     odd = planner.fitted((0, 5, 6), "nfe-3")
@@ -251,6 +276,14 @@ def test_a_speed_of_another_device_or_batch_is_measured_anew(planner, three):
         assert same(found, stored)
 
 
+def test_a_speed_is_of_the_device_that_a_pipeline_executes_on(planner, three, monkeypatch):
+    """Offloaded weights lie elsewhere."""
+    pipe = planner.held_out[-1].batch.pipe
+    monkeypatch.setattr(type(pipe), "device", torch.device("meta"))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
+    assert planner.timed_here(three) is three
+
+
 def test_speed_is_known_before_a_plan_is_made(planner, monkeypatch):
     monkeypatch.setattr(build, "TIMED_PAIRS", 5)  # for the machine may be busy
     slow, fast = planner.timed(STEPS - 1), planner.timed(1)
@@ -284,7 +317,7 @@ def test_tables_and_tensors_say_the_same():
         (3, 1, 0): Fit((2,), (1.0,)),
         (5, 1, 1): Fit((0, 2, 4), (0.1, -0.1, 1.0)),
     }
-    nodes, weights, correction = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    nodes, weights, correction = Fitted(table, 3, (0, 1), 2).as_tensors(6, 2)
     assert correction is None
     assert (nodes.shape, weights.shape) == ((6, 2, 3), (6, 2, 2, 3))
     assert nodes[3].tolist() == [[-1, 0, 2], [-1, -1, 2]]
@@ -293,7 +326,7 @@ def test_tables_and_tensors_say_the_same():
     assert nodes[4].tolist() == [[-1] * 3] * 2
     assert torch.isnan(weights[4]).all()
     table[3, 1, 0] = Fit((2,), (1.0,), Correction((1.5, 0.5), (0.0, -1.0)))
-    _, _, correction = as_tensors(Fitted(table, 3, (0, 1), 2), 6, 2)
+    _, _, correction = Fitted(table, 3, (0, 1), 2).as_tensors(6, 2)
     assert correction.shape == (6, 2, 2, 2, 2)
     assert correction[3, 0, 1].tolist() == [[1.5, 0.5], [0.0, -1.0]]
     assert torch.isfinite(correction).sum() == 4

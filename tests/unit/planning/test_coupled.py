@@ -158,8 +158,8 @@ def test_what_cannot_be_shared(damage, options, message):
 def test_couple_makes_the_schedules_it_counted():
     rng = np.random.default_rng(0)
     spans = [scale * rng.random((8, 8, 8)) for scale in (1.0, 5.0, 0.1)]
-    found = couple(iter(spans), [1.0, 2.0, 1.0], 18.0, exact=True, objective="power", last=1, max_gap=3)
-    each = [best_schedule(damage, 8, "power", last=1, max_gap=3) for damage in spans]
+    found = couple(iter(spans), [1.0, 2.0, 1.0], 18.0, exact=True, objective="power", last=1)
+    each = [best_schedule(damage, 8, "power", last=1) for damage in spans]
     assert tuple(sum(best.compute) for best in found.schedules) == found.allocation.counts
     assert found.schedules == tuple(each[s][k] for s, k in enumerate(found.allocation.counts))
     assert all(best.compute[-1] for best in found.schedules)

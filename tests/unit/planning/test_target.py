@@ -5,24 +5,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.guiders import SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
 
 from diffusion_cache.engine import Method
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.forecasters import Taylor
+from diffusion_cache.planning import target
+from diffusion_cache.planning.kept import Tuned
 from diffusion_cache.planning.target import (
     FIRST_SEED,
     MOST_TRIED,
     Counted,
     Target,
     Tuner,
+    _sampler_of,
     arguments_of,
     from_other_noise,
     kind_of,
     nearest,
     reuse_for,
 )
-from diffusion_cache.policies import Guarded, Interval
+from diffusion_cache.policies import FirstBlock, Guarded, Interval
 
 
 def test_seeds_are_those_for_fitting():
@@ -79,8 +84,56 @@ def test_the_kind_of_a_call_is_told_by_lists_too():
     other = {"prompt": ["a cat"], "class_labels": [4], "generator": torch.Generator(), "latents": torch.ones(1, 4, 8)}
     other |= {"prompt_embeds": torch.zeros(1, 12, 8), "num_images_per_prompt": 1, "none": "a fog", "return_dict": False}
     assert kind_of({**call, **other}) == kind
-    for changed in ({"guidance_scale": [1.5, 2.5]}, {"size": (512, 512)}, {"kwargs": {"scale": 0.6}}):
+    for changed in ({"guidance_scale": [1.5, 2.5]}, {"size": (512, 512)}, {"kwargs": {"scale": 0.6}}, {"eta": 1.0}):
         assert kind_of({**call, **changed}) != kind
+
+
+def test_whether_there_is_a_negative_prompt_tells_of_guidance():
+    call = {"prompt": "a cat", "negative_prompt": None, "true_cfg_scale": 4.0}
+    plain, guided = kind_of(call), kind_of({**call, "negative_prompt": "blurred"})
+    assert plain != guided
+    assert kind_of({**call, "negative_prompt": ""}) == guided
+    assert kind_of({**call, "negative_prompt_embeds": torch.zeros(1, 7, 8)}) != plain
+
+
+def test_guiders_are_told_by_their_scales_and_by_the_layers_that_they_skip():
+    def guider(**options):
+        return SkipLayerGuidance(skip_layer_config=[LayerSkipConfig([1, 2], dropout=1.0, **options)])
+
+    def kind(guider):
+        return _sampler_of(SimpleNamespace(components={"guider": guider}))
+
+    used, stronger = guider(), guider()
+    used.config.skip_layer_config[0].fqn = "transformer_blocks"  # as its first use finds out
+    stronger.guidance_scale = 2.0
+    assert kind(used) == kind(guider())
+    assert kind(stronger) != kind(guider())
+    assert kind(guider(skip_ff=False)) != kind(guider())
+
+
+def test_what_was_found_is_not_taken_for_another_model_at_the_address_of_the_first(monkeypatch):
+    class Pipe:
+        def __init__(self):
+            self.components = {"transformer": torch.nn.Identity()}
+
+        def __call__(self, steps=4):
+            pass
+
+    searched = []
+
+    def search(self, session, pipe, call):
+        searched.append(pipe)
+        return Tuned(0.1 * len(searched), 0.5, 4, 1)
+
+    monkeypatch.setattr(target, "find_denoisers", lambda pipe: pipe.components)
+    monkeypatch.setattr(target, "id", lambda model: 1, raising=False)
+    monkeypatch.setattr(Tuner, "_key", lambda self, pipe, call: None)
+    monkeypatch.setattr(Tuner, "_search", search)
+    tuner = Tuner(Method(Guarded(FirstBlock()), Taylor()), Target(reuse=0.5))
+    first, other = Pipe(), Pipe()
+    values = [tuner.tuned(None, pipe, (), {}).value for pipe in (first, first, other, other)]
+    assert values == [0.1, 0.1, 0.2, 0.2]
+    assert searched == [first, other]
 
 
 def test_time_falls_in_proportion_to_what_is_reused():

@@ -1,4 +1,4 @@
-"""Schedules from ratios, against the rule carried out by hand and the published entries."""
+"""Schedules from ratios, against the rule carried out by hand."""
 
 import math
 import random
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusion_cache import published
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import MagCache
 from diffusion_cache.policies.ratios import ratios_of
@@ -70,16 +69,6 @@ def test_other_noise_levels_take_the_ratio_of_the_nearest():
     assert text(policy.for_run([-math.inf, -3.5, -1.0, 0.5, 1.5, math.inf]).schedule(6)) == "100011"
     assert policy.for_run([]) is policy
     assert text(policy.schedule(4)) == "1001"
-
-
-@pytest.mark.parametrize("name", [name for name in published.names() if name.startswith("magcache/")])
-def test_published_entries_give_the_published_schedules(name):
-    entry = published.load(name)
-    driven = entry.driven()
-    assert (driven.policy, driven.scope) == ("magcache", "stack")
-    schedule = MagCache(**driven.options).schedule(entry.steps)
-    expected = [*entry.magcache_schedule().values()]
-    assert [text(schedule, position) for position in range(len(expected))] == expected
 
 
 def test_ratios_of_a_profile():

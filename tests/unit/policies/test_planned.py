@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion_cache.context import PassState, Step
-from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
+from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters.fitted import Fitted
 from diffusion_cache.plan import Plan
 from diffusion_cache.policies import Guarded, Guards, Planned
@@ -46,16 +46,18 @@ def silent():
 
 def test_a_run_that_starts_late_or_ends_early():
     """Weights of step 4 go by features of steps 0 and 3."""
-    whole = "12 steps, and this run makes 8 of them: the plan's stated quality"
+    first = "12 steps, and this run makes 8 of them: the plan's stated quality"
     late = (
         "makes 9 of them: Taylor forecasts take the place of fitted weights that go by features from before them, and"
     )
-    with pytest.warns(DiffusionCacheWarning, match=whole):
-        assert strip(Planned(plan()).for_run(levels(12)[:8]).schedule(8)) == MASK[:8]
-    with pytest.warns(DiffusionCacheWarning, match=late):
-        assert strip(Planned(plan()).for_run(levels(12)[3:]).schedule(9)) == MASK[3:]
-    with pytest.warns(DiffusionCacheWarning, match=late):
-        assert strip(Planned(plan()).for_run(levels(12)[2:11]).schedule(9)) == "1" + MASK[3:11]
+    for told, steps, mask in (
+        (first, slice(8), MASK[:8]),
+        (late, slice(3, None), MASK[3:]),
+        (late, slice(2, 11), "1" + MASK[3:11]),
+    ):
+        part = Planned(plan()).for_run(levels(12)[steps])
+        assert strip(part.schedule(len(mask))) == mask
+        assert told in part.departure(len(mask))
 
 
 def test_its_own_run(silent):
@@ -64,19 +66,17 @@ def test_its_own_run(silent):
     assert policy.for_run([level + 5e-4 for level in levels(12)]) is policy
     assert policy.for_run(()) is policy
     assert strip(policy.schedule(12)) == MASK
+    assert policy.departure(12) == policy.departure(None) == ""
 
 
 @pytest.mark.parametrize("total", [6, 12, 24, 50])
-def test_another_run_is_told_once_and_keeps_the_share_of_computed_steps(total):
+def test_another_run_is_told_of_and_keeps_the_share_of_computed_steps(total, silent):
     policy = Planned(plan())
     wanted = [level + 0.5 for level in levels(total)]
-    with pytest.warns(DiffusionCacheWarning, match="plan 'a' is for other noise levels") as told:
-        other = policy.for_run(wanted)
-    assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert policy.for_run(list(wanted)) is other
-        schedule = other.schedule(total)
+    other = policy.for_run(wanted)
+    assert other.departure(total).startswith("plan 'a' is for other noise levels")
+    assert policy.for_run(list(wanted)) is other
+    schedule = other.schedule(total)
     assert schedule.total == total
     assert schedule.nfe == pytest.approx(5 / 12 * total, abs=0.5)
     assert not Fitted.of(policy.plan).for_run(wanted).table
@@ -85,21 +85,16 @@ def test_another_run_is_told_once_and_keeps_the_share_of_computed_steps(total):
 
 def test_each_kind_of_run_is_told_of():
     policy = Planned(plan())
-    with pytest.warns(DiffusionCacheWarning, match="12 steps; this run has 6"):
-        policy.for_run(levels(6))
-    with pytest.warns(DiffusionCacheWarning, match="12 steps; this run has 24"):
-        policy.for_run(levels(24))
+    assert "12 steps; this run has 6" in policy.for_run(levels(6)).departure(6)
+    assert "12 steps; this run has 24" in policy.for_run(levels(24)).departure(24)
 
 
 def test_a_number_of_steps_alone_stretches_it():
     policy = Planned(plan(noise_levels=()))
-    with pytest.warns(DiffusionCacheWarning, match="12 steps, and this run has 24") as told:
-        stretched = policy.schedule(24)
-    assert len(told) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert policy.schedule(24) is stretched
-    assert "Taylor" in str(told[0].message)  # in place of weights for three features
+    stretched = policy.schedule(24)
+    assert policy.schedule(24) is stretched
+    assert "12 steps, and this run has 24" in policy.departure(24)
+    assert "Taylor" in policy.departure(24)  # in place of weights for three features
     assert stretched.nfe == 10
     assert stretched.row(0, 0) == (True,)
 
@@ -108,8 +103,7 @@ def test_a_plan_that_only_reuses_is_told_of_no_taylor_forecasts():
     nodes = torch.full((12, 1, 1), -1, dtype=torch.int32)
     weights = torch.full((12, 1, 1, 1), math.nan, dtype=torch.float64)
     policy = Planned(replace(plan(noise_levels=()), nodes=nodes, weights=weights))
-    with pytest.warns(DiffusionCacheWarning, match="levels are computed, and the plan's stated quality does not hold"):
-        policy.schedule(24)
+    assert "levels are computed, and the plan's stated quality does not hold" in policy.departure(24)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +127,7 @@ def test_guards_move_the_runs_schedule_and_not_the_plan(guards, expected, silent
 
 def test_guards_hold_for_a_resampled_run():
     guarded = Guarded(Planned(plan()), Guards(last=2))
-    with pytest.warns(DiffusionCacheWarning, match="other noise levels"):
-        other = guarded.for_run(levels(24))
+    other = guarded.for_run(levels(24))
     assert other.guards is guarded.guards
     assert strip(other.schedule(24)).endswith("11")
 

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.cli import fit_signal as command
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.profiling.fit_signal import Change, changes, fit

@@ -9,8 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.engine import Method, Observer
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import Method, Observer, session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Reuse
 from diffusion_cache.policies import Guarded, Interval
@@ -19,6 +18,7 @@ from diffusion_cache.profiling.generation import (
     Loop,
     StepCall,
     attached,
+    device_name,
     device_of,
     dtype_of,
     last_state,
@@ -74,6 +74,11 @@ def test_where_a_pipeline_runs():
     pipe.transformer.to("meta")
     assert device_of(SimpleNamespace(components=pipe.components)) == torch.device("meta")
     assert device_of(SimpleNamespace(components=pipe.components, _execution_device="cpu")) == torch.device("cpu")
+
+
+def test_a_device_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert [device_name(device) for device in ("cpu", torch.device("meta"), "cuda:1")] == ["cpu", "meta", "GPU 1"]
 
 
 def test_nothing_is_left_behind():

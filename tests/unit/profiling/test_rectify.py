@@ -42,17 +42,16 @@ def generated(batch, cached: Plan):
         return batch.images(batch.call())
 
 
-def least_squares(given, wanted, per_channel):
-    """Of each column (or all numbers): scale and bias, by a solver."""
-    columns = [(given[..., c], wanted[..., c]) for c in range(given.shape[-1])] if per_channel else [(given, wanted)]
+def least_squares(given, wanted):
+    """Of each column: scale and bias, by a solver."""
     found = []
-    for x, y in columns:
+    for x, y in zip(given.unbind(-1), wanted.unbind(-1), strict=True):
         design = np.stack([x.numpy().astype(np.float64).ravel(), np.ones(x.numel())], axis=1)
         found.append(np.linalg.lstsq(design, y.numpy().astype(np.float64).ravel(), rcond=None)[0])
     return torch.tensor(np.array(found).T)
 
 
-def by_hand(batch, wanted, per_channel):
+def by_hand(batch, wanted):
     """Images and corrections of a run that reuses v − x. wanted(step, true v, reused v, x): what v should be."""
     transformer, kept, found, step = batch.pipe.transformer, [], {}, iter(range(len(COMPUTED)))
     original = transformer.forward
@@ -64,7 +63,7 @@ def by_hand(batch, wanted, per_channel):
             kept[:] = [true - hidden_states]
             return (true,)
         given = hidden_states + kept[0]
-        scale, bias = found[index] = least_squares(given, wanted(index, true, given, hidden_states), per_channel)
+        scale, bias = found[index] = least_squares(given, wanted(index, true, given, hidden_states))
         return ((given * scale + bias).float(),)
 
     transformer.forward = forward
@@ -74,8 +73,8 @@ def by_hand(batch, wanted, per_channel):
         del transformer.forward
 
 
-@pytest.mark.parametrize(("target", "per_channel"), [("output", False), ("teacher", True), ("state", True)])
-def test_rectified_as_by_hand(batch, teacher, plan, target, per_channel):
+@pytest.mark.parametrize("target", ["output", "teacher", "state"])
+def test_rectified_as_by_hand(batch, teacher, plan, target):
     outputs = []
     hook = batch.pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     batch.call()
@@ -87,9 +86,9 @@ def test_rectified_as_by_hand(batch, teacher, plan, target, per_channel):
             return (teacher.states[index] - x) / (sigmas[index + 1] - sigmas[index])
         return {"output": true, "teacher": outputs[index]}[target]
 
-    images, found = by_hand(batch, wanted, per_channel)
-    made = rectified(teacher, plan, target, per_channel)
-    assert made.correction.shape == (8, 1, 1, 2, 4 if per_channel else 1)
+    images, found = by_hand(batch, wanted)
+    made = rectified(teacher, plan, target)
+    assert made.correction.shape == (8, 1, 1, 2, 4)
     assert torch.isnan(made.correction[COMPUTED]).all()
     for index, correction in found.items():
         torch.testing.assert_close(made.correction[index, 0, 0], correction, atol=1e-4, rtol=1e-3)
@@ -142,7 +141,7 @@ def test_hidden_residuals_of_two_stacks(batch, teacher, plan, target):
     for hook in hooks:
         hook.remove()
     before, after = seen["in"][:2], seen["out"][:2]
-    expected = least_squares(before[1] + after[0] - before[0], after[1], per_channel=True)
+    expected = least_squares(before[1] + after[0] - before[0], after[1])
 
     made = rectified(teacher, replace(plan, scope="stack"), target)
     assert made.correction.shape == (8, 1, 2, 2, 96)
@@ -158,7 +157,7 @@ def test_guidance_branches_in_the_rows_of_one_call(target):
     """Of DiT: those stacked in a call have corrections of their own, or one that survives being combined."""
     batch = plans.batch(reference.load("dit-digits"), "dit-digits", plans.drawn(100, 2))
     guided = replace(static_plan(plans.profile("dit-digits"), "", COMPUTED), scope="denoiser", feature="residual")
-    made = rectified(teach(batch), guided, target, per_channel=False)
+    made = rectified(teach(batch), guided, target)
     assert made.row_passes == 2
     assert made.correction.shape == (8, 2, 1, 2, 1)
     cond, null = made.correction[1, :, 0]

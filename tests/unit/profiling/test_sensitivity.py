@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel, UNetMotionModel
 
 import diffusion_cache
 from diffusion_cache import reference
-from diffusion_cache.engine.session import session_of
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.models.spans import branches
 from diffusion_cache.profile import SpanFacts

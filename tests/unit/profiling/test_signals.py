@@ -121,7 +121,6 @@ def test_layout_of_tokens_and_latents():
     layouts = {
         "latents": (maps, {}),
         "tokens": (tokens, dict(grid=(3, 4, 6))),
-        "channel last": (maps.movedim(2, -1), dict(channel_dim=-1)),
     }
     for name, (inputs, options) in layouts.items():
         curves = SignalCurves("s", 3, noise_levels=levels, **options)

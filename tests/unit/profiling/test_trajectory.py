@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
 import diffusion_cache as dc
@@ -18,7 +20,16 @@ from diffusion_cache.forecasters.fitted import Fit, Fitted, taylor_weights
 from diffusion_cache.policies import Guarded
 from diffusion_cache.policies.mask import Mask
 from diffusion_cache.profiling.generation import Batch, attached, state_of, teach
-from diffusion_cache.profiling.trajectory import NUDGES, ONE_FEATURE, Settings, _root_weights, fit
+from diffusion_cache.profiling.trajectory import (
+    NUDGES,
+    ONE_FEATURE,
+    Fitting,
+    Settings,
+    UnfitError,
+    _root_weights,
+    fit,
+    guidance_weights,
+)
 
 STEPS = 10
 MASK = Mask("1101001010")
@@ -378,6 +389,26 @@ def test_guidance_that_is_rescaled():
     result = fit(teach(batch), MASK, Settings("cut"))
     assert result.notes == dict.fromkeys(NODES, "guidance is no linear combination of the denoiser's outputs")
     kept_taylor(batch, result, "cut")
+
+
+def test_rescaled_guidance_is_told_from_rounding():
+    generator = torch.Generator().manual_seed(0)
+    cond = torch.randn(4, 1, 16, 16, generator=generator)
+    spread = torch.linspace(0.1, 0.15, 4)[:, None, None, None]
+    uncond = cond + spread * torch.randn(cond.shape, generator=generator)
+    cond, uncond = cond.bfloat16(), uncond.bfloat16()
+    guided = uncond + 4 * (cond - uncond)
+    assert guidance_weights([uncond.double(), cond.double()], guided) == pytest.approx([-3.0, 4.0], abs=0.01)
+    with pytest.raises(UnfitError, match="no linear combination"):
+        guidance_weights([uncond.double(), cond.double()], rescale_noise_cfg(guided, cond, 0.7))
+
+
+def test_what_guidance_adds_to_a_linear_combination_stays():
+    one, other, beside = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)).double()
+    given = 2 * one - other + 1e-3 * beside
+    moved = SimpleNamespace(_repeat=lambda calls, like: [one + 1.0, other - 0.5])
+    found = Fitting._guided(moved, given, [one, other], [], [2.0, -1.0])
+    torch.testing.assert_close(found, given + 2.5, rtol=0, atol=1e-12)
 
 
 def test_guidance_that_ends_before_the_run_does():

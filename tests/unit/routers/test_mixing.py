@@ -1,5 +1,6 @@
 """Mixed generations against plain and planned ones, gradients against differences, and the image-error proxy."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,14 +9,12 @@ import torch
 from plans import batch, drawn, profile
 
 from diffusion_cache import reference
-from diffusion_cache.engine import Method
+from diffusion_cache.engine.structure import first_tensor
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.forecasters.fitted import Fitted
 from diffusion_cache.planning.static import static_plan
-from diffusion_cache.policies import Guarded, Planned
-from diffusion_cache.profiling.generation import attached, last_state, teach
+from diffusion_cache.profiling.generation import attached, last_state, plan_method, teach
 from diffusion_cache.profiling.recorder import surveyed
-from diffusion_cache.routers.mixing import Following, Gates, Mixture, _scaled, detached, tensor_of
+from diffusion_cache.routers.mixing import Following, Gates, Mixture, _scaled, detached
 from diffusion_cache.routers.proxy import CUMULATIVE, REMOVED, image_errors
 
 STEPS = 5
@@ -69,11 +68,34 @@ def test_closed_gates_are_the_exported_plan(name, scope, order):
     computed = case.schedule(seed=3)
     mixed = case.last(case.gates(computed))
     plan = static_plan(case.profile, "hard", computed, order)
-    method = Method(Guarded(Planned(plan)), Fitted.of(plan), plan.scope, plan.depth, "batch")
-    with attached(case.pipe, method), last_state(case.pipe.scheduler) as state:
+    with attached(case.pipe, plan_method(plan)), last_state(case.pipe.scheduler) as state:
         case.batch.call()
     torch.testing.assert_close(mixed, state[-1][:2], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed, teach(case.batch).states[-1][:2], rtol=1e-3, atol=1e-3)
+
+
+def test_features_from_before_guidance_ended_are_forgotten():
+    """From then on calls have half as many rows: a forecast is of those alone."""
+    case = Case("unet-digits", "cut", 1)
+
+    def halve(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    def call():
+        given = reference.inputs("unet-digits", [0, 1], [10, 11], STEPS)
+        names = ["prompt_embeds"]
+        return case.pipe(**given, callback_on_step_end=halve, callback_on_step_end_tensor_inputs=names)
+
+    ended = replace(case.batch, call=call)
+    full, closed = Gates.computing(1), Gates(torch.zeros(1), (False,))
+    outputs = [
+        Mixture(case.pipe, case.spans, order).generate(ended, Following(lambda step: closed if step > 2 else full))
+        for order in (0, 1)
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1])  # of one step there is nothing to extrapolate
 
 
 def test_a_half_open_gate_mixes():
@@ -110,7 +132,7 @@ def test_gradients_of_gates_match_differences(branches):
                 return super().call(step, position, run)
             with torch.enable_grad():
                 output = run(everything._replace(mix=self.mix))
-                value = tensor_of(output).double()
+                value = first_tensor(output).double()
                 direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).double()
                 found["value"] = (value * direction).sum()
             return detached(output)
@@ -153,7 +175,7 @@ def test_later_outputs_know_what_was_kept(order, kept):
         mix = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
         gates = [Gates(mix[step : step + 1], (stored[step],), keep if step == 2 else None) for step in range(STEPS)]
         case.mixture.generate(case.batch, Noting(lambda step: gates[step]))
-        return tensor_of(last["output"]).double()
+        return first_tensor(last["output"]).double()
 
     keep = torch.tensor([float(kept)], requires_grad=True)
     found = ran(kept, keep)

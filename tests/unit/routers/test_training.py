@@ -256,6 +256,7 @@ def test_images_are_noised_by_the_scale_of_the_sampler():
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     lesson = Lesson(
         SimpleNamespace(stored=None, mixture=SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler))),
+        2,
         torch.full((2, 1, 4, 4), 0.25),
     )
     assert scheduler.init_noise_sigma > 10
@@ -351,11 +352,31 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_guidance_that_is_not_linear_is_told(stacks):
-    lesson = Lesson(SimpleNamespace(rows=2, stored=None), None)
+    lesson = Lesson(SimpleNamespace(stored=None), 1, None)
     draw = torch.Generator().manual_seed(0)
     lesson.calls = [(torch.randn(2, 8, generator=draw), torch.randn(2, 8, generator=draw))]
     with pytest.raises(ConfigError, match="train without guidance_rescale"):
         lesson._difference(SimpleNamespace(model_output=torch.randn(1, 8, generator=draw)))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_guidance_may_end_early(count):
+    """A call of as many rows as there are samples is one branch; of twice as many, two."""
+    lesson = Lesson(SimpleNamespace(stored=None), count, None)
+    teacher, student = torch.randn(2, 2 * count, 8, generator=torch.Generator().manual_seed(0)).double()
+    lesson.calls = [(teacher, student)]
+    both = lesson._difference(SimpleNamespace(model_output=1.5 * student[:count] - 0.5 * student[count:]))
+    error = student - teacher
+    torch.testing.assert_close(both, 1.5 * error[:count] - 0.5 * error[count:])
+    lesson.calls = [(teacher[:count], student[:count])]
+    torch.testing.assert_close(lesson._difference(SimpleNamespace(model_output=student[:count])), error[:count])
+
+
+def test_a_denoiser_output_of_another_shape_is_told():
+    lesson = Lesson(SimpleNamespace(stored=None), 2, None)
+    lesson.calls = [(torch.ones(3, 8), torch.ones(3, 8))]
+    with pytest.raises(ConfigError, match="another shape than the denoiser's output, so that the loss"):
+        lesson._difference(SimpleNamespace(model_output=torch.ones(2, 8)))
 
 
 def test_trainings_do_not_go_on_from_others(stacks, tmp_path):

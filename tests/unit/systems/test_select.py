@@ -240,10 +240,11 @@ def test_a_plan_is_refitted_to_other_samples():
     name = "flux-digits"
     start = plan("start", "10100100", plans.profile(name).noise_levels)
     teacher = teach(plans.batch(reference.load(name), name, [("3", 1), ("3", 2)]))
-    made = refitted(replace(start, facts={"ridge": 1e-2}), teacher, "for threes")
+    made = refitted(replace(start, facts={"ridge": 1e-2, "held_out_prompts": 60}), teacher, "for threes")
     assert made.name == "for threes"
     assert made.schedule == start.schedule
     assert (made.facts["ridge"], made.facts["refitted_on"]) == (1e-2, 2)
+    assert made.held_out_prompts is None  # nothing was measured of it yet
     found = see([teacher], [start, made])
     assert (found.values[:, 1] > found.values[:, 0] + 0.5).all()
     # a plan that has weights goes halfway to those of the samples
