@@ -107,7 +107,7 @@ def test_every_line_of_the_page_runs(capsys, monkeypatch, tmp_path):
     exec(compile(example, "language.md", "exec"), names)
     assert "prefix(): " in capsys.readouterr().out
     assert names["approximate"].shape == names["answers"].shape
-    assert [plan.name for plan in Profile.load(tmp_path / "profiles" / "fill-forward").plans] == ["nfe-4", "nfe-6"]
+    assert [plan.name for plan in Profile.load(tmp_path / "my-fill-forward").plans] == ["nfe-4", "nfe-6"]
 
 
 @pytest.fixture
