@@ -242,8 +242,7 @@ def _forecast_tensor(
     """In float32 at least."""
     if weights.shape[-1] != len(features):
         raise ValueError(f"each feature needs a weight, and {weights.shape[-1]} are another number of them")
-    dtype = features[0].dtype
-    dtype = torch.float32 if dtype in LOW_PRECISION else dtype
+    dtype = torch.float32 if features[0].dtype in LOW_PRECISION else features[0].dtype
     weights = weights.to(dtype)
     shape = (-1, *[1] * (features[0].ndim - 1)) if weights.ndim == 2 else ()
     total = torch.zeros_like(features[0], dtype=dtype) if base is None else base.to(dtype)

@@ -101,7 +101,7 @@ class CacheRun:
         self._levels = NoiseLevels()
         self._moved_from: NoiseLevels | None = None  # the sampler's own levels, where the policy has moved them
         self._groups, self._grouped_batch = 1, 0
-        self.messages: dict[str, None] = {}  # that were warned with, in order
+        self.messages = session.noted  # that were warned with, in order; a part's are those of the whole
         self._reached: dict[str, bool] = {}  # by denoiser: whether any of its spans was ever entered
 
     # the denoiser

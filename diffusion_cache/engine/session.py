@@ -318,7 +318,7 @@ class Session(Attached):
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
         self._weights: dict[str, Weights] = {}  # likewise, by denoiser
         self._told: set[str] = set()  # warnings
-        self._noted: dict[str, None] = {}  # those that the latest run gave reason for, told then or before
+        self.noted: dict[str, None] = {}  # those that the latest run gave reason for, told then or before
 
     # attaching
 
@@ -463,7 +463,7 @@ class Session(Attached):
 
     def generate(self, pipe: Any, call: Mapping[str, Any], method: Method, observer: Observer | None) -> CacheRun:
         """A generation by another method, which shares this one's layout; the session goes on as if it had not been."""
-        self._noted = {}
+        self.noted = {}
         self._refresh(pipe)
         run = self._begin(pipe, (), dict(call), method, observer)
         token = ACTIVE.set(run)
@@ -477,7 +477,7 @@ class Session(Attached):
     def begin(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> CacheRun:
         """Start a run of a pipeline: look again at its denoisers and scheduler, which users swap."""
         method = self.method if self.tuner is None else self.tuner(self, pipe, args, kwargs)
-        self._noted = {}
+        self.noted = {}
         self._refresh(pipe)
         self._check_sampler(pipe)
         self._check_weights()
@@ -510,7 +510,6 @@ class Session(Attached):
         self.agree = agreement(self.denoisers.values(), self.group)
         levels = functools.partial(noise_levels, scheduler)
         run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
-        run.messages = self._noted  # a part's are those of the whole
         scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs) or guider_scales(pipe)
         run.guidance = next(iter(scales), None)
         run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
@@ -521,10 +520,8 @@ class Session(Attached):
 
     def begin_model(self, num_steps: int | None, levels: NoiseLevels) -> CacheRun:
         self.agree = agreement(self.denoisers.values(), self.group)
-        self._noted = {}
-        run = CacheRun(self, self.method, self.observer, StepClock(lambda timestep: num_steps), lambda _: levels)
-        run.messages = self._noted
-        return run
+        self.noted = {}
+        return CacheRun(self, self.method, self.observer, StepClock(lambda timestep: num_steps), lambda _: levels)
 
     def finish(self, run: CacheRun) -> None:
         self.last_run = run
@@ -584,14 +581,14 @@ class Session(Attached):
 
     def tell(self, message: str) -> None:
         """Once while enabled, and in the summary of every run that it holds of."""
-        self._noted[message] = None
+        self.noted[message] = None
         if message not in self._told:
             self._told.add(message)
             warnings.warn(message, DiffusionCacheWarning, stacklevel=6)
 
     def _tell_uncached(self, where: str, error: DiffusionCacheError) -> None:
         message = f"running without the cache{where}, which cannot be attached any more: {error}"
-        self._noted[message] = None
+        self.noted[message] = None
         warnings.warn(message, DiffusionCacheWarning, stacklevel=6)
 
     def _refresh(self, pipe: Any) -> None:

@@ -315,10 +315,12 @@ class Rival(Contender):
         return peer(self.peer).apply(subject.pipe, peer(self.peer).never(self.options), steps)
 
     def why_not(self, subject: Subject) -> str | None:
-        reason, lacking = peer(self.peer).why_not(subject.pipe), peer(self.peer).lacks(self.options)
-        if reason is None and lacking is not None:
-            return f"no {lacking} for {subject.name}/{subject.sampler}: give them as method.settings.{lacking}"
-        return reason
+        rival = peer(self.peer)
+        lacking = rival.lacks(self.options)
+        if lacking is None:
+            return rival.why_not(subject.pipe)
+        missing = f"no {lacking} for {subject.name}/{subject.sampler}: give them as method.settings.{lacking}"
+        return rival.why_not(subject.pipe) or missing
 
 
 def expand(node: Mapping[str, Any], model: str, sampler: str = "") -> list[dict[str, Any]]:

@@ -48,8 +48,7 @@ def fills_cache(kwargs: Mapping[str, Any]) -> bool:
 def guiders(pipe: Any) -> list[Any]:
     """A modular pipeline's guiders, which name the batches of each step and combine what the denoiser gives of them."""
     needed = ("prepare_models", *GUIDER_INPUTS)
-    components = getattr(pipe, "components", {}).values()
-    return [component for component in components if all(hasattr(component, name) for name in needed)]
+    return [component for component in pipe.components.values() if all(hasattr(component, name) for name in needed)]
 
 
 def guider_scales(pipe: Any) -> tuple[float, ...]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import language_models
 import pytest
+import small
+import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference, registry
@@ -31,6 +33,41 @@ def test_every_line_of_code_runs(page, printed, capsys):
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert printed in capsys.readouterr().out
+
+
+def test_plans_for_a_loop_of_ones_own(tmp_path, monkeypatch):
+    """With fewer samples, steps and tries than the page takes."""
+    section = (ROOT / "docs" / "plans.md").read_text().split("\n## A loop of your own\n")[1]
+    example = BLOCK.search(section).group(1)
+    for given, fewer in [
+        ("range(8)", "range(2)"),
+        ("batch(100, 16)", "batch(100, 2)"),
+        ("batch(200, 8)", "batch(200, 2)"),
+        ("batch(300, 64)", "batch(300, 2)"),
+        ("range(300, 364)", "range(300, 302)"),
+        ("runs=20", "runs=2"),
+        ("planner.plan(20)", "planner.plan(3)"),
+    ]:
+        assert given in example
+        example = example.replace(given, fewer)
+    pipe, steps = small.load("dit-digits"), 6
+
+    def my_loop(seeds, next_step=lambda: None):
+        pipe.scheduler.set_timesteps(steps)
+        sample = torch.stack([torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        labels = torch.tensor([seed % 10 for seed in seeds])
+        for t in pipe.scheduler.timesteps:
+            next_step()
+            output = pipe.transformer(sample, timestep=t.expand(len(seeds)), class_labels=labels).sample[:, :1]
+            sample = pipe.scheduler.step(output, t, sample).prev_sample
+        return sample / 2 + 0.5
+
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        exec(example, {"transformer": pipe.transformer, "scheduler": pipe.scheduler, "my_loop": my_loop})
+        with dc.run(pipe.transformer, profile="./my-loop", nfe=3, num_steps=steps) as run:
+            assert my_loop([7], run.next_step).isfinite().all()
+    assert [record.computed for record in run.summary().records].count(True) == 3
 
 
 @pytest.fixture

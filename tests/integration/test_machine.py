@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from cases import tiny_unet
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -403,21 +404,7 @@ class UNetMachine(Machine):
     expected: dict = {}  # noqa: RUF012
     method_strategy = methods(st.sampled_from((None, "cut", "block", "denoiser")), st.sampled_from((None, "cut")))
 
-    @staticmethod
-    def denoiser(seed):
-        torch.manual_seed(seed)
-        return diffusers.UNet2DConditionModel(
-            sample_size=16,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=64,
-            attention_head_dim=2,
-            norm_num_groups=8,
-        ).eval()
+    denoiser = staticmethod(tiny_unet)
 
 
 TestFlux, TestUNet = FluxMachine.TestCase, UNetMachine.TestCase

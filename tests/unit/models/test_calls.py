@@ -98,7 +98,7 @@ def test_pipelines_that_stack_the_prompt_first_are_known_by_their_denoiser(cls, 
 
 
 def called(name, call):
-    return type(name, (), {"__call__": call})()
+    return type(name, (), {"__call__": call, "components": {}})()
 
 
 def two_experts(self, prompt, guidance_scale=5.0, guidance_scale_2=None): ...
