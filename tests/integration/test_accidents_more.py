@@ -254,7 +254,7 @@ def without_guidance(pipe, kwargs):
     return dict(prompt_embeds=kwargs["prompt_embeds"].chunk(2)[1])
 
 
-@pytest.mark.parametrize(("step", "threshold"), [(1, 0.1), (2, 0.2), (4, 0.3), (1, 0.4), (2, 0.3), (4, 0.1)])
+@pytest.mark.parametrize(("step", "threshold"), [(1, 0.4), (2, 0.2), (4, 0.1)])
 def test_half_the_rows_from_some_step_on(step, threshold):
     """Guidance ends within a run: what has been learned of the larger batch fits no more."""
     given = dict(labels=(1, 7), seeds=(5, 6), steps=10) | at_step(step, without_guidance)
@@ -385,8 +385,7 @@ LORA = {
 IN_FULL = [(UNET, None), (FLUX, "block"), (WAN, "denoiser")]
 
 
-@pytest.mark.parametrize("scope", [None, "block", "denoiser"])
-@with_callbacks
+@pytest.mark.parametrize(("name", "scope"), [*IN_FULL, (UNET, "block"), (FLUX, "denoiser"), (WAN, None)])
 def test_lora_after_enabling(name, scope):
     method = PLANNED | dict(scope=scope)
     twin, pipe = load(name), load(name)
@@ -1104,7 +1103,7 @@ def test_no_room_at_all(name, what, method, monkeypatch):
     assert torch.equal(generate(name, pipe, **given), before)
 
 
-@pytest.mark.parametrize("nth", [0, 1, 3])
+@pytest.mark.parametrize("nth", [0, 3])
 @pytest.mark.parametrize("name", PARTLY)
 def test_no_room_where_only_some_samples_are_computed(name, nth, monkeypatch):
     """Their call goes on with what was computed and forecast; the next one is computed for all."""

@@ -64,8 +64,6 @@ def cached_uncompiled(name, steps, load=small.load, **method):
     ("load", "name", "scope", "compile_it", "before"),
     [
         (reference.load, "flux-digits", "stack", wrap, True),
-        (small.load, "flux-digits", "stack", in_place, False),
-        (small.load, "flux-digits", "stack", by_forward, True),
         (small.load, "dit-digits", "stack", in_place, True),
         (small.load, "dit-digits", "stack", by_forward, False),
         (small.load, "wan-moving-digits", "stack", wrap, False),

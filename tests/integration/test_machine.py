@@ -32,7 +32,7 @@ pytestmark = [
 
 EXAMPLES = os.environ.get("DIFFUSION_CACHE_EXAMPLES")
 SETTINGS = settings(
-    max_examples=int(EXAMPLES or 8),
+    max_examples=int(EXAMPLES or 5),
     stateful_step_count=30 if EXAMPLES else 12,
     derandomize=EXAMPLES is None,
     deadline=None,

@@ -4,6 +4,7 @@ import importlib
 
 import diffusers
 import pytest
+import torch
 import zoo
 from torch import nn
 from zoo_checks import PERTURBED, TOLERANCE, checks
@@ -67,7 +68,9 @@ def built(request):
 
 def test_denoiser(built):
     case, model = built
-    for check in checks(case, model):
+    with torch.compiler.set_stance("force_eager"):  # some compile how they make a mask, which takes long
+        found = checks(case, model)
+    for check in found:
         assert check.identical, check
         assert check.restored, check
         assert check.error <= TOLERANCE, check
