@@ -39,6 +39,7 @@ REUSING: dict[str, dict[str, Any]] = {
     "racer": {"every": 2, "threshold": 0.1},
     "seacache": {"threshold": 10.0, "max_consecutive": 2},
     "sencache": {"threshold": 10.0, "max_consecutive": 2},
+    "spaced": {"share": 0.5, "exponent": 0.6},
     "speca": {"threshold": 10.0, "max_consecutive": 2},
     "teacache": {"threshold": 10.0, "max_consecutive": 2},
 }
@@ -56,6 +57,7 @@ COMPUTING: dict[str, dict[str, Any]] = {
     "racer": {"every": 1},
     "seacache": {"threshold": 0.0},
     "sencache": {"threshold": 0.0},
+    "spaced": {"share": 1.0},
     "speca": {"warmup": STEPS},
     "teacache": {"threshold": 0.0},
 }

@@ -23,7 +23,6 @@ import diffusion_cache as dc
 from .. import reference
 from ..errors import ConfigError
 from ..evaluation import environment
-from ..evaluation.contenders import spaced_mask
 from ..evaluation.prompts import FITTING_SEEDS
 from ..evaluation.subjects import Shipped
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
@@ -183,8 +182,8 @@ def fit_spacing(subject: Subject, fitting: Samples, uncached: Tensor, computed: 
     """The exponent of SPACINGS whose mask, with Taylor-1, comes closest to the uncached images (mean PSNR)."""
 
     def score(exponent: float) -> float:
-        mask = spaced_mask(subject.steps, computed, exponent)
-        images = subject.cached_call({"policy": "mask", "mask": mask, **TAYLOR}, fitting)
+        options = {"policy": "spaced", "share": computed / subject.steps, "exponent": exponent}
+        images = subject.cached_call({**options, **TAYLOR}, fitting)
         return psnr(images, uncached).mean().item() if torch.isfinite(images).all() else -math.inf
 
     return max(SPACINGS, key=score)
@@ -217,12 +216,12 @@ def budget_methods(subject: Subject, every: int, spacing: float, threshold: floa
     steps, computed = subject.steps, math.ceil(subject.steps / every)
     always = {"policy": "interval", "every": 1}
     uniform = {"policy": "interval", "every": every}
-    spaced = {"policy": "mask", "mask": spaced_mask(steps, computed, spacing), **TAYLOR}
+    spaced = {"policy": "spaced", "share": computed / steps, "exponent": spacing, **TAYLOR}
     first_block = {"policy": "first_block", "threshold": threshold, **TAYLOR}
     return (
         Method(UNIFORM_REUSE, {**uniform, **REUSE}, {**always, **REUSE}),
         Method(UNIFORM_TAYLOR, {**uniform, **TAYLOR}, {**always, **TAYLOR}),
-        Method(SPACED_TAYLOR, spaced, {**spaced, "mask": (1,) * steps}),
+        Method(SPACED_TAYLOR, spaced, {**spaced, "share": 1.0}),
         Method(FIRST_BLOCK, first_block, {**first_block, "threshold": 0.0}, adaptive=True),
         *planned_method(subject, computed),
     )

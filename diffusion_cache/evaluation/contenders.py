@@ -25,7 +25,6 @@ from ..profile import JSON_FILE, Profile, shipped_profiles
 from ..profiling.jacobian import Norms, norms
 from ..profiling.measure import Given, Options, measure
 from ..registry import check_options, suggest
-from ..schedule import spaced
 from ..systems import System
 from .accounting import kinds_of
 from .peers import peer, settings_of
@@ -461,7 +460,7 @@ def contender(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int
         return _planned(node, steps)
     if "system" in node:
         return _published(node, steps)
-    return _ours(node, forecaster, steps)
+    return _ours(node, forecaster)
 
 
 def call_of(node: Mapping[str, Any], steps: int) -> Call | None:
@@ -533,16 +532,13 @@ def _part(steps: int, name: str, share: Any) -> int:
     return max(1, math.floor(steps * share + 1e-9))
 
 
-def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any], steps: int) -> Contender:
+def _ours(node: Mapping[str, Any], forecaster: Mapping[str, Any]) -> Contender:
     policy = dict(node["policy"])
     predictor = dict(node.get("forecaster") or forecaster)
     corrector = dict(node.get("corrector") or {})
     guards = {key: value for key, value in (node.get("guards") or {}).items() if value is not None}
     name, predictor_name, corrector_name = policy.pop("name"), predictor.pop("name"), corrector.pop("name", None)
     told = dict(policy)  # what tells this choice from others
-    if "spaced" in policy:
-        told = {**told.pop("spaced"), **told}
-        policy["mask"] = "".join(map(str, spaced_mask(steps, *_spacing(policy.pop("spaced"), steps))))
     cls = registry.policies.get(name)
     for what, found, given in (
         (name, cls, policy),
@@ -587,19 +583,3 @@ def _measured(cls: type[Policy], profile: Profile, options: Mapping[str, Any]) -
     if make is None:
         raise ConfigError(f"{cls.name} takes nothing from a profile: leave method.profile out")
     return vars(make(profile, **options))
-
-
-def _spacing(spaced: Mapping[str, Any], steps: int) -> tuple[int, float]:
-    """(computed steps, exponent) of a mask given as {share, exponent}."""
-    if set(spaced) != {"share", "exponent"}:
-        raise ConfigError("policy.spaced takes a share of computed steps and an exponent")
-    return math.ceil(steps * spaced["share"] - 1e-9), spaced["exponent"]
-
-
-def spaced_mask(steps: int, computed: int, exponent: float) -> tuple[int, ...]:
-    """A 0/1 mask over `steps` with exactly `computed` ones, spaced as `schedule.spaced` does.
-
-    Exponent 1 is every n-th step, with n = steps / computed rounded up.
-    """
-    places = spaced(steps, computed, exponent, length=computed * math.ceil(steps / max(computed, 1)))
-    return tuple(int(step in places) for step in range(steps))

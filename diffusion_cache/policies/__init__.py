@@ -17,6 +17,7 @@ from .ra_cfg import RaCfg
 from .racer import Racer
 from .seacache import SeaCache
 from .sencache import SenCache
+from .spaced import Spaced
 from .speca import SpeCa
 from .teacache import TeaCache
 
@@ -39,6 +40,7 @@ __all__ = [
     "Racer",
     "SeaCache",
     "SenCache",
+    "Spaced",
     "SpeCa",
     "TeaCache",
 ]

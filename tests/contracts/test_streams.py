@@ -15,11 +15,15 @@ from diffusion_cache import registry
 POLICIES = registry.policies.names()
 FORECASTERS = registry.forecasters.names()
 # policies that look at no signals, with forecasters that go by nothing but noise levels
-SERVING = {"interval", "centered", "mask", "growing_window", "magcache", "pab"}, {"reuse", "taylor", "taylor_paper"}
+SERVING = (
+    {"interval", "centered", "spaced", "mask", "growing_window", "magcache", "pab"},
+    {"reuse", "taylor", "taylor_paper"},
+)
 # what the policies that serve streams amount to in the eight steps of a window's chunks
 MASKS = {
     "interval": "10101010",
     "centered": "11010100",
+    "spaced": "10010101",
     "mask": "11010100",
     "growing_window": "10100100",
     "magcache": "11010101",

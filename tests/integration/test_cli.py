@@ -219,29 +219,6 @@ def test_no_speed_for_a_method_that_changes_the_image_when_it_computes_everythin
     assert COLUMNS["wall"](row) == "–"
 
 
-@pytest.mark.parametrize("exponent", demo.SPACINGS)
-@pytest.mark.parametrize(("steps", "computed"), [(50, 25), (50, 17), (40, 14), (5, 5), (5, 1), (7, 3)])
-def test_masks_have_the_count_asked_for(steps, computed, exponent):
-    mask = demo.spaced_mask(steps, computed, exponent)
-    assert len(mask) == steps
-    assert sum(mask) == computed
-    assert mask[0] == 1
-
-
-def test_masks_crowd_where_the_exponent_says():
-    def places(exponent):
-        return [step for step, computed in enumerate(demo.spaced_mask(16, 4, exponent)) if computed]
-
-    assert places(1.0) == [0, 4, 8, 12]
-    assert places(2.0) == [0, 1, 4, 9]  # 16 · (j / 4)²
-    assert places(0.5) == [0, 7, 12, 15]  # 16 − 16 · (1 − j / 4)²
-    for steps, every in ((50, 2), (50, 3), (40, 3)):
-        uniform = tuple(int(step % every == 0) for step in range(steps))
-        assert demo.spaced_mask(steps, math.ceil(steps / every), 1.0) == uniform
-    with pytest.raises(ConfigError, match="no schedule"):
-        demo.spaced_mask(4, 5, 1.0)
-
-
 def test_identical_outputs_are_stored_without_infinity():
     images = torch.rand(2, 1, 1, 8, 8)
     row = Row("x", 2, {}, 4.0, 0.5, 0.5, quality(images, images), None, None)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ..contenders import spaced_mask
 from .bench import Bench, Ran
 from .claims import Outcome, SeedSet, claim
 from .schedules import compared
@@ -138,7 +137,7 @@ def growing(model: str, seeds: SeedSet) -> Outcome:
     windows = [made.run(policy="growing_window", growth=growth, warmup=WARMUP, **common) for growth in GROWTHS]
     even, crowded = (
         [
-            made.run(policy="mask", mask=spaced_mask(made.subject.steps, round(ran.nfe), exponent), **common)
+            made.run(policy="spaced", share=round(ran.nfe) / made.subject.steps, exponent=exponent, **common)
             for ran in windows
         ]
         for exponent in (1.0, MILD)

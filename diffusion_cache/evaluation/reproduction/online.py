@@ -8,7 +8,6 @@ import torch
 
 from ... import api
 from ...planning.build import psnr
-from ..contenders import spaced_mask
 from .bench import Bench, Ran
 from .claims import Outcome, SeedSet, claim
 
@@ -125,8 +124,7 @@ def first_block_beats_teacache(seeds: SeedSet) -> Outcome:
 )
 def online_policies_beat_even_steps(seeds: SeedSet) -> Outcome:
     made = bench(seeds)
-    mask = spaced_mask(made.subject.steps, round(WORK * made.subject.steps), 1.0)
-    even = made.run(policy="mask", mask=mask, forecaster="reuse", scope="stack")
+    even = made.run(policy="spaced", share=WORK, forecaster="reuse", scope="stack")
     runs = {name: adaptive(seeds, name) for name in POLICIES}
     every = {"even": even, **runs}
     holds = all(ran.mean > even.mean and is_equal(ran, even) for ran in runs.values())

@@ -13,6 +13,7 @@ from diffusion_cache.cli import evaluate as command
 from diffusion_cache.evaluation.contenders import FewerSteps, contender, expand
 from diffusion_cache.evaluation.peers import peers
 from diffusion_cache.evaluation.report import BUDGETS, TOLERANCE
+from diffusion_cache.policies import Guarded
 
 CONFIGS = files("diffusion_cache.configs")
 GIVEN = {"scheduler": "DDIMScheduler", "random": "dit-xl-2", "file": "prompts.txt", "hub": "folder", "mask": "'10'"}
@@ -130,8 +131,10 @@ def test_grids_have_a_choice_within_every_budget(name):
             if isinstance(what, FewerSteps):
                 shares.append(what.steps(steps) / steps)
             else:
-                mask = what.options.get("mask") or ("1".ljust(what.options["every"], "0") * steps)[:steps]
-                shares.append(mask.count("1") / steps)
+                cls = registry.policies.get(what.options["policy"])
+                own = {field.name for field in dataclasses.fields(cls)} & set(what.options)
+                made = Guarded(cls(**{name: what.options[name] for name in own}))
+                shares.append(made.schedule(steps).nfe / steps)
         for budget in BUDGETS.values():
             assert any(0.94 * budget <= share <= TOLERANCE * budget for share in shares), (steps, budget)
 

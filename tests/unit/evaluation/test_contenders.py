@@ -28,7 +28,6 @@ from diffusion_cache.evaluation.contenders import (
     expand,
     measured_norms,
     measured_profile,
-    spaced_mask,
 )
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
 from diffusion_cache.evaluation.runner import Job
@@ -134,13 +133,6 @@ def test_a_policy_is_left_out_where_it_serves_no_span():
     assert teacache.why_not(SimpleNamespace(denoisers={})) is None
 
 
-def test_spaced_masks_follow_the_number_of_steps():
-    node = {**NODE, "policy": {"name": "mask", "spaced": {"share": 1 / 3, "exponent": 1.0}}}
-    assert contender(node, TAYLOR, 9).options["mask"] == "100100100"
-    assert contender(node, TAYLOR, 50).options["mask"].count("1") == 17
-    assert spaced_mask(8, 4, 2.0) == (1, 1, 1, 0, 1, 0, 0, 0)
-
-
 @pytest.mark.parametrize(
     ("change", "arguments"),
     [
@@ -149,8 +141,8 @@ def test_spaced_masks_follow_the_number_of_steps():
         ({"forecaster": {"name": "taylor", "order": 2}}, {"policy": "interval", "every": 2, "last": 2, "order": 2}),
         ({"forecaster": {"name": "reuse"}}, {"policy": "interval", "every": 2, "last": 2, "forecaster": "reuse"}),
         (
-            {"policy": {"name": "mask", "spaced": {"share": 0.5, "exponent": 2.0}}},
-            {"policy": "mask", "mask": "11101000", "last": 2},
+            {"policy": {"name": "spaced", "share": 1 / 3, "exponent": 2.0}},
+            {"policy": "spaced", "share": 1 / 3, "exponent": 2.0, "last": 2},
         ),
         (
             {"policy": {"name": "first_block", "threshold": 0.1}},
@@ -193,7 +185,6 @@ def test_baselines():
         ({"policy": {"name": "interval", "every": 0}}, "at least 1"),
         ({"forecaster": {"name": "tailor"}}, "Did you mean 'taylor'"),
         ({"guards": {"warmup": 0}}, "warmup must be at least 1"),
-        ({"policy": {"name": "mask", "spaced": {"share": 0.5}}}, "share of computed steps and an exponent"),
     ],
 )
 def test_bad_settings_are_told(change, message):
