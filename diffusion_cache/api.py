@@ -96,8 +96,8 @@ def enable(
             shipped one ("dit-digits-ddim"), a repository, or ready-made figures ("published/magcache/flux-dev-28").
         speedup, min_psnr, nfe, plan: which of the profile's plans, one of the four, or none where it has a single plan:
             the best one that was at least so many times as fast where it was measured; the cheapest one whose PSNR (dB,
-            against the uncached image) is at least that for 95% of prompts; the best one of at most so many denoiser
-            evaluations; the one called so, or a Plan.
+            against the uncached image) is at least that for 95% of prompts; the best one of at most so many computed
+            steps; the one called so, or a Plan.
         target_reuse, speedup: of a named policy that decides by a threshold (teacache, first_block, …), with no
             profile: have it found, see `tune`. It is searched when the pipeline is first called, and once more for
             calls of other steps, sizes or guidance.

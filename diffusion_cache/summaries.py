@@ -17,8 +17,9 @@ class Summary:
 
     spans: things cached, over all denoisers. computed, reused: denoiser calls in which any span was computed, or
     none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
-    the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once. total:
-    steps of the run, if known. warnings: all that this run gave reason for; Python shows each text once a process.
+    the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once; what
+    adaptive policies keep of a step to compare the next one with is not among them. total: steps of the run, if known.
+    warnings: all that this run gave reason for; Python shows each text once a process.
     """
 
     method: str
@@ -166,7 +167,7 @@ def _described(method: Method) -> str:
     plan = policy.plan
     drift = method.guarded.drift
     watched = f", watched by {drift.band.signal}" if drift is not None else ""
-    return f"plan {plan.name!r}: {plan.nfe:.4g} evaluations in {plan.total} steps, on {plan.scope}{watched}"
+    return f"plan {plan.name!r}: {plan.nfe:.4g} of {plan.total} steps computed, on {plan.scope}{watched}"
 
 
 def _rendered(shown: Any) -> str:

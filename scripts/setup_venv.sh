@@ -5,8 +5,8 @@ set -euo pipefail
 
 python=.venv/bin/python
 
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-  echo "diffusion-cache needs Python 3.10 or newer; python3 is $(python3 --version)" >&2
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "diffusers 0.42 needs Python 3.11 or newer; python3 is $(python3 --version)" >&2
   exit 1
 }
 

@@ -107,11 +107,11 @@ def stopping(step, error=Stop):
     return callback
 
 
-# 1, 2: several pipelines, enabling again
+# several pipelines, enabling again
 
 
 @pytest.mark.parametrize("name", [DIT, WAN])
-def test_1_two_pipelines_of_a_class_one_disabled(name):
+def test_two_pipelines_of_a_class_one_disabled(name):
     first, second = load(name), load(name)
     plain_call = vars(type(first))["__call__"]
     dc.enable(first, "interval", every=2)
@@ -130,7 +130,7 @@ def test_1_two_pipelines_of_a_class_one_disabled(name):
     assert vars(type(first))["__call__"] is plain_call
 
 
-def test_2_enabling_again_replaces():
+def test_enabling_again_replaces():
     pipe = load(DIT)
     first = dc.enable(pipe, "interval", every=3)
     generate(DIT, pipe)
@@ -149,7 +149,7 @@ def test_2_enabling_again_replaces():
     assert torch.equal(generate(DIT, pipe), uncached(DIT))
 
 
-def test_2_what_was_enabled_comes_back_after_a_with_block():
+def test_what_was_enabled_comes_back_after_a_with_block():
     pipe = load(DIT)
     with dc.cached(pipe, "interval", every=2):
         with dc.cached(pipe, "interval", every=3):
@@ -164,7 +164,7 @@ def test_2_what_was_enabled_comes_back_after_a_with_block():
     assert torch.equal(generate(DIT, pipe), uncached(DIT))
 
 
-def test_2_methods_are_never_changed():
+def test_methods_are_never_changed():
     policy, forecaster = FirstBlock(threshold=1e9, front=2), Taylor(order=2)
     for name in (DIT, WAN):
         pipe = load(name)
@@ -186,12 +186,12 @@ def test_instances_of_policies_may_be_shared():
         assert torch.equal(generate(FLUX, pipe), every_two(FLUX))
 
 
-# 3: what came before
+# what came before
 
 
 @pytest.mark.parametrize("policy", [("interval", dict(every=2)), ("first_block", dict(threshold=1e9))])
 @pytest.mark.parametrize("name", [DIT, FLUX])
-def test_3_a_short_run_then_a_longer_one(name, policy):
+def test_a_short_run_then_a_longer_one(name, policy):
     pipe = load(name)
     with dc.cached(pipe, policy[0], **policy[1]):
         long = generate(name, pipe, 8)
@@ -207,7 +207,7 @@ SIZES = {UNET: dict(height=24, width=16), FLUX: dict(height=24, width=16), WAN: 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("name", SIZES)
-def test_3_stopped_in_the_middle_then_another_size(name, error):
+def test_stopped_in_the_middle_then_another_size(name, error):
     pipe = load(name)
     with dc.cached(pipe, "interval", every=2):
         small = generate(name, pipe, **SIZES[name])
@@ -224,7 +224,7 @@ def test_3_stopped_in_the_middle_then_another_size(name, error):
 
 
 @pytest.mark.parametrize("scope", ["denoiser", "stack", "block"])
-def test_3_a_block_that_fails_then_goes_on(scope):
+def test_a_block_that_fails_then_goes_on(scope):
     pipe = load(DIT)
     with dc.cached(pipe, "interval", every=2, scope=scope):
         expected = generate(DIT, pipe)
@@ -244,14 +244,14 @@ def test_3_a_block_that_fails_then_goes_on(scope):
 
 
 @each_model
-def test_3_enabling_after_an_uncached_run(name):
+def test_enabling_after_an_uncached_run(name):
     pipe = load(name)
     generate(name, pipe, 4, labels=(1, 2), seeds=(1, 2))
     dc.enable(pipe, "interval", every=2)
     assert torch.equal(generate(name, pipe), every_two(name))
 
 
-# 4: passes
+# passes
 
 
 class Branches:
@@ -285,7 +285,7 @@ class Branches:
     ],
     ids=["interval", "denoiser", "first_block"],
 )
-def test_4_branches_do_not_mix(labels, options):
+def test_branches_do_not_mix(labels, options):
     branches = Branches()
     together, summary = branches(labels, **options)
     for label in labels:
@@ -297,7 +297,7 @@ def test_4_branches_do_not_mix(labels, options):
 
 
 @torch.no_grad()
-def test_4_calls_of_one_name_do_not_mix():
+def test_calls_of_one_name_do_not_mix():
     """Two prompts in each step, both under the name that diffusers gives to the conditional pass."""
     denoiser = load(WAN).transformer
     generator = torch.Generator().manual_seed(0)
@@ -320,7 +320,7 @@ def test_4_calls_of_one_name_do_not_mix():
 
 
 @pytest.mark.parametrize("name", [DIT, UNET, WAN])
-def test_4_without_guidance(name):
+def test_without_guidance(name):
     pipe = load(name)
     with dc.cached(pipe, "interval", "reuse", every=2, scope="denoiser"):
         cached = generate(name, pipe, guidance=1.0)
@@ -347,7 +347,7 @@ def without_guidance_after(step):
     # two passes: the unconditional one just ends; two row groups: what was kept does not fit any more
     [(WAN, [("cond", "10010010"), ("uncond", "10010")]), (UNET, [("0", "10011010")])],
 )
-def test_4_guidance_switched_off_in_the_middle(name, expected):
+def test_guidance_switched_off_in_the_middle(name, expected):
     pipe = load(name)
     with dc.cached(pipe, "interval", "reuse", every=3, scope="denoiser"):
         plain = generate(name, pipe, 8)
@@ -359,14 +359,14 @@ def test_4_guidance_switched_off_in_the_middle(name, expected):
         assert torch.equal(generate(name, pipe, 8, **without_guidance_after(3 if name == UNET else 4)), cached)
 
 
-def test_4_reuse_goes_on_after_guidance_was_switched_off():
+def test_reuse_goes_on_after_guidance_was_switched_off():
     pipe = load(UNET)
     with dc.cached(pipe, "mask", mask="10000000"):
         generate(UNET, pipe, 8, **without_guidance_after(3))
         assert computed(dc.summary(pipe)) == "10001000"
 
 
-# 6, 7: spans
+# spans
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_4_reuse_goes_on_after_guidance_was_switched_off():
         (WAN, "denoiser", 1),
     ],
 )
-def test_6_the_number_of_spans_is_told_and_each_is_skipped(name, scope, spans):
+def test_the_number_of_spans_is_told_and_each_is_skipped(name, scope, spans):
     pipe = load(name)
     calls = {block: 0 for block in blocks_of(name, pipe)}
 
@@ -417,7 +417,7 @@ class PastItsBlocks(nn.Module):
 
 
 @pytest.mark.parametrize("scope", ["stack", "block"])
-def test_6_a_denoiser_that_never_calls_its_blocks_is_told(scope):
+def test_a_denoiser_that_never_calls_its_blocks_is_told(scope):
     model, x = PastItsBlocks(), torch.ones(2, 3)
     with warned(1, "nothing was cached"), dc.run(model, "interval", every=2, scope=scope, num_steps=4) as run:
         for step in range(4):
@@ -467,7 +467,7 @@ IN_ORDER = chain(("first", 0), ("first", 1), ("second", 0), ("second", 1))
         ("stack", True, "1111", 1),
     ],
 )
-def test_6_what_is_added_between_blocks_is_counted_once(scope, around, expected_steps, told):
+def test_what_is_added_between_blocks_is_counted_once(scope, around, expected_steps, told):
     model, x = Chain(IN_ORDER, hint=0.3, around=around), torch.linspace(-1, 1, 8).reshape(2, 4)
     expected = model(x, 0)
     run = dc.run(model, "interval", every=2, num_steps=4, scope=scope)
@@ -499,7 +499,7 @@ def test_6_what_is_added_between_blocks_is_counted_once(scope, around, expected_
     ],
     ids=["interleaved", "repeated", "left out"],
 )
-def test_6_stacks_that_are_no_plain_chain(order, messages, reused):
+def test_stacks_that_are_no_plain_chain(order, messages, reused):
     samples = [torch.linspace(-1, 1, 8).reshape(2, 4) * (1 + step) for step in range(6)]
     model = Chain(order)
     with torch.no_grad():
@@ -516,7 +516,7 @@ def test_6_stacks_that_are_no_plain_chain(order, messages, reused):
 
 
 @pytest.mark.parametrize(("front", "back"), [(1, 0), (1, 1), (4, 3), (11, 0), (1, 10)])
-def test_7_front_and_back_blocks_run_once(front, back):
+def test_front_and_back_blocks_run_once(front, back):
     pipe = load(DIT)
     calls = [0] * 12
 
@@ -539,14 +539,14 @@ def test_7_front_and_back_blocks_run_once(front, back):
 
 
 @pytest.mark.parametrize(("front", "back"), [(6, 6), (12, 0), (1, 11), (13, 0), (30, 30)])
-def test_7_more_front_and_back_blocks_than_there_are(front, back):
+def test_more_front_and_back_blocks_than_there_are(front, back):
     pipe = load(DIT)
     with pytest.raises(dc.ConfigError, match=f"front={front} and back={back}.*transformer_blocks: 12"):
         dc.enable(pipe, "first_block", front=front, back=back)
     assert torch.equal(generate(DIT, pipe), uncached(DIT))
 
 
-# 8, 19: step counts
+# step counts
 
 RESCALED = {
     1: "1",
@@ -560,14 +560,14 @@ RESCALED = {
 
 
 @pytest.mark.parametrize("steps", RESCALED)
-def test_8_a_mask_is_rescaled(steps):
+def test_a_mask_is_rescaled(steps):
     pipe = load(FLUX)
     with dc.cached(pipe, "mask", mask="11001000"):
         generate(FLUX, pipe, steps)
         assert computed(dc.summary(pipe)) == RESCALED[steps]
 
 
-def test_8_a_mask_that_starts_with_reuse_computes_first():
+def test_a_mask_that_starts_with_reuse_computes_first():
     pipe = load(FLUX)
     with warned(1, "first step is computed"):
         dc.enable(pipe, "mask", mask="001000")
@@ -579,7 +579,7 @@ def test_8_a_mask_that_starts_with_reuse_computes_first():
 
 
 @pytest.mark.parametrize("policy", [("mask", dict(mask="1100" * 7)), ("interval", dict(every=3, warmup=2, last=1))])
-def test_19_each_request_has_its_own_step_count(policy):
+def test_each_request_has_its_own_step_count(policy):
     requests = [8, 4, 8, 1, 12, 4]
     alone = {}
     for steps in set(requests):
@@ -596,11 +596,11 @@ def test_19_each_request_has_its_own_step_count(policy):
     assert computed(dc.summary(pipe)) == ("1100" if policy[0] == "mask" else "1101")
 
 
-# 9, 11
+# options and uneven gaps
 
 
 @pytest.mark.parametrize("option", ["evry", "warm_up", "max_consecutiv", "order_", "thresold"])
-def test_9_a_misspelled_option_is_an_error(option):
+def test_a_misspelled_option_is_an_error(option):
     pipe = load(DIT)
     with pytest.raises(dc.ConfigError, match=f"Unknown option '{option}'"):
         dc.enable(pipe, "interval", "taylor", **{option: 2})
@@ -630,7 +630,7 @@ def values(model, steps, **options):
     return [value[0, 0].item() for value in found]
 
 
-def test_11_forecasts_know_the_gap():
+def test_forecasts_know_the_gap():
     """y = t computed every four steps: 5, 6, 7 follow from 0 and 4; ignoring the gap they were 8, 12, 16."""
     model = Polynomial(0.0, 1.0)
     assert values(model, 24, policy="interval", every=4)[4:] == pytest.approx(range(4, 24))
@@ -638,7 +638,7 @@ def test_11_forecasts_know_the_gap():
 
 
 @pytest.mark.parametrize("mask", ["110100001000", "111000000000", "110000010010"])
-def test_11_uneven_gaps(mask):
+def test_uneven_gaps(mask):
     square = [3 - 2 * t + 0.5 * t**2 for t in range(12)]
     found = values(Polynomial(3.0, -2.0, 0.5), 12, policy="mask", mask=mask, forecaster="taylor", order=2)
     third = [step for step in range(12) if mask[step] == "1"][2]
@@ -650,7 +650,7 @@ def test_11_uneven_gaps(mask):
     )
 
 
-# 12: threads
+# threads
 
 
 def in_threads(*works):
@@ -660,7 +660,7 @@ def in_threads(*works):
 
 @pytest.mark.parametrize("name", [FLUX, UNET])
 @pytest.mark.parametrize("second_enabled", [True, False])
-def test_12_two_threads_share_a_denoiser(name, second_enabled):
+def test_two_threads_share_a_denoiser(name, second_enabled):
     first = load(name)
     second = sharing(name, first)
     dc.enable(first, "interval", every=2)
@@ -685,7 +685,7 @@ def test_12_two_threads_share_a_denoiser(name, second_enabled):
         assert computed(dc.summary(second)) == "110100"
 
 
-def test_12_runs_in_threads_started_inside_a_run_are_apart():
+def test_runs_in_threads_started_inside_a_run_are_apart():
     """Another thread's calls of the same denoiser belong to no run of this one."""
     denoiser = Polynomial(0.0, 1.0)
 
@@ -701,7 +701,7 @@ def test_12_runs_in_threads_started_inside_a_run_are_apart():
     assert inside == [0, 0, 0, 0]
 
 
-def test_12_a_pipeline_called_from_anothers_callback():
+def test_a_pipeline_called_from_anothers_callback():
     outer = load(WAN)
     inner = sharing(WAN, outer)
     dc.enable(outer, "interval", every=2)
@@ -718,7 +718,7 @@ def test_12_a_pipeline_called_from_anothers_callback():
     assert [torch.equal(output, inner_expected) for output in inside] == [True, True]
 
 
-def test_12_an_uncached_pipeline_called_from_a_cached_ones_callback():
+def test_an_uncached_pipeline_called_from_a_cached_ones_callback():
     outer = load(WAN)
     inner = sharing(WAN, outer)
     dc.enable(outer, "interval", every=2)
@@ -740,7 +740,7 @@ class OtherWan(diffusers.WanPipeline):
     __call__ = diffusers.WanPipeline.__call__
 
 
-def test_12_an_uncached_pipeline_of_another_class_called_from_a_callback():
+def test_an_uncached_pipeline_of_another_class_called_from_a_callback():
     outer = load(WAN)
     inner = OtherWan(**outer.components | {"scheduler": copy.deepcopy(outer.scheduler)})
     inner.set_progress_bar_config(disable=True)
@@ -757,7 +757,7 @@ def test_12_an_uncached_pipeline_of_another_class_called_from_a_callback():
     assert torch.equal(inside[0], inner_expected)
 
 
-def test_12_the_denoiser_called_from_a_callback():
+def test_the_denoiser_called_from_a_callback():
     """A user's own look ahead is a pass of its own."""
     pipe = load(FLUX)
     calls = []
@@ -778,7 +778,7 @@ def test_12_the_denoiser_called_from_a_callback():
     assert all((output - expected).abs().max() < 1e-5 for output in inside)
 
 
-def test_12_a_pipeline_disabled_while_another_with_its_scheduler_runs():
+def test_a_pipeline_disabled_while_another_with_its_scheduler_runs():
     pipe = load(WAN)
     other = sharing(WAN, pipe, scheduler=pipe.scheduler)
     dc.enable(pipe, "interval", every=2)
@@ -793,11 +793,11 @@ def test_12_a_pipeline_disabled_while_another_with_its_scheduler_runs():
     assert torch.equal(generate(WAN, pipe, callback_on_step_end=disable), every_two(WAN))
 
 
-# 14: batches
+# batches
 
 
 @pytest.mark.parametrize("changed", [None, 0, 1])
-def test_14_a_call_is_computed_if_any_guidance_branch_asks(changed):
+def test_a_call_is_computed_if_any_guidance_branch_asks(changed):
     """Two row groups in one call; the class of one changes at the second step."""
     denoiser = load(DIT).transformer
     x, t = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1), torch.tensor([500])
@@ -833,7 +833,7 @@ def test_14_a_call_is_computed_if_any_guidance_branch_asks(changed):
     assert run(change[changed] * 0.99) == "11"
 
 
-# 16: two denoisers
+# two denoisers
 
 
 def two_transformers():
@@ -848,7 +848,7 @@ def two_transformers():
     return pipe
 
 
-def test_16_each_denoiser_has_its_own_history():
+def test_each_denoiser_has_its_own_history():
     pipe = two_transformers()
     plain = generate(WAN, pipe, 8, guidance=1.0)
     with dc.cached(pipe, "first_block", "reuse", threshold=1e9, max_consecutive=2):
@@ -866,7 +866,7 @@ def test_16_each_denoiser_has_its_own_history():
     assert untouched(pipe.transformer_2)
 
 
-def test_16_a_planned_policy_caches_the_second_denoiser():
+def test_a_planned_policy_caches_the_second_denoiser():
     pipe = two_transformers()
     with dc.cached(pipe, "mask", mask="10000000"):
         generate(WAN, pipe, 8, guidance=1.0)
@@ -875,7 +875,7 @@ def test_16_a_planned_policy_caches_the_second_denoiser():
     assert computed(summary) == "".join("1" if step in (0, switch) else "0" for step in range(8))
 
 
-def test_16_another_cache_on_one_denoiser_leaves_the_other_cached():
+def test_another_cache_on_one_denoiser_leaves_the_other_cached():
     pipe = two_transformers()
     dc.enable(pipe, "interval", every=2)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
@@ -1436,14 +1436,3 @@ def test_a_denoiser_compiled_as_a_whole_is_cached_as_a_whole(how):
     assert torch.equal(generate(DIT, pipe), plain)
     assert len(traced) == 1
     assert untouched(own) or how == "in place"
-
-
-def test_an_adaptive_policy_on_stacks_of_a_denoiser_compiled_as_a_whole_is_told():
-    torch._dynamo.reset()
-    pipe = made(small.load(DIT))
-    plain = generate(DIT, pipe)
-    dc.enable(pipe, "first_block", threshold=1e9)
-    pipe.transformer.compile(backend="eager")
-    with warned(1, "compiled as a whole, use scope 'denoiser'"):
-        assert torch.equal(generate(DIT, pipe), plain)
-    assert dc.summary(pipe).hit_rate == 0

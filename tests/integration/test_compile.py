@@ -108,6 +108,7 @@ def passes(name):
     return 2 if name == "wan-moving-digits" else 1
 
 
+@pytest.mark.slow
 def test_another_size_is_learned_anew():
     name, method = "flux-digits", dict(policy="interval", forecaster="taylor", every=2, scope="stack")
     plain = small.load(name)
@@ -144,12 +145,11 @@ def test_always_computing_compiles_once():
 @pytest.mark.parametrize(
     "method",
     [
-        dict(policy="interval", forecaster="taylor", every=2, scope="stack"),
         dict(policy="interval", forecaster="taylor", every=2, scope="block"),
         dict(policy="first_block", forecaster="taylor", threshold=0.3),
         dict(policy="teacache", forecaster="taylor", threshold=0.3),
     ],
-    ids=["stack", "block", "adaptive", "looking-inside"],
+    ids=["block", "adaptive", "looking-inside"],
 )
 def test_compiled_blocks(method, before):
     """Each block has its one graph; decisions, adaptive ones as well, stay outside."""
@@ -226,6 +226,7 @@ def test_features_of_a_compiled_denoiser_are_released():
     )
 
 
+@pytest.mark.slow
 def test_calls_from_outside_the_run_pass_through():
     """An uncached pipeline on the same compiled transformer, called from a callback, gives what it always gives."""
     name = "flux-digits"

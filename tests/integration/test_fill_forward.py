@@ -99,6 +99,7 @@ def test_approximate_caches_run_fewer_tokens_and_solve_most_problems(pipe, metho
     assert fill_forward.exact(SEEDS, found).sum() >= 8
 
 
+@pytest.mark.slow
 def test_every_line_of_the_page_runs(capsys, monkeypatch, tmp_path):
     page = (ROOT / "docs" / "language.md").read_text()
     example = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))

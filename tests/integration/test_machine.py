@@ -25,6 +25,7 @@ from diffusion_cache.engine import intercept, patches
 from diffusion_cache.engine.session import MARK, SESSION
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("error::diffusion_cache.errors.DiffusionCacheWarning"),
     pytest.mark.filterwarnings("ignore:nothing is reused in a run of"),  # by the guards that it draws
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers' own, with NumPy 2

@@ -39,6 +39,7 @@ def profile(tmp_path):
     return tmp_path / "profile"
 
 
+@pytest.mark.slow
 def test_a_profile_learns_to_choose_among_plans_of_its_prompts(profile, tmp_path):
     output = run("select", profile, "--nfe", "4.5", "--keep", 3, *SMALL, "--out", tmp_path / "made")
     assert "By the prompt, one of 3 plans of 4 evaluations: " in output

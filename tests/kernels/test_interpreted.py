@@ -1,6 +1,9 @@
 """The kernels' tests, run by Triton's interpreter in a process of their own."""
 
+import pytest
 from children import pytest_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_kernels_equal_their_references(request):

@@ -1,6 +1,9 @@
 """The engine with its kernels, run by Triton's interpreter in a process of their own."""
 
+import pytest
 from children import ROOT, pytest_of
+
+pytestmark = pytest.mark.slow
 
 MODES = dict(TRITON_INTERPRET="1", DIFFUSION_CACHE_KERNELS="interpret")
 # of one model with branches that are stacked and one without

@@ -73,6 +73,7 @@ print(json.dumps(dict(seconds=seconds, loaded=loaded, names=names, cuda=torch.cu
 """
 
 
+@pytest.mark.slow
 def test_import_is_cheap():
     """Measured beyond torch and diffusers; the best of three processes, the first of which may write the bytecode."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
