@@ -73,6 +73,12 @@ class Visit:
         self.versions = {key: mark_of(tensor) for key, tensor in inputs.items()} if unknown else {}
         self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
 
+    def let_go(self) -> None:
+        """Of what it was entered with and gave, now that it is left: a call may run many spans."""
+        self.inputs, self.versions, self.uncorrected = {}, {}, []
+        if self.forecast is not None:
+            self.forecast = []
+
     def unchanged_inputs(self) -> Inputs:
         """The inputs less those that the span has written into, which say nothing of where it began."""
         return {

@@ -96,7 +96,7 @@ class SpanCalls:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Any:
-        if visit is None:
+        if visit is None or visit.finished:
             return inner(*args, **kwargs)
         last = member == len(span.members) - 1
         if visit.forecast is not None:
@@ -108,8 +108,7 @@ class SpanCalls:
                 assert visit.state.template is not None
                 self._note_first_pass(frame, visit, visit.uncorrected or visit.forecast)
                 output = visit.state.template.join(visit.forecast)
-                if frame.deferred:
-                    visit.forecast = []  # what the block lets go of needs no making
+                visit.let_go()
                 return output
             known = visit.state.passthrough.get(member)
             if known is None:
@@ -134,6 +133,8 @@ class SpanCalls:
         if observer is not None and tensors is not None:
             assert visit.state.template is not None
             observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
+        if visit.finished:
+            visit.let_go()
         return output
 
     def _enter(self, frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
@@ -393,6 +394,7 @@ class SpanCalls:
         except Exception as error:
             self.forget(state)
             self._run.warn_failure("storing a feature", error)
+        visit.let_go()
         return template.join(whole)
 
     # computing
