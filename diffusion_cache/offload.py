@@ -7,6 +7,7 @@ the device.
 """
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,9 +17,16 @@ from torch import Tensor
 
 from .history import History, finite
 
+MOST_LEAVING = 2  # features at a time: the device waits for an older one to be copied
+
 
 class Carrier(ABC):
     """Copies tensors from a device to the host and back, in the order of its calls and beside the device's own work."""
+
+    @property
+    def leaving_bytes(self) -> int:
+        """Of what `out` was given and keeps on the device."""
+        return 0
 
     @abstractmethod
     def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -53,34 +61,85 @@ class HostCarrier(Carrier):
         pass
 
 
+class Leaving(NamedTuple):
+    """Tensors on their way to the host, the stream that their memory is given again on, and the event of the copies."""
+
+    tensors: list[Tensor]
+    stream: Any
+    copied: Any
+
+
 class CudaCarrier(Carrier):
-    """Copies between a CUDA device and pinned host memory, all on one side stream, so that they keep their order."""
+    """Copies between a CUDA device and pinned host memory, all on one side stream, so that they keep their order.
+
+    Memory is let go of in one of two ways, with no `record_stream`, for what that withholds until an event is completed
+    cannot be had again by a host that runs ahead. What leaves is kept until its stream has been told to wait for the
+    copy. What came back is let go of by whoever used it, and the side stream is told to wait for all use so far before
+    it writes into memory that it got.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        self._stream = _side_stream(current)
+        self._users = {current}  # streams that use what comes back, also what other runs brought there
+        self._left = 0  # how often `out` was called
+        self._leaving: dict[int, Leaving] = {}  # by the number of that call
+
+    @property
+    def leaving_bytes(self) -> int:
+        return sum(tensor.nbytes for leaving in self._leaving.values() for tensor in leaving.tensors)
 
     def out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             host = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
             for into, tensor in zip(host, tensors, strict=True):
                 into.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._stream)  # its memory is not given away before that copy
+        self._left += 1
+        self._leaving[self._left] = Leaving([*tensors], current, self._stream.record_event())
+        self._let_go(self._left - MOST_LEAVING)
         return host
 
     def back(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         with torch.cuda.stream(self._stream):
-            return [tensor.to(self._device, non_blocking=True) for tensor in tensors], self._stream.record_event()
+            here = [torch.empty_like(tensor, device=self._device) for tensor in tensors]
+            for user in self._users:  # after the memory was got: all use of what it held before is enqueued by now
+                self._stream.wait_stream(user)
+            for into, tensor in zip(here, tensors, strict=True):
+                into.copy_(tensor, non_blocking=True)
+            return here, (self._stream.record_event(), self._left)
 
     def wait(self, tensors: Sequence[Tensor], event: Any) -> None:
+        filled, left = event
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(event)
-        for tensor in tensors:
-            tensor.record_stream(current)
+        self._users.add(current)
+        current.wait_event(filled)
+        self._let_go(left)  # copied before these tensors were
 
     def finish(self) -> None:
         self._stream.synchronize()
+        self._leaving.clear()
+
+    def _let_go(self, last: int) -> None:
+        """Of what left by that call of `out` or before it."""
+        for number in [number for number in self._leaving if number <= last]:
+            leaving = self._leaving.pop(number)
+            leaving.stream.wait_event(leaving.copied)
+
+
+@functools.cache
+def _side_stream(current: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for all runs on a stream: memory is given again only on the stream that it was got on."""
+    return torch.cuda.Stream(current.device)
+
+
+def release_pinned() -> None:
+    """Have the system take back the pinned memory that no tensor holds."""
+    release = getattr(torch._C, "_host_emptyCache", None)
+    if release is not None and torch.cuda.is_initialized():
+        release()
 
 
 def carrier(device: torch.device) -> Carrier:
@@ -105,7 +164,8 @@ class Arrival(NamedTuple):
 class Offload:
     """Where the features of one run are: their histories hold host tensors, and arrivals what was asked for of them.
 
-    resident_bytes: the most that features have taken on the device at once, those of the last span used among them.
+    resident_bytes: the most that features have taken on the device at once, those of the last span used among them and
+        those on their way to the host.
     finite: of each history, whether all that was ever stored is, as a bool on its device.
     """
 
@@ -183,4 +243,5 @@ class Offload:
 
     def _count(self) -> None:
         taken = self._used + sum(arrival.nbytes for arrival in self._arrivals.values())
+        taken += sum(each.leaving_bytes for each in self._carriers.values())
         self.resident_bytes = max(self.resident_bytes, taken)

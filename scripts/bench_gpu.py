@@ -829,6 +829,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny runs small models on the CPU")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where events are recorded
     dtype = torch.float32 if options.tiny else torch.bfloat16
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     label = name if device.type == "cuda" else "cpu"

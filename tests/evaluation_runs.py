@@ -33,7 +33,6 @@ def write_run(
     method: str = "interval",
     scope: str = "stack",
     settings: Mapping[str, Any] | None = None,
-    label: str | None = None,
     steps: int = 20,
     nfe: float | None = 0.5,
     psnr: Sequence[float] = (40.0, 42.0, 44.0, 46.0),
@@ -48,6 +47,7 @@ def write_run(
     side: int = 16,
     blocks: int = 4,
     environment: Mapping[str, Any] = ENVIRONMENT,
+    device: str = "An accelerator",
     contender: Mapping[str, Any] | None = None,
     conditions: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -63,10 +63,10 @@ def write_run(
         "steps": None,
         "threads": 1,
         "prompts": {"kind": "classes", "n": None},
+        "metrics": {"names": ["psnr", "ssim"], "distribution": False, "settings": {}},
         **(conditions or {}),
-        "contender": {"kind": kind, "method": method, "scope": scope, "label": label or method, "settings": settings}
+        "contender": {"kind": kind, "method": method, "scope": scope, "label": method, "settings": settings}
         | dict(contender or {}),
-        "metrics": ["psnr", "ssim"],
         "timing": {"pairs": 0 if quality_only else 3},
         "batch": len(psnr),  # so that runs with other samples or steps have folders of their own
         "of": steps,
@@ -99,13 +99,13 @@ def write_run(
         "scope": scope,
         "kind": kind,
         "method": method,
-        "label": label or method,
         "settings": settings,
         "steps": steps,
         "n": n,
         "correct": correct,
         "problem": problem,
         "quality_only": quality_only,
+        "device": device,
         "random_weights": random_weights,
         "nfe_ratio": nfe,
         "flops_ratio": None if nfe is None else round(nfe + 0.01 * (nfe < 1), 6),
@@ -136,9 +136,8 @@ def _score(values: Sequence[float], worst: Any = min) -> dict[str, Any]:
     ordered = sorted(values, reverse=worst is max)
     figures = {"mean": sum(values) / len(values), "p5": ordered[int(0.05 * len(values))], "worst": ordered[0]}
     figures = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-    index = list(values).index(ordered[0])
-    identical = sum(map(math.isinf, values))
-    return {**figures, "se": None, "worst_seed": 100 + index, "worst_index": index, "identical": identical}
+    worst_seed = 100 + list(values).index(ordered[0])
+    return {**figures, "se": None, "worst_seed": worst_seed, "identical": sum(map(math.isinf, values))}
 
 
 def _heatmap(steps: int, blocks: int, share: float) -> dict[str, Any]:

@@ -68,6 +68,7 @@ _Model = Annotated[
     str | None, typer.Option(help="A shipped model, a diffusers folder, or a repository id. Default: shipped.")
 ]
 _HeldOut = Annotated[int, typer.Option(help="Samples that the stated quality is measured on.")]
+_Column = Annotated[str, typer.Option(help="The column of prompts, where --prompts names a table.")]
 _Prompts = Annotated[Path | None, typer.Option(help="Prompts to sample: a text, CSV or Parquet file.")]
 _Call = Annotated[list[str] | None, typer.Option(help="An argument of the pipeline's call, NAME=VALUE.")]
 _Device = Annotated[str, typer.Option(help="auto, or a device of torch; not for shipped models.")]
@@ -136,7 +137,7 @@ def _plan(
     speedup: Annotated[
         str | None, typer.Option(help="Plans that are measured to be so many times as fast: 2,3.")
     ] = None,
-    nfe: Annotated[str | None, typer.Option(help="Plans of at most so many denoiser evaluations: 25,17.")] = None,
+    nfe: Annotated[str | None, typer.Option(help="Plans of at most so many computed steps: 25,17.")] = None,
     min_psnr: Annotated[float | None, typer.Option(help="Plans down to the cheapest with that PSNR, in dB.")] = None,
     runs: Annotated[
         int, typer.Option(help="Cached generations of the fitting samples that the search for a plan may take.")
@@ -151,6 +152,7 @@ def _plan(
         str | None, typer.Option(help="Carry a band of this signal, for enable(guard=…): input_turn or input_l1.")
     ] = None,
     prompts: _Prompts = None,
+    column: _Column = "prompt",
     call: _Call = None,
     device: _Device = "auto",
     offload: _Offload = "none",
@@ -174,6 +176,7 @@ def _plan(
         scopes=tuple(scope or ()),
         guard=guard,
         prompts=prompts,
+        column=column,
         device=device,
         offload=offload,
         call=arguments(call or ()),
@@ -191,7 +194,7 @@ def _plan(
 def _select(
     profile: Annotated[Path, typer.Argument(help="A profile with plans: its folder, or the name of a shipped one.")],
     out: Annotated[Path, typer.Option(help="Where to store the profile with its groups of plans.")],
-    nfe: Annotated[str, typer.Option(help="Start from its plans of at most so many denoiser evaluations: 25,17.")],
+    nfe: Annotated[str, typer.Option(help="Start from its plans of at most so many computed steps: 25,17.")],
     model: _Model = None,
     keep: Annotated[int, typer.Option(help="Plans to choose among, of each number of evaluations.")] = 4,
     fitting: Annotated[int, typer.Option(help="Samples of each prompt to fit on.")] = 8,
@@ -199,6 +202,7 @@ def _select(
     held_out: _HeldOut = 64,
     batch: Annotated[int, typer.Option(help="Held-out samples in one call.")] = 8,
     prompts: _Prompts = None,
+    column: _Column = "prompt",
     call: _Call = None,
     device: _Device = "auto",
     offload: _Offload = "none",
@@ -216,6 +220,7 @@ def _select(
         held_out=held_out,
         batch=batch,
         prompts=prompts,
+        column=column,
         device=device,
         offload=offload,
         call=arguments(call or ()),

@@ -23,7 +23,7 @@ import diffusion_cache as dc
 from .. import reference
 from ..errors import ConfigError
 from ..evaluation import environment
-from ..evaluation.prompts import FITTING_SEEDS
+from ..evaluation.prompts import FITTING_SEEDS, check_reported
 from ..evaluation.subjects import Shipped
 from ..measure import count_blocks, executed_flops, paired, psnr, quality
 from ..planning.choose import choose
@@ -61,8 +61,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, not {value}")
-        if self.samples > FITTING_SEEDS:
-            raise ConfigError(f"samples must be at most {FITTING_SEEDS}, where the fitting seeds begin")
+        check_reported(self.seed, self.samples)
 
 
 @dataclass(frozen=True)

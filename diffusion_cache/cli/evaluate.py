@@ -1,16 +1,18 @@
 """`diffusion-cache evaluate`: Hydra's command line over evaluation jobs."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from .. import registry
+from ..errors import ConfigError
 from ..policies import Guards
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
@@ -52,6 +54,33 @@ def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_used(method: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """That everything given has an effect. choices: of each group; overrides: as they were given.
+
+    Raises:
+        ConfigError: for a rival beside another method, and a forecaster or corrector that the method would not use.
+    """
+    chosen, peer = choices["method"], choices["peer"]
+    if peer != "none" and chosen != f"peer/{peer}":
+        raise ConfigError(
+            f"peer={peer} and method={chosen} both say what to evaluate: give one of them, or -m with "
+            f"method={chosen},peer/{peer} for one after the other"
+        )
+    if "steps_ratio" in method:
+        return  # no cache at all, as other methods are compared with
+    for override in overrides:
+        group = override.split("=")[0].split(".")[0]
+        if group not in ("forecaster", "corrector") or override == "corrector=none":
+            continue
+        if "policy" not in method:
+            raise ConfigError(f"{override} goes with a policy, and method={chosen} has none: leave it out")
+        if method.get(group):
+            raise ConfigError(
+                f"{override} would do nothing: method={chosen} brings a {group} of its own. Write method.{group}.…=… "
+                f"for options of that, or add method.{group}=null to have another"
+            )
+
+
 def run_configured(cfg: DictConfig) -> None:
     """One job of a sweep."""
     from ..evaluation.jobs import Team, run_job
@@ -62,12 +91,15 @@ def run_configured(cfg: DictConfig) -> None:
     quieten_libraries()
 
     config = resolved(cfg)
+    given = HydraConfig.get()
+    check_used(config["method"], given.runtime.choices, given.overrides.task)
     team = Team()
     job = Job(config, Path(config["out"]) / config["name"], team.ranks)
     console = Console(stderr=True, quiet=not team.leads)
     method = config["method"]
     named = method.get("policy") or method.get("system") or {}
-    title = f"{config['model']['name']}, {method.get('peer') or method.get('label') or named['name']}"
+    name = method.get("peer") or method.get("label") or named.get("name") or given.runtime.choices["method"]
+    title = f"{config['model']['name']}, {name}"
     with announcing(console, title) as progress:
         folders = run_job(job, progress, team)
     if team.leads:

@@ -6,10 +6,10 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -40,6 +40,7 @@ MOST_SAMPLES = 10_000  # of one kind: its seeds end where the next one's begin
 LADDER = 0.87  # each rung computes so much of the one above: at most 15% more than the cheapest that would do
 TRIES = 4
 Progress = Callable[[str, int, int], None]
+Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Settings:
     """How plans are made. fitting, tuning, held_out: samples; the first two are generated in one call each.
 
     batch: held-out samples in one call. scopes: tried for each plan, () for the profile's. guard: see `Search`.
-    prompts: a file, for models that take text. device, offload, call: of a pipeline that is no shipped model; call:
-    where not as in the profile.
+    prompts: a file, for models that take text; column: of it, if it is a table. device, offload, call: of a pipeline
+    that is no shipped model; call: where not as in the profile.
     """
 
     runs: int = 60
@@ -78,6 +79,7 @@ class Settings:
     scopes: tuple[str, ...] = ()
     guard: str | None = None
     prompts: Path | None = None
+    column: str = "prompt"
     device: str = "auto"
     offload: str = "none"
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -292,29 +294,39 @@ class Source:
         Raises:
             ConfigError: for fewer prompts than kinds.
         """
-        if self.classes:
-            return [self.prompts] * len(counts)
-        if len(self.prompts) < len(counts):
-            raise ConfigError(f"{len(self.prompts)} prompts are too few: give at least {len(counts)} with --prompts")
-        shares = list(accumulate(counts, initial=0))
-        ends = distinct([len(self.prompts) * share / shares[-1] for share in shares[:-1]], len(self.prompts))
-        return [self.prompts[first:end] for first, end in zip(ends, [*ends[1:], len(self.prompts)], strict=True)]
+        return [self.prompts] * len(counts) if self.classes else shared_out(self.prompts, counts)
+
+
+def shared_out(prompts: Sequence[Prompt], counts: Sequence[int]) -> list[Sequence[Prompt]]:
+    """The prompts for so many samples of each kind, in order, none in two of them.
+
+    Raises:
+        ConfigError: for fewer prompts than kinds.
+    """
+    if len(prompts) < len(counts):
+        raise ConfigError(f"{len(prompts)} prompts are too few: give at least {len(counts)} with --prompts")
+    shares = list(accumulate(counts, initial=0))
+    ends = distinct([len(prompts) * share / shares[-1] for share in shares[:-1]], len(prompts))
+    return [prompts[first:end] for first, end in zip(ends, [*ends[1:], len(prompts)], strict=True)]
 
 
 def _planner(profile: Profile, source: Source, settings: Settings, progress: Progress) -> Planner:
     search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     taken = {seed for _, seed in profile.samples}
+    profiled = {prompt for prompt, _ in profile.samples}
+    if not source.classes:  # those of the profile come first, so that none is held out where there are enough
+        source = replace(source, prompts=sorted(source.prompts, key=lambda prompt: prompt not in profiled))
     counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
     drawn: dict[int, list[Sample]] = {}
     for (first, count), prompts in zip(counts.items(), source.parts(list(counts.values())), strict=True):
         seeds = [seed for seed in range(first, first + MOST_SAMPLES) if seed not in taken][:count]
         drawn[first] = [Sample(i, prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
     held_out = drawn[HELD_OUT]
-    different = len({sample.prompt for sample in held_out})
+    different = len({sample.prompt for sample in held_out} - profiled)
     if not source.classes and different < len(held_out):
         warnings.warn(
-            f"the {len(held_out)} held-out samples are of {different} prompts, so that what plans state is of other "
-            "seeds of these more than of other prompts: give more prompts with --prompts",
+            f"the {len(held_out)} held-out samples are of {different} prompts beside the profile's, so that what plans "
+            "state is of other seeds of the same more than of other prompts: give more prompts with --prompts",
             DiffusionCacheWarning,
             stacklevel=2,
         )
@@ -357,7 +369,7 @@ def source_of(profile: Profile, model: str | None, settings: Settings) -> Source
             raise ConfigError("this model takes classes and no text, so that there is no use for --prompts")
     else:
         listed = BUILTIN["motion" if subject.video else "short"]
-        prompts = read_prompts(settings.prompts, "prompt") if settings.prompts else listed
+        prompts = read_prompts(settings.prompts, settings.column) if settings.prompts else listed
 
     def make(samples: Sequence[Sample]) -> Batch:
         def call() -> Any:
@@ -381,7 +393,7 @@ def _shipped_model(fingerprint: Fingerprint) -> str:
 
 
 def _shipped(fingerprint: Fingerprint, name: str, settings: Settings) -> Subject:
-    for option in ("prompts", "call", "device", "offload"):
+    for option in ("prompts", "column", "call", "device", "offload"):
         if getattr(settings, option) != getattr(Settings(), option):
             raise ConfigError(f"{name} is a shipped model, which takes no --{option}")
     spec = reference.spec(name)

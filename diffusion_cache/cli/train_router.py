@@ -1,7 +1,8 @@
 """`diffusion-cache train-router`: Hydra's command line over the training of a router."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from .. import registry
-from ..errors import ConfigError
-from ..plain import check_count
+from ..errors import ConfigError, DiffusionCacheWarning
+from ..plain import PATIENCE, check_count
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 
@@ -33,7 +34,6 @@ PRECISIONS = ("no", "fp16", "bf16")
 # fitting seeds of routers: those of a profile come first, each seed of a training has a million of its own
 ROUTER_SEEDS = 1_000_000
 HELD_OUT = 900_000  # of them, those that a plan's quality is measured on
-TOGETHER = 16  # of those, generated in one call
 
 
 def register_routers() -> None:
@@ -48,12 +48,13 @@ def run_configured(cfg: DictConfig) -> None:
     """One job of a sweep."""
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from ..evaluation.jobs import Team
     from ..evaluation.subjects import batches_of, quieten_libraries, subject
     from ..profile import Profile
     from ..profiling.measure import Options
-    from ..routers.training import Settings, train
+    from ..routers.training import MOST_HELD_OUT, Settings, train
     from .profile import fitting_samples, measured
     from .progress import announcing
 
@@ -62,7 +63,11 @@ def run_configured(cfg: DictConfig) -> None:
     _check_numbers(config)
     recipe, settings = recipe_of(config["router"]), Settings(compute=config["compute"], **config["training"])
     torch.set_num_threads(config["threads"])
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config["mixed_precision"])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config["mixed_precision"],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     team = Team()
     what = subject(config["model"], config["sampler"])
     title = f"{what.name}, {what.sampler}, {config['steps']} steps, {recipe.name}"
@@ -77,12 +82,14 @@ def run_configured(cfg: DictConfig) -> None:
         sensitivity_steps=given["sensitivity"]["steps"],
     )
     console = Console(stderr=True, quiet=not team.leads)
+    learned_from = settings.trajectories * settings.batch
+    counts = learned_from, settings.held_out, config["held_out"]
     with announcing(console, title) as progress:
         fitting = fitting_samples(config["prompts"], given["num_samples"], what)
         profile = measured(config, what, config["steps"], fitting, options, folder, team, progress)
         result = train(
             batches_of(what, config["steps"]),
-            samples := training_samples(config["prompts"], what, settings.seed),
+            samples := training_samples(config["prompts"], what, settings.seed, counts),
             profile or Profile.load(folder),
             recipe,
             settings,
@@ -93,7 +100,10 @@ def run_configured(cfg: DictConfig) -> None:
         )
         if profile is not None:
             given = samples(range(HELD_OUT, HELD_OUT + config["held_out"]))
-            plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, what.classes, progress)
+            # the samples that weights are fitted on come after those of the trajectories
+            numbers = [*range(settings.held_out), *range(MOST_HELD_OUT, MOST_HELD_OUT + sum(counts[:2]))]
+            learned = None if what.classes else {prompt for prompt, _ in samples(numbers)}
+            plan = stated(result.plan, profile, batches_of(what, config["steps"]), given, learned, progress)
     if profile is not None:
         profile.with_plan(plan).save(folder)
         picture = work / "curves.png"
@@ -112,16 +122,22 @@ def stated(
     profile: "Profile",
     make_batch: "MakeBatch",
     given: "Sequence[Given]",
-    classes: bool,
+    learned: Collection[str] | None,
     progress: "Progress",
 ) -> "Plan":
-    """The plan with its quality and speed on samples that nothing was learned from; classes: not of texts."""
+    """The plan with its quality and speed on samples that nothing was learned from.
+
+    learned: texts that the router was trained on or chosen by, which are no prompts held out, nor are the profile's;
+    None for samples of classes.
+    """
     from ..planning.build import Planner
     from ..profiling.generation import teach
+    from ..routers.training import parts
 
-    teachers = [teach(make_batch(given[first : first + TOGETHER])) for first in range(0, len(given), TOGETHER)]
+    teachers = [teach(make_batch(part)) for part in parts(given, profile)]
     seeds = [seed for _, seed in given]
-    texts = None if classes else len({prompt for prompt, _ in given})
+    seen = {prompt for prompt, _ in profile.samples}.union(learned or ())
+    texts = None if learned is None else len({prompt for prompt, _ in given} - seen)
     return Planner(profile, teachers[0], teachers[0], teachers, seeds, progress=progress, prompts=texts).measured(plan)
 
 
@@ -137,15 +153,36 @@ def recipe_of(config: Mapping[str, Any]) -> "Recipe":
     return cls(**options)
 
 
-def training_samples(prompts: Mapping[str, Any], subject: "Subject", seed: int) -> "Samples":
-    """Prompts of a configuration in turn, with fitting seeds that no other part of this package uses."""
+def training_samples(
+    prompts: Mapping[str, Any], subject: "Subject", seed: int, counts: Sequence[int] = (1, 1, 1)
+) -> "Samples":
+    """Prompts of a configuration in turn, with fitting seeds that no other part of this package uses.
+
+    counts: of samples that the router is trained on, chosen by, and held out of both, by which texts are shared out
+    among the three; each has those of all, with a warning, where there are fewer than three.
+    """
+    from ..routers.training import MOST_HELD_OUT
+    from .plan import shared_out
     from .profile import fitting_samples
 
     known = [prompt for prompt, _ in fitting_samples({**prompts, "n": None}, None, subject)]
+    few = len(set(known)) < len(counts)
+    if few and not subject.classes:
+        warnings.warn(
+            f"{len(set(known))} prompts are too few to train on some and hold others out: what the plan states is of "
+            f"other seeds of these. Give at least {len(counts)}, with prompts=file prompts.path=…",
+            DiffusionCacheWarning,
+            stacklevel=2,
+        )
+    shared = few or bool(subject.classes)
+    trained, chosen, held_out = [known] * 3 if shared else shared_out([*dict.fromkeys(known)], counts)
 
     def samples(numbers: Sequence[int]) -> "Sequence[Given]":
-        first = ROUTER_SEEDS * (2 + seed)
-        return [(known[number % len(known)], first + number) for number in numbers]
+        first, found = ROUTER_SEEDS * (2 + seed), []
+        for number in numbers:
+            own = chosen if number < MOST_HELD_OUT else trained if number < HELD_OUT else held_out
+            found.append((own[number % len(own)], first + number))
+        return found
 
     return samples
 

@@ -23,12 +23,14 @@ from ..errors import ConfigError, DiffusionCacheWarning
 from ..history import History
 from ..models import Span, unwrap
 from .frame import Fixed, Frame, PassKey, Recorded, Recording, SpanState, Visit
+from .group_offload import hook_of
 from .structure import Shape, flatten, unflatten
 
 if TYPE_CHECKING:
     from .cache_run import CacheRun
 
 MAX_GRAPHS = 16  # ways of calling one denoiser that are kept: it may have fewer graphs than that
+CASTING = "layerwise_casting"  # diffusers' name of the hook
 ALIGNED = 4  # numbers of 32 bits in 16 bytes, at multiples of which kernels are given memory
 CONSTANTS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -172,7 +174,7 @@ class Graphs:
         self._denoiser = denoiser
         self._device: torch.device | None = None
         self._capturer: Capturer | None = None
-        self._elsewhere = ""  # why the denoiser, where it is now, has no graphs
+        self._elsewhere = ""  # why the denoiser, where and as it is now, has no graphs
         self._lock = threading.Lock()
         self._run: weakref.ref[CacheRun] | None = None
         self._refused: weakref.WeakSet[CacheRun] = weakref.WeakSet()  # their features are elsewhere, also later on
@@ -203,14 +205,15 @@ class Graphs:
             return current is None
 
     def _find(self) -> None:
-        """Look where the denoiser is."""
+        """Look where the denoiser is, and whether its weights stay there."""
         try:
             device = device_of(self._denoiser)
             if device != self._device:
                 self._entries.clear()
                 self._slots.clear()
                 self._capturer, self._device = capturer(device), device
-            self._elsewhere = ""
+            cast = any(hook_of(module, CASTING) is not None for module in self._denoiser.modules())
+            self._elsewhere = "layerwise casting gives the weights new memory in each call" if cast else ""
         except ConfigError as error:
             self._elsewhere = str(error)
 
@@ -288,7 +291,10 @@ class Graphs:
         made = None
         try:
             with _CAPTURING:
+                before = _condition(self._denoiser)
                 made = self._capturer.warm(body)
+                if before != _condition(self._denoiser):
+                    raise RuntimeError("the denoiser's weights, modules or settings change while it runs")
                 entry.graph, entry.made = self._capturer.capture(body, beside)
         except Exception as error:
             entry.failed = True
@@ -489,7 +495,7 @@ def _condition(denoiser: nn.Module) -> tuple:
         (
             id(module),
             *(
-                (tensor.data_ptr(), tensor.dtype, tensor.shape)
+                (_address(tensor), tensor.dtype, tensor.shape)
                 for tensors in (module._parameters, module._buffers)
                 for tensor in tensors.values()
                 if tensor is not None
@@ -501,6 +507,13 @@ def _condition(denoiser: nn.Module) -> tuple:
     )
 
 
+def _address(tensor: Tensor) -> Any:
+    """Where the numbers of a tensor are, or those of its parts if it is quantised or sharded."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return tuple(_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.data_ptr()
+
+
 _OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"} - {"training"}
 
 
@@ -509,7 +522,7 @@ def _setting(value: Any, depth: int = 3) -> Any:
     if isinstance(value, CONSTANTS):
         return value
     if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape
+        return _address(value), value.shape
     if not depth or isinstance(value, nn.Module):
         return id(value)
     if isinstance(value, Mapping):

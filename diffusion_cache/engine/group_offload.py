@@ -1,9 +1,11 @@
 """Skipped blocks in groups that are moved to the device together: diffusers' `enable_group_offload`.
 
 A group is loaded before its first block runs and offloaded after its last. Where the first is skipped, whichever runs
-next takes the lead; where the last is, the group is offloaded in its place.
+next takes the lead; where the last is, the group is offloaded in its place. With streams, a group of one module is
+loaded while the one before it runs; where it is skipped then, it is offloaded.
 """
 
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,7 @@ class Groups:
     def __init__(self) -> None:
         self._led: list[tuple[Any, nn.Module]] = []
         self._begun: list[Any] = []
+        self._hooked: dict[nn.Module, list[nn.Module]] = {}  # of each block that was skipped, what has a group
 
     def __enter__(self) -> None:
         pass
@@ -36,19 +39,41 @@ class Groups:
 
     def skip(self, module: nn.Module) -> None:
         """A block is not run, or not to its end, in this call."""
+        self._unload(module)
         group = _group(module)
-        begun = group in self._begun
-        if group is None or (len(group.modules) < 2 and not begun):
+        if group is None or len(group.modules) < 2:
             return
+        begun = group in self._begun
         if group.onload_leader is module and not begun:
             self._led.append((group, module))
             group.onload_leader = None  # taken by the first block that runs
         if group.offload_leader is module and group.onload_leader is not None:
             group.offload_()
 
+    def _unload(self, module: nn.Module) -> None:
+        """Offload what is loaded of a block in groups of one module."""
+        if module not in self._hooked:
+            self._hooked[module] = [part for part in module.modules() if hook_of(part, HOOK) is not None]
+        for part in self._hooked[module]:
+            hook = hook_of(part, HOOK)
+            if hook is not None and len(hook.group.modules) < 2 and _is_loaded(hook.group):
+                hook.group.offload_()
+
+
+def hook_of(module: nn.Module, name: str) -> Any | None:
+    """diffusers' hook of that name on a module."""
+    registry = vars(module).get(REGISTRY)
+    return None if registry is None else registry.get_hook(name)
+
+
+def _is_loaded(group: Any) -> bool:
+    """Whether a group is elsewhere than where it is offloaded to."""
+    of_modules = (tensors() for module in group.modules for tensors in (module.parameters, module.buffers))
+    first = next(chain(group.parameters, group.buffers, *of_modules), None)
+    return first is not None and first.device != group.offload_device
+
 
 def _group(module: nn.Module) -> Any | None:
     """The group that a block is moved with."""
-    registry = vars(module).get(REGISTRY)
-    hook = None if registry is None else registry.get_hook(HOOK)
+    hook = hook_of(module, HOOK)
     return hook.group if hook is not None and module in hook.group.modules else None

@@ -34,6 +34,7 @@ from ..models import (
     merged,
     unwrap,
 )
+from ..offload import release_pinned
 from ..policies import Guarded
 from ..registry import unknown_name
 from .attached import SESSION, Attached, bracket
@@ -458,6 +459,8 @@ class Session(Attached):
             if scheduler is not None:
                 _mark(scheduler, _marks(scheduler) - {self.token})
         self._marked.clear()
+        if self.method.cache_device == "cpu":
+            release_pinned()
 
     # running
 

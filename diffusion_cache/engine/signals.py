@@ -13,7 +13,7 @@ from ..context import KNOWN_AFTER, SIGNALS, Query
 from ..errors import ConfigError
 from ..forecasters import Chebyshev, Taylor
 from ..models import Span, grid_of_call, unwrap
-from ..signals import grid_of
+from ..signals import channels_first, grid_of
 from .frame import Frame
 from .intercept import run_uncompiled
 from .structure import Inputs, copied, forked_rng, image_stream, row_stream, tensor_inputs
@@ -84,8 +84,7 @@ def _latents(entry: Entry, tensor: Tensor) -> Tensor:
     """Videos as [rows, C, frames, H, W], which some denoisers take frames first."""
     denoiser = unwrap(entry.run.session.denoisers[entry.frame.key[0]])
     count = getattr(getattr(denoiser, "config", None), "in_channels", None)
-    frames_first = tensor.ndim == 5 and tensor.shape[2] == count != tensor.shape[1]
-    return tensor.transpose(1, 2) if frames_first else tensor
+    return channels_first(tensor, () if count is None else (count,))
 
 
 def _probe_input(entry: Entry) -> Tensor:

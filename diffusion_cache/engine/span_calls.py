@@ -108,7 +108,7 @@ class SpanCalls:
                 assert visit.state.template is not None
                 self._note_first_pass(frame, visit, visit.uncorrected or visit.forecast)
                 output = visit.state.template.join(visit.forecast)
-                visit.let_go()
+                self._let_go(visit)
                 return output
             known = visit.state.passthrough.get(member)
             if known is None:
@@ -134,7 +134,7 @@ class SpanCalls:
             assert visit.state.template is not None
             observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
         if visit.finished:
-            visit.let_go()
+            self._let_go(visit)
         return output
 
     def _enter(self, frame: Frame, span: Span, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Visit | None:
@@ -394,8 +394,12 @@ class SpanCalls:
         except Exception as error:
             self.forget(state)
             self._run.warn_failure("storing a feature", error)
-        visit.let_go()
+        self._let_go(visit)
         return template.join(whole)
+
+    def _let_go(self, visit: Visit) -> None:
+        if self._run.observer is None:  # which may look at what was forecast when the call is over
+            visit.let_go()
 
     # computing
 

@@ -88,10 +88,20 @@ class Accountant:
     counted has a price. Where the samples of a batch are decided on apart, its calls do not tell what each of them
     had, and the engine's records do (`kinds_of`): a sample's work is then the sum of what its own kinds of step cost
     where a sample is alone, whatever was computed for others in the same call.
+
+    compiled: whether denoisers run compiled. That shows no calls of modules, so that patterns are all alike, and
+    operations are counted with what was compiled left out.
     """
 
-    def __init__(self, denoisers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], scheduler: Any):
+    def __init__(
+        self,
+        denoisers: Mapping[str, nn.Module],
+        blocks: Mapping[str, nn.Module],
+        scheduler: Any,
+        compiled: bool = False,
+    ):
         self.denoisers, self.blocks, self.scheduler = list(denoisers.values()), dict(blocks), scheduler
+        self.compiled = compiled
         self.leaves: list[nn.Module] = []
         for denoiser in self.denoisers:
             for module in denoiser.modules():
@@ -152,8 +162,10 @@ class Accountant:
             return step
 
         with ExitStack() as stack:
-            handles = [denoiser.register_forward_pre_hook(begin) for denoiser in self.denoisers]
-            handles += [leaf.register_forward_hook(count(place)) for place, leaf in enumerate(self.leaves)]
+            handles = []
+            if counter is not None or not self.compiled:  # hooks would be compiled with the rest, to no effect
+                handles += [denoiser.register_forward_pre_hook(begin) for denoiser in self.denoisers]
+                handles += [leaf.register_forward_hook(count(place)) for place, leaf in enumerate(self.leaves)]
             if counter is not None:
                 for place, block in enumerate(self.blocks.values()):
                     handles.append(block.register_forward_pre_hook(enter(place)))
@@ -164,6 +176,8 @@ class Accountant:
             if counter is None:
                 yield found
                 return
+            if self.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             with counter.counting():
                 yield found
             found.reads = counter.reads

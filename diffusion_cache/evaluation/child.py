@@ -15,15 +15,15 @@ from .subjects import quieten_libraries
 
 
 def run(task: dict[str, Any], say: Callable[..., None]) -> None:
-    """Make the runs of `task`; say(kind, …) is told of progress, of each run made, and of the end."""
+    """Make the runs of `task`; say(kind, …) is told of progress, of each run made or refused, and of the end."""
     job = Job(task["config"], Path(task["folder"]), Ranks(*task["ranks"]))
     try:
         worker = Worker(job, Store(job.folder), lambda *news: say("progress", *news))
-        reason = worker.why_not(task["todo"][0])
-        if reason is not None:
-            say("refused", reason)
-        else:
-            for place, node in enumerate(task["todo"]):
+        refused = worker.refused(task["todo"])
+        for place, node in enumerate(task["todo"]):
+            if place in refused:
+                say("refused", place, refused[place])
+            else:
                 worker.make(node)
                 say("made", place)
         say("done")

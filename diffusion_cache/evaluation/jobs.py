@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import read_tensors
-from ..plain import check_count
+from ..plain import PATIENCE, check_count
 from . import distribution, metrics
 from .contenders import contender
 from .runner import Job, Maker, Progress, Ranks, Worker
@@ -33,7 +33,7 @@ class Team:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.ranks = Ranks(self._state.process_index, self._state.num_processes)
 
     @property
@@ -78,13 +78,14 @@ def run_job(job: Job, progress: Progress, team: Team) -> list[Path]:
             # another sweep may have finished some of them before they were claimed
             todo = team.told([node for node in todo if not store.is_finished(job.run_config(node))])
             work = _work_apart if job.is_rival else _work_here
-            refused = team.told(work(job, todo, store, progress, team)) if todo else None
-            if refused is not None:
-                if team.leads:
-                    for node in todo:
-                        shutil.rmtree(store.partial(job.run_config(node)))
-                progress(f"left out: {refused}", 0, 0)
-                return []
+            refused = team.told(work(job, todo, store, progress, team)) if todo else {}
+            left_out = [job.run_config(todo[place]) for place in refused]
+            if team.leads:
+                for config in left_out:
+                    shutil.rmtree(store.partial(config))
+            for reason in dict.fromkeys(refused.values()):
+                progress(f"left out: {reason}", 0, 0)
+            configs = [config for config in configs if config not in left_out]
     return [store.path(config) for config in configs]
 
 
@@ -113,23 +114,26 @@ def _worker(job: Job, store: Store, progress: Progress) -> Maker:
     return Worker(job, store, progress)
 
 
-def _work_here(job: Job, todo: Sequence[Mapping[str, Any]], store: Store, progress: Progress, team: Team) -> str | None:
+def _work_here(
+    job: Job, todo: Sequence[Mapping[str, Any]], store: Store, progress: Progress, team: Team
+) -> dict[int, str]:
+    """Make what can run; of the rest, by their places in `todo`, why they cannot."""
     worker = _worker(job, store, progress)
-    reason = worker.why_not(todo[0])
-    if reason is not None:
-        return reason
-    for node in todo:
+    refused = worker.refused(todo)
+    for place, node in enumerate(todo):
+        if place in refused:
+            continue
         worker.make(node)
         team.meet()
         if team.leads:
             put_together(job, node, store)
         team.meet()
-    return None
+    return refused
 
 
 def _work_apart(
     job: Job, todo: Sequence[Mapping[str, Any]], store: Store, progress: Progress, team: Team
-) -> str | None:
+) -> dict[int, str]:
     """In a process of its own: rivals change classes, and what one leaves behind must not reach the next."""
     task = {
         "config": job.config,
@@ -145,7 +149,7 @@ def _work_apart(
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stdin is not None
     assert process.stdout is not None
-    refused = None
+    refused: dict[int, str] = {}
     try:
         with contextlib.suppress(BrokenPipeError):  # it could not even start: its exit code says so below
             json.dump(task, process.stdin)
@@ -162,7 +166,7 @@ def _work_apart(
                 if team.ranks.count == 1:
                     put_together(job, todo[content[0]], store)
             elif kind == "refused":
-                refused = content[0]
+                refused[content[0]] = content[1]
             elif kind == "error":
                 raise ConfigError(content[0])
             else:
@@ -178,10 +182,11 @@ def _work_apart(
         process.wait()
         process.stdout.close()
     team.meet()
-    if refused is None and team.ranks.count > 1:
+    if team.ranks.count > 1:
         if team.leads:
-            for node in todo:
-                put_together(job, node, store)
+            for place, node in enumerate(todo):
+                if place not in refused:
+                    put_together(job, node, store)
         team.meet()
     return refused
 

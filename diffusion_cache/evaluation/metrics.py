@@ -104,12 +104,11 @@ def summarise(
 ) -> dict[str, float | int | None]:
     """What a metric of several samples says, as JSON values; samples without a value (None) are left out.
 
-    `mean` and its standard error `se` are of all values; `worst` is the worst of them, with the seed and the index that
-    gave it (the first of equals); `p5` is the bad tail: at least 95% of the values are as good or better. It is a value
+    `mean` and its standard error `se` are of all values; `worst` is the worst of them, with the seed that gave it (the
+    first of equals); `p5` is the bad tail: at least 95% of the values are as good or better. It is a value
     that occurred, not an interpolated one; up to 20 values it is the worst.
     `identical` counts samples that cannot be told from their reference: infinite PSNR, an error of 0. An infinite value
-    makes the mean infinite, which JSON cannot say: `mean` is then None, and `mean_finite` is the mean of the `n_finite`
-    others, under another name so that nobody takes it for the mean.
+    makes the mean infinite, which JSON cannot say: `mean` is then None.
 
     Raises:
         ConfigError: if there are not as many seeds as values, or a value is NaN.
@@ -119,16 +118,9 @@ def summarise(
     scored = [(value, index) for index, value in enumerate(values) if value is not None]
     if any(math.isnan(value) for value, _ in scored):
         raise ConfigError("a metric is NaN: what does not apply must be None")
-    finite = [value for value, _ in scored if math.isfinite(value)]
     perfect = math.inf if higher_is_better else 0.0
-    found: dict[str, float | int | None] = dict.fromkeys(
-        ("mean", "se", "p5", "worst", "worst_seed", "worst_index", "mean_finite")
-    )
-    found |= {
-        "n": len(scored),
-        "n_finite": len(finite),
-        "identical": sum(value == perfect for value, _ in scored),
-    }
+    found: dict[str, float | int | None] = dict.fromkeys(("mean", "se", "p5", "worst", "worst_seed"))
+    found |= {"n": len(scored), "identical": sum(value == perfect for value, _ in scored)}
     if not scored:
         return found
     order = sorted(scored, key=lambda pair: pair[0] if higher_is_better else -pair[0])  # worst first, stable
@@ -137,14 +129,11 @@ def summarise(
         "p5": _json(order[(len(order) - 1) // TAIL][0]),
         "worst": _json(worst),
         "worst_seed": seeds[index],
-        "worst_index": index,
     }
-    if finite:
-        found["mean_finite"] = fmean(finite)
-    if len(finite) == len(scored):
-        found["mean"] = fmean(finite)
-        if len(finite) > 1:
-            found["se"] = stdev(finite) / math.sqrt(len(finite))
+    if all(math.isfinite(value) for value, _ in scored):
+        found["mean"] = fmean(value for value, _ in scored)
+        if len(scored) > 1:
+            found["se"] = stdev(value for value, _ in scored) / math.sqrt(len(scored))
     return found
 
 

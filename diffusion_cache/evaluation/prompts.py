@@ -88,11 +88,17 @@ def samples(options: Mapping[str, Any], classes: bool, video: bool) -> list[Samp
         texts = read_prompts(Path(options["path"]), options["column"])
         n = n or len(texts)
     first = options["first_seed"]
+    check_reported(first, n)
+    return [Sample(index, texts[index % len(texts)], first + index) for index in range(n)]
+
+
+def check_reported(first: int, n: int) -> None:
+    """ConfigError for n seeds from `first` on of which some are negative, or in the range that fitting uses."""
     if first < 0 or first + n > FITTING_SEEDS:
         raise ConfigError(
-            f"seeds {first} to {first + n - 1} are asked for; those from {FITTING_SEEDS} on are for fitting"
+            f"seeds {first} to {first + n - 1} are asked for; those from {FITTING_SEEDS} on are for fitting: "
+            f"take seeds from 0 to {FITTING_SEEDS - 1}"
         )
-    return [Sample(index, texts[index % len(texts)], first + index) for index in range(n)]
 
 
 def read_prompts(path: Path, column: str) -> list[str]:
@@ -107,7 +113,7 @@ def read_prompts(path: Path, column: str) -> list[str]:
         if path.suffix.lower() in TABLES:
             found = _column(path, column)
         else:
-            found = path.read_text(encoding="utf-8").splitlines()
+            found = path.read_text(encoding="utf-8-sig").split("\n")  # which stands for any end of a line here
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors as well
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     prompts = [text.strip() for text in found if text and text.strip()]
@@ -125,7 +131,8 @@ def _column(path: Path, column: str) -> list[str]:
     else:
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
         multiline = pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-        table = pyarrow.csv.read_csv(path, parse_options=multiline)
+        as_written = pyarrow.csv.ConvertOptions(column_types={column: pyarrow.string()})
+        table = pyarrow.csv.read_csv(path, parse_options=multiline, convert_options=as_written)
     if column not in table.column_names:
         raise ConfigError(f"{path} has no column {column!r}. {suggest(column, table.column_names)}")
     return [str(value) for value in table[column].to_pylist() if value is not None]

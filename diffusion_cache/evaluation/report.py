@@ -37,9 +37,11 @@ from .runs import (
 
 BUDGETS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/4": 1 / 4, "1/5": 1 / 5}  # shares of the uncached run's denoiser evaluations
 ABSENT = "–"
+BUDGET_NOTE = f"a budget may be exceeded by up to {TOLERANCE - 1:.0%}"
 
 NOTES = (
-    "NFE: denoiser evaluations, FLOPs: operations that really ran, both as a share of the uncached run. Speed: wall "
+    "NFE: denoiser evaluations, FLOPs: operations that really ran, both as a share of the uncached run; "
+    f"{BUDGET_NOTE}. Speed: wall "
     "time of the uncached run over this one's, median of pairs that take turns in one process (smallest to largest "
     "pair). PSNR in dB and SSIM: against the uncached output of the same noise, unquantised; at least 95% of the "
     "samples reach p5, which of 20 samples or fewer is the worst. A sample equal to its reference has infinite PSNR, "
@@ -245,9 +247,21 @@ def _spends_at_most(most: float, run: Run) -> bool:
 
 # values of a table
 
+OWN_COLUMNS = ("psnr", "ssim", "latent_error", "lpips", "class_correct")  # the last one's mean is `class_accuracy`
 
-def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
-    """One run's figures by column name; None where there is none."""
+
+def further_columns(runs: Iterable[Run]) -> dict[str, tuple[str, str]]:
+    """The (metric, statistic) of columns that only some experiments have: of LPIPS the bad tail, of metrics that
+    `csv_row` has no column for the mean.
+    """
+    found = sorted({name for run in runs for name in run.scores})
+    columns = {f"{name}_mean": (name, "mean") for name in found if name not in OWN_COLUMNS}
+    tail = {f"lpips_{statistic}": ("lpips", statistic) for statistic in ("p5", "worst")}
+    return columns | (tail if "lpips" in found else {})
+
+
+def csv_row(run: Run, pareto: bool, further: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """One run's figures by column name; None where there is none. further: `further_columns`, which come last."""
     psnr, ssim = run.score("psnr"), run.score("ssim")
     return {
         "model": run.model,
@@ -276,13 +290,15 @@ def csv_row(run: Run, pareto: bool) -> dict[str, Any]:
         "git": run.environment.get("git"),
         "pareto": pareto,
         "run": run.folder.name,
+        **{column: getattr(run.score(metric), statistic) for column, (metric, statistic) in further.items()},
     }
 
 
 def csv_text(runs: Sequence[Run]) -> str:
     """The runs as CSV, floats with six significant digits, infinity as inf."""
     pareto = pareto_runs(runs)
-    rows = [csv_row(run, run.folder in pareto) for run in runs]
+    further = further_columns(runs)
+    rows = [csv_row(run, run.folder in pareto, further) for run in runs]
     return _csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
@@ -354,7 +370,8 @@ def markdown(experiment: Experiment) -> str:
         parts += [markdown_text(remark), ""]
     table = overview_table(experiment.runs)
     if table:
-        parts += [table, "PSNR in dB, mean / 5th percentile, of each method's best setting within the NFE budget.", ""]
+        caption = "PSNR in dB, mean / 5th percentile, of each method's best setting within the NFE budget"
+        parts += [table, f"{caption}; {BUDGET_NOTE}.", ""]
     table = margins_table(margins(experiment.runs))
     if table:
         parts += ["## Plans against the best other", "", table, MARGINS_NOTE, ""]

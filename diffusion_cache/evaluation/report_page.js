@@ -22,6 +22,7 @@
     { key: 'fid', name: 'FID', digits: 2, lower: true },
     { key: 'kid', name: 'KID', digits: 4, lower: true },
     { key: 'class_accuracy', name: 'class accuracy', digits: 3 },
+    ...data.metrics.map((metric) => ({ ...metric, digits: metric.key.startsWith('psnr') ? 1 : 4 })),
     { key: 'speed_ratio', name: 'speed, × the uncached run (wall time)', digits: 2, random: true },
   ];
   const COSTS = [
@@ -84,7 +85,6 @@
   const hover = (run, more = []) =>
     [
       `<b>${plain(cut(run.method, 60))}</b>`,
-      run.label !== run.method ? plain(cut(run.label, 80)) : '',
       plain(cut(run.text, 90)),
       ...more,
       `NFE ${percent(run.nfe_ratio)}, FLOPs ${percent(run.flops_ratio)}, speed ${speed(run)}`,
@@ -162,7 +162,7 @@
     const anchor = y
       ? { xref: 'paper', x: 0, y: place, xanchor: 'left', yanchor: 'bottom' }
       : { yref: 'paper', y: 1, x: place, xanchor: 'center', yanchor: 'bottom' };
-    const note = { text: '∞, equal to the uncached', showarrow: false, font: { size: 11, color: color('faint') } };
+    const note = { text: '∞: a sample equal to the uncached', showarrow: false, font: { size: 11, color: color('faint') } };
     return {
       at: (value) => (value === Infinity ? place : value),
       shapes: [{ ...line, ...shape }],
@@ -357,7 +357,7 @@
       const { prompts, seeds } = data.samples[run.samples];
       const k = triplet.sample;
       const what = `${triplet.place} sample`
-        + (k === null ? '' : `: ${fixed(run.values.psnr[k], 1)} dB, seed ${seeds[k]}, ${cut(prompts[k], 80)}`);
+        + (k === null ? '' : `: ${run.values.psnr ? `${fixed(run.values.psnr[k], 1)} dB, ` : ''}seed ${seeds[k]}, ${cut(prompts[k], 80)}`);
       const frames = video ? ` (frames ${triplet.frames.map((frame) => frame + 1).join(', ')} of ${triplet.total})` : '';
       const figure = element('figure', null, { class: video ? 'triplet video' : 'triplet' });
       const button = element('button', null, { type: 'button', 'aria-label': `Enlarge the ${triplet.place} sample` });
@@ -425,7 +425,7 @@
       note = `Prompts in the order of their median, the hardest first${groups.size > MOST_PROMPTS ? `; the hardest ${MOST_PROMPTS} of ${groups.size}` : ''}.`;
     } else {
       labels = chosen.map(({ run }) => run.method);
-      note = `Each method's best setting within the budget of ${budget} of the evaluations. Long bar: mean; short bar: 5th percentile.`;
+      note = `Each method's best setting within the budget of ${budget} of the evaluations; ${data.budget_note}. Long bar: mean; short bar: p5, which 95% reach.`;
     }
     const traces = chosen.map(({ run, i }, place) => {
       const own = points.filter((p) => p.i === i && p.row !== null);
@@ -493,7 +493,7 @@
   ].filter((column) => runs.some((run) => run[column.key] !== null && run[column.key] !== '' && run[column.key] !== undefined));
   const FIRST_ROWS = 200;
   const searched = runs.map((run) =>
-    [run.model, run.sampler, run.kind, run.method, run.scope, run.text, run.label, run.settings, run.note, run.run].join(' ').toLowerCase());
+    [run.model, run.sampler, run.kind, run.method, run.scope, run.text, run.settings, run.note, run.run].join(' ').toLowerCase());
 
   const drawTable = () => {
     const words = $('filter').value.toLowerCase().split(/\s+/).filter(Boolean);

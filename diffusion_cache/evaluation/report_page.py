@@ -20,7 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, DiffusionCacheWarning
-from .report import BUDGETS, CALL, CHOICES_NOTE, NOTES, choices_tables, choose, csv_row, pareto_runs, remarks
+from .metrics import higher_is_better, metrics
+from .report import (
+    BUDGET_NOTE,
+    BUDGETS,
+    CALL,
+    CHOICES_NOTE,
+    NOTES,
+    choices_tables,
+    choose,
+    csv_row,
+    further_columns,
+    pareto_runs,
+    remarks,
+)
 from .runs import SAMPLE_METRICS, Experiment, Run, extremes, settings_text
 from .store import IMAGES
 
@@ -76,22 +89,23 @@ def page_data(experiment: Experiment, environments: Mapping[str, Any]) -> dict[s
 
     Returns:
         {"subjects": [{"model", "sampler", "random", "picks": {budget: [places in runs]}}], "runs": [figures by column
-        name, with "subject", "label", "text", "brief", "heatmap", "samples", "values", "pictures"], "samples":
+        name, with "subject", "text", "brief", "heatmap", "samples", "values", "pictures"], "samples":
         [{"prompts", "seeds"}], "images": [], "choices": {"call": the column of code, "tables": [{"title", "columns",
-        "rows"}]}, …}
+        "rows"}]}, "metrics": [{"key": column, "name", "lower": whether lower is better}, for known ones of
+        `further_columns`], …}
     """
     pareto = pareto_runs(experiment.runs)
+    further = further_columns(experiment.runs)
     place = {run.folder: index for index, run in enumerate(experiment.runs)}
     subjects = experiment.subjects
     sets: dict[tuple[Any, ...], int] = {}  # runs on the same samples share one list of prompts and seeds
     runs = []
     for run in experiment.runs:
-        row = {key: _rounded(value) for key, value in csv_row(run, run.folder in pareto).items()}
+        row = {key: _rounded(value) for key, value in csv_row(run, run.folder in pareto, further).items()}
         runs.append(
             row
             | {
                 "subject": subjects.index(run.subject),
-                "label": run.label,
                 "text": settings_text(run),
                 "brief": settings_text(run, scope=False),
                 "heatmap": _compact_heatmap(run.heatmap),
@@ -108,6 +122,12 @@ def page_data(experiment: Experiment, environments: Mapping[str, Any]) -> dict[s
         described.append({"model": model, "sampler": sampler, "random": random, "picks": picks})
     return {
         "budgets": BUDGETS,
+        "budget_note": BUDGET_NOTE,
+        "metrics": [
+            {"key": column, "name": f"{name.replace('_', ' ')}, {statistic}", "lower": not higher_is_better(name)}
+            for column, (name, statistic) in further.items()
+            if name in metrics.names()
+        ],
         "subjects": described,
         "runs": runs,
         "samples": [{"prompts": prompts, "seeds": seeds} for prompts, seeds in sets],
@@ -197,12 +217,12 @@ def _embed_pictures(data: dict[str, Any], runs: Sequence[Run], limit: int) -> No
 
 
 def triplets(run: Run) -> list[dict[str, Any]]:
-    """Uncached, cached and |difference| of the median and the worst sample.
+    """Uncached, cached and |difference| of the median and the worst sample by PSNR; without one, of any two.
 
     Returns:
-        for each {"place", "sample": its row, "gain": how many times stronger the difference is shown, "identical",
-        "frames": those shown, "total": how many there are, "sources": three PNGs in base64}. The frames of a video
-        stand side by side.
+        for each {"place": "median", "worst" or, without PSNR, "shown", "sample": its row, "gain": how many times
+        stronger the difference is shown, "identical", "frames": those shown, "total": how many there are, "sources":
+        three PNGs in base64}. The frames of a video stand side by side.
 
     Raises:
         ValueError: if an image holds values that are not finite.
@@ -210,6 +230,9 @@ def triplets(run: Run) -> list[dict[str, Any]]:
     from safetensors.numpy import load_file
 
     tensors = load_file(run.folder / IMAGES)
+    psnr = (run.samples.values or {}).get("psnr") or (None,) * len(run.samples.seeds)
+    rows = extremes(psnr) if psnr else {}
+    ranked = any(value is not None for value in psnr)
     found = []
     for place in ("median", "worst"):
         reference, candidate = (
@@ -224,8 +247,8 @@ def triplets(run: Run) -> list[dict[str, Any]]:
         gain = max((gain for gain in GAINS if gain * largest <= 1), default=1) if largest else 1
         found.append(
             {
-                "place": place,
-                "sample": _sample_at(run, place),
+                "place": place if ranked else "shown",
+                "sample": rows.get(place),
                 "gain": gain,
                 "identical": largest == 0,
                 "frames": frames.tolist(),
@@ -234,12 +257,6 @@ def triplets(run: Run) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _sample_at(run: Run, place: str) -> int | None:
-    """The row of the worst or the median sample by PSNR, as pictures are kept of them."""
-    values = (run.samples.values or {}).get("psnr", ())
-    return extremes(values)[place] if any(value is not None for value in values) else None
 
 
 def _png(images: NDArray[np.float32]) -> str:

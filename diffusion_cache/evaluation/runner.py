@@ -25,6 +25,7 @@ from .. import reference
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..files import read_tensors, write_tensors
 from ..measure import PairedTiming, elapsed, paired
+from ..profile import Profile
 from ..profiling.generation import device_name
 from . import distribution, environment, metrics
 from .accounting import Accountant, Observed
@@ -171,6 +172,11 @@ class Maker(ABC):
     def why_not(self, node: Mapping[str, Any]) -> str | None:
         """Why a contender cannot run here at all, if so."""
 
+    def refused(self, nodes: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """Of those contenders that cannot run here, by their places, why not."""
+        reasons = {place: self.why_not(node) for place, node in enumerate(nodes)}
+        return {place: reason for place, reason in reasons.items() if reason is not None}
+
     @abstractmethod
     def made(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
         """What is stored of a contender's run as tensors. facts: are added to, with "problem" for what is wrong."""
@@ -225,7 +231,8 @@ class Worker(Maker):
         self.first, self.samples = chosen[0], job.ranks.share(chosen)
         if not self.samples:
             raise ConfigError(f"there are {len(chosen)} samples for {job.ranks.count} processes: use fewer processes")
-        self.accountant = Accountant(self.subject.denoisers, self.subject.blocks, self.subject.pipe.scheduler)
+        found = self.subject
+        self.accountant = Accountant(found.denoisers, found.blocks, found.pipe.scheduler, found.compiled)
         self.names = list(job.config["metrics"]["names"])
         self.settings = dict(job.config["metrics"]["settings"])
         self.lock = device_lock(self.subject.device)
@@ -236,6 +243,7 @@ class Worker(Maker):
         self.alone = {steps: self._generate([self.first], steps)[0].images for steps in (self.steps, FEW_STEPS)}
         self.uncached, self.plain = self._uncached()
         self._faults: dict[Hashable, str | None] = {}
+        self._told: set[str] = set()
 
     def why_not(self, node: Mapping[str, Any]) -> str | None:
         what = contender(node, self.job.config["forecaster"], self.steps)
@@ -285,10 +293,14 @@ class Worker(Maker):
         (kinds,) = self._kinds(what, counted, 1)
         if kinds is not None:
             self.accountant.price(kinds, counted)
+        if self.subject.compiled:  # and was not while it was counted
+            output = self._generate([sample], what.steps(self.steps))[0]
         return output, counted
 
     def _kinds(self, what: Contender, observed: Observed, samples: int) -> Sequence[list[Hashable] | None]:
         """Of each sample of the generation that was observed, what kind of step each was, if that is known."""
+        if what.uniform and self.subject.compiled:  # then calls of modules tell nothing
+            return [list(range(len(observed.steps))) if what.batchable else None] * samples
         if what.uniform:
             return [observed.kinds] * samples
         found = what.kinds(self.subject, samples)
@@ -343,8 +355,23 @@ class Worker(Maker):
         return Setting(self.subject.name, self.subject.sampler, self.subject.device)
 
     def made(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
+        self._tell_of_fitted(what)
         facts["problem"] = self.fault(what)
         return self._fill(what, label, facts)
+
+    def _tell_of_fitted(self, what: Contender) -> None:
+        """Warn, once, of prompts that a contender's profile was measured on; classes are few, and told by seeds."""
+        profile = getattr(what, "profile", None) or getattr(what, "options", {}).get("profile")
+        if not self.subject.text or not isinstance(profile, Profile):
+            return
+        fitted = {prompt for prompt, _ in profile.samples} & {str(sample.prompt) for sample in self.samples}
+        message = (
+            f"{len(fitted)} of the prompts evaluated are among those that the profile was measured on, which flatters "
+            "its plans: profile with other prompts, or evaluate on others"
+        )
+        if fitted and message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
 
     def fault(self, what: Contender) -> str | None:
         """What is wrong with a contender even where it reuses nothing, or after it is taken off.
@@ -373,8 +400,12 @@ class Worker(Maker):
 
     def _fill(self, what: Contender, label: str, facts: dict[str, Any]) -> dict[str, Tensor]:
         """Rows, work and the images of this share."""
-        timing = facts["problem"] is None and self.job.ranks.index == 0 and not isinstance(what, Uncached)
-        pairs = self.job.config["timing"]["pairs"] if timing else 0
+        leads = facts["problem"] is None and self.job.ranks.index == 0
+        pairs = self.job.config["timing"]["pairs"] if leads else 0
+        if pairs and isinstance(what, Uncached):
+            pairs = 0
+            with self.timing_lock():
+                facts["peak_memory"] = peak_memory(lambda: self.subject.generate([self.first], self.steps))
         output, works, bytes_, reads, timed = self.generate(what, label, pairs)
         trace = self._trace()
         if trace is not None:
@@ -406,13 +437,14 @@ class Worker(Maker):
             settings=self.settings,
         )
         rows = []
+        whole = sum(map(sum, self._shares([self.plain])))
         for i, (sample, work) in enumerate(zip(self.samples, works, strict=True)):
             row = {"index": sample.index, "prompt": str(sample.prompt), "seed": sample.seed}
             row |= {name: values[i] for name, values in found.items()}
             nfe_ratio = work.block_flops / self.plain.block_flops
             row |= {"flops": work.flops, "flops_ratio": work.flops / self.plain.flops}
             row |= {"nfe": self.steps * nfe_ratio, "nfe_ratio": nfe_ratio}
-            row["blocks_ratio"] = fmean(fmean(shares) for shares in self._shares([work])) * len(work.steps) / self.steps
+            row["blocks_ratio"] = sum(map(sum, self._shares([work]))) / whole
             rows.append(row)
         return rows
 
@@ -422,8 +454,11 @@ class Worker(Maker):
         return {"features": distribution.features(self.subject.name, output.images, self.settings)}
 
     def _shares(self, works: Sequence[Observed]) -> list[list[float]]:
-        """Share of each block's usual operations that each step executed, [steps][blocks], a mean over samples."""
-        usual = [fmean(column) for column in zip(*(work.block_flops or () for work in self.plain.steps), strict=True)]
+        """Share of each block's usual operations that each step executed, [steps][blocks], a mean over samples.
+
+        Usual is the most of any uncached step, for some blocks run in a part of them only.
+        """
+        usual = [max(column) for column in zip(*(work.block_flops or () for work in self.plain.steps), strict=True)]
         shares = []
         for step in range(min(len(work.steps) for work in works)):
             executed = zip(*(work.steps[step].block_flops or () for work in works), strict=True)
@@ -451,7 +486,6 @@ class Worker(Maker):
         first_runs: list[float] = []
         outputs: dict[int, Output] = {}
         place = 0
-        peak = None
 
         def plain() -> None:
             self.subject.generate([self.samples[place]], self.steps)
@@ -475,10 +509,7 @@ class Worker(Maker):
         self.progress(f"{label}: timing", 0, 1)
         with self.timing_lock():
             timing = paired(plain, cached, pairs, warmup=0, before_a=take_off, before_b=put_on)
-            if torch.cuda.is_initialized():
-                torch.cuda.reset_peak_memory_stats()
-                cached()
-                peak = torch.cuda.max_memory_allocated()
+            peak = peak_memory(cached)
         facts = {"timing": timing_facts(timing), "peak_memory": peak, "first_run_seconds": first_runs[0]}
         return facts, outputs if what.batchable and what.uniform else {}
 
@@ -492,6 +523,15 @@ def finite_samples(images: Tensor) -> Tensor:
     return torch.isfinite(images).flatten(1).all(1)
 
 
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """The most bytes that are allocated on the GPU while call() runs, weights included; None where none is in use."""
+    if not torch.cuda.is_initialized():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated()
+
+
 def timing_facts(timing: PairedTiming) -> dict[str, Any]:
     """The ratios uncached / this of a summary."""
     ratios = sorted(timing.wall_ratios)
@@ -501,7 +541,6 @@ def timing_facts(timing: PairedTiming) -> dict[str, Any]:
         "speed_high": ratios[-1],
         "cpu_ratio": timing.cpu_ratio,
         "seconds": timing.b_seconds,
-        "uncached_seconds": timing.a_seconds,
     }
 
 

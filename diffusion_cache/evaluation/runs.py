@@ -69,7 +69,6 @@ class Run:
     scope: str
     kind: str
     method: str
-    label: str
     settings: Mapping[str, Any]
     conditions: Mapping[str, str]
     steps: int
@@ -248,6 +247,9 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 def _conditions(config: Mapping[str, Any]) -> dict[str, str]:
     found = flat({name: config.get(name) for name in COMPARED}, ".")
+    metrics = config.get("metrics")
+    settings = metrics.get("settings") if isinstance(metrics, Mapping) else None
+    found["metrics.settings"] = json.dumps(settings or {}, sort_keys=True)  # whole: names in it are not in all runs
     return {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in found.items()
     }
@@ -283,22 +285,19 @@ def _order(run: Run) -> tuple[Any, ...]:
 def read_run(folder: Path) -> Run:
     """One finished run. Raises _DamagedError, naming the file, for one that is missing, cut off or incomplete."""
     summary = _json_object(folder / SUMMARY)
-    environment = _json_object(folder / ENVIRONMENT)
     try:
         kind = summary["kind"]
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
         correct, random_weights = bool(summary["correct"]), bool(summary["random_weights"])
-        device = summary.get("device")
-        conditions = _conditions(_json_object(folder / CONFIG))
+        device = str(summary["device"])
         metrics = {} if random_weights else summary["metrics"]
         run = Run(
             folder=folder,
             kind=kind,
             **{key: str(summary[key]) for key in ("model", "sampler", "scope", "method")},
-            label=str(summary.get("label") or summary["method"]),
             settings=dict(summary["settings"]),
-            conditions=conditions if device is None else {**conditions, "device": str(device)},
+            conditions={**_conditions(_json_object(folder / CONFIG)), "device": device},
             steps=int(summary["steps"]),
             n=int(summary["n"]),
             correct=correct,
@@ -315,8 +314,8 @@ def read_run(folder: Path) -> Run:
             cpu_seconds=_number(summary.get("cpu_seconds")),
             heatmap=_heatmap(summary.get("heatmap")),
             samples=_samples(folder / ROWS),
-            environment=environment,
-            on_gpu=_has_gpu(folder / ENVIRONMENT, environment) if device is None else device != "cpu",
+            environment=_json_object(folder / ENVIRONMENT),
+            on_gpu=device != "cpu",
             pictures=not random_weights and _pictures(folder / IMAGES),
         )
     except KeyError as error:
@@ -324,13 +323,6 @@ def read_run(folder: Path) -> Run:
     except (TypeError, ValueError, AttributeError) as error:
         raise _DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
     return run
-
-
-def _has_gpu(path: Path, environment: Mapping[str, Any]) -> bool:
-    try:
-        return bool(environment["gpu"])
-    except KeyError:
-        raise _DamagedError(f"{path} does not tell the GPUs") from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

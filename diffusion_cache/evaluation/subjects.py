@@ -1,6 +1,7 @@
 """What an evaluation generates with: a shipped model, or any diffusers pipeline from a folder or the hub."""
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,6 +22,14 @@ from .prompts import Sample
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OFFLOADS = ("none", "model", "sequential")
 COMPILES = ("none", "blocks", "denoiser")
+# arguments of a pipeline's call that an evaluation gives itself, and what they are chosen by
+OWN = {
+    "prompt": "prompts=builtin or prompts=file",
+    "class_labels": "prompts=classes",
+    "generator": "prompts.first_seed=…",
+    "num_inference_steps": "steps=…",
+    "batch_size": "batch=…",
+}
 
 
 class Output(NamedTuple):
@@ -37,8 +46,8 @@ class Output(NamedTuple):
 class Subject(ABC):
     """A pipeline and how it is called.
 
-    classes: it takes class labels, not text. video: it makes videos. profiles: the folder that profiles of it are kept
-    in, if they are.
+    classes: it takes class labels. text: it takes prompts. video: it makes videos. compiled: its denoisers run
+    compiled. profiles: the folder that profiles of it are kept in, if they are.
     """
 
     name: str
@@ -48,6 +57,8 @@ class Subject(ABC):
     sampler: str
     classes: bool
     video: bool
+    text: bool = False
+    compiled: bool = False
     profiles: Path | None = None
 
     @abstractmethod
@@ -128,17 +139,21 @@ class Pretrained(Subject):
             self.pipe.enable_sequential_cpu_offload(device=self.device)
         else:
             self.pipe.to(self.device)
+        self.compiled = options["compile"] != "none"
         for denoiser in self.denoisers.values():
             if options["compile"] == "denoiser":
                 denoiser.compile()
             elif options["compile"] == "blocks":
                 denoiser.compile_repeated_blocks()  # type: ignore[operator]
         self._extra = dict(options["call"])
+        for key in self._extra.keys() & OWN.keys():
+            raise ConfigError(f"model.call.{key} is not yours to give: say {OWN[key]} instead")
         self._parameters = inspect.signature(type(self.pipe).__call__).parameters
         unknown = set(self._extra) - set(self._parameters)
         if unknown:
             raise unknown_name("argument in model.call", sorted(unknown)[0], self._parameters)
         self.classes = "class_labels" in self._parameters
+        self.text = not self.classes and "prompt" in self._parameters
         self.video = "num_frames" in self._parameters
 
     def _set_sampler(self, sampler: Mapping[str, Any]) -> None:
@@ -164,6 +179,9 @@ class Pretrained(Subject):
             "output_type": "pt",
             **self._extra,
         }
+        for name, value in self._extra.items():
+            if name.startswith("negative_prompt") and isinstance(value, str):
+                call[name] = [value] * len(samples)
         key = "class_labels" if self.classes else "prompt"
         if key in self._parameters:
             call[key] = [sample.prompt for sample in samples]
@@ -193,14 +211,28 @@ def batches_of(subject: Subject, steps: int) -> MakeBatch:
 
 
 def device_of(name: str) -> str:
-    """The device that a configuration names; auto is CUDA where there is one."""
+    """The device that a configuration names; a GPU is made the current one, for that is what is timed.
+
+    auto is CUDA where there is one. Of several GPUs each process has its own by LOCAL_RANK, which launchers set and
+    children inherit, unless the name says which.
+
+    Raises:
+        ConfigError: for what is no device, or one that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpus else "cpu"
     try:
-        torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"model.device must be auto or a device of torch, not {name!r}") from error
-    return name
+    if device.type != "cuda":
+        return name
+    index = int(os.environ.get("LOCAL_RANK", 0)) % max(gpus, 1) if device.index is None else device.index
+    if index >= gpus:
+        raise ConfigError(f"model.device={name} is not there: torch sees {gpus} GPUs; auto takes what there is")
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def quieten_libraries() -> None:

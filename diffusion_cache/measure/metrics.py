@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..signals import double
 
 # Structural similarity averages over a Gaussian window of 7 σ pixels. The usual σ = 1.5 (11 pixels) would cover most of
 # a very small image, so those get σ = 0.8 (7 pixels). Scores under different windows are not comparable.
@@ -141,7 +142,7 @@ def _mean_square(x: Tensor) -> Tensor:
 
 
 def _pair(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64 on the reference's device, after checks."""
+    """Both as float64 on the reference's device, or on the CPU where that has none, after checks."""
     if candidate.shape != reference.shape:
         raise ConfigError(f"outputs differ in shape: {tuple(candidate.shape)} and {tuple(reference.shape)}")
     if reference.ndim < 2 or reference.numel() == 0:
@@ -151,7 +152,7 @@ def _pair(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             raise ConfigError(f"the {name} is {x.dtype}; compare unquantised floating point outputs (output_type='pt')")
         if not torch.isfinite(x).all():
             raise ConfigError(f"the {name} contains NaN or infinite values")
-    return candidate.detach().to(reference.device, torch.float64), reference.detach().double()
+    return double(candidate.detach().to(reference.device)), double(reference.detach())
 
 
 def _images(candidate: Tensor, reference: Tensor, check_range: bool = True) -> tuple[Tensor, Tensor]:

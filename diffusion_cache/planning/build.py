@@ -242,8 +242,7 @@ class Planner:
     @functools.cached_property
     def _damage(self) -> surrogate.Array:
         """Of forecasting by a straight line, [T, T, T], by the profile; infinite where nothing can be forecast."""
-        gram, sensitivity = surrogate.mean_gram(self.profile), surrogate.mean_sensitivity(self.profile)
-        damage = surrogate.damages(surrogate.taylor_errors(gram), sensitivity, gram.diagonal())
+        damage = surrogate.mean_damages(self.profile)
         damage[..., list(self.fitting.begun)] = math.inf
         return damage
 

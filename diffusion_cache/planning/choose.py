@@ -75,9 +75,10 @@ def choose(
     chosen = measured[guarantee.pick(values, min_psnr)]
     prompts = chosen.held_out_prompts
     if prompts is not None and prompts < needed:
+        of = f"{prompts} prompts that it was measured on" if prompts else "prompts that it was made from"
         warnings.warn(
-            f"plan {chosen.name!r} is shown to reach {min_psnr:g} dB for 95% of seeds of the {prompts} prompts that it "
-            f"was measured on, which says less of other prompts: plan with more held-out ones, {needed} show it of any",
+            f"plan {chosen.name!r} is shown to reach {min_psnr:g} dB for 95% of seeds of the {of}, which says less of "
+            f"other prompts: plan with more held-out ones, {needed} show it of any",
             DiffusionCacheWarning,
             stacklevel=2,
         )

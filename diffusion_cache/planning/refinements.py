@@ -6,6 +6,7 @@ how far apart the layers are at the two, and the best schedule is the same path 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..plan import Plan, Quality, Speed
 from ..profile import Profile
 from ..profiling.refinements import Progress
 from ..schedule import spaced
+from ..signals import double
 from . import surrogate
 from .dynamic import best_schedule
 from .static import static_plan
@@ -40,7 +42,7 @@ def planned(
 
     tuning, held_out: arguments of calls of the pipeline that give the same every time (greedy). Which of the
     `candidates` is best is told by the first; what a plan states, the share of tokens that are as without a cache and
-    the speed (paired process CPU times of the first call), by the others.
+    the speed (paired times of the first call: the process's CPU time on the CPU, else wall time), by the others.
 
     Raises:
         ConfigError: for a profile of another pipeline, and numbers of refinements that cannot be.
@@ -91,10 +93,7 @@ def _same(pipe: Any, plan: Plan, calls: Sequence[Call], expected: Sequence[Tenso
     """Of each sample, the share of tokens that are as expected."""
     with enabled(pipe, Planned(plan)):
         return torch.cat(
-            [
-                (pipe(**call).sequences == tokens).double().mean(dim=1)
-                for call, tokens in zip(calls, expected, strict=True)
-            ]
+            [double(pipe(**call).sequences == tokens).mean(dim=1) for call, tokens in zip(calls, expected, strict=True)]
         )
 
 
@@ -106,6 +105,6 @@ def _measured(pipe: Any, plan: Plan, calls: Sequence[Call], expected: Sequence[T
             pipe(**calls[0])
 
     timing = paired(lambda: pipe(**calls[0]), with_plan, PAIRS)
-    ratios = sorted(timing.cpu_ratios)
-    speed = Speed(timing.cpu_ratio, ratios[0], ratios[-1], str(pipe.device), len(expected[0]))
+    ratios = sorted(timing.cpu_ratios if torch.device(pipe.device).type == "cpu" else timing.wall_ratios)
+    speed = Speed(median(ratios), ratios[0], ratios[-1], str(pipe.device), len(expected[0]))
     return replace(plan, quality=Quality.of(METRIC, values, range(len(values))), speed=speed)

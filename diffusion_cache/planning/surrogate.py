@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ConfigError
 from ..plain import Fields, integer, text, tuple_of
 from ..profile import Profile
+from ..profiling.moments import ran
 
 Array = NDArray[np.float64]
 
@@ -28,11 +29,57 @@ def own_grams(profile: Profile) -> Array:
     return np.stack([both[span.feature][i] for i, span in enumerate(profile.spans)])
 
 
+def mean_energy(grams: Array) -> Array:
+    """Of grams [S, P, T, T], over the steps that each span and pass ran at: [S, P]."""
+    return grams.diagonal(axis1=2, axis2=3).sum(axis=2) / np.maximum(ran(grams).sum(axis=2), 1)
+
+
 def mean_gram(profile: Profile) -> Array:
     """Of all spans and passes, each scaled by its own mean energy: [T, T]."""
+    return _scaled(own_grams(profile)).mean(axis=(0, 1))
+
+
+def _scaled(grams: Array) -> Array:
+    return grams / np.maximum(mean_energy(grams), TINY)[:, :, None, None]
+
+
+def mean_damages(profile: Profile, order: int = 1) -> Array:
+    """`damages` of forecasting a step with all spans and passes together, by the mean sensitivity.
+
+    Each counts alike, scaled by its own mean energy, at pairs of steps (i, t) that it ran at. order: 0 or 1.
+
+    Returns: [1, T, T] over (i, t) at order 0, else [T, T, T] as `taylor_errors`; infinite where what runs at t did not
+    at i, so that there is nothing to go on.
+    """
     grams = own_grams(profile)
-    scale = grams.diagonal(axis1=2, axis2=3).mean(axis=2)
-    return (grams / np.maximum(scale, TINY)[:, :, None, None]).mean(axis=(0, 1))
+    scaled, seen = _scaled(grams), ran(grams)
+    steps = profile.total
+    errors, energy = np.zeros((steps if order else 1, steps, steps)), np.zeros((steps, steps))
+    for pattern in np.unique(seen.reshape(-1, steps), axis=0):
+        alike = (seen == pattern).all(axis=2)
+        gram = np.where(alike[:, :, None, None], scaled, 0).mean(axis=(0, 1))
+        errors += seen_errors(gram)[: len(errors)]
+        energy += np.where(pattern[:, None], gram.diagonal(), 0)
+    damage = damages(errors, mean_sensitivity(profile), energy)
+    damage[:, unreachable(seen)] = np.inf
+    return damage
+
+
+def mean_together(values: Array, grams: Array, nothing: float) -> Array:
+    """Mean over spans and passes of values [S, P, T, T] at pairs of steps that each ran at, by its grams; `nothing`
+    where none did: [T, T].
+    """
+    seen = ran(grams)
+    both = seen[..., :, None] & seen[..., None, :]
+    count = both.sum(axis=(0, 1))
+    return np.where(count > 0, np.where(both, values, 0).sum(axis=(0, 1)) / np.maximum(count, 1), nothing)
+
+
+def unreachable(seen: ArrayLike) -> NDArray[np.bool_]:
+    """Pairs of steps i < t of which something ran at t, and none of that at i; seen: [..., T], see `ran`. [T, T]."""
+    seen = np.asarray(seen).reshape(-1, np.shape(seen)[-1])
+    both = (seen[:, :, None] & seen[:, None, :]).any(axis=0)
+    return np.triu(seen.any(axis=0) & ~both, 1)
 
 
 def mean_sensitivity(profile: Profile) -> Array:
@@ -95,6 +142,18 @@ def taylor_errors(gram: ArrayLike) -> Array:
     return errors
 
 
+def seen_errors(gram: ArrayLike) -> Array:
+    """`taylor_errors` of one pass, by the steps that it ran at (see `ran`).
+
+    A step t or i that it did not run at counts for nothing; with such an h it has one node, and reuses it.
+    """
+    errors, seen = taylor_errors(gram), ran(gram)
+    for h in np.flatnonzero(~seen[:-1]):
+        errors[h + 1, h + 1 :] = errors[0, h + 1 :]
+    errors[:, ~(seen[:, None] & seen)] = 0
+    return errors
+
+
 def _sensitivity_groups(profile: Profile) -> tuple[list[tuple[str, tuple[int, ...]]], tuple[str, ...]]:
     """Names and spans of the groups that sensitivity was measured of, and those that it could not be measured of."""
     every = tuple(range(len(profile.spans)))
@@ -120,7 +179,8 @@ def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
     """Of each span, the relative final error of forecasting step t at order 0 (reuse of step i) or 1 (Taylor-1).
 
     Squared relative errors of a group's spans add up to the group's, each scaled by its own mean energy, as where its
-    sensitivity was measured. A group that could not be reused anywhere is never reused.
+    sensitivity was measured; a pass counts where it ran at i and t. A group that could not be reused anywhere is never
+    reused, nor is a step t of a span that did not run at i.
 
     Yields: [1, T, T] over (i, t) at order 0, else [T, T, T] over (h + 1, i, t) as `taylor_errors`.
 
@@ -132,15 +192,16 @@ def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
     if len({span.denoiser for span in profile.spans}) > 1:
         raise ConfigError("spans of several denoisers cannot be told apart by their sensitivity: plan whole steps")
     grams = own_grams(profile)
-    energy = grams.diagonal(axis1=2, axis2=3)
-    scale = energy.mean(axis=2, keepdims=True)
+    energy, seen = grams.diagonal(axis1=2, axis2=3), ran(grams)
+    scale = mean_energy(grams)[..., None]
     weights = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
     sensitivity = profile.arrays["sensitivity"].double().numpy()
     groups, unmeasured = _sensitivity_groups(profile)
     owner = {place: g for g, (_, places) in enumerate(groups) for place in places}
-    totals = np.zeros((len(groups), profile.total))
+    totals = np.zeros((len(groups), profile.total, profile.total))
     for place, g in owner.items():
-        totals[g] += (energy[place] * weights[place]).sum(axis=0)
+        both = seen[place][:, :, None] & seen[place][:, None]
+        totals[g] += np.where(both, (energy[place] * weights[place])[:, None], 0).sum(axis=0)
     rows = slice(None) if order else slice(1)
     for place, g in sorted(owner.items()):
         found = np.zeros((profile.total if order else 1, profile.total, profile.total))
@@ -148,8 +209,10 @@ def cell_errors(profile: Profile, order: int = 0) -> Iterator[Array]:
             yield found + np.inf
             continue
         for gram, weight in zip(grams[place], weights[place], strict=True):
-            found += taylor_errors(gram)[rows] * weight
-        yield sensitivity[g] * np.sqrt(found / np.maximum(totals[g], np.finfo(float).tiny))
+            found += seen_errors(gram)[rows] * weight
+        found = sensitivity[g] * np.sqrt(found / np.maximum(totals[g], np.finfo(float).tiny))
+        found[:, unreachable(seen[place])] = np.inf
+        yield found
 
 
 def least_squares(
@@ -196,7 +259,8 @@ def damages(err: ArrayLike, sensitivity: ArrayLike, energy: ArrayLike, exponent:
     """What each forecast does to the final output: (sensitivity_t · sqrt(err / energy_t))^exponent.
 
     err: [..., T], squared errors of forecasting step t. sensitivity: [T], final error per unit of relative error.
-    energy: [T], the feature's squared norm, in err's unit (the Gram matrix's diagonal).
+    energy: the feature's squared norm, in err's unit (the Gram matrix's diagonal), [T], or [..., T] where it depends on
+    more than t.
 
     Returns: [..., T]. Where a feature is zero its relative error is 0 if it is forecast exactly, else infinite (that
     step is never reused).
@@ -208,7 +272,8 @@ def damages(err: ArrayLike, sensitivity: ArrayLike, energy: ArrayLike, exponent:
     per_step = []
     for name, values in (("sensitivity", sensitivity), ("energy", energy)):
         values = np.asarray(values, dtype=np.float64)
-        if values.shape != err.shape[-1:]:
+        axes = values.ndim if name == "energy" else 1
+        if not axes or values.shape != err.shape[-axes:]:
             raise ConfigError(f"{name} needs one value for each of {err.shape[-1]} steps, not shape {values.shape}")
         if not (np.isfinite(values) & (values >= 0)).all():
             raise ConfigError(f"{name} must be finite and at least 0 at every step")

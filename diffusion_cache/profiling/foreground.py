@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..signals import Grid
+from ..signals import Grid, double
 
 
 def latent_motion(latents: Tensor, grid: Grid) -> Tensor:
@@ -32,8 +32,8 @@ def latent_motion(latents: Tensor, grid: Grid) -> Tensor:
 
 def otsu(values: Tensor) -> Tensor:
     """The value up to which values [n] belong to the lower of two groups, so that the groups' means differ most."""
-    ranked = values.double().sort().values
-    sums, below = ranked.cumsum(0), torch.arange(1, len(ranked), device=values.device)
+    ranked = double(values).sort().values
+    sums, below = ranked.cumsum(0), torch.arange(1, len(ranked), device=ranked.device)
     above = len(ranked) - below
     apart = (sums[-1] - sums[:-1]) / above - sums[:-1] / below
-    return ranked[(below * above * apart**2).argmax()].to(values.dtype)
+    return ranked[(below * above * apart**2).argmax()].to(values)

@@ -31,7 +31,7 @@ from ..plain import check_count, digest, plain_json
 from ..plan import FEATURES
 from ..profile import JSON_FILE, Profile
 from ..registry import unknown_name
-from ..signals import Grid
+from ..signals import Grid, channels_first
 from .attention import AttentionReceived
 from .foreground import latent_motion
 from .generation import Batch, device_of, last_state, teach
@@ -175,7 +175,7 @@ class _Run:
         self.fingerprint, self.folder, self.progress = fingerprint, folder, progress
         if options.attention and survey.scope not in ("block", "branch"):
             raise ConfigError(f"attention is noted block by block: use scope block or branch, not {survey.scope}")
-        if isinstance(foreground, str) and (len(survey.sample_shape) != 4 or survey.sample_shape[1] < 2):
+        if isinstance(foreground, str) and (len(survey.latent_shape) != 4 or survey.latent_shape[1] < 2):
             raise ConfigError(
                 f"motion needs videos, and a sample's latents are {list(survey.sample_shape)}: give a foreground mask"
             )
@@ -293,7 +293,7 @@ class _Run:
     def _foreground(self, index: int, count: int, state: Sequence[Tensor]) -> Tensor:
         """Masks of a batch's samples, [count, N]."""
         if not isinstance(self.foreground, Tensor):
-            return latent_motion(state[-1][:count], self._grid)
+            return latent_motion(channels_first(state[-1][:count], self.survey.channels), self._grid)
         if len(self.foreground) == 1:
             return self.foreground.expand(count, -1)
         first = index * self.options.batch
@@ -366,12 +366,13 @@ class _Run:
         }
 
     def _sensitivity(self, arrays: Mapping[str, Tensor], facts: dict[str, Any]) -> dict[str, Tensor]:
-        batch = self.make_batch(self.sensitive)
+        size = self.options.batch
+        parts = [self.sensitive[i : i + size] for i in range(0, len(self.sensitive), size)]
         done = sum(len(self.batches[i]) for i in self.mine)
         spans = [watched.facts for watched in self.survey.spans]
         own = [arrays[f"gram_{span.feature}"][i] for i, span in enumerate(spans)]
         found = sensitivities(
-            teach(batch),
+            [teach(self.make_batch(part)) for part in parts],
             torch.stack(own),
             spans,
             scope=self.survey.scope,
@@ -379,9 +380,9 @@ class _Run:
             feature=self.options.feature,
             steps_sampled=self.options.sensitivity_steps,
             known=self.work.cells(len(self.sensitive)),
-            progress=lambda cell, of: self.progress("sensitivity", done + cell * batch.count, self.of),
+            progress=lambda cell, of: self.progress("sensitivity", done + cell * len(self.sensitive), self.of),
         )
-        facts["sensitivity"] = {"samples": batch.count, **found.facts()}
+        facts["sensitivity"] = {"samples": len(self.sensitive), **found.facts()}
         return {"sensitivity": found.values, "sensitivity_sampled": found.sampled}
 
 

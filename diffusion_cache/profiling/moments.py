@@ -1,9 +1,11 @@
 """Second moments of one span's features over a profiling pass: Gram matrices over step pairs, and channel moments."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import ops
@@ -64,6 +66,11 @@ class Sums:
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.sums.values())
+
+
+def ran(grams: Any) -> NDArray[np.bool_]:
+    """The steps that were seen, bool [..., T], by Gram matrices [..., T, T] of `SpanMoments`, 0 where none was."""
+    return np.asarray(grams).diagonal(axis1=-2, axis2=-1) > 0
 
 
 class Observed(NamedTuple):
@@ -177,10 +184,6 @@ class SpanMoments(Sums):
             self.add("channel_mean", item.mean, (step,), shape)
             self.add("channel_square", item.square, (step,), shape)
         self.sums["samples"] += batch
-        self.drop_run()
-
-    def drop_run(self) -> None:
-        """Forget what was seen of an unfinished run."""
         self._run.clear()
 
     def merge(self, other: Sums) -> None:
@@ -231,7 +234,7 @@ class SpanMoments(Sums):
 
     def _check_finished(self) -> None:
         if self._run:
-            raise ConfigError(f"{self.name}: a run is not finished; call end_run() or drop_run() first")
+            raise ConfigError(f"{self.name}: a run is not finished; call end_run() first")
 
 
 def as_leaves(value: Leaves | None, count: int) -> list[Tensor | None]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..forecasters.fitted import Fitted, Key
+from ..signals import double
 
 NUDGE = 1e-2  # for float32
 DAMPINGS = (1e-3, 1e-2, 1e-1)
@@ -44,7 +45,7 @@ def polish(
     for _ in range(rounds):
         directions = list(_directions(forecaster))
         base = generate(forecaster, None)
-        difference = (base - reference).flatten(1).double()
+        difference = double((base - reference).flatten(1))
         weight = 1.0 / difference.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows = []
         for done, direction in enumerate(directions):
@@ -52,7 +53,7 @@ def polish(
             keys, _ = direction
             first = keys[0][0]  # the step of all of them
             moved = generate(_moved(forecaster, [direction], [nudge]), first)
-            rows.append(((moved - base).flatten(1).double() / nudge * weight).flatten())
+            rows.append((double((moved - base).flatten(1)) / nudge * weight).flatten())
         if not rows:
             return forecaster
         jacobian = torch.stack(rows)

@@ -21,7 +21,7 @@ from ..measure import FlopCounter
 from ..models import Span, unwrap
 from ..policies import Guarded, Interval
 from ..profile import SpanFacts
-from ..signals import Grid, grid_of
+from ..signals import Grid, channels_first, grid_of
 from .attention import AttentionReceived
 from .generation import Batch, attached, watched_steps
 from .moments import SpanMoments
@@ -47,19 +47,21 @@ class Watched:
 class Survey:
     """What one generation showed. spans: of all denoisers, in the order of their layouts.
 
-    calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call. noise_levels: log-SNR of
-    each step, empty if unknown. sample_shape: of one sample's latents. shares: what spans' shares are of, "flops" or
-    "parameters". unusable: why a span cannot be cached as one.
+    rows: guidance branches stacked in the rows of one call. noise_levels: log-SNR of each step, empty if unknown.
+    sample_shape: of one sample's latents; latent_shape: the same with the channels first. channels: that the denoisers
+    take or give. shares: what spans' shares are of, "flops" or "parameters". unusable: why a span cannot be cached as
+    one.
     """
 
     scope: str
     spans: tuple[Watched, ...]
     steps: int
-    calls: int
     rows: int
     passes: tuple[str, ...]
     noise_levels: tuple[float, ...]
     sample_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    channels: frozenset[int]
     shares: str
     unusable: Mapping[str, str]
 
@@ -136,16 +138,20 @@ class Recorder(Observer):
                 f"the denoiser was called with {frame.batch} rows for {self.count} samples in at most "
                 f"{self.survey.rows} guidance branches: profile with one guidance for all, one image a prompt"
             )
-        outs: list[Tensor | None] = [
-            per_sample(out, frame.batch, span.name) if out.is_floating_point() else None for out in outputs
-        ]
+        channels = self.survey.channels if span.kind == "denoiser" else ()  # within one, they are the model's own
+
+        def whole(leaf: Tensor) -> Tensor:
+            return channels_first(per_sample(leaf, frame.batch, span.name), channels)
+
+        outs: list[Tensor | None] = [whole(out) if out.is_floating_point() else None for out in outputs]
         bases = [
-            None if leaf.base is None or out is None else per_sample(inputs[leaf.base], frame.batch, span.name)
+            None if leaf.base is None or out is None else whole(inputs[leaf.base])
             for leaf, out in zip(leaves, outs, strict=True)
         ]
         stream = None
         if all(base is None for base in bases):
             stream = _batched(image_stream(inputs), frame.batch)
+            stream = None if stream is None else channels_first(stream, channels)
         for group in range(rows):
             part = slice(group * self.count, (group + 1) * self.count)
             some_outs = [None if out is None else out[part] for out in outs]
@@ -348,11 +354,12 @@ class _Looking(Observer):
         if self.state is None:
             raise ConfigError(f"{pipeline}: no scheduler step was seen in a generation, so its steps are not known")
         rows = self._rows(pipeline)
-        calls = max(self.names) + 1
+        channels = _channels(session)
+        latent_shape = tuple(channels_first(self.state, channels).shape[1:])
         ran = [name for name, layout in session.layouts.items() if any(span in self.spans for span in layout.spans)]
         exact = all(name in flops and flops[name].total > 0 for name in ran)
         spans = [
-            self._watched(name, span, flops.get(name) if exact else None, images)
+            self._watched(name, span, flops.get(name) if exact else None, latent_shape, images)
             for name, layout in session.layouts.items()
             for span in layout.spans
         ]
@@ -360,11 +367,12 @@ class _Looking(Observer):
             scope=scopes.pop(),
             spans=tuple(spans),
             steps=self.steps,
-            calls=calls,
             rows=rows,
-            passes=tuple(self._pass_name(p // rows, p % rows, rows) for p in range(calls * rows)),
+            passes=tuple(self._pass_name(p // rows, p % rows, rows) for p in range((max(self.names) + 1) * rows)),
             noise_levels=self.levels if len(self.levels) == self.steps else (),
             sample_shape=tuple(self.state.shape[1:]),
+            latent_shape=latent_shape,
+            channels=channels,
             shares="flops" if exact else "parameters",
             unusable={span.name: why for span, why in session.unusable.items()},
         )
@@ -386,7 +394,9 @@ class _Looking(Observer):
             return name
         return str(position * rows + group) if name == str(position) else f"{name}.{group}"
 
-    def _watched(self, denoiser: str, span: Span, flops: "_Flops | None", images: Tensor) -> Watched:
+    def _watched(
+        self, denoiser: str, span: Span, flops: "_Flops | None", latent_shape: tuple[int, ...], images: Tensor
+    ) -> Watched:
         feature, elements, tokens = self.spans.get(span, ("output", 0, 0))
         whole = sum(parameter.numel() for parameter in self.batch.pipe.components[denoiser].parameters())
         if span not in self.spans or span.kind == "denoiser":
@@ -396,9 +406,15 @@ class _Looking(Observer):
         else:
             share = span.parameters / max(whole, 1)
         facts = SpanFacts(span.name, denoiser, span.kind, feature, max(elements, 1), min(share, 1.0))
-        assert self.state is not None
-        grid = grid_of(tokens, tuple(self.state.shape[1:]), tuple(images.shape[1:]))
+        grid = grid_of(tokens, latent_shape, tuple(images.shape[1:]))
         return Watched(span, facts, grid, elements > 0)
+
+
+def _channels(session: Session) -> frozenset[int]:
+    """Numbers of channels that the denoisers take or give, as they tell."""
+    configs = [getattr(unwrap(denoiser), "config", None) for denoiser in session.denoisers.values()]
+    told = (getattr(config, name, None) for config in configs for name in ("in_channels", "out_channels"))
+    return frozenset(count for count in told if isinstance(count, int))
 
 
 def attention_names(survey: Survey) -> list[str]:

@@ -4,7 +4,7 @@ Its rectification v̂ = ṽ − ε̂ takes the error of a reused output ṽ to b
 ordinary least squares: so v̂ = scale·ṽ + bias, which a plan carries as its correction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -27,6 +27,7 @@ from ..forecasters.fitted import Fit, Fitted
 from ..models import Span
 from ..plan import Plan
 from ..policies import Guarded, Interval, Planned
+from ..signals import double
 from .generation import StepCall, Teacher, attached, plan_method
 from .trajectory import Called, Fitting, Settings, UnfitError, aligned, guidance_weights
 
@@ -68,7 +69,7 @@ class _Watching(Observer):
 
 
 def _l1(tensor: Tensor) -> float:
-    return float(tensor.double().abs().sum())
+    return float(double(tensor).abs().sum())
 
 
 def rectified(teacher: Teacher, plan: Plan, target: str = "teacher") -> Plan:
@@ -169,7 +170,7 @@ class _Rectifying(Fitting):
             raise UnfitError("guidance has other branches here than at other steps")
         count = self.teacher.batch.count
         guided = given.model_output[:count]
-        before = guided.double()
+        before = double(guided)
         branches = [aligned(branch, before.shape) for call in calls for branch in call.branches]
         guidance = guidance_weights(branches, guided)
         found: dict[tuple[int, int], Correction] = {}  # by span and branch
@@ -196,8 +197,8 @@ class _Rectifying(Fitting):
                     pair = [[leaf[branch] for leaf in side if leaf[branch].is_floating_point()] for side in chunks]
                     found[self._key(call, visit, branch)] = self._affine(*pair)
                     errors.append(_distances(pair[0], pair[1], found[self._key(call, visit, branch)]))
+        self.forecaster.channels = _channels(found.values(), self.forecaster.channels)
         for (span, branch), correction in found.items():
-            self.forecaster.channels = len(correction.scale)
             entry = self.forecaster.table[index, span, branch]
             self.forecaster.table[index, span, branch] = replace(entry, correction=correction)
         after = self._guided(before, branches, calls, guidance)
@@ -205,7 +206,7 @@ class _Rectifying(Fitting):
             size = float(target.norm().clamp_min(1e-30))
             errors = [(float((before - target).norm()) / size, float((after - target).norm()) / size)]
         self.errors[index] = (float(np.mean([a for a, _ in errors])), float(np.mean([b for _, b in errors])))
-        whole = after.to(given.model_output.dtype)
+        whole = after.to(given.model_output)
         return whole.repeat(len(given.model_output) // count, *[1] * (whole.ndim - 1))
 
     def _key(self, call: Called, visit: Visit, branch: int) -> tuple[int, int]:
@@ -250,9 +251,24 @@ def _reused(calls: Sequence[Called]) -> list[tuple[Called, Visit]]:
     return [(call, visit) for call in calls for visit in call.frame.reused]
 
 
+def _channels(corrections: Iterable[Correction], known: int) -> int:
+    """What all are of; known: the channels of corrections at other steps, 0 for none yet.
+
+    Raises:
+        ConfigError: where they differ.
+    """
+    counts = sorted({len(correction.scale) for correction in corrections} | {known} - {0})
+    if len(counts) > 1:
+        raise ConfigError(
+            f"the spans' outputs have {' and '.join(map(str, counts))} channels, which one plan cannot correct: "
+            "rectify a plan at scope denoiser"
+        )
+    return counts[0]
+
+
 def _by_channel(leaf: Tensor) -> Tensor:
     """[numbers, channels] in float64."""
-    return leaf.double().movedim(ops.channel_axis(leaf), -1).flatten(0, -2)
+    return double(leaf).movedim(ops.channel_axis(leaf), -1).flatten(0, -2)
 
 
 def _padded(scale: tuple[float, ...], bias: tuple[float, ...], channels: int) -> Correction:

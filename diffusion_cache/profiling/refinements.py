@@ -18,6 +18,7 @@ from ..language import SCOPE, decoding, enabled, serves
 from ..language.decoder import Decoder
 from ..models import unwrap
 from ..profile import Profile, SpanFacts
+from ..signals import double
 
 Progress = Callable[[str, int, int], None]
 
@@ -143,7 +144,7 @@ class Sums:
         self.distances = nn.functional.pad(self.distances, (0, more, 0, more))
         self.energies, self.tokens = (nn.functional.pad(sums, (0, more)) for sums in (self.energies, self.tokens))
         for step in range(steps):
-            rows = block.features[:, : step + 1, :, block.masked[step]].double()  # [2, i, layers, tokens, channels]
+            rows = double(block.features[:, : step + 1, :, block.masked[step]])  # [2, i, layers, tokens, channels]
             now = rows[:, -1:]
             self.distances[:, :, : step + 1, step] += (rows - now).square().sum(dim=(3, 4)).transpose(1, 2).cpu()
             self.energies[:, :, step] += now[:, 0].square().sum(dim=(2, 3)).cpu()

@@ -26,7 +26,9 @@ from ..models import Layout
 from ..policies import Guarded
 from ..profile import SpanFacts
 from ..schedule import Schedule
+from ..signals import double
 from .generation import Teacher, attached, last_state
+from .moments import ran
 
 PAIRS = 4  # of cells that are also reused together
 LEAST = 1e-12  # of a sensitivity, whose logarithm is interpolated
@@ -95,15 +97,18 @@ def reuse_errors(grams: Tensor, groups: Sequence[Group], spans: Sequence[SpanFac
     """The relative error of reusing step t − 1 at step t, for each group: [G, T] float64, 0 at step 0.
 
     grams: [S, P, T, T], inner products of each span's own feature. Spans and passes count alike: each is scaled by its
-    mean energy over steps before squared errors, and energies, are added up.
+    mean energy over the steps that it ran at before squared errors, and energies, are added up of those that ran at
+    both steps.
     """
     energy = grams.double().diagonal(dim1=2, dim2=3)  # [S, P, T]
     between = grams.double().diagonal(offset=1, dim1=2, dim2=3)
     square = torch.zeros_like(energy)
     square[..., 1:] = (energy[..., 1:] + energy[..., :-1] - 2 * between).clamp_min(0)
-    scale = energy.mean(dim=2, keepdim=True)
-    seen = scale > 0
-    square, energy = (torch.where(seen, x / torch.where(seen, scale, 1), 0) for x in (square, energy))
+    seen = torch.from_numpy(ran(grams))
+    scale = energy.sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp_min(1)
+    both = seen.clone()
+    both[..., 1:] &= seen[..., :-1]
+    square, energy = (torch.where(both, x / torch.where(both, scale, 1), 0) for x in (square, energy))
     rows = []
     for group in groups:
         members = list(_members(group, spans))
@@ -128,7 +133,7 @@ def sampled_steps(total: int, count: int) -> list[int]:
 
 
 def sensitivities(
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
     grams: Tensor,
     spans: Sequence[SpanFacts],
     *,
@@ -142,16 +147,17 @@ def sensitivities(
 ) -> Sensitivity:
     """Measure every group's sensitivity at some steps and interpolate the others.
 
-    Takes one generation of the teacher's batch for each group and sampled step, and one for each pair. Between sampled
-    steps the logarithm is interpolated over the step index; step 0 takes the value of step 1.
+    Takes one generation of the teachers' batches for each group and sampled step, and one for each pair. Between
+    sampled steps the logarithm is interpolated over the step index; step 0 takes the value of step 1.
 
-    teacher: of the same pipeline, sampler and number of steps as the Gram matrices [S, P, T, T], which are of each
-    span's own feature. known: final errors that were measured before, by cell; new ones are added as they are found.
+    teachers: of the same pipeline, sampler and number of steps as the Gram matrices [S, P, T, T], which are of each
+    span's own feature; their squared errors, and norms, are added up. known: final errors that were measured before, by
+    cell; new ones are added as they are found.
 
     Raises:
         ConfigError: for fewer than two steps, a span layout that is not the profile's, or a result that is not finite.
     """
-    total = teacher.steps
+    total = teachers[0].steps
     if total < 2 or grams.shape[-1] != total:
         raise ConfigError(f"sensitivity needs two steps or more, {grams.shape[-1]} as profiled; there are {total}")
     groups = span_groups(spans)
@@ -161,7 +167,7 @@ def sensitivities(
         ((g, t),) for g in range(len(groups)) for t in sampled_steps(total, steps_sampled) if float(errors[g, t]) > 0
     ]
     of = len(single) + pairs
-    with _reusing(teacher, groups, spans, scope, depth, feature) as run:
+    with _reusing(teachers, groups, spans, scope, depth, feature) as run:
 
         def measured(cells: Cells) -> float:
             key = json.dumps(cells)
@@ -217,7 +223,7 @@ class _Injected(Policy):
 
 @contextmanager
 def _reusing(
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
     groups: Sequence[Group],
     spans: Sequence[SpanFacts],
     scope: str | None,
@@ -225,7 +231,7 @@ def _reusing(
     feature: Feature,
 ) -> Iterator[Callable[[Cells], float]]:
     """A function that gives the relative error of the final latents with some cells reused; NaN where none was."""
-    batch, total = teacher.batch, teacher.steps
+    pipe, total = teachers[0].batch.pipe, teachers[0].steps
     count = len([span for span in spans if span.denoiser == spans[0].denoiser])
 
     def method(cells: Cells) -> Method:
@@ -239,19 +245,23 @@ def _reusing(
                 rows.append((tuple(place not in inside for place in range(count)),))
         return Method(Guarded(_Injected(Schedule(tuple(rows)))), Reuse(feature), scope, depth)
 
-    with attached(batch.pipe, method(())) as session:
+    with attached(pipe, method(())) as session:
         if len(groups) > 1:
             _check_layouts(session.layouts, spans)
 
         def error(cells: Cells) -> float:
             session.method = method(cells)
-            with last_state(batch.pipe.scheduler) as states:
-                batch.call()
-            (state,) = states
-            if not _reused(session, {step for _, step in cells}):
-                return math.nan
-            wanted = teacher.states[-1].to(state.device).double()
-            found = float((state.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            errors, norms = [], []
+            for teacher in teachers:
+                with last_state(pipe.scheduler) as states:
+                    teacher.batch.call()
+                (state,) = states
+                if not _reused(session, {step for _, step in cells}):
+                    return math.nan
+                wanted = double(teacher.states[-1].to(state.device))
+                errors.append(float((double(state) - wanted).norm()))
+                norms.append(float(wanted.norm()))
+            found = math.hypot(*errors) / max(math.hypot(*norms), 1e-30)
             if not math.isfinite(found):
                 at = ", ".join(str(step) for _, step in cells)
                 raise ConfigError(f"reusing step {at} gives latents that are not finite: use bfloat16 or float32")

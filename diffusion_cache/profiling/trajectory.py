@@ -33,6 +33,7 @@ from ..engine.patches import wrapped_step
 from ..engine.structure import first_tensor, forked_rng
 from ..forecasters.fitted import Fit, Fitted, Key, taylor_weights
 from ..policies import Guarded
+from ..signals import double
 from .generation import StepCall, Teacher, attached, state_of
 
 NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}
@@ -218,7 +219,7 @@ class Fitting(Observer):
         count = self.teacher.batch.count
         rows = len(given.model_output)
         guided = given.model_output[:count]
-        before, like = guided.double(), guided.shape
+        before, like = double(guided), guided.shape
         branches = [aligned(branch, like) for call in calls for branch in call.branches]
         guidance = guidance_weights(branches, guided)
         target = self._target(index, given, scheduler)
@@ -243,7 +244,7 @@ class Fitting(Observer):
             reached = float(((after - target) * weight).norm()) / size
             if reached < error:
                 self.errors[index] = error, reached
-                whole = after.to(given.model_output.dtype)
+                whole = after.to(given.model_output)
                 return whole.repeat(rows // count, *[1] * (whole.ndim - 1))
         for key in [key for key in self.forecaster.table if key[0] == index]:
             del self.forecaster.table[key]
@@ -284,7 +285,7 @@ class Fitting(Observer):
             return []
         outputs = [leaf for call in calls for visit in call.frame.reused for leaf in visit.forecast or ()]
         outputs = [output for output in outputs if output.is_floating_point()]
-        self.forecaster.size = float(outputs[0].double().square().mean().sqrt())
+        self.forecaster.size = float(double(outputs[0]).square().mean().sqrt())
         if not self.forecaster.channels:
             counts = {ops.channels(output) for output in outputs}
             wide = len(counts) > 1 or max(counts) > BIASED_CHANNELS
@@ -349,7 +350,7 @@ class Fitting(Observer):
     def _target(self, index: int, given: StepCall, scheduler: Any) -> Tensor:
         """M*: the model output that leads to the uncached run's next state, [n, ...] in float64."""
         count = self.teacher.batch.count
-        output, sample = given.model_output.double(), given.sample.double()
+        output, sample = double(given.model_output), double(given.sample)
         scale = float(output.square().mean().sqrt())
         with self.run.clock.suppressed():
             # in its own dtype, for the noise that a sampler draws depends on it
@@ -366,7 +367,7 @@ class Fitting(Observer):
         slope = change / (2 * scale)
         if float(slope.abs().min()) < 1e-6 * float(slope.abs().max()):
             raise UnfitError("the sampler's next state hardly depends on the model output")
-        wanted = self.teacher.states[index][:count].to(output.device).double()
+        wanted = double(self.teacher.states[index][:count]).to(output.device)
         if wanted.shape != led.shape:
             raise UnfitError("the sampler gives states of another shape than in the uncached run")
         return output[:count] + (wanted - led) / slope
@@ -377,7 +378,7 @@ class Fitting(Observer):
         states = [(generator, generator.get_state()) for generator in given.generators]
         try:
             with forked_rng():
-                return state_of(given.result(output, scheduler, sample)).double()
+                return double(state_of(given.result(output, scheduler, sample)))
         finally:
             for generator, state in states:
                 generator.set_state(state)
@@ -390,11 +391,11 @@ def _in_float64(scheduler: Any, shape: torch.Size) -> Any:
     """
     copied = copy.deepcopy(scheduler)
 
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.shape == shape else value
+    def widened(value: Any) -> Any:
+        return double(value) if isinstance(value, Tensor) and value.shape == shape else value
 
     for name, value in list(vars(copied).items()):
-        setattr(copied, name, [wide(item) for item in value] if isinstance(value, list) else wide(value))
+        setattr(copied, name, [widened(item) for item in value] if isinstance(value, list) else widened(value))
     return copied
 
 
@@ -426,7 +427,7 @@ def aligned(branch: Tensor, like: torch.Size) -> Tensor:
         branch = branch[:, : like[1]]
     if branch.shape != like:
         raise UnfitError("the sampler is given something of another shape than the denoiser's output")
-    return branch.double()
+    return double(branch)
 
 
 def guidance_weights(branches: Sequence[Tensor], guided: Tensor) -> list[float]:
@@ -435,7 +436,7 @@ def guidance_weights(branches: Sequence[Tensor], guided: Tensor) -> list[float]:
     guided: in the precision that they were combined in, which their sum is off by.
     """
     tolerance = max(GUIDANCE_TOLERANCE, ROUNDINGS * torch.finfo(guided.dtype).eps)
-    design, wanted = torch.stack([branch.flatten() for branch in branches], dim=1), guided.double().flatten()
+    design, wanted = torch.stack([branch.flatten() for branch in branches], dim=1), double(guided).flatten()
     found = torch.linalg.lstsq(design, wanted[:, None]).solution.flatten()
     missed = (design @ found - wanted).norm()
     if not float(missed) <= tolerance * float(wanted.norm()):

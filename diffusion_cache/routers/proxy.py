@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..profiling.generation import Batch
+from ..signals import double
 from .mixing import Following, Gates, Histories, Mixture, Run
 
 REMOVED, CUMULATIVE = "removed", "cumulative"
@@ -43,7 +44,7 @@ def image_errors(mixture: Mixture, batch: Batch, gates: Sequence[Gates], variant
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() - b.double()).square().flatten(1).sum(dim=1).mean().cpu()
+    return (double(a) - double(b)).square().flatten(1).sum(dim=1).mean().cpu()
 
 
 class _Recorded(Following):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +27,16 @@ from ..errors import ConfigError
 from ..files import written
 from ..fingerprint import Fingerprint
 from ..models import Span, find_denoisers
-from ..plain import digest, plain_json
+from ..plain import PATIENCE, digest, plain_json
 from ..plan import Plan
 from ..planning.static import evaluations, static_plan
 from ..policies import Planned
 from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Batch, Teacher, attached, last_state, plan_method, teach
-from ..profiling.measure import Given, MakeBatch
+from ..profiling.measure import Given, MakeBatch, Options
 from ..profiling.recorder import surveyed
+from ..signals import double
 from .base import HARD, Recipe
 from .lesson import Lesson
 from .mixing import Gates, Mixture
@@ -47,6 +48,8 @@ NO_LOSS = 1e-8  # in units of the largest loss of a trajectory's steps
 CHECKPOINT, LOG = "checkpoint.pt", "training.json"
 PRICE_RATE = 2.0  # how the price answers to compute above the target: by exp(rate × what is too much)
 MOST_HELD_OUT = 1000  # samples from this number on are trained on
+TOGETHER = 16  # samples generated in one call where nothing is learned
+Each = TypeVar("Each")
 Samples = Callable[[Sequence[int]], Sequence[Given]]  # prompt and seed of samples by number
 Clean = Callable[[Sequence[int]], Tensor]  # noise-free latents of the same, [n, ...]
 Progress = Callable[[str, int, int], None]
@@ -122,8 +125,10 @@ def train(
     """
     if accelerator is None:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
     trainer = Trainer(
         make_batch, samples, profile, recipe, settings or Settings(), folder, clean, accelerator, progress
     )
@@ -198,7 +203,8 @@ class Trainer:
             parameter.requires_grad_(False)
         try:
             self.mixture = Mixture(first.pipe, spans, self.recipe.order, self._feature)
-            self.teacher = teach(self._batch(self._mine(range(self.settings.held_out))))
+            held_out = self._mine(range(self.settings.held_out))
+            self.teachers = [teach(self._batch(part)) for part in parts(held_out, self.profile)]
             self._resume()
             return self._trained()
         finally:
@@ -460,7 +466,7 @@ class Trainer:
 
         In an arithmetic mean the few samples that end as another image would decide.
         """
-        found = last_error(self.teacher, plan)
+        found = torch.cat([last_error(teacher, plan) for teacher in self.teachers])
         return math.exp(self._mean(float(found.clamp_min(TINY).log().mean())))
 
     def _look(self) -> None:
@@ -549,10 +555,19 @@ class Trainer:
         self.spent, self.began = self.log[-1]["seconds"], time.process_time()
 
 
+def parts(samples: Sequence[Each], profile: Profile) -> list[Sequence[Each]]:
+    """Samples as they are generated where nothing is learned: TOGETHER at once, or the batch of a profile that has
+    smaller ones than by default.
+    """
+    batch = profile.facts.get("batch", TOGETHER)
+    size = TOGETHER if batch >= Options().batch else batch
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
 def last_error(teacher: Teacher, plan: Plan) -> Tensor:
     """Relative L2 distance of each sample's last state to the uncached run's, when the batch runs by a plan, [n]."""
     batch = teacher.batch
     with torch.no_grad(), attached(batch.pipe, plan_method(plan)), last_state(batch.pipe.scheduler) as state:
         batch.call()
-    whole = teacher.states[-1][: batch.count].flatten(1).double()
-    return (state[-1][: batch.count].flatten(1).double() - whole).norm(dim=1) / whole.norm(dim=1)
+    whole = double(teacher.states[-1][: batch.count].flatten(1))
+    return (double(state[-1][: batch.count].flatten(1)) - whole).norm(dim=1) / whole.norm(dim=1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .double import double
+
 CHUNK = 2**22  # elements of a batch that are filtered at once
 LIMIT = 60.0  # beyond, a noise level (log-SNR) changes nothing in float64
 
@@ -33,7 +35,8 @@ def axis_filter(size: int, noise_level: float | Tensor, exponent: float) -> Tens
     so the formula is the same for flow matching and variance-preserving models. The zero frequency, whose power
     would be infinite, gets that of the lowest other one (our choice). noise_level: log-SNR, or [...] of them.
     """
-    level = torch.as_tensor(noise_level, dtype=torch.float64)[..., None].clamp(-LIMIT, LIMIT)
+    given = noise_level if isinstance(noise_level, Tensor) else torch.tensor(noise_level, dtype=torch.float64)
+    level = double(given)[..., None].clamp(-LIMIT, LIMIT)
     frequency = torch.fft.fftfreq(size, dtype=torch.float64, device=level.device).abs()
     frequency[0] = frequency[min(1, size - 1)]
     gain = 1 / (1 + torch.exp(-level) * frequency**exponent)

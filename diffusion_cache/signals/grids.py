@@ -1,8 +1,17 @@
 """Where the tokens of a sample lie in its image."""
 
 import math
+from collections.abc import Collection
+
+from torch import Tensor
 
 Grid = tuple[int, int, int]
+
+
+def channels_first(tensor: Tensor, channels: Collection[int]) -> Tensor:
+    """Videos as [rows, C, frames, H, W], which some denoisers take frames first; channels: numbers that C can be."""
+    frames_first = tensor.ndim == 5 and tensor.shape[2] in channels and tensor.shape[1] not in channels
+    return tensor.transpose(1, 2) if frames_first else tensor
 
 
 def grid_of(tokens: int, latent: tuple[int, ...], image: tuple[int, ...]) -> Grid | None:

@@ -9,16 +9,9 @@ from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.dynamic import Best
 from ..planning.static import spared, static_plan
-from ..planning.surrogate import Array, damages, mean_gram, mean_sensitivity, taylor_errors
+from ..planning.surrogate import Array, mean_damages
 from ..profile import Profile
 from .base import System
-
-
-def step_damages(profile: Profile, order: int) -> Array:
-    """What forecasting a step does to the final output: [T, T, T] with Taylor-1, [1, T, T] with reuse (order 0)."""
-    gram = mean_gram(profile)
-    errors = taylor_errors(gram)
-    return damages(errors if order else errors[:1], mean_sensitivity(profile), gram.diagonal())
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Optimal(System):
 
     @abstractmethod
     def best(self, damage: Array, count: int) -> Best:
-        """The best schedule with so many computed steps; damage: of single steps, as `step_damages` gives it."""
+        """The best schedule with so many computed steps; damage: of single steps, as `mean_damages` gives it."""
 
     def plan(self, profile: Profile) -> Plan:
         total, share = profile.total, spared(profile)
@@ -56,5 +49,5 @@ class Optimal(System):
         if not 1 <= count <= total:
             least = total - (total - 1) * share
             raise ConfigError(f"{self.name}: nfe must be from {least:.4g} to {total}, not {self.nfe:g}")
-        found = self.best(step_damages(profile, self.order), count)
+        found = self.best(mean_damages(profile, self.order), count)
         return static_plan(profile, f"{self.name}, {self.nfe:g}", found.compute, self.order)

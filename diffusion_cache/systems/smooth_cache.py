@@ -9,17 +9,20 @@ from ..context import branch_kind
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.static import static_plan
-from ..planning.surrogate import TINY, Array, own_grams
+from ..planning.surrogate import TINY, Array, mean_together, own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
 
 
 def changes(grams: Array) -> Array:
-    """‖F_c − F_t‖ / ‖F_c‖ by [c, t], mean over the spans and passes of grams [S, P, T, T]."""
+    """‖F_c − F_t‖ / ‖F_c‖ by [c, t], mean over the spans and passes of grams [S, P, T, T] that ran at both steps.
+
+    Infinite where none did.
+    """
     energy = grams.diagonal(axis1=2, axis2=3)
     square = energy[..., :, None] + energy[..., None, :] - 2 * grams
-    return np.sqrt(np.maximum(square, 0) / np.maximum(energy[..., :, None], TINY)).mean(axis=(0, 1))
+    return mean_together(np.sqrt(np.maximum(square, 0) / np.maximum(energy[..., :, None], TINY)), grams, np.inf)
 
 
 def longest_lags(change: Array, alpha: float, max_lag: int) -> list[int]:

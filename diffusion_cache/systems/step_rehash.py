@@ -7,17 +7,20 @@ import numpy as np
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.static import static_plan
-from ..planning.surrogate import TINY, Array, own_grams
+from ..planning.surrogate import TINY, Array, mean_together, own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
 
 
 def similarities(profile: Profile) -> Array:
-    """Cosine between the features of two steps, from their mean inner products; mean over cuts and passes: [T, T]."""
+    """Cosine between the features of two steps, from their mean inner products: [T, T].
+
+    The mean over cuts, and passes that ran at both steps; −∞ where none did.
+    """
     gram = own_grams(profile)
     norm = np.sqrt(gram.diagonal(axis1=2, axis2=3))
-    return (gram / np.maximum(norm[..., :, None] * norm[..., None, :], TINY)).mean(axis=(0, 1))
+    return mean_together(gram / np.maximum(norm[..., :, None] * norm[..., None, :], TINY), gram, -np.inf)
 
 
 def key_steps(similarity: Array, gamma: float) -> list[int]:

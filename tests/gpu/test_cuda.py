@@ -10,6 +10,8 @@ from evaluation_profile import plan
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.forecasters.fitted import Fitted
+from diffusion_cache.history import History
+from diffusion_cache.offload import Offload
 from diffusion_cache.policies import Planned
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +76,28 @@ def test_features_are_the_same_however_they_are_kept(kept):
         assert summary.resident_bytes < summary.cache_bytes / 2
         with dc.cached(pipe, **OPTIONS, **{**kept, "cache_device": "model"}):
             assert torch.equal(generate(pipe, name), cached)
+
+
+def test_features_on_the_host_take_no_more_of_the_device_however_far_the_host_runs_ahead():
+    size, away, histories = 2**24, Offload(), [History(2) for _ in range(8)]
+    for step in range(2):
+        for place, history in enumerate(histories):
+            value = 10.0 * step + place
+            away.observe(history, step, [torch.full((size // 4,), value, device="cuda")], [None])
+    away.finish()
+    torch.cuda.synchronize()
+    before, found = torch.cuda.memory_reserved(), []
+    torch.cuda._sleep(10**9)  # the device is behind until all is enqueued
+    for _ in range(3):
+        for place, history in enumerate(histories):
+            slots = away.held(history).slots
+            found += [torch.stack([slot[0].amin(), slot[0].amax()]) for slot in slots]
+            away.fetch(histories[(place + 1) % len(histories)])
+    taken = torch.cuda.memory_reserved() - before
+    assert taken <= 3 * 2 * size  # two spans, and room for what is not features
+    expected = [[10.0 * step + place] * 2 for place in range(len(histories)) for step in range(2)]
+    assert torch.stack(found).tolist() == 3 * expected
+    away.finish()
 
 
 def generate_on_cpu(pipe, name):

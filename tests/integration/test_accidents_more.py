@@ -544,13 +544,12 @@ def every_other_block():
     [
         (WAN, ADAPTIVE, 2),
         (WAN, dict(policy="speca", threshold=0.9), 2),
-        (WAN, dict(policy="teacache", threshold=0.3), 1),
         (WAN, dict(policy="teacache", threshold=0.3), 2),
         (WAN, every_other_block(), 2),
         (UNET, PLANNED, 2),
         (UNET, PLANNED, 3),
     ],
-    ids=["probe", "tail", "begun-alone", "begun", "blocks", "first-of-cut", "last-of-cut"],
+    ids=["probe", "tail", "begun", "blocks", "first-of-cut", "last-of-cut"],
 )
 def test_groups_of_which_some_blocks_are_skipped(name, method, size, tmp_path, monkeypatch):
     """Each block that runs has its weights, and no group stays loaded."""
@@ -562,6 +561,71 @@ def test_groups_of_which_some_blocks_are_skipped(name, method, size, tmp_path, m
     assert torch.equal(anew(name, pipe, method)[0], expected)
     assert not left
     assert torch.equal(generate(name, pipe), uncached(name))
+
+
+def offload_ahead(name, pipe, monkeypatch, **options):
+    """Offload to the meta device, each group loaded by the one before it, as `use_stream=True` has it on a GPU.
+
+    Those still loaded at the ends of calls.
+    """
+    from diffusers.hooks import group_offloading
+
+    away, left = {}, []
+
+    def tensors(group):
+        parts = [part for module in group.modules for part in (*module.parameters(), *module.buffers())]
+        return [*group.parameters, *group.buffers, *parts]
+
+    def onload_(group):
+        for tensor in tensors(group):
+            if tensor.is_meta:
+                torch.utils.swap_tensors(tensor, away.pop(id(tensor)))
+
+    def offload_(group):
+        for tensor in tensors(group):
+            if not tensor.is_meta:
+                away[id(tensor)] = tensor.to("meta")
+                torch.utils.swap_tensors(tensor, away[id(tensor)])
+
+    def look(denoiser, args, output):
+        left.extend(name for name, parameter in denoiser.named_parameters() if not parameter.is_meta)
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload_)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload_)
+    monkeypatch.setattr(type(pipe), "_execution_device", CPU)
+    denoiser = denoiser_of(name, pipe)
+    group_offloading.apply_group_offloading(denoiser, CPU, torch.device("meta"), **options)
+    root = group_offloading.ModuleGroup([], torch.device("meta"), CPU, denoiser, denoiser)
+    config = group_offloading._get_top_level_group_offload_hook(denoiser).config
+    group_offloading._apply_lazy_group_offloading_hook(denoiser, root, config=config)
+    denoiser.register_forward_hook(look)
+    return left
+
+
+BLOCKS, LEAVES = dict(offload_type="block_level", num_blocks_per_group=1), dict(offload_type="leaf_level")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        (FLUX, PLANNED, BLOCKS),
+        (WAN, ADAPTIVE, BLOCKS),
+        (WAN, every_other_block(), BLOCKS),
+        (WAN, dict(policy="teacache", threshold=0.3), BLOCKS),
+        (DIT, dict(scope="branch", **PLANNED), LEAVES),
+        (WAN, dict(policy="teacache", threshold=0.3), LEAVES),
+    ],
+    ids=["stack", "probe", "blocks", "begun", "leaves", "leaves-begun"],
+)
+def test_groups_that_are_loaded_ahead(name, method, options, monkeypatch):
+    """Blocks that run have their weights, and none that was loaded to be skipped stays loaded."""
+    expected, seen = anew(name, load(name), method)
+    assert any(reused for *_, reused in seen)
+    pipe = load(name)
+    left = offload_ahead(name, pipe, monkeypatch, **options)
+    assert torch.equal(generate(name, pipe), uncached(name))
+    assert torch.equal(anew(name, pipe, method)[0], expected)
+    assert not left
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,16 @@ def test_bad_input(bench_gpu, tmp_path, capsys):
     assert (tmp_path / "cpu-tiny.json").read_text() == "{"
 
 
+def test_events_are_recorded_on_the_device_that_is_given(bench_gpu, tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: sys.exit("enough"))
+    with pytest.raises(SystemExit, match="enough"):
+        bench_gpu.main(["--tiny", "--device", "cuda:1", "--out", str(tmp_path)])
+    assert current == [torch.device("cuda:1")]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(bench_gpu, tmp_path):
     assert bench_gpu.main(["--tiny", "--rounds", "1", "--only", "dit-xl-2", "sdxl", "--out", str(tmp_path)]) == 0

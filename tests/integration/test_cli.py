@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion_cache import published, reference
-from diffusion_cache.cli import app, demo
+from diffusion_cache.cli import app, demo, plan
 from diffusion_cache.cli.results import Row
 from diffusion_cache.cli.tables import COLUMNS
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.measure import psnr, quality
-from diffusion_cache.profile import shipped_profiles
+from diffusion_cache.profile import Profile, shipped_profiles
 
 
 def run(*arguments, code=0):
@@ -131,6 +133,12 @@ def test_settings_that_cannot_work_are_refused(option, tmp_path):
     assert "must be at least" in run("demo", "--out", tmp_path, *option, code=2)
 
 
+def test_the_demo_does_not_report_seeds_that_fitting_uses(tmp_path):
+    told = run("demo", "--out", tmp_path, "--seed", FITTING_SEEDS - 9, "--samples", 10, code=2)
+    assert "seeds 99991 to 100000 are asked for; those from 100000 on are for fitting" in told
+    demo.Settings(seed=FITTING_SEEDS - 10, samples=10)
+
+
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     (tmp_path / "file").touch()
     assert "choose another folder with --out" in run("demo", "--out", tmp_path / "file" / "demo", code=2)
@@ -148,6 +156,17 @@ def test_plan_refuses_before_it_generates(options, message, monkeypatch):
     monkeypatch.setattr("diffusion_cache.cli.plan.teach", lambda batch: pytest.fail("generated"))
     profile = shipped_profiles()["flux-digits-flow-euler"]
     assert message in run("plan", profile, "--nfe", 20, *options, code=2)
+
+
+def test_prompts_for_plans_come_from_the_column_named(tmp_path, monkeypatch):
+    (tmp_path / "prompts.csv").write_text("prompt,caption\na boat,a fox\n")
+    pipeline = SimpleNamespace(pipe=lambda: None, classes=None, video=False)
+    monkeypatch.setattr(plan, "_pretrained", lambda *given: pipeline)
+    profile = Profile.load(shipped_profiles()["dit-digits-ddim"])
+    settings = plan.Settings(prompts=tmp_path / "prompts.csv", column="caption")
+    assert plan.source_of(profile, str(tmp_path), settings).prompts == ["a fox"]
+    with pytest.raises(ConfigError, match="takes no --column"):
+        plan.source_of(profile, "dit-digits", plan.Settings(column="caption"))
 
 
 def test_demo_writes_pictures_page_and_figures(tmp_path):
@@ -182,7 +201,7 @@ def test_demo_writes_pictures_page_and_figures(tmp_path):
             assert row["blocks"] == pytest.approx((row["nfe"] + (steps - row["nfe"]) / blocks + tried) / steps)
         else:
             assert row["nfe"] == row["options"]["num_inference_steps"]
-    assert rows[demo.SPACED_TAYLOR, 2]["options"]["mask"][0] == 1
+    assert rows[demo.SPACED_TAYLOR, 2]["options"]["share"] == 0.5
 
     for name in ("demo.png", "dit-digits.png"):
         with Image.open(tmp_path / name) as picture:

@@ -12,7 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusion_cache.cli import evaluate as command
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.jobs import Team, run_job
+from diffusion_cache.evaluation.prompts import Sample
 from diffusion_cache.evaluation.runner import Job
+from diffusion_cache.evaluation.subjects import Pretrained
 
 WORDS = [f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz,"] + list("abcdefghijklmnopqrstuvwxyz")
 COMMON = [
@@ -96,11 +98,14 @@ def dit(tmp_path_factory):
     return folder
 
 
-def made(folder, *overrides):
+def config(*overrides):
     command.register_methods()
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
-        config = command.resolved(compose("evaluate", [*COMMON, *overrides]))
-    paths = run_job(Job(config, Path(folder)), lambda *news: None, Team())
+        return command.resolved(compose("evaluate", [*COMMON, *overrides]))
+
+
+def made(folder, *overrides):
+    paths = run_job(Job(config(*overrides), Path(folder)), lambda *news: None, Team())
     return [json.loads((path / "summary.json").read_text()) for path in paths]
 
 
@@ -151,6 +156,7 @@ def test_class_to_image(dit, tmp_path):
         ("model.offload=modell", "Did you mean 'model'"),
         ("model.compile=block", "Did you mean 'blocks'"),
         ("model.device=tpu0x", "must be auto or a device"),
+        ("model.device=cuda:9", "model.device=cuda:9 is not there: torch sees 0 GPUs"),
         ("model.call={hight: 16}", "Did you mean 'height'"),
     ],
 )
@@ -158,6 +164,20 @@ def test_options_that_cannot_work(stable_diffusion, tmp_path, override, message)
     options = ["model=hub", f"model.repository={stable_diffusion}", "prompts=builtin", "method=interval"]
     with pytest.raises(ConfigError, match=message):
         made(tmp_path, *options, override)
+
+
+def test_what_the_evaluation_gives_itself_is_not_for_the_call(stable_diffusion):
+    options = config("model=hub", f"model.repository={stable_diffusion}")["model"]
+    for key, instead in (("prompt", "prompts="), ("class_labels", "prompts="), ("generator", "prompts.first_seed=")):
+        with pytest.raises(ConfigError, match=f"model.call.{key} is not yours to give: say {instead}"):
+            Pretrained({**options, "call": {key: "x"}}, {"name": None, "options": {}})
+
+
+def test_a_negative_prompt_is_given_for_each_sample(stable_diffusion):
+    options = config("model=hub", f"model.repository={stable_diffusion}")["model"]
+    what = Pretrained({**options, "call": {"negative_prompt": "a blur"}}, {"name": None, "options": {}})
+    assert what.inputs([Sample(0, "a", 0), Sample(1, "b", 1)], 2)["negative_prompt"] == ["a blur"] * 2
+    assert what.text
 
 
 def test_a_repository_that_is_not_there(tmp_path, monkeypatch):

@@ -300,6 +300,50 @@ def test_calls_that_cannot_be_captured(capturers):
     assert [record.replayed for record in records] == [not record.computed for record in records]
 
 
+def cast(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float64)
+
+
+def put_elsewhere(pipe):
+    """A weight gets new memory in each call, by a hook of which nothing is known."""
+    pipe.transformer.proj_out.register_forward_hook(
+        lambda module, args, output: setattr(module.weight, "data", module.weight.data.clone())
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "later", "told"),
+    [
+        (cast, False, "layerwise casting gives the weights new memory"),
+        (cast, True, "layerwise casting gives the weights new memory"),
+        (put_elsewhere, False, "weights, modules or settings change while it runs"),
+    ],
+)
+def test_weights_that_move_while_the_denoiser_runs(change, later, told, capturers):
+    """No graphs, told once, and the weights stay what they are."""
+    name = "flux-digits"
+    plain, pipe = load(name), load(name)
+    if later:
+        dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
+        generate(name, pipe)
+        generate(name, pipe)
+    for changed in (plain, pipe):
+        change(changed)
+    without = generate(name, plain)
+    dc.enable(plain, scope="stack", **TAYLOR)
+    expected = generate(name, plain)
+    if not later:
+        dc.enable(pipe, scope="stack", cuda_graphs=True, **TAYLOR)
+    with warnings.catch_warnings(record=True) as known:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert (generate(name, pipe) - expected).abs().max() <= 1e-6
+            assert dc.summary(pipe).replayed == 0
+    assert sum(told in message for message in messages(known)) == 1
+    dc.disable(pipe)
+    assert torch.equal(generate(name, pipe), without)
+
+
 def in_training(denoiser):
     denoiser.train()
     return torch.no_grad()

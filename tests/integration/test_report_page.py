@@ -1,13 +1,15 @@
 """The report's page in headless Chromium, from a file, without a network."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from evaluation_runs import INJECTED_LABEL, INJECTED_PROMPT, write_experiment
+from evaluation_runs import INJECTED_LABEL, INJECTED_PROMPT, write_experiment, write_run
 
 from diffusion_cache.evaluation.report import choices_tables, write_report
 from diffusion_cache.evaluation.runs import read_experiment
@@ -36,6 +38,11 @@ POINTS = """id => document.getElementById(id).data.filter(trace => trace.meta ==
 def folder(tmp_path_factory) -> Path:
     """A name that must be escaped in the page and in its address."""
     folder = write_experiment(tmp_path_factory.mktemp("page") / "a <b>#?%20", n=6, settings=3, side=12)
+    for path in folder.glob("runs/*/summary.json"):
+        summary = json.loads(path.read_text())
+        if summary["metrics"]:
+            summary["metrics"]["temporal_error"] = summary["metrics"]["latent_error"]
+        path.write_text(json.dumps(summary))
     write_report(folder)
     return folder
 
@@ -119,6 +126,14 @@ def test_switches_change_the_plot(page):
     assert set(points(page)) == {"interval", "uncached"}
     assert "Random weights: speed only" in page.inner_text("#front-note")
     assert page.locator("#metric option").all_inner_texts() == ["speed, × the uncached run (wall time)"]
+
+
+def test_metrics_beside_the_usual_ones_can_be_chosen(page):
+    page.select_option("#metric", "latent_error")
+    expected = points(page)["planned"]["y"]
+    page.select_option("#metric", label="temporal error, mean")
+    assert points(page)["planned"]["y"] == expected
+    assert "the best are lower left" in page.inner_text("#front-note")
 
 
 def test_legend_filters_every_plot_and_the_table(page):
@@ -210,6 +225,7 @@ def test_pictures_enlarge(page):
 
 def test_samples_by_method_and_by_prompt(page, folder):
     assert page.locator("#budget option").all_inner_texts() == ["1/2", "1/3", "1/4", "1/5"]
+    assert "a budget may be exceeded by up to 6%" in page.inner_text("#strip-note")
     page.select_option("#budget", "1/2")
     by_method = points(page, "strip")["planned"]
     (place,) = set(by_method["runs"])
@@ -223,6 +239,22 @@ def test_samples_by_method_and_by_prompt(page, folder):
     assert sorted(by_prompt["x"]) == sorted(by_method["x"])
     assert len({round(y) for y in by_prompt["y"]}) == len(set(run.samples.prompts)) == 6
     assert INJECTED_PROMPT[:20] in page.inner_text("#strip")
+
+
+def test_pictures_without_psnr(browser, tmp_path):
+    run = write_run(tmp_path, kind="baseline", method="fewer steps")
+    pq.write_table(pq.read_table(run / "rows.parquet").drop_columns(["psnr"]), run / "rows.parquet")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["metrics"]["psnr"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    write_report(tmp_path)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#runs tbody tr")
+    captions = page.locator(".triplet figcaption").all_inner_texts()
+    assert captions == ["shown sample: seed 101, zero", f"shown sample: seed 100, {INJECTED_PROMPT}"]
+    context.close()
 
 
 def test_what_to_take_without_a_profile(page, folder):

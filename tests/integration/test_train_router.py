@@ -1,6 +1,7 @@
 """Training a router from the command line, and running its plan."""
 
 import json
+from types import SimpleNamespace
 
 import plans
 import pytest
@@ -11,7 +12,7 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.cli import app, hydra_app
 from diffusion_cache.cli import train_router as command
-from diffusion_cache.errors import ConfigError
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
 from diffusion_cache.plan import Plan
 from diffusion_cache.profile import Profile
@@ -65,8 +66,9 @@ def test_a_trained_router_runs_as_a_plan(tmp_path, capsys):
         assert [row["trajectory"] for row in json.loads((folder / name / "training.json").read_text())] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("classes", "texts"), [(False, 2), (True, None)])
-def test_a_plan_states_of_how_many_texts_its_samples_are(classes, texts):
+@pytest.mark.parametrize(("learned", "texts"), [((), 2), (("3", "4"), 1), (None, None)])
+def test_a_plan_states_of_how_many_texts_its_samples_are(learned, texts):
+    """Those that the router was trained on, or the profile is of (0 and 1), do not count."""
     profile, pipe = plans.profile("flux-digits"), reference.load("flux-digits")
     schedule = Schedule.uniform(step < 2 for step in range(plans.STEPS))
     plan = Plan("early", "stack", None, "auto", schedule, profile.noise_levels, facts={"held_out_prompts": 60})
@@ -75,8 +77,8 @@ def test_a_plan_states_of_how_many_texts_its_samples_are(classes, texts):
         return plans.batch(pipe, "flux-digits", samples)
 
     with plans.quickly_timed():
-        given = [("3", 1), ("8", 2), ("3", 3)]
-        made = command.stated(plan, profile, make, given, classes, lambda *told: None)
+        given = [("3", 1), ("8", 2), ("1", 3)]
+        made = command.stated(plan, profile, make, given, learned, lambda *told: None)
     assert (made.quality.seeds, made.held_out_prompts) == ((1, 2, 3), texts)
 
 
@@ -91,6 +93,22 @@ def test_samples_are_for_fitting_alone():
     assert not ranges[0] & ranges[1]
     assert min(map(min, ranges)) > FITTING_SEEDS + 100_000
     assert [label for label, _ in command.training_samples(prompts, subject, 0)(range(9, 12))] == ["9", "0", "1"]
+
+
+def test_texts_are_trained_on_or_held_out(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join("abcdefghij"))
+    prompts = {"kind": "file", "path": str(path), "column": "prompt", "n": None, "n_video": None, "first_seed": 0}
+    subject = SimpleNamespace(classes=0, video=False)
+    samples = command.training_samples(prompts, subject, 0, (160, 16, 64))
+    ranges = [range(16), range(1000, 1160), range(command.HELD_OUT, command.HELD_OUT + 64)]
+    chosen, trained, held_out = ({prompt for prompt, _ in samples(numbers)} for numbers in ranges)
+    assert trained == set("abcdef")  # the profile's come first among the prompts
+    assert (len(chosen | held_out), chosen & held_out) == (4, set())
+    path.write_text("a\nb")
+    with pytest.warns(DiffusionCacheWarning, match="2 prompts are too few to train on some and hold others out"):
+        samples = command.training_samples(prompts, subject, 0, (160, 16, 64))
+    assert {prompt for prompt, _ in samples(range(command.HELD_OUT, command.HELD_OUT + 4))} == {"a", "b"}
 
 
 def test_clean_latents_are_of_the_samples_classes():

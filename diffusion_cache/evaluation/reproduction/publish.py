@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...files import written
+from ..store import environment_facts
 from . import bench
 from .claims import Claim, Outcome, SeedSet
 
@@ -39,20 +40,23 @@ def run(
 ) -> list[dict[str, Any]]:
     """Check the claims; outcomes are kept in `folder`, by the claim's source, and not computed again.
 
-    Returns: a row of each claim, see `Claim.row`.
+    Returns: a row of each claim, see `Claim.row`, with "environments": for each set of seeds what its outcome was made
+        with, None where that was not kept.
 
     Raises:
         ConfigError: where claims fail for which no reason is given, after all have been checked.
     """
-    outcomes: dict[str, dict[int, Outcome]] = {claim.name: {} for claim in claims}
+    found: dict[str, dict[int, tuple[Outcome, Any]]] = {claim.name: {} for claim in claims}
     places = [(seeds, claim) for seeds in sets for claim in claims]  # modules keep runs that their claims share
     for place, (seeds, claim) in enumerate(places):
         progress(f"{claim.name}, seeds {seeds.index}", place, len(places))
-        outcomes[claim.name][seeds.index] = _outcome(claim, seeds, folder)
+        found[claim.name][seeds.index] = _outcome(claim, seeds, folder)
     rows, problems = [], []
     for claim in claims:
+        made = found[claim.name]
         try:
-            rows.append(claim.row(outcomes[claim.name]))
+            row = claim.row({index: outcome for index, (outcome, _) in made.items()})
+            rows.append({**row, "environments": [made[index][1] for index in row["seeds"]]})
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -66,16 +70,19 @@ def merged(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
     return [found[name] for name in sorted(found)]
 
 
-def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> Outcome:
+def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> tuple[Outcome, dict[str, Any] | None]:
+    """What a check says, and what it was made with (None where an earlier version kept it without)."""
     source = _code(sys.modules[claim.check.__module__]) + _code(bench) + repr(seeds)
     path = folder / f"{claim.name}-{seeds.index}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.json"
     if path.is_file():
-        return Outcome(**json.loads(path.read_text()))
-    outcome = claim.check(seeds)
+        kept = json.loads(path.read_text())
+        environment = kept.pop("environment", None)
+        return Outcome(**kept), environment
+    outcome, environment = claim.check(seeds), environment_facts()
     folder.mkdir(parents=True, exist_ok=True)
     with written(path) as draft:
-        draft.write_text(json.dumps(asdict(outcome), indent=2))
-    return outcome
+        draft.write_text(json.dumps({**asdict(outcome), "environment": environment}, indent=2))
+    return outcome, environment
 
 
 def _code(module: ModuleType) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from recorded_graph import RecordingCapturer
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import diffusion_cache as dc
 from diffusion_cache.engine import graphs
@@ -122,6 +123,12 @@ class Scaled(nn.Module):
         self.processor = type("Processor", (), {})()
         self.processor.scale = [0.5]
         self.register_buffer("shift", torch.zeros(2))
+        self.packed = packed()
+
+
+def packed():
+    """A weight of several tensors, as quantised ones are: it has no address of its own."""
+    return nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
 
 
 def replaced(model):
@@ -131,6 +138,7 @@ def replaced(model):
 CHANGES = {
     "a weight's memory": lambda model: setattr(model.linear.weight, "data", torch.ones(2, 2)),
     "a weight": replaced,
+    "a quantised weight": lambda model: setattr(model, "packed", packed()),
     "a buffer": lambda model: setattr(model, "shift", torch.zeros(2)),
     "a module": lambda model: setattr(model, "linear", nn.Linear(2, 2)),
     "a number in a dict": lambda model: model.scales.update(default=0.5),
@@ -146,7 +154,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_of_a_denoiser(change):
     model = Scaled()
-    before, kept = graphs._condition(model), [*model.modules(), model.linear.weight.data, model.shift, model.processor]
+    before = graphs._condition(model)
+    kept = [*model.modules(), model.linear.weight.data, model.shift, model.packed, model.processor]
     with torch.no_grad():
         model.linear.weight.add_(1)  # graphs read it where it is
         model.linear(torch.ones(2))

@@ -78,6 +78,28 @@ def test_a_batch_is_priced_by_what_one_sample_showed():
     assert account.priced(unknown.kinds).steps == counted.steps
 
 
+def test_what_runs_compiled_is_counted_uncompiled_and_gets_no_hooks_otherwise():
+    account, denoiser, scheduler = accountant()
+    with account.observed(flops=True) as plain:
+        generation(denoiser, scheduler, [False, True])
+    account.compiled = True
+    graphs, hooks = [], []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return lambda *args: hooks.append(any(m._forward_hooks for m in denoiser.modules())) or graph(*args)
+
+    denoiser.compile(backend=backend)
+    for _ in range(2):
+        with account.observed() as found:
+            generation(denoiser, scheduler, [False, True])
+        with account.observed(flops=True) as counted:
+            generation(denoiser, scheduler, [False, True])
+        assert counted.steps == plain.steps
+    assert len(set(found.kinds)) == 1
+    assert (len(graphs), hooks) == (2, [False] * 4)
+
+
 COMPUTED, REUSED, AGAIN = SampleRecord(True, 0), SampleRecord(False, 3), SampleRecord(True, 0, again=True)
 
 

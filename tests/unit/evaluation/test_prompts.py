@@ -64,6 +64,18 @@ def test_files_of_prompts(tmp_path):
     assert read_prompts(parquet, "caption") == ["x", "y"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_prompt_is_as_written(tmp_path, end):
+    mark, text = "\ufeff", tmp_path / "prompts.txt"
+    text.write_bytes(f"{mark}a fox{end}a boat\u2028at night{end}".encode())
+    assert read_prompts(text, "prompt") == ["a fox", "a boat\u2028at night"]
+    table = tmp_path / "prompts.csv"
+    table.write_bytes(f"{mark}prompt,id{end}007,1{end}1.50,2{end}".encode())
+    assert read_prompts(table, "prompt") == ["007", "1.50"]
+    table.write_bytes(f"prompt,id{end}true,1{end}".encode())
+    assert read_prompts(table, "prompt") == ["true"]
+
+
 def test_files_that_hold_no_prompts(tmp_path):
     with pytest.raises(ConfigError, match="there is no file"):
         read_prompts(tmp_path / "missing.txt", "prompt")

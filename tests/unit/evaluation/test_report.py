@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from evaluation_runs import ENVIRONMENT, INJECTED_LABEL, INJECTED_PROMPT, write_experiment, write_run
 from safetensors.numpy import load_file, save_file
@@ -198,10 +199,9 @@ def test_margins_of_perfect_runs_and_of_none(tmp_path):
 
 def test_on_a_cpu_speeds_are_compared_by_its_time(tmp_path):
     """Wall time says how busy the machine was as well: here the rival, 1.65 times as fast in CPU time, is slower."""
-    on_cpu = {**ENVIRONMENT, "gpu": []}
-    plan = {"nfe": 0.5, "speed": 1.8, "settings": {"nfe": 10, "plan": "half"}, "environment": on_cpu}
+    plan = {"nfe": 0.5, "speed": 1.8, "settings": {"nfe": 10, "plan": "half"}, "device": "cpu"}
     write_plan(tmp_path, psnr=same(50), **plan)
-    rival = write_run(tmp_path, kind="rival", method="x", nfe=0.6, psnr=same(60), speed=2.4, environment=on_cpu)
+    rival = write_run(tmp_path, kind="rival", method="x", nfe=0.6, psnr=same(60), speed=2.4, device="cpu")
     summary = json.loads((rival / "summary.json").read_text())
     (rival / "summary.json").write_text(json.dumps({**summary, "cpu_ratio": 1.65}))
     runs = read_experiment(tmp_path).runs
@@ -213,19 +213,13 @@ def test_on_a_cpu_speeds_are_compared_by_its_time(tmp_path):
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_is_compared_by_its_time(tmp_path):
-    folder = write_run(tmp_path, speed=2.0)
-    summary = json.loads((folder / "summary.json").read_text())
-    found = {}
-    for device in (None, "cpu", "NVIDIA H100"):
-        (folder / "summary.json").write_text(json.dumps({**summary, "device": device}))
-        (run,) = read_experiment(tmp_path).runs
-        found[device] = run.on_gpu, run.speed, run.conditions.get("device")
+    for device in ("cpu", "NVIDIA H100"):
+        write_run(tmp_path / device, speed=2.0, device=device)
     assert ENVIRONMENT["gpu"]
-    assert found == {
-        None: (True, 2.0, None),
-        "cpu": (False, pytest.approx(2.0 * 0.98), "cpu"),
-        "NVIDIA H100": (True, 2.0, "NVIDIA H100"),
-    }
+    (run,) = read_experiment(tmp_path / "cpu").runs
+    assert (run.on_gpu, run.speed, run.conditions["device"]) == (False, pytest.approx(2.0 * 0.98), "cpu")
+    (run,) = read_experiment(tmp_path / "NVIDIA H100").runs
+    assert (run.on_gpu, run.speed, run.conditions["device"]) == (True, 2.0, "NVIDIA H100")
 
 
 def test_margins_in_the_report(tmp_path):
@@ -298,6 +292,33 @@ def test_csv_values_and_order(tmp_path):
     assert random["note"] == "random weights: speed only"
 
 
+def test_what_else_was_measured_has_columns_at_the_end(tmp_path):
+    first = write_run(tmp_path, settings={"k": 1})
+    before = csv_rows_of(tmp_path)
+    further = {"clip_score": {"mean": 0.31}, "lpips": {"mean": 0.1, "p5": 0.2, "worst": 0.3}, "elsewhere": {"mean": 7}}
+    scores = json.loads((first / "summary.json").read_text())["metrics"] | further
+    scores |= {"psnr_unclamped": {"mean": None, "identical": 1}, "class_correct": {"mean": 0.9}}
+    replaced(first / "summary.json", metrics=scores)
+    write_run(tmp_path, settings={"k": 2})
+    measured, other = csv_rows_of(tmp_path)
+    columns = ["clip_score_mean", "elsewhere_mean", "psnr_unclamped_mean", "lpips_p5", "lpips_worst"]
+    assert list(measured) == list(before[0]) + columns  # `class_accuracy` is there already
+    assert [measured[name] for name in columns] == ["0.31", "7", "inf", "0.2", "0.3"]
+    assert [other[name] for name in columns] == [""] * 5
+    data = report_page.page_data(read_experiment(tmp_path), {})
+    assert data["runs"][0]["psnr_unclamped_mean"] == "inf"
+    assert data["metrics"] == [  # without the one of which nobody here knows whether more of it is better
+        {"key": "clip_score_mean", "name": "clip score, mean", "lower": False},
+        {"key": "psnr_unclamped_mean", "name": "psnr unclamped, mean", "lower": False},
+        {"key": "lpips_p5", "name": "lpips, p5", "lower": True},
+        {"key": "lpips_worst", "name": "lpips, worst", "lower": True},
+    ]
+
+
+def csv_rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(report.csv_text(read_experiment(folder).runs).splitlines()))
+
+
 def test_report_is_deterministic(experiment, written, tmp_path):
     again = write_report(experiment, tmp_path)
     for name in ("csv", "markdown", "environment", "margins"):
@@ -339,6 +360,16 @@ def test_overview_table(tmp_path):
     assert rows[2] == ["fewer steps", "baseline", "–", "–", "–", "–", "**∞ / ∞**", "–"]
     assert rows[3] == ["good", "ours", *["**44.0 / 41.0**"] * 4, "44.0 / 41.0", "**44.0 / 41.0**"]
     assert rows[4] == ["bad", "rival", "–", "–", "–", "–", "incorrect", "incorrect"]
+
+
+def test_what_a_budget_admits_is_told(tmp_path):
+    write_run(tmp_path, nfe=0.53)  # 1/2 × 1.06
+    experiment = read_experiment(tmp_path)
+    text = report.markdown(experiment)
+    told = "a budget may be exceeded by up to 6%"
+    assert f"best setting within the NFE budget; {told}." in text
+    assert told in report.NOTES
+    assert report_page.page_data(experiment, {})["budget_note"] == told
 
 
 def test_random_weights_say_so(experiment, written):
@@ -453,6 +484,13 @@ def test_pictures_and_what_is_told_of_them_are_of_the_same_samples():
     assert extremes([None]) == {"worst": 0, "median": 0}
 
 
+def test_pictures_without_psnr_are_not_said_to_be_of_the_worst(tmp_path):
+    folder = write_run(tmp_path)
+    pq.write_table(pq.read_table(folder / "rows.parquet").drop_columns(["psnr"]), folder / "rows.parquet")
+    found = report_page.triplets(read_experiment(tmp_path).runs[0])
+    assert [(triplet["place"], triplet["sample"]) for triplet in found] == [("shown", 1), ("shown", 0)]
+
+
 def test_frames_stand_side_by_side_and_long_videos_are_thinned(tmp_path):
     write_run(tmp_path, frames=20, channels=3, side=10)
     (median, _) = report_page.triplets(read_experiment(tmp_path).runs[0])
@@ -506,6 +544,13 @@ def test_runs_of_other_threads_are_not_compared(tmp_path):
     write_run(tmp_path, conditions={"threads": 8})
     found = read_experiment(tmp_path)
     assert found.subjects == [("dit-digits threads=1", "ddim"), ("dit-digits threads=8", "ddim")]
+
+
+def test_runs_of_other_metric_settings_are_not_compared(tmp_path):
+    write_run(tmp_path)
+    write_run(tmp_path, conditions={"metrics": {"names": ["lpips"], "settings": {"lpips": {"backbone": "vgg"}}}})
+    vgg = 'dit-digits metrics.settings={"lpips": {"backbone": "vgg"}}'
+    assert [model for model, _ in read_experiment(tmp_path).subjects] == [vgg, "dit-digits metrics.settings={}"]
 
 
 def test_what_is_missing_or_mixed_is_told(tmp_path):
@@ -594,7 +639,7 @@ DAMAGE = {
     "cut config": ("config.json", cut, "config.json is damaged"),
     "no contender": ("config.json", lambda path: without(path, "contender"), "config.json lacks 'contender'"),
     "a contender that is none": ("config.json", lambda path: replaced(path, contender=[]), "config.json is damaged"),
-    "unknown GPUs": ("environment.json", lambda path: path.write_text("{}"), "does not tell the GPUs"),
+    "no device": ("summary.json", lambda path: without(path, "device"), "summary.json lacks 'device'"),
     "not UTF-8": ("environment.json", lambda path: path.write_bytes(b'{"a": "\xff"}'), "environment.json is damaged"),
     "cut rows": ("rows.parquet", cut, "rows.parquet is damaged or missing"),
     "no rows": ("rows.parquet", Path.unlink, "rows.parquet is damaged or missing"),

@@ -1,7 +1,9 @@
+import json
 from dataclasses import replace
 
 import pytest
 
+from diffusion_cache import __version__
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.reproduction import CLAIMS, Outcome, claim, claims, load_claims, seed_sets
 from diffusion_cache.evaluation.reproduction.bench import Bench
@@ -50,6 +52,19 @@ def test_outcomes_are_kept(made, tmp_path):
     first = run(made[0], seed_sets(), tmp_path)
     assert run(made[0], seed_sets(), tmp_path) == first
     assert made[1] == [0, 1, 2]
+
+
+def test_what_an_outcome_was_made_with_is_kept(made, tmp_path):
+    (row,) = run(made[0][:1], seed_sets(1), tmp_path)
+    (environment,) = row["environments"]
+    assert environment["versions"]["diffusion-cache"] == __version__
+    assert {"cpu", "gpu", "threads", "git"} < environment.keys()
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    assert kept.pop("environment") == environment
+    path.write_text(json.dumps(kept))  # as an earlier version left it
+    assert run(made[0][:1], seed_sets(1), tmp_path) == [{**row, "environments": [None]}]
+    assert made[1] == [0]
 
 
 def test_a_failure_without_a_reason_is_told(made, tmp_path):

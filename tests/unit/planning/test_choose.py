@@ -117,6 +117,8 @@ def test_repeated_prompts_are_told_of():
     with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the 10 prompts") as told:
         assert choose([few], min_psnr=58) is few
     assert len(told) == 1
+    with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the prompts that it was made from"):
+        choose([replace(few, facts={"held_out_prompts": 0})], min_psnr=58)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for one in (many, PLANS[0]):

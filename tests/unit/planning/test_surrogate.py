@@ -1,5 +1,6 @@
 """Errors of linear forecasts from the Gram matrix: against the features themselves."""
 
+import grams
 import numpy as np
 import pytest
 
@@ -8,9 +9,13 @@ from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Taylor
 from diffusion_cache.planning.surrogate import (
     MOST_STEPS,
+    cell_errors,
     damages,
     forecast_error,
     least_squares,
+    mean_damages,
+    mean_gram,
+    seen_errors,
     taylor_errors,
 )
 
@@ -185,3 +190,48 @@ def test_a_feature_that_is_zero_is_reused_only_if_exactly_forecast(exponent):
 def test_damages_of_unusable_measurements(sensitivity, energy, message):
     with pytest.raises(ConfigError, match=message):
         damages(np.zeros((2, 2)), sensitivity, energy)
+
+
+# passes that do not run at every step
+
+
+def test_errors_of_a_pass_are_of_the_steps_that_it_ran_at(features):
+    features[[0, 1, 6]] = 0
+    errors, whole = seen_errors(features @ features.T), taylor_errors(features @ features.T)
+    for h, i, t in np.ndindex(STEPS, STEPS, STEPS):
+        row = 0 if h - 1 in (0, 1, 6) and h - 1 < i else h  # from before it began there is no line
+        assert errors[h, i, t] == (0 if {i, t} & {0, 1, 6} else whole[row, i, t])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_guidance_that_ends_does_not_make_the_other_branch_dearer(features, order):
+    """Where only one pass runs, damages are that pass's; where both do, of both, each in its own unit."""
+    both = np.stack([features, 100 * features[::-1]])
+    both[1, 5:] = 0
+    one, other = (grams.profile_of(path[None]) for path in (both[0], 100 * features[::-1][:5]))
+    found = mean_damages(grams.profile_of(both[None]), order)
+    alone = mean_damages(one, order)
+    np.testing.assert_allclose(found[..., 5:], alone[..., 5:])
+    rows = 5 if order else 1
+    error = sum(taylor_errors(mean_gram(profile))[:rows, :5, :5] for profile in (one, other))
+    energy = sum(mean_gram(profile).diagonal()[:5] for profile in (one, other))
+    np.testing.assert_allclose(found[:rows, :5, :5], np.sqrt(error / energy))
+
+
+def test_nothing_is_reused_from_before_a_denoiser_began(features):
+    """Two denoisers take turns: the second one's first step has nothing to go on."""
+    paths = np.stack([features, features])
+    paths[0, 4:] = paths[1, :4] = 0
+    found = mean_damages(grams.profile_of(paths))
+    for i, t in np.ndindex(STEPS, STEPS):
+        assert np.isinf(found[0, i, t]) == (i < 4 <= t)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_cells_are_of_the_passes_that_ran(features, order):
+    facts = {"sensitivity": {"groups": [{"name": "all", "spans": None}], "unmeasured": []}}
+    options = dict(sensitivity=np.ones((1, STEPS)), facts=facts)
+    both = np.stack([features, features])
+    both[1, 5:] = 0
+    (ended,), (alone,) = (cell_errors(grams.profile_of(x[None], **options), order) for x in (both, features))
+    np.testing.assert_allclose(ended, alone)

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from diffusion_cache.errors import ConfigError
+from diffusion_cache.profiling import measure
 from diffusion_cache.profiling.foreground import latent_motion, otsu
 from diffusion_cache.reference.data import sample_moving_digits
 
@@ -46,3 +49,10 @@ def test_moving_digits_are_found():
 def test_what_does_not_move(shape):
     with pytest.raises(ConfigError, match="give a foreground mask instead"):
         latent_motion(torch.zeros(shape), GRID)
+
+
+def test_motion_of_videos_whose_frames_come_first():
+    video = torch.rand(2, 4, 3, 8, 8)
+    run = SimpleNamespace(foreground="motion", survey=SimpleNamespace(channels={4}), _grid=(3, 4, 4))
+    found = measure._Run._foreground(run, 0, 2, [video.transpose(1, 2)])
+    assert torch.equal(found, latent_motion(video, (3, 4, 4)))

@@ -187,15 +187,6 @@ def test_steps_that_a_run_skipped_do_not_dilute_the_others():
     assert never["gram_residual"][0, 2] == one["gram_residual"][0, 2]
 
 
-def test_a_dropped_run_leaves_no_trace():
-    run = run_of(2, 2, (4, 6))
-    moments = SpanMoments("s", 2)
-    moments.observe(0, *run[0])
-    moments.drop_run()
-    clean, again = feed(SpanMoments("s", 2), run), feed(moments, run)
-    assert all(torch.equal(value, again.result()[key]) for key, value in clean.result().items())
-
-
 def test_what_was_observed_may_be_overwritten():
     run = run_of(1, 2, (40, 6))
     kept = feed(SpanMoments("s", 2), {key: ([y.clone()], [x.clone()]) for key, ([y], [x]) in run.items()})

@@ -14,10 +14,11 @@ from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.history import Leaf
 from diffusion_cache.models import Span
+from diffusion_cache.profile import SpanFacts
 from diffusion_cache.profiling import recorder as module
 from diffusion_cache.profiling.attention import AttentionReceived
 from diffusion_cache.profiling.generation import Batch
-from diffusion_cache.profiling.recorder import Recorder, Watched, attention_names, per_sample, surveyed
+from diffusion_cache.profiling.recorder import Recorder, Survey, Watched, attention_names, per_sample, surveyed
 
 STEPS, COUNT = 4, 2
 GRAM_TOLERANCE = dict(rtol=1e-5, atol=1e-6)
@@ -85,7 +86,7 @@ def test_a_stack_with_guidance_in_its_rows():
     blocks = made.pipe.transformer.transformer_blocks
     seen = watched(made, {"first": blocks[0], "last": blocks[-1]})
     survey, found, _ = recorded(made)
-    assert (survey.scope, survey.steps, survey.calls, survey.rows) == ("stack", STEPS, 1, 2)
+    assert (survey.scope, survey.steps, survey.rows) == ("stack", STEPS, 2)
     assert survey.passes == ("0", "1")
     assert survey.sample_shape == (1, 16, 16)
     assert len(survey.noise_levels) == STEPS
@@ -122,7 +123,7 @@ def test_stacks_with_two_streams():
     seen = watched(made, ends)
     survey, found, _ = recorded(made)
     assert [one.facts.name for one in survey.spans] == ["transformer_blocks", "single_transformer_blocks"]
-    assert (survey.calls, survey.rows, survey.passes) == (1, 1, ("cond",))
+    assert (survey.rows, survey.passes) == (1, ("cond",))
     assert survey.spans[0].grid == (1, 8, 8)
     arrays = found.arrays()
     for span, (start, end) in enumerate((("first", "last"), ("single", "end"))):
@@ -139,7 +140,7 @@ def test_guidance_in_calls_of_their_own():
     blocks = made.pipe.transformer.blocks
     seen = watched(made, {"first": blocks[0], "last": blocks[-1]})
     survey, found, _ = recorded(made)
-    assert (survey.calls, survey.rows, survey.passes) == (2, 1, ("cond", "uncond"))
+    assert (survey.rows, survey.passes) == (1, ("cond", "uncond"))
     assert survey.spans[0].grid == (7, 4, 4)
     pairs = [(args[0], last[2]) for (args, _, _), last in zip(seen["first"], seen["last"], strict=True)]
     inputs = torch.stack([flat([x], 1)[0] for x, _ in pairs]).unflatten(0, (STEPS, 2))
@@ -253,7 +254,7 @@ def test_guidance_that_ends_before_the_last_step():
     outputs = [output for _, _, output in watched(made, {"last": pipe.unet.up_blocks[-2]})["last"]]
     assert [len(output) for output in outputs] == [4, 4, 2, 2]
     survey, found, _ = recorded(made)
-    assert (survey.calls, survey.rows) == (1, 2)
+    assert (survey.rows, survey.passes) == (2, ("0", "1"))
     gram = found.arrays()["gram_output"][0]
     # as in a history: rows that are there at every step are the first branch's
     first = torch.stack([flat([output[:2]], 1)[0] for output in outputs])
@@ -266,7 +267,7 @@ def test_guidance_that_ends_before_the_last_step():
 def test_passes_may_differ_in_size():
     made = batch("dit-digits", count=1, steps=2)
     with surveyed(made, None) as (_, survey):
-        found = Recorder(replace(survey, rows=1, calls=2), 1)
+        found = Recorder(replace(survey, rows=1), 1)
     span = survey.spans[0].span
     features = {0: torch.rand(2, 5, 3), 1: torch.rand(2, 7, 3)}  # by pass: [steps, tokens, channels]
     with found.watching():
@@ -440,3 +441,23 @@ def test_rows_of_samples():
     assert per_sample(torch.ones(6), 2, "span").shape == (2, 1, 3)
     with pytest.raises(ConfigError, match="cannot be told apart"):
         per_sample(tokens, 4, "span")
+
+
+def test_videos_may_come_frames_first(monkeypatch):
+    """A denoiser that takes [B, F, C, H, W], as CogVideoX, is measured by its channels and along its frames."""
+    seen = []
+    monkeypatch.setattr(module.SignalCurves, "observe", lambda self, *given: seen.append(given))
+    span = Span("denoiser", "denoiser", ())
+    facts = SpanFacts("denoiser", "transformer", "denoiser", "residual", 12, 1.0)
+    survey = Survey(
+        "denoiser", (Watched(span, facts, None, True),), 2, 1, ("0",), (), (3, 4, 2, 2), (4, 3, 2, 2), {4}, "flops", {}
+    )
+    found = Recorder(survey, 1)
+    x, y = torch.rand(2, 1, 3, 4, 2, 2)
+    frame = SimpleNamespace(step=SimpleNamespace(index=0), counts={}, batch=1, position=0)
+    found.span_computed(frame, span, {"x": x}, [Leaf("x")], [y])
+    ((_, _, (output,), (base,)),) = seen
+    assert torch.equal(output, y.transpose(1, 2))
+    assert torch.equal(base, x.transpose(1, 2))
+    found.moments[0][0].end_run()
+    torch.testing.assert_close(found.arrays()["channel_mean.0"][0, 0], (y - x).mean(dim=(0, 1, 3, 4)))

@@ -9,11 +9,12 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import Correction
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.plan import Plan
 from diffusion_cache.planning.static import static_plan
 from diffusion_cache.profiling.generation import teach
-from diffusion_cache.profiling.rectify import _uncached_outputs, rectified, reuse_errors
+from diffusion_cache.profiling.rectify import _channels, _uncached_outputs, rectified, reuse_errors
 
 MODEL = "flux-digits"
 COMPUTED = [True, False, False, True, False, True, True, False]
@@ -199,3 +200,11 @@ def test_along_moved_noise_levels(batch, teacher, plan):
     made = rectified(teacher, moved, "output")
     assert made.sigmas == LEVELS
     assert not torch.equal(made.correction[1:3], rectified(teacher, plan, "output").correction[1:3])
+
+
+def test_spans_of_different_channels_are_refused():
+    wide, narrow = (Correction((1.0,) * count, (0.0,) * count) for count in (3, 2))
+    assert _channels([wide, wide], 0) == _channels([wide], 3) == 3
+    for corrections, known in (([wide, narrow], 0), ([wide], 2)):
+        with pytest.raises(ConfigError, match="have 2 and 3 channels, which one plan cannot correct"):
+            _channels(corrections, known)

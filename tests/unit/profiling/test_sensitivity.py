@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.models.spans import branches
 from diffusion_cache.profile import SpanFacts
+from diffusion_cache.profiling import measure
 from diffusion_cache.profiling import sensitivity as module
 from diffusion_cache.profiling.generation import Batch, last_state, teach
 from diffusion_cache.profiling.recorder import Recorder, surveyed
@@ -74,7 +76,7 @@ def flux():
 
 def test_one_step_reused_at_a_time(flux):
     teacher, facts, grams = flux
-    found = sensitivities(teacher, grams, facts, scope="stack", steps_sampled=3, pairs=0)
+    found = sensitivities([teacher], grams, facts, scope="stack", steps_sampled=3, pairs=0)
     assert found.groups == (Group("all", None),)
     assert found.sampled.tolist() == [[0, 1, 0, 1, 0, 1]]
     pipe = teacher.batch.pipe
@@ -101,7 +103,14 @@ def test_squared_errors_of_two_steps_against_their_sum(flux):
     known = {}
     news = []
     found = sensitivities(
-        teacher, grams, facts, scope="stack", steps_sampled=9, pairs=3, known=known, progress=lambda *n: news.append(n)
+        [teacher],
+        grams,
+        facts,
+        scope="stack",
+        steps_sampled=9,
+        pairs=3,
+        known=known,
+        progress=lambda *n: news.append(n),
     )
     assert int(found.sampled.sum()) == STEPS - 1
     assert len(known) == STEPS - 1 + 3
@@ -130,7 +139,7 @@ def test_one_group_of_many_spans():
     facts, grams = profiled(made, "branch")
     teacher = teach(made)
     known = {}
-    found = sensitivities(teacher, grams, facts, scope="branch", pairs=0, known=known)
+    found = sensitivities([teacher], grams, facts, scope="branch", pairs=0, known=known)
     assert [group.name for group in found.groups] == ["attention", "feed-forward"]
     assert found.groups[0].spans == tuple(range(0, 24, 2))
     blocks = made.pipe.transformer.transformer_blocks
@@ -166,11 +175,11 @@ def test_what_was_measured_before_is_not_measured_again(flux):
         return teacher.batch.call()
 
     watched = replace(teacher, batch=replace(teacher.batch, call=call))
-    found = sensitivities(watched, grams, facts, scope="stack", steps_sampled=3, pairs=0, known=known)
+    found = sensitivities([watched], grams, facts, scope="stack", steps_sampled=3, pairs=0, known=known)
     assert not counted
     change = reuse_errors(grams, found.groups, facts)[0]
     assert found.values[0, 3] == pytest.approx(0.3 / float(change[3]))
-    sensitivities(watched, grams, facts, scope="stack", steps_sampled=2, pairs=1, known=known)
+    sensitivities([watched], grams, facts, scope="stack", steps_sampled=2, pairs=1, known=known)
     assert len(counted) == 1
     assert "[[0, 1], [0, 5]]" in known
 
@@ -180,7 +189,7 @@ def test_groups_that_cannot_be_reused(flux):
     # whatever a forecast leads to is NaN then, and not trusted
     handle = teacher.batch.pipe.transformer.register_forward_hook(lambda part, args, output: (output[0] * torch.nan,))
     try:
-        found = sensitivities(teacher, grams, facts, scope="stack", steps_sampled=2)
+        found = sensitivities([teacher], grams, facts, scope="stack", steps_sampled=2)
     finally:
         handle.remove()
     assert found.unmeasured == ("all",)
@@ -201,21 +210,21 @@ def test_a_result_that_is_not_finite(flux, monkeypatch):
 
     monkeypatch.setattr(module, "last_state", last)
     with pytest.raises(ConfigError, match="reusing step 1 gives latents that are not finite"):
-        sensitivities(teacher, grams, facts, scope="stack", steps_sampled=1)
+        sensitivities([teacher], grams, facts, scope="stack", steps_sampled=1)
     assert session_of(teacher.batch.pipe) is None
 
 
 def test_another_number_of_steps(flux):
     teacher, facts, grams = flux
     with pytest.raises(ConfigError, match="two steps or more"):
-        sensitivities(teacher, grams[..., :3, :3], facts, scope="stack")
+        sensitivities([teacher], grams[..., :3, :3], facts, scope="stack")
 
 
 def test_other_spans_than_profiled():
     made = batch("dit-digits", steps=2)
     facts = spans([f"blocks.{i}" for i in range(12)])
     with pytest.raises(ConfigError, match="not those of the profile"):
-        sensitivities(teach(made), torch.ones(12, 1, 2, 2) + torch.eye(2), facts, scope="block")
+        sensitivities([teach(made)], torch.ones(12, 1, 2, 2) + torch.eye(2), facts, scope="block")
 
 
 # parts
@@ -359,3 +368,53 @@ def test_sampled_steps(total, count):
         assert steps[-1] == total - 1
         gaps = np.diff(steps)
         assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_a_pass_that_ends_is_not_an_error_of_reuse():
+    path = torch.randn(1, 1, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(2)
+    path = path.repeat(1, 2, 1, 1)
+    whole = reuse_errors(path @ path.mT, [Group("all", None)], spans("a"))
+    path[:, 1, 4:] = path[:, 1, 0] = 0
+    torch.testing.assert_close(reuse_errors(path @ path.mT, [Group("all", None)], spans("a")), whole)
+
+
+def test_parts_of_the_samples_add_up(flux):
+    """Two calls of one sample each tell what one call of both does."""
+    teacher, facts, grams = flux
+    pipe = teacher.batch.pipe
+
+    def alone(label, seed):
+        def call():
+            return pipe(**reference.inputs("flux-digits", [label], [seed], STEPS))
+
+        return teach(Batch(pipe, call, lambda output: reference.images("flux-digits", output), 1))
+
+    parts = [alone(3, 100_001), alone(4, 100_002)]
+    found, whole = (sensitivities(t, grams, facts, scope="stack", steps_sampled=2, pairs=0) for t in (parts, [teacher]))
+    torch.testing.assert_close(found.values, whole.values, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(8, [3]), (2, [2, 1])])
+def test_a_profile_asks_for_no_more_samples_at_once_than_its_batch(monkeypatch, size, parts):
+    asked = []
+
+    def sensitivity_of(teachers, *given, **options):
+        asked.extend(teachers)
+        return module.Sensitivity((), torch.zeros(0, 2), torch.zeros(0, 2), (), ())
+
+    monkeypatch.setattr(measure, "teach", lambda batch: batch)
+    monkeypatch.setattr(measure, "sensitivities", sensitivity_of)
+    run = SimpleNamespace(
+        options=measure.Options(batch=size),
+        sensitive=[("3", seed) for seed in range(3)],
+        make_batch=len,
+        survey=SimpleNamespace(spans=[SimpleNamespace(facts=spans("a")[0])], scope="block"),
+        batches=[],
+        mine=[],
+        depth=None,
+        work=SimpleNamespace(cells=lambda count: {}),
+    )
+    facts = {}
+    measure._Run._sensitivity(run, {"gram_residual": torch.zeros(1, 1, 2, 2)}, facts)
+    assert asked == parts
+    assert facts["sensitivity"]["samples"] == 3

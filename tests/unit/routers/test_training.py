@@ -17,10 +17,11 @@ from diffusion_cache.planning.static import evaluations
 from diffusion_cache.profiling.generation import teach
 from diffusion_cache.reference.data import digits_of
 from diffusion_cache.registry import routers
+from diffusion_cache.routers import training as module
 from diffusion_cache.routers.lesson import Lesson
 from diffusion_cache.routers.mixing import Gates
 from diffusion_cache.routers.router import Router, above, random_logits, starts
-from diffusion_cache.routers.training import CHECKPOINT, PRICE_RATE, Settings, Trainer, train
+from diffusion_cache.routers.training import CHECKPOINT, PRICE_RATE, Settings, Trainer, parts, train
 
 STEPS = 4
 SHORT = Settings(trajectories=4, batch=2, held_out=2, evaluate_every=2, refreshes=1)
@@ -97,7 +98,7 @@ def test_a_router_is_a_plan_at_its_budget(branches, name, tmp_path):
     assert torch.equal(teach(branches.batch(samples([5]))).states[-1], before)
     # what is stated is the error of the plan that is given
     trainer = branches.trainer(tmp_path, routers.get(name)(), BRIEF)
-    trainer.teacher = teach(branches.batch(samples(range(2))))
+    trainer.teachers = [teach(branches.batch(samples(range(2))))]
     assert trainer.error(plan) == pytest.approx(result.error, rel=1e-6)
     assert result.error == min(row["error"] for row in result.log if "error" in row)
 
@@ -475,3 +476,18 @@ def test_two_processes_agree_with_one(tmp_path):
     torch.testing.assert_close(found[0][0], gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[0][1], logits, rtol=1e-4, atol=1e-4)
     assert float((logits[1:] - random_logits(shop.profile, 0)[1:]).abs().min()) > 0.01
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(8, [16, 4]), (None, [16, 4]), (3, [3] * 6 + [2]), (1, [1] * 20)])
+def test_what_is_held_out_comes_in_small_parts_where_the_profile_did(batch, sizes):
+    profile = SimpleNamespace(facts={} if batch is None else {"batch": batch})
+    found = parts(range(20), profile)
+    assert [len(part) for part in found] == sizes
+    assert [number for part in found for number in part] == [*range(20)]
+
+
+def test_the_error_is_of_all_parts_of_the_held_out_samples(monkeypatch):
+    errors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0])}
+    monkeypatch.setattr(module, "last_error", lambda teacher, plan: errors[teacher])
+    trainer = SimpleNamespace(teachers=["a", "b"], _mean=lambda value: value)
+    assert Trainer.error(trainer, None) == pytest.approx(2.0)

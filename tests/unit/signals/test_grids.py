@@ -1,8 +1,9 @@
 """Where tokens lie, by how many there are and the shapes around them."""
 
 import pytest
+import torch
 
-from diffusion_cache.signals import grid_of
+from diffusion_cache.signals import channels_first, grid_of
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,17 @@ from diffusion_cache.signals import grid_of
 )
 def test_grids_of_tokens(tokens, latent, image, grid):
     assert grid_of(tokens, latent, image) == grid
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 3, 4, 2, 2), (1, 4, 3, 2, 2)),
+        ((1, 4, 3, 2, 2), (1, 4, 3, 2, 2)),
+        ((1, 4, 4, 2, 2), (1, 4, 4, 2, 2)),  # as many frames as channels
+        ((1, 8, 4, 2, 2), (1, 8, 4, 2, 2)),  # 8 channels are known too
+        ((3, 4, 2, 2), (3, 4, 2, 2)),
+    ],
+)
+def test_frames_that_come_before_channels(shape, expected):
+    assert channels_first(torch.zeros(shape), {4, 8}).shape == expected

@@ -68,6 +68,15 @@ def test_changes_are_relative_distances():
     assert found == pytest.approx(expected.mean(dim=(0, 1)).numpy(), abs=1e-6)
 
 
+def test_changes_of_a_pass_that_ends_or_begins():
+    features = seeded(1, 1, 6, 7).repeat(1, 2, 1, 1)
+    whole = changes(grams.profile_of(features).arrays["gram_output"].numpy())
+    features[:, 1, :2] = features[:, 1, 4:] = 0
+    assert changes(grams.profile_of(features).arrays["gram_output"].numpy()) == pytest.approx(whole, abs=1e-6)
+    features[:, 0, 4:] = 0
+    assert np.isinf(changes(grams.profile_of(features).arrays["gram_output"].numpy())[3, 4])
+
+
 def test_longest_lags_by_hand():
     change = np.full((6, 6), 9.0)
     change[0, 1], change[0, 2], change[2, 3], change[3, 4], change[3, 5] = 0.1, 0.3, 0.1, 0.1, 0.15

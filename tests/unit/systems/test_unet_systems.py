@@ -99,6 +99,13 @@ def test_similarity_weighs_passes_alike_whatever_their_size():
     assert similarities(profile)[0, 1] == pytest.approx(0.5)
 
 
+def test_similarity_of_a_pass_that_ends_is_that_of_the_other():
+    path = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, path = similarities(grams.profile_of(path, "cut", depth=1)), path.repeat(1, 2, 1, 1)
+    path[:, 1, 3:] = 0
+    assert similarities(grams.profile_of(path, "cut", depth=1)) == pytest.approx(whole)
+
+
 def test_step_rehash_goes_by_the_feature_that_is_reused():
     """A profile may be of residuals, however alike the outputs are."""
     angles = np.radians([0, 10, 60, 65, 90])
