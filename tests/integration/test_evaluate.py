@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
@@ -29,11 +30,15 @@ from diffusion_cache.engine import session_of
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.evaluation import child, contenders, jobs, runner
+from diffusion_cache.evaluation.accounting import Observed, StepWork
 from diffusion_cache.evaluation.jobs import Team, run_job
+from diffusion_cache.evaluation.prompts import Sample
 from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.evaluation.speed import SpeedWorker
 from diffusion_cache.evaluation.store import Store
+from diffusion_cache.evaluation.subjects import device_of
 from diffusion_cache.files import read_tensors, write_tensors
+from diffusion_cache.profile import Profile
 
 SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
 # by the launcher for several jobs at once where it is installed
@@ -195,10 +200,10 @@ def test_settings_that_reuse_nothing_in_the_same_way_are_checked_once(tmp_path, 
 def test_a_profile_that_systems_need_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "PROFILED", 2)
     sweep = ["method=system/smooth_cache", "steps=2", "prompts.n=1"]
-    first = made(tmp_path, *sweep, "method.grid={system.alpha: [0.1], system.max_lag: [3]}")
+    first = made(tmp_path, *sweep, "method.points=[{system.alpha: 0.1, system.max_lag: 3}]")
     (measured,) = tmp_path.glob("profiles/*/branch-2/profile.json")
     written = measured.stat().st_mtime_ns
-    second = made(tmp_path, *sweep, "method.grid={system.alpha: [0.3], system.max_lag: [3]}")
+    second = made(tmp_path, *sweep, "method.points=[{system.alpha: 0.3, system.max_lag: 3}]")
     assert [summary["correct"] for summary in first + second] == [True, True]
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("profiles/*/*/profile.json")] == [written]
 
@@ -384,20 +389,80 @@ def test_a_rival_that_does_not_serve_a_model_says_so(tmp_path):
     task, told = job(tmp_path, "method=peer/deepcache"), []
     given = {"config": task.config, "folder": str(tmp_path), "ranks": [0, 1], "todo": task.nodes}
     child.run(given, lambda *message: told.append(message))
-    assert [message for message in told if message[0] != "progress"] == [("refused", REFUSED), ("done",)]
+    refused = [("refused", place, REFUSED) for place in range(len(task.nodes))]
+    assert [message for message in told if message[0] != "progress"] == [*refused, ("done",)]
 
 
 def test_a_rival_that_does_not_serve_a_model_is_left_out(tmp_path, monkeypatch):
     pytest.importorskip("DeepCache")
     news, given = [], io.StringIO()
     given.close = lambda: None
-    process = Mock(stdin=given, stdout=io.StringIO(f'["refused", "{REFUSED}"]\n["done"]\n'))
-    monkeypatch.setattr(jobs, "subprocess", Mock(Popen=lambda *how, **options: process))
     task = job(tmp_path, "method=peer/deepcache")
+    lines = [f'["refused", {place}, "{REFUSED}"]\n' for place in range(len(task.nodes))]
+    process = Mock(stdin=given, stdout=io.StringIO("".join([*lines, '["done"]\n'])))
+    monkeypatch.setattr(jobs, "subprocess", Mock(Popen=lambda *how, **options: process))
     assert run_job(task, lambda *told: news.append(told), Team()) == []
     assert news == [(f"left out: {REFUSED}", 0, 0)]
     assert json.loads(given.getvalue())["todo"] == task.nodes
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_only_settings_that_cannot_run_are_left_out(tmp_path, monkeypatch):
+    """Whichever comes first; and each reason is told once."""
+    monkeypatch.setattr(
+        runner.Worker, "why_not", lambda worker, node: "it is odd" if node["policy"]["every"] % 2 else None
+    )
+    news = []
+    task = job(tmp_path, "method=interval", "+method.grid={policy.every: [3, 2, 5]}")
+    (path,) = run_job(task, lambda *told: news.append(told), Team())
+    assert json.loads((path / "summary.json").read_text())["settings"]["every"] == 2
+    assert [told for told in news if told[0].startswith("left out")] == [("left out: it is odd", 0, 0)]
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == [path.name]
+
+
+def test_blocks_that_run_in_a_part_of_the_steps_are_whole_there():
+    worker = object.__new__(runner.Worker)
+    worker.plain = Observed([StepWork((), 1, (4, 0)), StepWork((), 1, (4, 0)), StepWork((), 1, (0, 2))])
+    assert worker._shares([worker.plain]) == [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+
+
+def test_prompts_that_a_profile_was_measured_on_are_told_once():
+    worker = object.__new__(runner.Worker)
+    worker.subject, worker._told = Mock(text=True), set()
+    worker.samples = [Sample(0, "a cat", 0), Sample(1, "a dog", 1)]
+    profile = Mock(spec=Profile, samples=[("a dog", 100_000), ("a cow", 100_001)])
+    with pytest.warns(DiffusionCacheWarning, match="1 of the prompts evaluated are among"):
+        worker._tell_of_fitted(Mock(profile=profile))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        worker._tell_of_fitted(Mock(profile=profile))
+        worker._told.clear()
+        worker.subject.text = False  # classes are few
+        worker._tell_of_fitted(Mock(profile=profile))
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"), [("auto", "3", "cuda:3"), ("cuda", None, "cuda:0"), ("cuda:1", "3", "cuda:1")]
+)
+def test_each_process_has_a_gpu_of_its_own(name, rank, expected, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert device_of(name) == expected
+    assert current == [int(expected[-1])]
+    with pytest.raises(ConfigError, match="cuda:7 is not there: torch sees 4 GPUs"):
+        device_of("cuda:7")
+
+
+def test_processes_wait_longer_than_one_may_work_alone(monkeypatch):
+    given = Mock()
+    monkeypatch.setattr("accelerate.PartialState", given)
+    Team()
+    assert given.call_args.kwargs["timeout"].total_seconds() > 24 * 3600
 
 
 @pytest.mark.slow
@@ -614,6 +679,34 @@ def test_what_cannot_work_is_told_before_anything_is_made(tmp_path, overrides, m
     with pytest.raises(ConfigError, match=message):
         made(tmp_path, *overrides)
     assert not [path for path in (tmp_path / "runs").iterdir() if (path / "summary.json").is_file()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["peer=deepcache", "method=interval"], "peer=deepcache and method=interval both say what to evaluate"),
+        (["method=uniform_taylor", "forecaster=reuse"], r"brings a forecaster of its own. Write method\.forecaster"),
+        (["method=planned", "corrector=shrink"], "goes with a policy, and method=planned has none"),
+        (["method=system/fora", "forecaster=reuse"], "goes with a policy, and method=system/fora has none"),
+    ],
+)
+def test_what_would_have_no_effect_is_told(overrides, message):
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        choices = compose("evaluate", [*SMALL, *overrides], return_hydra_config=True).hydra.runtime.choices
+    with pytest.raises(ConfigError, match=message):
+        command.check_used(composed(*overrides)["method"], choices, overrides)
+
+
+def test_what_a_method_uses_may_be_given():
+    for overrides in (
+        ["method=interval", "forecaster=reuse"],
+        ["peer=deepcache"],
+        ["method=uncached", "corrector=none"],
+    ):
+        with initialize_config_module(command.CONFIGS, version_base="1.3"):
+            choices = compose("evaluate", [*SMALL, *overrides], return_hydra_config=True).hydra.runtime.choices
+        command.check_used(composed(*overrides)["method"], choices, overrides)
 
 
 def test_two_sweeps_in_one_folder(tmp_path):
