@@ -20,6 +20,7 @@ from torch import Tensor
 from . import count_sketch
 from .errors import ConfigError, DiffusionCacheWarning
 
+WITHOUT_FLOAT64 = frozenset({"mps"})  # devices
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _TOP = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -201,6 +202,11 @@ def channels(feature: Tensor) -> int:
 def wide(tensor: Tensor) -> Tensor:
     """In at least float32."""
     return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
+
+
+def double(tensor: Tensor) -> Tensor:
+    """In float64: on its device, or on the CPU where that has none."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).to(torch.float64)
 
 
 # in PyTorch

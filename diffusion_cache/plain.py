@@ -4,14 +4,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from numbers import Real
 from typing import Any, TypeVar
 
 from .errors import ConfigError
-
-# that processes wait for one that works alone; torch ends them after ten minutes on GPUs, and a profile takes longer
-PATIENCE = timedelta(days=7)
 
 T = TypeVar("T")
 Read = Callable[[Any, str], T]

@@ -3,6 +3,7 @@
 import torch
 
 from diffusion_cache.fingerprint import Fingerprint
+from diffusion_cache.planning.surrogate import own_grams
 from diffusion_cache.profile import Profile, SpanFacts
 
 
@@ -37,3 +38,9 @@ def profile_of(features, kind="stack", names=None, shares=None, depth=None, sens
         arrays=arrays,
         facts=facts or {},
     )
+
+
+def mean_gram(profile):
+    """Of all spans and passes, each scaled by its own mean energy, where they run at every step: [T, T]."""
+    found = own_grams(profile)
+    return (found / found.diagonal(axis1=2, axis2=3).mean(axis=2)[:, :, None, None]).mean(axis=(0, 1))

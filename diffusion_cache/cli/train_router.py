@@ -14,7 +14,8 @@ from rich.console import Console
 
 from .. import registry
 from ..errors import ConfigError, DiffusionCacheWarning
-from ..plain import PATIENCE, check_count
+from ..plain import check_count
+from ..processes import accelerator
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 
@@ -47,8 +48,6 @@ def register_routers() -> None:
 def run_configured(cfg: DictConfig) -> None:
     """One job of a sweep."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
 
     from ..evaluation.jobs import Team
     from ..evaluation.subjects import batches_of, quieten_libraries, subject
@@ -63,11 +62,7 @@ def run_configured(cfg: DictConfig) -> None:
     _check_numbers(config)
     recipe, settings = recipe_of(config["router"]), Settings(compute=config["compute"], **config["training"])
     torch.set_num_threads(config["threads"])
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=config["mixed_precision"],
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    launched = accelerator(config["mixed_precision"])
     team = Team()
     what = subject(config["model"], config["sampler"])
     title = f"{what.name}, {what.sampler}, {config['steps']} steps, {recipe.name}"
@@ -95,7 +90,7 @@ def run_configured(cfg: DictConfig) -> None:
             settings,
             folder=(work := folder / _run_name(recipe, settings)),
             clean=clean_latents(config["model"], samples),
-            accelerator=accelerator,
+            accelerator=launched,
             progress=progress,
         )
         if profile is not None:

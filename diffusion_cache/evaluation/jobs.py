@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import read_tensors
-from ..plain import PATIENCE, check_count
+from ..plain import check_count
+from ..processes import PATIENCE
 from . import distribution, metrics
 from .contenders import contender
 from .runner import Job, Maker, Progress, Ranks, Worker

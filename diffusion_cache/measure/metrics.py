@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..signals import double
+from ..ops import double
 
 # Structural similarity averages over a Gaussian window of 7 σ pixels. The usual σ = 1.5 (11 pixels) would cover most of
 # a very small image, so those get σ = 0.8 (7 pixels). Scores under different windows are not comparable.

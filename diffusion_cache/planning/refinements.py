@@ -16,11 +16,11 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..language import Planned, enabled
 from ..measure import paired
+from ..ops import double
 from ..plan import Plan, Quality, Speed
 from ..profile import Profile
 from ..profiling.refinements import Progress
 from ..schedule import spaced
-from ..signals import double
 from . import surrogate
 from .dynamic import best_schedule
 from .static import static_plan

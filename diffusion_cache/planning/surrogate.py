@@ -34,15 +34,6 @@ def mean_energy(grams: Array) -> Array:
     return grams.diagonal(axis1=2, axis2=3).sum(axis=2) / np.maximum(ran(grams).sum(axis=2), 1)
 
 
-def mean_gram(profile: Profile) -> Array:
-    """Of all spans and passes, each scaled by its own mean energy: [T, T]."""
-    return _scaled(own_grams(profile)).mean(axis=(0, 1))
-
-
-def _scaled(grams: Array) -> Array:
-    return grams / np.maximum(mean_energy(grams), TINY)[:, :, None, None]
-
-
 def mean_damages(profile: Profile, order: int = 1) -> Array:
     """`damages` of forecasting a step with all spans and passes together, by the mean sensitivity.
 
@@ -52,7 +43,7 @@ def mean_damages(profile: Profile, order: int = 1) -> Array:
     at i, so that there is nothing to go on.
     """
     grams = own_grams(profile)
-    scaled, seen = _scaled(grams), ran(grams)
+    scaled, seen = grams / np.maximum(mean_energy(grams), TINY)[:, :, None, None], ran(grams)
     steps = profile.total
     errors, energy = np.zeros((steps if order else 1, steps, steps)), np.zeros((steps, steps))
     for pattern in np.unique(seen.reshape(-1, steps), axis=0):

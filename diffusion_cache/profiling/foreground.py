@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..signals import Grid, double
+from ..ops import double
+from ..signals import Grid
 
 
 def latent_motion(latents: Tensor, grid: Grid) -> Tensor:

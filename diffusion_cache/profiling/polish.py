@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..forecasters.fitted import Fitted, Key
-from ..signals import double
+from ..ops import double
 
 NUDGE = 1e-2  # for float32
 DAMPINGS = (1e-3, 1e-2, 1e-1)

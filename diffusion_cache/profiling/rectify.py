@@ -25,9 +25,9 @@ from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..forecasters.fitted import Fit, Fitted
 from ..models import Span
+from ..ops import double
 from ..plan import Plan
 from ..policies import Guarded, Interval, Planned
-from ..signals import double
 from .generation import StepCall, Teacher, attached, plan_method
 from .trajectory import Called, Fitting, Settings, UnfitError, aligned, guidance_weights
 

@@ -17,8 +17,8 @@ from ..fingerprint import Fingerprint
 from ..language import SCOPE, decoding, enabled, serves
 from ..language.decoder import Decoder
 from ..models import unwrap
+from ..ops import double
 from ..profile import Profile, SpanFacts
-from ..signals import double
 
 Progress = Callable[[str, int, int], None]
 

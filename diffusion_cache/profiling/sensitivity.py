@@ -23,10 +23,10 @@ from ..engine import Method, Session
 from ..errors import ConfigError
 from ..forecasters import Reuse
 from ..models import Layout
+from ..ops import double
 from ..policies import Guarded
 from ..profile import SpanFacts
 from ..schedule import Schedule
-from ..signals import double
 from .generation import Teacher, attached, last_state
 from .moments import ran
 

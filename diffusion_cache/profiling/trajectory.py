@@ -32,8 +32,8 @@ from ..engine.observer import Again
 from ..engine.patches import wrapped_step
 from ..engine.structure import first_tensor, forked_rng
 from ..forecasters.fitted import Fit, Fitted, Key, taylor_weights
+from ..ops import double
 from ..policies import Guarded
-from ..signals import double
 from .generation import StepCall, Teacher, attached, state_of
 
 NUDGES = {torch.float64: 1e-3, torch.float32: 1e-2}

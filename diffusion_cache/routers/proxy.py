@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import double
 from ..profiling.generation import Batch
-from ..signals import double
 from .mixing import Following, Gates, Histories, Mixture, Run
 
 REMOVED, CUMULATIVE = "removed", "cumulative"

@@ -27,16 +27,17 @@ from ..errors import ConfigError
 from ..files import written
 from ..fingerprint import Fingerprint
 from ..models import Span, find_denoisers
-from ..plain import PATIENCE, digest, plain_json
+from ..ops import double
+from ..plain import digest, plain_json
 from ..plan import Plan
 from ..planning.static import evaluations, static_plan
 from ..policies import Planned
+from ..processes import accelerator as new_accelerator
 from ..profile import Profile
 from ..profiling import trajectory
 from ..profiling.generation import Batch, Teacher, attached, last_state, plan_method, teach
 from ..profiling.measure import Given, MakeBatch, Options
 from ..profiling.recorder import surveyed
-from ..signals import double
 from .base import HARD, Recipe
 from .lesson import Lesson
 from .mixing import Gates, Mixture
@@ -123,12 +124,7 @@ def train(
             a folder with another training's checkpoint, and a loss that is not finite: the last checkpoint is kept.
         NoSpansError: if the pipeline has no spans at the profile's scope.
     """
-    if accelerator is None:
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
-        waiting = InitProcessGroupKwargs(timeout=PATIENCE)
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
+    accelerator = accelerator or new_accelerator()
     trainer = Trainer(
         make_batch, samples, profile, recipe, settings or Settings(), folder, clean, accelerator, progress
     )

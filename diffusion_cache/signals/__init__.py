@@ -3,11 +3,10 @@
 from torch import Tensor
 
 from .. import ops
-from .double import double
 from .filtered import filtered_l1
 from .grids import Grid, channels_first, grid_of
 
-__all__ = ["Grid", "channels_first", "double", "filtered_l1", "grid_of", "mean_abs", "relative_l1"]
+__all__ = ["Grid", "channels_first", "filtered_l1", "grid_of", "mean_abs", "relative_l1"]
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:

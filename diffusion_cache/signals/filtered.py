@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .double import double
+from ..ops import double
 
 CHUNK = 2**22  # elements of a batch that are filtered at once
 LIMIT = 60.0  # beyond, a noise level (log-SNR) changes nothing in float64

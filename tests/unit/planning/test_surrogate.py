@@ -14,7 +14,6 @@ from diffusion_cache.planning.surrogate import (
     forecast_error,
     least_squares,
     mean_damages,
-    mean_gram,
     seen_errors,
     taylor_errors,
 )
@@ -213,8 +212,8 @@ def test_guidance_that_ends_does_not_make_the_other_branch_dearer(features, orde
     alone = mean_damages(one, order)
     np.testing.assert_allclose(found[..., 5:], alone[..., 5:])
     rows = 5 if order else 1
-    error = sum(taylor_errors(mean_gram(profile))[:rows, :5, :5] for profile in (one, other))
-    energy = sum(mean_gram(profile).diagonal()[:5] for profile in (one, other))
+    error = sum(taylor_errors(grams.mean_gram(profile))[:rows, :5, :5] for profile in (one, other))
+    energy = sum(grams.mean_gram(profile).diagonal()[:5] for profile in (one, other))
     np.testing.assert_allclose(found[:rows, :5, :5], np.sqrt(error / energy))
 
 

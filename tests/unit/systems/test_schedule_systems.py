@@ -15,7 +15,7 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.planning.static import spared
-from diffusion_cache.planning.surrogate import cell_errors, mean_gram, mean_sensitivity
+from diffusion_cache.planning.surrogate import cell_errors, mean_sensitivity
 from diffusion_cache.systems import DPCache, Laptop, LeMiCa, MeanCache, SmoothCache
 from diffusion_cache.systems.smooth_cache import changes, longest_lags
 
@@ -143,7 +143,7 @@ def test_smooth_cache_runs(pipe, branches):
 
 def damage_of(profile, computed, order):
     """Of each gap, sensitivity times relative error of its steps, from the features' inner products alone."""
-    gram, sensitivity = mean_gram(profile), mean_sensitivity(profile)
+    gram, sensitivity = grams.mean_gram(profile), mean_sensitivity(profile)
     found = dict.fromkeys(computed, 0.0)
     for step in sorted(set(range(profile.total)) - set(computed)):
         past = [node for node in computed if node < step][-order - 1 :]

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_cache.forecasters.fitted import Fit, Fitted
 from diffusion_cache.measure import metrics
+from diffusion_cache.ops import double
 from diffusion_cache.profiling import foreground, polish, trajectory
-from diffusion_cache.signals import double, filtered
+from diffusion_cache.signals import filtered
 
 
 class WithoutFloat64(TorchDispatchMode):
