@@ -25,11 +25,13 @@ from .. import reference
 from ..errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning
 from ..files import read_tensors, write_tensors
 from ..measure import PairedTiming, elapsed, paired
+from ..plain import numbers
 from ..profile import Profile
 from ..profiling.generation import device_name
 from . import distribution, environment, metrics
 from .accounting import Accountant, Observed
 from .contenders import Contender, Uncached, contender, expand
+from .finalists import finalists, keeps
 from .prompts import Sample, samples
 from .store import Store, environment_facts
 from .subjects import Output, Subject, subject
@@ -68,9 +70,24 @@ class Job:
         """The `method` configuration once for each choice of settings."""
         nodes = expand(self.config["method"], self.config["model"]["name"], self._sampler)
         corrector = self.config.get("corrector") or {}
-        if not corrector.get("name"):
-            return nodes  # which runs are kept by: a node without a corrector names none
-        return [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
+        if corrector.get("name"):  # runs are kept by their nodes: one without a corrector names none
+            nodes = [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
+        return self._finalists(nodes)
+
+    def _finalists(self, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of the settings, those that were near the best in a comparison before, where one is named."""
+        given = self.config.get("finalists") or {}
+        if not given.get("of"):
+            return nodes
+        name = self.config["model"]["name"]
+        steps = self.config["steps"] or (reference.spec(name).steps if name in reference.MODELS else None)
+        if steps is None:
+            raise ConfigError(
+                "finalists are told by their settings, which may depend on the number of steps: add steps=…"
+            )
+        (within,) = numbers("finalists.within must be a number of dB, 0 or more", given["within"], lambda one: one >= 0)
+        found = finalists(Path(given["of"]), name, self._sampler, within)
+        return [node for node in nodes if keeps(found, contender(node, self.config["forecaster"], steps))]
 
     @property
     def _sampler(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,9 +11,11 @@ from hydra import compose, initialize_config_module
 
 from diffusion_cache import reference, registry
 from diffusion_cache.cli import evaluate as command
+from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.contenders import FewerSteps, contender, expand
 from diffusion_cache.evaluation.peers import peers
 from diffusion_cache.evaluation.report import BUDGETS, TOLERANCE
+from diffusion_cache.evaluation.runner import Job
 from diffusion_cache.policies import Guarded
 
 CONFIGS = files("diffusion_cache.configs")
@@ -144,3 +147,25 @@ def test_full_is_all_with_more_samples():
     assert full["prompts"]["n"] >= 256
     assert full["prompts"]["n_video"] >= 32
     assert {**full, "name": 0, "prompts": 0, "timing": 0} == {**some, "name": 0, "prompts": 0, "timing": 0}
+
+
+def test_jobs_take_only_what_was_near_the_best():
+    """By the committed results, whose settings must be found again."""
+
+    def nodes(*overrides: str) -> list[dict]:
+        return Job(composed("experiment=finals", "model=dit-digits", *overrides), Path("nowhere")).nodes
+
+    assert nodes("method=uncached")
+    assert len(nodes("method=planned")) == len(nodes("method=planned", "finalists.of=null"))
+    assert nodes("method=planned_coded") == []
+    assert 0 < len(nodes("method=online/racer")) <= len(nodes("method=online/racer", "finalists.of=null"))
+    assert 0 < len(nodes("method=peer/diffusers_taylorseer")) < 12
+    assert nodes("method=system/laptop") == []
+    with pytest.raises(ConfigError, match=r"finalists\.within"):
+        nodes("method=uncached", "finalists.within=-1")
+
+
+def test_finals_are_runs_of_the_full_comparison():
+    full, finals = composed("experiment=reference_full"), composed("experiment=finals")
+    assert {**finals, "finalists": 0} == {**full, "finalists": 0}
+    assert full["finalists"]["of"] is None

@@ -1,0 +1,66 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from diffusion_cache.errors import ConfigError
+from diffusion_cache.evaluation.finalists import NEEDED, STATISTICS, finalists
+
+# kind, method, settings, nfe, speed, mean, p5
+PLAN = ("ours", "plan", {"nfe": 25, "plan": "nfe-25"}, 0.5, 2.0, 60.0, 50.0)
+BEST = ("ours", "RACER", {"threshold": 0.1}, 0.5, 1.5, 50.0, 40.0)
+
+
+def summary(folder: Path, *rows: tuple) -> Path:
+    path = folder / "summary.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*NEEDED, *STATISTICS])
+        writer.writeheader()
+        for kind, method, settings, nfe, speed, mean, p5 in rows:
+            line = {"model": "dit-digits", "sampler": "ddim", "kind": kind, "method": method, "correct": "true"}
+            line |= {"settings": json.dumps(settings), "nfe_ratio": nfe, "speed_ratio": speed, "cpu_ratio": speed}
+            writer.writerow(line | {"psnr_mean": mean, "psnr_p5": p5})
+    return path
+
+
+def kept(folder: Path, *rows: tuple, within: float = 2.0) -> set[str]:
+    found = finalists(summary(folder, PLAN, BEST, *rows), "dit-digits", "ddim", within)
+    return {method for _, method, _ in found}
+
+
+@pytest.mark.parametrize(
+    ("row", "stays"),
+    [
+        (("ours", "near", {}, 0.5, 1.5, 48.1, 30.0), True),
+        (("ours", "far", {}, 0.5, 1.5, 47.9, 30.0), False),
+        (("ours", "near in its tail", {}, 0.5, 1.5, 30.0, 38.1), True),
+        (("ours", "too dear", {}, 0.54, 1.5, 55.0, 45.0), False),
+        (("ours", "dear and fast", {}, 0.9, 1.9, 55.0, 45.0), True),
+        (("ours", "the best at a third", {}, 0.33, 1.5, 20.0, 10.0), True),
+        (("baseline", "fewer steps", {"steps": 25}, 0.5, 1.5, 10.0, 5.0), True),
+        (("rival", "theirs", {}, 0.5, 1.5, 10.0, 5.0), True),
+        (("ours", "select", {"nfe": 25}, 0.5, 1.5, 50.0, 40.0), False),
+    ],
+    ids=lambda given: given[1] if isinstance(given, tuple) else "",
+)
+def test_who_is_run_again(tmp_path, row, stays):
+    assert (row[1] in kept(tmp_path, row)) == stays
+    assert "RACER" in kept(tmp_path, row)
+
+
+def test_others_are_compared_with_others_only(tmp_path):
+    """A plan that is far ahead leaves none of them out."""
+    assert kept(tmp_path) == {"RACER"}
+    assert kept(tmp_path, ("ours", "near", {}, 0.5, 1.5, 49.5, 39.0), within=0.0) == {"RACER"}
+
+
+def test_bad_summaries_are_told(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        finalists(tmp_path, "dit-digits", "ddim", 2.0)
+    path = summary(tmp_path, BEST)
+    with pytest.raises(ConfigError, match="no correct runs of dit-digits with dpm"):
+        finalists(path, "dit-digits", "dpm++", 2.0)
+    path.write_text("model,sampler\n")
+    with pytest.raises(ConfigError, match="no column 'kind'"):
+        finalists(tmp_path, "dit-digits", "ddim", 2.0)
