@@ -33,6 +33,7 @@ from .subjects import Subject, batches_of
 
 PROFILED = 16  # samples
 STRUCTURE = ("policy", "forecaster", "corrector", "depth", "feature", "cache_dtype")
+DEFAULT_SCOPE = "auto"  # in tables, of contenders that name none
 MAKE = "`diffusion-cache profile` makes one, and `diffusion-cache plan` its plans"
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from .. import registry
 from ..advice import TOLERANCE
 from ..errors import ConfigError
-from .contenders import Contender, Uncached
+from .contenders import DEFAULT_SCOPE, Contender, Uncached
 from .report import BUDGETS
 
 SUMMARY = "summary.csv"
-NEEDED = ("model", "sampler", "kind", "method", "settings", "nfe_ratio", "speed_ratio", "cpu_ratio", "correct")
+NEEDED = ("model", "sampler", "kind", "method", "scope", "settings", "nfe_ratio", "speed_ratio", "cpu_ratio", "correct")
 STATISTICS = ("psnr_mean", "psnr_p5")
-Key = tuple[str, str, str]  # kind, method, settings
+Key = tuple[str, str, str, str]  # kind, method, scope, settings
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def keeps(found: frozenset[Key], what: Contender) -> bool:
         return True
     if "plan" in what.settings:
         return "cache_dtype" not in what.settings
-    return (what.kind, what.method, _text(what.settings)) in found
+    return (what.kind, what.method, what.scope or DEFAULT_SCOPE, _text(what.settings)) in found
 
 
 def _best_of_each(rows: Iterable[_Row]) -> set[Key]:
     """Of each baseline, and of all rivals together, the best by mean."""
     best: dict[tuple[str, str], _Row] = {}
     for row in rows:
-        kind, method, _ = row.key
+        kind, method, *_ = row.key
         if kind == "ours":
             continue
         group = (kind, method if kind == "baseline" else "")
@@ -113,7 +113,7 @@ def _rows(path: Path, model: str, sampler: str) -> list[_Row]:
 def _row(line: Mapping[str, str]) -> _Row:
     settings = json.loads(line["settings"])
     return _Row(
-        (line["kind"], line["method"], _text(settings)),
+        (line["kind"], line["method"], line["scope"], _text(settings)),
         line["kind"] == "ours" and "plan" in settings,
         float(line["nfe_ratio"]),
         {clock: float(line[clock]) for clock in ("speed_ratio", "cpu_ratio") if line[clock]},

@@ -19,7 +19,7 @@ from ..files import read_tensors
 from ..plain import check_count
 from ..processes import PATIENCE
 from . import distribution, metrics
-from .contenders import contender
+from .contenders import DEFAULT_SCOPE, contender
 from .runner import Job, Maker, Progress, Ranks, Worker
 from .runs import RATIOS, extremes
 from .store import Store
@@ -257,7 +257,7 @@ def _summary(
     summary = {
         "model": config["model"]["name"] + (" (tiny)" if config["model"].get("tiny") else ""),
         "sampler": lead["sampler"],
-        "scope": lead["scope"] or "auto",
+        "scope": lead["scope"] or DEFAULT_SCOPE,
         "kind": lead["kind"],
         "method": lead["method"],
         "settings": lead["settings"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import registry
 from ..errors import ConfigError, DiffusionCacheWarning
-from .contenders import Call, call_of
+from .contenders import DEFAULT_SCOPE, Call, call_of
 from .store import CONFIG, ENVIRONMENT, IMAGES, ROWS, SUMMARY
 
 KINDS = ("baseline", "ours", "rival")
@@ -192,7 +192,7 @@ def settings_text(run: Run, scope: bool = True) -> str:
         return text if len(text) <= 60 else f"{text[:59]}…"
 
     parts = [f"{key}={short(value)}" for key, value in run.settings.items()]
-    told = scope and run.scope not in ("", "auto") and run.kind != "baseline"
+    told = scope and run.scope not in ("", DEFAULT_SCOPE) and run.kind != "baseline"
     return ", ".join([f"scope={run.scope}"] * told + parts)
 
 
