@@ -26,7 +26,7 @@ from .registry import policies
 FEW_STEPS = 8  # models made for so few have hardly a step that is like the one before it
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 FEW_STEP_NAME = re.compile(
-    r"turbo|lightning|schnell|sprint|hyper-?sd|(?<![a-z])(lcm|tcd|dmd2?)(?![a-z])|(?<![0-9])[1-8][-_]?steps?(?![a-z])"
+    r"turbo|lightning|schnell|sprint|hyper-?sd|(?<![a-z])(lcm|tcd|dmd2?)(?![a-z])|(?<![a-z0-9])[1-8][-_]?steps?(?![a-z]|[-_]?[0-9])"
 )
 PROFILE_IT = "a plan made from a profile of this very model (`diffusion-cache profile`, `diffusion-cache plan`)"
 SPEEDUPS = (1.5, 2.0, 3.0)
@@ -289,12 +289,14 @@ def _plan_for(profile: Profile, speedup: float) -> Plan:
 
 
 def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup: float) -> Recommendation | None:
-    """A published step list of this very model."""
+    """A published step list of this very model that spares as much as is asked for."""
     names = {name.lower().removesuffix("-diffusers") for name in _names(pipe, denoisers)}
     entries = [
         entry
         for entry in _entries(denoisers)
         if entry.model.rsplit("/")[-1].lower().removesuffix("-diffusers") in names
+        # what is reused of a few blocks alone spares less than the steps tell
+        if not entry.blocks and _share(entry, steps) <= TOLERANCE / speedup
     ]
     if not entries:
         return None
@@ -308,7 +310,8 @@ def _published(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedu
         None,
         {"profile": f"published/{best.name}"},
         f"Published for {best.model} ({best.variant}, {best.steps} steps) by its authors: {best.source}. It computes "
-        f"{_share(best, steps):.0%} of the steps. Not measured here on that model.",
+        f"{_share(best, steps):.0%} of the steps. Not measured here on that model."
+        + (f" Note: {best.notes}" if best.notes else ""),
         (PROFILE_IT, *(f"profile='published/{entry.name}'" for entry in entries[1:4])),
     )
 

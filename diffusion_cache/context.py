@@ -209,6 +209,11 @@ class Policy(_Named):
         """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its forecaster was fitted to the features of just the steps that its own schedule computes."""
+        return False
+
     def departure(self, total: int | None) -> str:
         """What to warn of in a run of `total` steps (None: not known) that this policy is not made for, "" if it is."""
         return ""

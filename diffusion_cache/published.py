@@ -23,7 +23,8 @@ from .errors import ConfigError
 ALL = "all"  # the one stream or part of an entry that does not tell several apart
 STREAMS = ("cond", "uncond", "ref")  # guidance passes: with the prompt, without it, with the reference image alone
 _STREAM_KEYS = {ALL: ("mag_ratios",), **{name: (f"mag_ratios_{name}", f"tail_ratios_{name}") for name in STREAMS}}
-PARTS = ({ALL}, {"attn", "mlp"})  # masks of these parts together cover a whole block
+BRANCHES = {"attn", "mlp"}
+PARTS = ({ALL}, BRANCHES)  # masks of these parts together cover a whole block
 
 
 class Driven(NamedTuple):
@@ -100,7 +101,12 @@ class Published:
             ConfigError: if the entry is no step list.
         """
         if self.method not in _LISTS:
-            raise ConfigError(f"{self.name} holds no step list; those are published for {', '.join(sorted(_LISTS))}")
+            told = _POLICIES.get(self.method)
+            way = f"its figures are settings: give them to {told}" if told else "no policy here goes by its figures"
+            raise ConfigError(
+                f"{self.name} holds no step list, as those of {', '.join(sorted(_LISTS))} do: {way}, as "
+                f"published.load({self.name!r}).figures has them"
+            )
         figures, total = self.figures, self.steps
         assert total is not None  # validated
         if "masks" in figures:
@@ -141,7 +147,10 @@ class Published:
         options = {"mask": self.mask(), "others": others, "blocks": self.blocks}
         # MeanCache forecasts mean velocities, by a rule of its own for each gap (`edge_order`)
         forecaster = None if self.method == "meancache" else "reuse"
-        return Driven("mask", options, forecaster, "block" if self.blocks else None)
+        scope = "block" if self.blocks else None
+        if set(self.masks()) == BRANCHES:  # whose outputs are what was reused
+            scope = "branch"
+        return Driven("mask", options, forecaster, scope)
 
     def _by_ratios(self) -> Driven:
         figures = self.figures
@@ -177,6 +186,10 @@ class Published:
             "warmup": max(self._stated("forced_first_steps", 1), 1),
             "last": self._stated("forced_last_steps", 0),
         }
+        setting = next((one for one in self.recommended if one.get("threshold") == threshold), {})
+        for name in ("start", "end"):
+            if setting.get(f"{name}_percent") is not None:
+                options[name] = setting[f"{name}_percent"]
         return Driven("teacache", options, "reuse", "stack")
 
     @property
@@ -205,6 +218,15 @@ class Published:
         kept.update(step for step in range(total) if round(step * 27 / max(total - 1, 1)) in forced)
         return kept
 
+
+# what has the settings of methods that are no lists of steps
+_POLICIES = {
+    "dbcache": "policy 'first_block' (front, back, threshold, warmup, max_consecutive)",
+    "first_block_cache": "policy 'first_block' (threshold)",
+    "pyramid_attention_broadcast": "policy 'pab' (spatial, temporal, cross, start, end)",
+    "sea_cache": "policy 'seacache' (threshold)",
+    "taylorseer": "policy 'interval' (every, warmup) with forecaster 'taylor'",
+}
 
 _DRIVEN = {
     "magcache": Published._by_ratios,

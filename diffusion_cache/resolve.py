@@ -7,6 +7,7 @@ of policies, forecasters, correctors, systems and guards, as they were given by 
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from .chunks import Stream
 from .context import SCOPES, Corrector, Forecaster, Policy
 from .differences import DIFFERENCES
 from .engine import Method
-from .errors import ConfigError
+from .errors import ConfigError, DiffusionCacheWarning
 from .forecasters.fitted import Fitted
 from .language import LanguageCache
 from .language import Planned as PlannedText
@@ -116,8 +117,7 @@ def planned(
     published figures, which say when to compute. wish: speedup, min_psnr, nfe and plan, which say which one; watch:
     guard, guard_factor and strict.
     """
-    if options.get("unconditional_every", 1) != 1:
-        raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
+    _check_passes(options)
     if isinstance(profile, str) and profile.startswith(PUBLISHED):
         refuse({**parts, "forecaster": None}, _of_the_profile)
         wish = {**wish, **watch, "ignore": ignore or None}
@@ -134,6 +134,11 @@ def planned(
             plan = choose(found.plans, **wish)
     made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
     return dataclasses.replace(made, guarded=dataclasses.replace(made.guarded, drift=_drift(plan, **watch)))
+
+
+def _check_passes(options: Mapping[str, Any]) -> None:
+    if options.get("unconditional_every", 1) != 1:
+        raise ConfigError("unconditional_every is for policies: a plan says itself when each pass is computed")
 
 
 def _of_the_profile(name: str, _: Any) -> str:
@@ -168,6 +173,8 @@ def system(
     if profile is not None:
         found, how = _checked(profile, pipe, denoisers, ignore, how)
     parts = built.made_for(denoisers, found)
+    if isinstance(parts.policy, Planned):
+        _check_passes(remaining)
     return method(parts.policy, parts.forecaster, parts.scope, parts.depth, how, remaining)
 
 
@@ -260,6 +267,13 @@ def _published(
     classes = [type(unwrap(denoiser)).__name__ for denoiser in denoisers.values()]
     if entry.transformer is not None and entry.transformer not in classes:
         raise ConfigError(f"{name} is for {entry.transformer}, and this pipeline has {', '.join(classes)}")
+    if entry.transformer is None and entry.model != "generic":
+        warnings.warn(
+            f"{name} is for {entry.model}, of which diffusers has no class: whether this pipeline is that model cannot "
+            f"be told from {', '.join(classes)}",
+            DiffusionCacheWarning,
+            stacklevel=4,
+        )
     driven = entry.driven()
     forecaster = driven.forecaster if forecaster is None else forecaster
     return method(driven.policy, forecaster, driven.scope, None, how, {**driven.options, **options})

@@ -12,10 +12,12 @@ from .errors import ConfigError
 class Schedule:
     """compute[step][pass][span], bool. An axis of length one stands for all passes or all spans.
 
-    The first step is always computed: there is nothing to reuse yet.
+    The first step is always computed: there is nothing to reuse yet. kept: the schedule whose features alone are
+    stored, where this one computes more; None for itself.
     """
 
     compute: tuple[tuple[tuple[bool, ...], ...], ...]
+    kept: "Schedule | None" = None
 
     def __post_init__(self) -> None:
         if not self.compute:
@@ -57,7 +59,7 @@ class Schedule:
 
         One entry for each span of a row, or one for all; (False,) past the schedule's end.
         """
-        return self._useful(pass_index, history)[step] if step < self.total else (False,)
+        return (self.kept or self)._useful(pass_index, history)[step] if step < self.total else (False,)
 
     def _useful(self, pass_index: int, history: int) -> list[tuple[bool, ...]]:
         key = (pass_index, history)

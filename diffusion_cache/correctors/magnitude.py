@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..context import Blend, Corrector, Query
 from ..errors import ConfigError
 from ..plain import numbers
+from ..plan import positions
 from ..registry import correctors
 
 
@@ -15,8 +16,8 @@ class Magnitude(Corrector):
     """ŷ = ĥ·Π γ_s over the steps s since the last computed one, γ_s = ‖F_s‖/‖F_{s−1}‖ as measured beforehand.
 
     ratios: γ of every step of the run, the first one's unused, for residuals of the span that is cached (MagCache,
-    arXiv 2506.09045, measures the one from first to last block). Other forecasters than "reuse" extrapolate the size
-    themselves.
+    arXiv 2506.09045, measures the one from first to last block); in a run of another length, those of the nearest share
+    of the run, as policy magcache takes them. Other forecasters than "reuse" extrapolate the size themselves.
     """
 
     ratios: tuple[float, ...]
@@ -28,10 +29,15 @@ class Magnitude(Corrector):
         object.__setattr__(self, "ratios", numbers(wanted, self.ratios, lambda ratio: 0 < ratio < math.inf))
 
     def blend(self, query: Query) -> Blend:
-        """Raises ConfigError in a run of another length than the ratios are for."""
-        since, target = int(query.nodes[-1]), int(query.target)
-        if query.total not in (None, len(self.ratios)) or target >= len(self.ratios):
-            raise ConfigError(
-                f"magnitude: its ratios are of {len(self.ratios)} steps, and this run has {query.total or 'more'}"
-            )
-        return Blend(math.prod(self.ratios[since + 1 : target + 1]), (0.0,) * len(query.nodes))
+        """Raises ConfigError past the last ratio of a run whose length is not known."""
+        since, target, length = int(query.nodes[-1]), int(query.target), len(self.ratios)
+        if query.total is None and target >= length:
+            raise ConfigError(f"magnitude: ratios are of {length} steps: pass num_steps to diffusion_cache.run")
+        ratios = self._of(query.total or length)
+        return Blend(math.prod(ratios[since + 1 : target + 1]), (0.0,) * len(query.nodes))
+
+    def _of(self, total: int) -> tuple[float, ...]:
+        if total == len(self.ratios):
+            return self.ratios
+        places = positions((), (0.0,) * total, len(self.ratios))
+        return tuple(self.ratios[round(place)] for place in places)

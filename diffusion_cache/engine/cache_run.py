@@ -144,7 +144,15 @@ class CacheRun:
             self._learn(frame, inner, *given)
         if self.observer is not None and not frame.fills_cache:
             self.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
+        elif self._is_last(frame):
+            self.spans.conclude(frame)
+            self.decisions.conclude(frame.key)
         return output
+
+    def _is_last(self, frame: Frame) -> bool:
+        """Whether no later call of this run's loop is of this frame's pass."""
+        streams = self.method.stream is not None or frame.fills_cache
+        return not streams and self.observer is None and frame.step.index + 1 == frame.step.total
 
     def _repeatable(self, called: Frame, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Again:
         """A function that makes a call again, its spans reused as they were, with nothing stored or recorded."""
@@ -242,7 +250,7 @@ class CacheRun:
             self.history = replace(method, forecaster=self.forecaster).history
             guarded = method.guarded.for_run(levels, [span.name for span in spans])
             self.decisions.begin_loop(guarded, self.history)
-            if departure := guarded.policy.departure(clock.total):
+            if departure := guarded.departure(clock.total):
                 self.session.tell(departure)
         # samples that start from one noise differ from the second step on; reading back costs, so not for plans
         if self._tells_rows and clock.index < 2 and clock.position == 0 and (clock.index == 0 or self._groups > 1):

@@ -60,6 +60,10 @@ class Decisions:
         self._called.clear()
         self._latest.clear()
 
+    def conclude(self, key: PassKey) -> None:
+        """After the last call of a pass: nothing is compared with its signals any more."""
+        self._kept.pop(key, None)
+
     def schedule(self, total: int | None) -> Schedule | None:
         """The whole run's schedule, if the policy knows it beforehand."""
         if total is None:

@@ -64,6 +64,11 @@ class Forecasts:
         self._tails.clear()
         self._compared.clear()
 
+    def conclude(self, key: PassKey) -> None:
+        """After the last call of a pass."""
+        self._tails.pop(key, None)
+        self._compared.pop(key, None)
+
     def weights(self, frame: Frame, span: Span, history: History) -> tuple[Sequence[float] | Tensor, list[int]]:
         """A weight for the feature of each of the slots named, for their inputs where those are kept, and for what is
         forecast otherwise; [rows, weights] where rows differ in theirs.

@@ -56,6 +56,9 @@ class SpanCalls:
         self._order: dict[PassKey, list[tuple[Span, SpanState]]] = {}  # as the spans of a pass were first entered
         self._offload = Offload() if self._method.cache_device == "cpu" else None
         self._peak_bytes = self._peak_first_bytes = 0
+        # of features that are let go of before the run is over
+        self._concluded_sizes: Counter[tuple[str, str]] = Counter()
+        self._concluded_checks: list[tuple[Span, Tensor]] = []  # spans, and whether what they held was finite
         self._first: dict[
             tuple[str, Span, int], tuple[int, list[Tensor]]
         ] = {}  # the step, and what its first pass gave
@@ -674,11 +677,25 @@ class SpanCalls:
         """Bytes of one stored feature of each denoiser's spans, on average over those of a full history, summed over
         passes.
         """
-        sizes: Counter[tuple[str, str]] = Counter()
+        sizes = Counter(self._concluded_sizes)
         for (key, span, _), state in self._states.items():
             if state.history:
-                sizes[key[0], span.name] += math.ceil(state.history.full_bytes / state.history.capacity)
+                sizes[key[0], span.name] += _feature_bytes(state.history)
         return dict(sizes)
+
+    def conclude(self, frame: Frame) -> None:
+        """After the last call of a pass: let go of its features, which would stand beside what decodes the latents."""
+        if self._offload is not None or self._run.graphs(frame.key[0]) is not None:
+            return  # they are on the host, or a graph's, which keeps them
+        self._count_bytes()
+        for (key, span, _), state in self._states.items():
+            if key != frame.key or not state.history:
+                continue
+            self._concluded_sizes[key[0], span.name] += _feature_bytes(state.history)
+            if not state.history.on_host:
+                self._concluded_checks.append((span, finite(state.history.tensors())))
+            state.history.clear()
+        self.forecasts.conclude(frame.key)
 
     def release(self) -> None:
         """Let go of every feature, telling of those that could not be checked on the way."""
@@ -690,6 +707,8 @@ class SpanCalls:
             self._states.clear()
             self._order.clear()
             self._first.clear()
+            self._concluded_sizes.clear()
+            self._concluded_checks.clear()
             self.forecasts.release()
         for span in unchecked:
             self._run.warn(f"{span.name} produced values that are not finite; the images of this run may show it")
@@ -700,6 +719,7 @@ class SpanCalls:
         newest = [(span, state.history) for (_, span, _), state in self._states.items() if state.history]
         if self._offload is None:
             late = [(span, finite(history.tensors())) for span, history in newest if not history.on_host]
+            late += self._concluded_checks
         else:
             late = [(span, self._offload.finite[history]) for span, history in newest]
         # read at once, wherever they are
@@ -707,6 +727,11 @@ class SpanCalls:
         if self._offload is not None:
             self._offload.finish()
         return [span for (span, _), holds in zip(late, known, strict=True) if not holds]
+
+
+def _feature_bytes(history: History) -> int:
+    """Of one feature, on average over those of a full history."""
+    return math.ceil(history.full_bytes / history.capacity)
 
 
 def _forecast(

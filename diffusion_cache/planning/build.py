@@ -101,6 +101,8 @@ class Planner:
             raise ConfigError("how much of the denoiser a cut spares is not in this profile: make one at scope cut")
         if self.search.guard is not None and self.tuning.batch.count < 2:
             raise ConfigError("a guard's band is measured on the tuning samples: give at least 2")
+        if not 0 <= self.search.last < self.steps:
+            raise ConfigError(f"last must be from 0 to {self.steps - 1}, of {self.steps} steps, not {self.search.last}")
         held_out = sum(teacher.batch.count for teacher in self.held_out)
         if not held_out or held_out != len(self.seeds):
             raise ConfigError(

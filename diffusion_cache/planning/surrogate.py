@@ -56,6 +56,12 @@ def mean_damages(profile: Profile, order: int = 1) -> Array:
     return damage
 
 
+def cosines(grams: Array) -> Array:
+    """Between features at two steps, from their inner products [S, P, T, T]; 0 for those that are zero."""
+    norm = np.sqrt(np.maximum(grams.diagonal(axis1=-2, axis2=-1), 0))
+    return np.minimum(grams / np.maximum(norm[..., :, None] * norm[..., None, :], TINY), 1.0)
+
+
 def mean_together(values: Array, grams: Array, nothing: float) -> Array:
     """Mean over spans and passes of values [S, P, T, T] at pairs of steps that each ran at, by its grams; `nothing`
     where none did: [T, T].

@@ -75,7 +75,7 @@ class Tuner:
         policy = method.guarded.policy
         if policy.tuned is None:
             raise ConfigError(
-                f"policy {policy.name!r} has no threshold that could be searched for a target: its options say how "
+                f"policy {policy.name!r} has nothing that could be searched for a target: its options say how "
                 "much it reuses. Give those, or take a policy that decides by a threshold (teacache, first_block)"
             )
         self.method, self.target, self.field = method, target, policy.tuned

@@ -19,7 +19,10 @@ from .accumulate import Accumulate
 @policies.register("easycache")
 @dataclass(frozen=True)
 class EasyCache(Accumulate):
-    """Reuse the denoiser's output while the summed changes that its input foretells stay below `threshold`."""
+    """Reuse the denoiser's output while the summed changes that its input foretells stay below `threshold`.
+
+    The authors add the last y − x to the input, which is forecaster="reuse" with feature="residual".
+    """
 
     threshold: float = 0.05
 

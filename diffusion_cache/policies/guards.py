@@ -80,14 +80,23 @@ class Guards:
         """Warn, once for a length, where they leave nothing to reuse in runs of so many steps."""
         first = max(self.warmup, self._first_step(self.start, total))
         end = min(total - self.last, self._first_step(self.end, total))
-        if first >= end and total > 1 and total not in self._told:
+        if first >= end:
+            window = f"warmup={self.warmup}, last={self.last}, start={self.start:g} and end={self.end:g}"
+            self.tell_of_nothing(total, f"{window} have")
+
+    def tell_of_nothing(self, total: int, which: str = "its guards have") -> None:
+        """Warn that nothing is reused in runs of so many steps."""
+        if total > 1 and total not in self._told:
             self._told.add(total)
             warnings.warn(
-                f"nothing is reused in a run of {total} steps: warmup={self.warmup}, last={self.last}, "
-                f"start={self.start:g} and end={self.end:g} have all of them computed",
+                f"nothing is reused in a run of {total} steps: {which} all of them computed",
                 DiffusionCacheWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
+
+    @property
+    def has_noise_window(self) -> bool:
+        return self.sigma_min > 0 or self.sigma_max < 1
 
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""
@@ -97,7 +106,7 @@ class Guards:
             return "max_consecutive"
         if self.max_reused is not None and state.reused >= self.max_reused:
             return "max_reused"
-        if (self.sigma_min > 0 or self.sigma_max < 1) and not self._holds(step):
+        if self.has_noise_window and not self._holds(step):
             return "outside the window"
         if step.total is None:
             if self.last or self.start > 0 or self.end < 1:
@@ -188,7 +197,24 @@ class Guarded:
                 state.update(index, any(spans), accumulated)
                 row.append(spans)
             rows.append(tuple(row))
-        return Schedule(tuple(rows))
+        wanted_any = own is None or not all(all(cell) for step in own.compute for cell in step)
+        reuses = not all(all(cell) for step in rows for cell in step)
+        if wanted_any and not reuses and (self.guards.max_consecutive == 0 or self.guards.has_noise_window):
+            self.guards.tell_of_nothing(total)
+        # what guards have computed besides is no node of any weights
+        return Schedule(tuple(rows), own if own is not None and self.policy.is_fitted else None)
+
+    def departure(self, total: int | None) -> str:
+        """What to warn of in a run of `total` steps (None: not known), "" if nothing."""
+        told = self.policy.departure(total)
+        schedule = None if told or total is None or not self.policy.is_fitted else self.schedule(total)
+        if schedule is None or schedule.kept is None or schedule.nfe == schedule.kept.nfe:
+            return told
+        return (
+            f"guards have {schedule.nfe - schedule.kept.nfe:.4g} more steps computed than the plan does, and its "
+            "stated quality does not hold: fitted weights lead back from the errors that those steps would have had, "
+            "so that the images may be worse. Leave the guards out, or take a plan that computes more"
+        )
 
     def _step(self, index: int, total: int | None, position: int = 0) -> Step:
         """A step as far as it is known before the run."""

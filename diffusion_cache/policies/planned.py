@@ -59,6 +59,10 @@ class Planned(Policy):
             self._resampled[levels] = replace(self, plan=plan, moved=self._departure(moved))
         return self._resampled[levels]
 
+    @property
+    def is_fitted(self) -> bool:
+        return bool(self.plan.weights.isfinite().any())
+
     def departure(self, total: int | None) -> str:
         if total is None or total == self.plan.total:
             return self.moved

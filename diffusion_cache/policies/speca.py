@@ -33,6 +33,7 @@ class SpeCa(Policy):
     rollback: bool = False
 
     scopes = frozenset({"stack"})
+    tuned = "threshold"
 
     def __post_init__(self) -> None:
         check_threshold(self.name, self.threshold)

@@ -11,6 +11,7 @@ it is, which by then may have taken over updates itself.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.dynamic import best_schedule
 from ..planning.static import marks, static_plan
-from ..planning.surrogate import own_grams
+from ..planning.surrogate import cosines, mean_together, own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
@@ -52,6 +53,8 @@ class BAC(System):
     def plan(self, profile: Profile) -> Plan:
         if len({span.denoiser for span in profile.spans}) > 1:
             raise ConfigError(f"{self.name} is for one denoiser, and this profile has spans of several")
+        if self.updates > profile.total:
+            raise ConfigError(f"{self.name}: updates must be from 1 to the run's {profile.total} steps")
         grams = torch.from_numpy(own_grams(profile))
         alike = similarity(grams)
         if self.unified:
@@ -68,10 +71,12 @@ class BAC(System):
 
 
 def similarity(gram: Tensor) -> Tensor:
-    """Cosine between a span's features at two steps, mean over passes, [S, T, T], from inner products [S, P, T, T]."""
-    norms = gram.double().diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    between = norms[..., :, None] * norms[..., None, :]
-    return torch.where(between > 0, gram / between.clamp_min(1e-300), 1.0).clamp_max(1.0).mean(dim=1)
+    """Cosine between a span's features at two steps, from inner products [S, P, T, T]: [S, T, T].
+
+    The mean over passes that ran at both steps; 1 where none did.
+    """
+    values = cosines(gram.double().numpy())
+    return torch.from_numpy(np.stack([mean_together(values[[i]], gram[[i]].numpy(), 1.0) for i in range(len(gram))]))
 
 
 def update_steps(alike: Tensor, updates: int) -> frozenset[int]:

@@ -35,6 +35,9 @@ class DeepCache(System):
     def __post_init__(self) -> None:
         if self.spacing not in SPACINGS:
             raise ConfigError(f"deepcache: spacing must be one of {', '.join(SPACINGS)}, not {self.spacing!r}")
+        shaped = [name for name in ("center", "power") if getattr(self, name) != getattr(type(self), name)]
+        if self.spacing == "uniform" and shaped:
+            raise ConfigError(f"deepcache: {' and '.join(shaped)} shape the centered spacing: add spacing='centered'")
 
     def parts(self, profile: Profile | None) -> Parts:
         spaced = self.spacing == "centered"

@@ -46,6 +46,8 @@ class Laptop(System):
         self.require(profile, "sensitivity")
         ratio = self._additivity(profile)
         shares = [span.share for span in profile.spans]
+        if self.keep * profile.total < 1:
+            raise ConfigError(f"laptop: keep must be at least 1/{profile.total}, for the first step is computed")
         budget = self.keep * sum(shares) * profile.total
         found = couple((edge_powers(damage, 2.0) for damage in cell_errors(profile)), shares, budget)
         computed = np.array([best.compute for best in found.schedules]).T

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..context import Needs, PassState, Policy, Step, Verdict
 from ..errors import ConfigError, DiffusionCacheWarning
 from ..forecasters import Reuse
 from ..plan import Plan
-from ..policies import Mask
 from ..profile import Profile
 from ..registry import systems
 from ..schedule import Schedule
@@ -118,6 +118,24 @@ class ProfilingDiT(System):
             raise ConfigError(
                 f"profiling_dit: no block is a background block, so there is nothing to reuse: raise {option}"
             )
-        refreshed = set(self.refreshed(profile.total))
-        mask = [int(step in refreshed) for step in range(profile.total)]
-        return Parts(Mask(mask, names), Reuse(), "block", None)
+        return Parts(Refreshing(self, tuple(names)), Reuse(), "block", None)
+
+
+@dataclass(frozen=True)
+class Refreshing(Policy):
+    """Computes some blocks at a system's refreshed steps, whatever the length of the run; the others at every step."""
+
+    system: ProfilingDiT
+    blocks: tuple[str, ...]
+
+    name = "profiling_dit"
+    scopes = frozenset({"block"})
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(blocks=self.blocks)
+
+    def decide(self, step: Step, value: float | None, state: PassState) -> Verdict:
+        if step.total is None:
+            raise ConfigError("profiling_dit needs the run's number of steps: pass num_steps to diffusion_cache.run")
+        return Verdict(step.index in self.system.refreshed(step.total), "refreshed")

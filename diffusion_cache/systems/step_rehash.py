@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..plan import Plan
 from ..planning.static import static_plan
-from ..planning.surrogate import TINY, Array, mean_together, own_grams
+from ..planning.surrogate import Array, cosines, mean_together, own_grams
 from ..profile import Profile
 from ..registry import systems
 from .base import System
@@ -19,8 +19,7 @@ def similarities(profile: Profile) -> Array:
     The mean over cuts, and passes that ran at both steps; −∞ where none did.
     """
     gram = own_grams(profile)
-    norm = np.sqrt(gram.diagonal(axis1=2, axis2=3))
-    return mean_together(gram / np.maximum(norm[..., :, None] * norm[..., None, :], TINY), gram, -np.inf)
+    return mean_together(cosines(gram), gram, -np.inf)
 
 
 def key_steps(similarity: Array, gamma: float) -> list[int]:

@@ -1283,7 +1283,8 @@ def test_gradients_flow_through_computed_steps(scope):
     model = Differentiated()
     expected = model.gradients(model.call())
     assert all(g.abs().max() > 0 for g in expected)
-    with dc.run(model.denoiser, "interval", "reuse", every=2, scope=scope, num_steps=4) as run:
+    # of five steps: after the last one no features would be left
+    with dc.run(model.denoiser, "interval", "reuse", every=2, scope=scope, num_steps=5) as run:
         outputs = []
         for _ in range(4):
             run.next_step()

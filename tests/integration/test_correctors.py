@@ -296,11 +296,16 @@ def test_a_run_that_cannot_be_forecast_ends_and_the_pipeline_stays_usable(dit):
     assert torch.equal(generate("dit-digits", dit), expected)
 
 
-def test_ratios_of_another_length_are_told_and_computed(dit):
-    expected = generate("dit-digits", dit)
-    told_of = pytest.warns(dc.DiffusionCacheWarning, match="its ratios are of 5 steps, and this run has 6")
-    with dc.cached(dit, "interval", "reuse", corrector="magnitude", ratios=[1.0] * 5), told_of:
-        assert torch.equal(generate("dit-digits", dit), expected)
+def test_ratios_of_another_length_are_those_of_the_nearest_share_of_the_run(dit):
+    def run(ratios):
+        with dc.cached(dit, "interval", "reuse", corrector="magnitude", ratios=ratios):
+            return generate("dit-digits", dit), [record.computed for record in dc.summary(dit).records]
+
+    ratios = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]
+    assert STEPS == 6
+    images, computed = run(ratios)
+    assert not all(computed)
+    assert torch.equal(images, run(ratios[::2])[0])
 
 
 def test_steps_are_integrated_in_ddims_own_variable(dit):

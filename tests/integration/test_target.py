@@ -192,7 +192,7 @@ def test_an_interrupted_search_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
 @pytest.mark.parametrize(
     ("wish", "match"),
     [
-        ({"policy": "interval", "target_reuse": 0.5}, "has no threshold"),
+        ({"policy": "interval", "target_reuse": 0.5}, "has nothing that could be searched"),
         ({"policy": "teacache", "target_reuse": 0.5, "threshold": 0.1}, "threshold is what a target is met with"),
         ({"policy": "teacache", "target_reuse": 0.5, "speedup": 2}, "one of them"),
         ({"method": "fora", "target_reuse": 0.5}, "target_reuse comes from the method"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from functools import cache
 
@@ -12,7 +13,7 @@ import zoo
 from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
 
 import diffusion_cache as dc
-from diffusion_cache import published, resolve
+from diffusion_cache import published, reference, resolve
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Hermite, Reuse
 from diffusion_cache.policies import Guarded
@@ -265,6 +266,24 @@ def test_masks_of_parts():
         attention.mask()
 
 
+def test_masks_of_branches_are_for_branches():
+    for name in ("smoothcache/dit-xl-2-256-50-alpha-0.18", "fora/dit-xl-2-256-50-every-2"):
+        assert ENTRIES[name].driven().scope == "branch"
+    assert ENTRIES["lemica/flux-dev-10of50"].driven().scope is None
+
+
+def test_settings_are_no_step_lists():
+    for name, policy in [("dbcache/flux-dev-slow", "first_block"), ("sea-cache/diffusers-default", "seacache")]:
+        with pytest.raises(ConfigError, match=f"its figures are settings: give them to policy '{policy}'"):
+            ENTRIES[name].driven()
+
+
+def test_figures_of_a_model_that_diffusers_has_not_are_told():
+    pipe = reference.load("flux-digits")
+    with pytest.warns(dc.DiffusionCacheWarning, match="for OmniGen2/OmniGen2.*cannot be told from FluxTransformer"):
+        dc.enable(pipe, profile="published/magcache/omnigen2-50")
+
+
 def test_entries_without_a_mask_say_so():
     for name, call in [
         ("teacache/flux-dev", lambda entry: entry.mask()),
@@ -323,10 +342,12 @@ def test_teacache_drives_its_class(name):
     least = entry.figures["coefficients"][-1]
     threshold = 2.5 * least if least > 0 else 0.1
     first, last = entry.figures.get("forced_first_steps") or 1, entry.figures.get("forced_last_steps") or 0
+    start, end = (0.2, 0.9) if name == "teacache/flux-kontext-dev" else (0.0, 1.0)
     total, expected = 0.0, []
     for step in range(steps):
         total += least
-        if step < first or step >= steps - last or not total < threshold:
+        outside = not math.ceil(start * steps) <= step < math.ceil(end * steps)
+        if step < first or step >= steps - last or outside or not total < threshold:
             expected.append(step)
             total = 0.0
     assert computed_steps(entry, steps, threshold=threshold) == expected

@@ -263,6 +263,20 @@ def test_a_pipelines_own_default_counts(monkeypatch):
     assert not dc.recommend(pipe).cache
 
 
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        ("someone/flux-4-steps", True),
+        ("someone/sdxl-8step-lora", True),
+        ("someone/wan-v2-step-1000", False),
+        ("someone/dit-v1_step_2000", False),
+        ("someone/model-1000-steps", False),
+    ],
+)
+def test_names_of_models_made_for_few_steps(name, few):
+    assert bool(advice.FEW_STEP_NAME.search(name)) == few
+
+
 def test_what_was_published_for_this_very_model():
     pipe = named(reference.load("flux-digits"), "black-forest-labs/FLUX.1-dev")
     found = dc.recommend(pipe, 28)
@@ -276,7 +290,10 @@ def test_what_was_published_for_this_very_model():
     longer = load(dc.recommend(pipe, 50).options["profile"])
     assert longer.steps == 50
     assert 0.4 <= _share(longer, 50) <= 0.52  # about half
-    assert _share(load(dc.recommend(pipe, 50, speedup=3).options["profile"]), 50) < 0.4
+    for speedup in (1.5, 2.0, 3.0, 5.0):
+        assert _share(load(dc.recommend(pipe, 50, speedup=speedup).options["profile"]), 50) <= 1.06 / speedup
+    with pytest.raises(ConfigError, match="not 12.0"):  # none spares as much
+        dc.recommend(pipe, 50, speedup=12.0)
     # MagCache's steps and shares are those that its policy computes, of each guidance branch apart
     wan = load("magcache/wan2.1-t2v-1.3b-50")
     schedule = MagCache(**wan.driven().options).schedule(50)

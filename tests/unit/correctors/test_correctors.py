@@ -58,11 +58,12 @@ def test_magnitude_multiplies_the_ratios_since_the_last_computed_step():
     assert Magnitude([1.0, 2.0]).ratios == (1.0, 2.0)  # as configurations have them
 
 
-@pytest.mark.parametrize(("total", "target"), [(9, 5), (7, 5), (None, 8)])
-def test_magnitude_refuses_runs_of_other_lengths(total, target):
-    with pytest.raises(ConfigError, match="its ratios are of 8 steps, and this run has"):
-        Magnitude((1.0,) * 8).blend(query(target, total))
+def test_magnitude_needs_the_length_of_runs_past_its_ratios():
+    with pytest.raises(ConfigError, match="ratios are of 8 steps: pass num_steps"):
+        Magnitude((1.0,) * 8).blend(query(8, None))
     assert Magnitude((1.0,) * 8).blend(query(7, None)).keep == 1.0
+    # of 15 steps each second one has a ratio of its own: 4 and 5 have the third's
+    assert Magnitude((1.0, 1.0, 1.5, 9.0, 9.0, 9.0, 9.0, 9.0)).blend(query(5, 15)).keep == pytest.approx(1.5**2)
 
 
 @pytest.mark.parametrize("ratios", [(1.0, 0.0), (1.0, float("nan")), ("a",)])

@@ -5,6 +5,7 @@ import torch
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.engine.patches import ACTIVE
 from diffusion_cache.measure import peak_bytes
 
 NAME, BATCH = "flux-digits", 4
@@ -23,6 +24,27 @@ def call():
     hook.remove()
     other.remove()
     return pipe.transformer, lambda: pipe.transformer(**calls[0]), handed[0]
+
+
+@pytest.mark.parametrize("policy", ["interval", "first_block"])
+def test_nothing_is_held_while_latents_are_decoded(policy):
+    pipe = reference.load(NAME)
+    given = reference.inputs(NAME, range(2), range(2), steps=6)
+    with dc.cached(pipe, policy, "taylor"):
+        held, decode = [], pipe.vae.decode
+
+        def watched(*args, **kwargs):
+            run = ACTIVE.get()
+            states = run.spans._states.values()
+            held.append((sum(state.history.nbytes for state in states), run.decisions._kept))
+            return decode(*args, **kwargs)
+
+        pipe.vae.decode = watched
+        pipe(**given)
+        assert held == [(0, {})]
+        summary = dc.summary(pipe)
+        assert summary.cache_bytes > 0
+        assert all(span.feature_bytes > 0 for span in dc.inspect(pipe).spans)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

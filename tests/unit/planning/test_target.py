@@ -160,7 +160,7 @@ def test_targets_that_make_no_sense(wish, match):
 
 
 def test_a_policy_without_a_threshold_has_nothing_to_search():
-    with pytest.raises(ConfigError, match="'interval' has no threshold"):
+    with pytest.raises(ConfigError, match="'interval' has nothing that could be searched"):
         Tuner(Method(Guarded(Interval(2)), Taylor()), Target(0.5))
 
 

@@ -1,6 +1,7 @@
 """The policy of a plan: its own schedule, resampled where a run is another, and moved by guards."""
 
 import math
+import re
 import warnings
 from dataclasses import replace
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from diffusion_cache.context import PassState, Step
-from diffusion_cache.errors import ConfigError
+from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.forecasters.fitted import Fitted
 from diffusion_cache.plan import Plan
-from diffusion_cache.policies import Guarded, Guards, Planned
+from diffusion_cache.policies import Guarded, Guards, Interval, Planned
 from diffusion_cache.schedule import Schedule
 
 MASK = "100100101100"
@@ -123,6 +124,27 @@ def test_guards_move_the_runs_schedule_and_not_the_plan(guards, expected, silent
     policy = Planned(plan())
     assert strip(Guarded(policy, guards).schedule(12)) == expected
     assert strip(policy.plan.schedule) == MASK
+
+
+def test_only_the_plans_own_features_are_stored():
+    """Others are no nodes of its weights; a plan without weights takes what there is."""
+    guarded = Guarded(Planned(plan()), Guards(warmup=3))
+    schedule, own = guarded.schedule(12), plan().schedule
+    assert [schedule.stores(step, 0, 2) for step in range(12)] == [own.stores(step, 0, 2) for step in range(12)]
+    assert schedule.stores(1, 0, 2) == (False,)
+    assert re.search("2 more steps computed than the plan does.*quality does not hold", guarded.departure(12))
+    assert Guarded(Planned(plan())).departure(12) == ""
+    bare = plan()
+    bare.weights[:] = math.nan
+    unfitted = Guarded(Planned(replace(bare, nodes=torch.full_like(bare.nodes, -1))), Guards(warmup=3))
+    assert unfitted.schedule(12).stores(2, 0, 2) == (True,)
+    assert unfitted.departure(12) == ""
+
+
+@pytest.mark.parametrize("guards", [Guards(max_consecutive=0), Guards(sigma_min=0.9, sigma_max=0.9)])
+def test_guards_that_leave_nothing_to_reuse_are_told(guards):
+    with pytest.warns(DiffusionCacheWarning, match="nothing is reused in a run of 12 steps"):
+        Guarded(Interval(2), guards, noise_levels=levels(12)).schedule(12)
 
 
 def test_guards_hold_for_a_resampled_run():

@@ -180,7 +180,7 @@ def test_bad_settings(pipe, profile):
     for options, message in (
         ({"updates": 0}, "updates ≥ 1 .*updates=0"),
         ({"upstream": -1}, "upstream ≥ 0: .*upstream=-1"),
-        ({"updates": plans.STEPS + 1}, "of 8 steps, 1 to 8 can be computed, not 9"),
+        ({"updates": plans.STEPS + 1}, "updates must be from 1 to the run's 8 steps"),
         ({"unified": 1}, "unified must be bool, not 1"),
     ):
         with pytest.raises(ConfigError, match=message):

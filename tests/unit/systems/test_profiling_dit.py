@@ -9,7 +9,7 @@ import diffusion_cache as dc
 from diffusion_cache import published, reference
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.forecasters.fitted import Fitted
-from diffusion_cache.policies import Planned
+from diffusion_cache.policies import Guarded, Planned
 from diffusion_cache.profiling.measure import Options, measure
 from diffusion_cache.systems import ProfilingDiT
 
@@ -98,6 +98,10 @@ def test_what_is_measured_of_a_video():
         records = dc.summary(pipe).records
     assert [record.step for record in records if record.computed and record.pass_name == "cond"] == [0, 1, 2]
     assert 1 <= records[-1].spans <= 7
+    parts = ProfilingDiT().parts(profile())
+    for total in (3, STEPS, 40):  # of runs of other lengths, the steps that its rule gives for them
+        schedule = Guarded(parts.policy).schedule(total)
+        assert list(schedule.computed) == ProfilingDiT().refreshed(total)
 
 
 def test_what_it_cannot_plan_from():

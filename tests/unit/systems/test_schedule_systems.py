@@ -300,6 +300,11 @@ def test_laptop_tells_when_damages_do_not_add_up():
         assert Laptop().plan(laptop_profile(mean=1.2)).facts["additivity"] == 1.2
 
 
+def test_laptop_computes_one_step_at_least():
+    with pytest.raises(ConfigError, match=r"keep must be at least 1/\d+, for the first step"):
+        Laptop(0.001).plan(laptop_profile())
+
+
 def test_laptop_needs_sensitivities_and_their_check():
     without = grams.profile_of(seeded(2, 4, 3), "block")
     with pytest.raises(ConfigError, match="reads sensitivity"):

@@ -61,6 +61,8 @@ def test_deepcache_is_an_interval_or_crowds_around_a_point():
     assert crowded.parts(None) == (Centered(4, 0.5, 2.0), Reuse(), "cut", 1)
     with pytest.raises(ConfigError, match="spacing must be one of uniform, centered"):
         DeepCache(spacing="random")
+    with pytest.raises(ConfigError, match="power shape the centered spacing"):
+        DeepCache(power=2.0)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
