@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # rolling-digits begins from the weights of wan-moving-digits
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits reacher fill-forward rolling-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate finals evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ evaluate: venv ## compare all methods and rivals on the shipped models, publish 
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
 	cp results/reference_all/advice.json diffusion_cache/advice.json
 
+finals: venv ## compare plans with what came near the best in `evaluate`, on 256 images or 32 videos
+	.venv/bin/diffusion-cache evaluate experiment=finals launcher=joblib -m
+	.venv/bin/diffusion-cache report outputs/evaluate/finals --out results/finals
+
 reproduce: venv ## check the published systems' claims on the shipped models
 	$(PYTHON) scripts/reproduce.py
 
@@ -84,7 +88,7 @@ shipped-routers: venv ## train the routers that come with the package and compar
 	.venv/bin/diffusion-cache train-router model=unet-digits scope=block out=outputs/shipped/unet-digits-ddim-router
 	.venv/bin/diffusion-cache train-router model=flux-digits scope=block out=outputs/shipped/flux-digits-flow-euler-router
 	for folder in outputs/shipped/*-router; do \
-	  mkdir -p profiles/$$(basename $$folder) && cp $$folder/profile.json $$folder/arrays.safetensors profiles/$$(basename $$folder)/; done
+	  mkdir -p profiles/$$(basename $$folder) && cp $$folder/profile.json $$folder/arrays.safetensors profiles/$$(basename $$folder)/ || exit 1; done
 	.venv/bin/diffusion-cache evaluate experiment=routers -m
 	.venv/bin/diffusion-cache report outputs/evaluate/routers --out results/routers/report
 

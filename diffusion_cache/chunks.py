@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import ConfigError
 from .history import History, Lane
 from .plain import check_count
@@ -110,7 +111,7 @@ class Chunks:
                 f"run.chunks named {list(numbers)}, and the call has {count} noise levels: name each of its chunks once"
             )
         units = tuple(Unit(row, number) for row in range(rows) for number in numbers)
-        levels = tuple(timestep.detach().double().flatten().tolist())
+        levels = tuple(ops.double(timestep.detach()).flatten().tolist())
         ladder.add(levels)
         return cls(units, levels, rows, ladder)
 

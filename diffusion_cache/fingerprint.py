@@ -61,6 +61,7 @@ SPACING_OPTIONS = frozenset(
         "use_dynamic_shifting",
         "use_exponential_sigmas",
         "use_karras_sigmas",
+        "use_lu_lambdas",
     }
 )
 
@@ -334,7 +335,7 @@ def _shown(value: Any) -> str:
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(torch.as_tensor(values).double().flatten().tolist())
+    return None if values is None else tuple(torch.as_tensor(values).cpu().double().flatten().tolist())
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ from .policies import Planned
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Summary:
     def __rich__(self) -> "Table":
         from rich.table import Table
 
-        table = Table(title=f"{self.method}", caption=self._caption())
+        table = Table(title=_text(self.method, "table.title"), caption=_text(self._caption(), "table.caption"))
         table.add_column("pass")
         table.add_column("steps (█ computed, · reused)", overflow="fold")
         table.add_column("computed", justify="right")
@@ -72,7 +73,7 @@ class Summary:
             reasons = dict.fromkeys(why.split(" ")[0] for why in whys)
             strip = "".join("█" if row.spans_reused == 0 else "·" if not row.computed else "▒" for row in rows)
             computed = sum(row.computed for row in rows)
-            table.add_row(" ".join(key), strip, f"{computed}/{len(rows)}", ", ".join(reasons))
+            table.add_row(*map(_text, (" ".join(key), strip, f"{computed}/{len(rows)}", ", ".join(reasons))))
         return table
 
     def _caption(self) -> str:
@@ -129,14 +130,15 @@ class Inspection:
             if known is not None
             else "bytes are known after a generation, or with inspect(pipe, inputs={…the pipeline's arguments…})"
         )
-        table = Table(title=self.pipeline, caption=caption)
+        table = Table(title=_text(self.pipeline, "table.title"), caption=_text(caption, "table.caption"))
         for name in ("denoiser", "span", "kind"):
             table.add_column(name)
         for name in ("modules", "parameters", "feature KiB"):
             table.add_column(name, justify="right")
         for span in self.spans:
             size = "?" if span.feature_bytes is None else f"{span.feature_bytes / 1024:.1f}"
-            table.add_row(span.denoiser, span.name, span.kind, str(span.modules), f"{span.parameters:,}", size)
+            cells = (span.denoiser, span.name, span.kind, str(span.modules), f"{span.parameters:,}", size)
+            table.add_row(*map(_text, cells))
         return table
 
     def __str__(self) -> str:
@@ -168,6 +170,13 @@ def _described(method: Method) -> str:
     drift = method.guarded.drift
     watched = f", watched by {drift.band.signal}" if drift is not None else ""
     return f"plan {plan.name!r}: {plan.nfe:.4g} of {plan.total} steps computed, on {plan.scope}{watched}"
+
+
+def _text(shown: str, style: str = "") -> "Text":
+    """As it is: brackets are no markup."""
+    from rich.text import Text
+
+    return Text(shown, style)
 
 
 def _rendered(shown: Any) -> str:

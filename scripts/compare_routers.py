@@ -26,7 +26,7 @@ from diffusion_cache.cli.progress import announcing
 from diffusion_cache.cli.train_router import clean_latents, training_samples
 from diffusion_cache.evaluation.accounting import Accountant
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS, Sample
-from diffusion_cache.evaluation.reproduction.publish import markdown, merged
+from diffusion_cache.evaluation.reproduction.publish import publish
 from diffusion_cache.evaluation.reproduction.routers import checked
 from diffusion_cache.evaluation.subjects import Shipped, batches_of, quieten_libraries
 from diffusion_cache.files import written
@@ -277,14 +277,6 @@ def mean_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def publish_claims(rows: list[dict[str, Any]]) -> None:
-    """What the rows say of the claims, beside what is published of the others."""
-    published = HOME / "results" / "reproduction.json"
-    claims = merged(json.loads(published.read_text()), checked(rows))
-    published.write_text(json.dumps(claims, indent=2) + "\n")
-    (HOME / "docs" / "reproduction.md").write_text(markdown(claims))
-
-
 def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
@@ -312,7 +304,7 @@ def main() -> None:
     if not options.here:
         rows = write_table(options.out, HOME / "results" / "routers")
         print(f"{len(rows)} rows in results/routers/summary.csv")
-        publish_claims(rows)
+        publish(HOME, checked(rows))  # what they say of the claims, beside what is published of the others
 
 
 if __name__ == "__main__":

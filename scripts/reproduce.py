@@ -6,7 +6,6 @@ others.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from rich.markdown import Markdown
 from diffusion_cache.cli.interrupts import kept_interrupts
 from diffusion_cache.cli.progress import announcing
 from diffusion_cache.evaluation.reproduction import load_claims, seed_sets
-from diffusion_cache.evaluation.reproduction.publish import markdown, merged, run
+from diffusion_cache.evaluation.reproduction.publish import markdown, publish, run
 from diffusion_cache.evaluation.reproduction.routers import is_of_routers
 from diffusion_cache.evaluation.subjects import quieten_libraries
 
@@ -38,10 +37,7 @@ def main() -> None:
     if options.experiments and not options.merge:
         console.print(Markdown(markdown(rows)))
         return
-    published = HOME / "results" / "reproduction.json"
-    rows = merged([row for row in json.loads(published.read_text()) if options.merge or is_of_routers(row)], rows)
-    (HOME / "docs" / "reproduction.md").write_text(markdown(rows))
-    published.write_text(json.dumps(rows, indent=2) + "\n")
+    rows = publish(HOME, rows, lambda row: options.merge or is_of_routers(row))
     console.print(f"{len(rows)} claims, {sum(row['holds'] for row in rows)} hold: docs/reproduction.md")
 
 

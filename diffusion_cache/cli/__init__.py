@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import ConfigError, DiffusionCacheError
 
@@ -255,7 +256,7 @@ def _report(
 
     paths = write_report(folder, out)
     for path in dataclasses.astuple(paths):
-        Console().print(str(path), soft_wrap=True)
+        Console().print(Text(str(path)), soft_wrap=True)
 
 
 @app.command("list")

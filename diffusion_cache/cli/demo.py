@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from torch import Tensor
 
 import diffusion_cache as dc
@@ -32,6 +33,7 @@ from .figures import model_figure, overview_figure
 from .page import html_page
 from .results import ModelResult, Panel, Row
 from .tables import markdown_table, overview_markdown, rich_table
+from .writing import check_writable, write
 
 INTERVALS = (2, 3)  # the budgets: one computed step in 2, in 3
 FITTING_SAMPLES, THRESHOLD_SAMPLES, CONTROL_SAMPLES, SHOWN_SAMPLES = 2, 2, 1, 10
@@ -43,6 +45,7 @@ REUSE, TAYLOR = {"forecaster": "reuse"}, {"forecaster": "taylor", "order": 1}
 FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR = "fewer steps", "uniform, reuse", "uniform, Taylor"
 SPACED_TAYLOR, FIRST_BLOCK, PLAN = "spaced, Taylor", "first block", "plan"
 FOCUS = (PLAN, SPACED_TAYLOR)  # the method whose images are shown, at the smallest budget: the first that there is
+OTHER_FOLDER = "folder with --out"
 STAGES = 3 + 6 * len(INTERVALS)
 
 
@@ -368,12 +371,9 @@ def run_demo(models: Sequence[str], out: Path, settings: Settings, console: Cons
     """Measure the models, write pictures, page and figures under `out`, and print a table per model.
 
     Raises:
-        ConfigError: for settings that cannot work, or a folder that cannot be made.
+        ConfigError: for settings that cannot work, or a folder that cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+    check_writable(out, OTHER_FOLDER)
     bars = (TextColumn("{task.fields[model]}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     results = []
     with Progress(*bars, console=console) as progress:
@@ -394,17 +394,20 @@ def run_demo(models: Sequence[str], out: Path, settings: Settings, console: Cons
         "hardware": f"{environment.cpu_name()}, PyTorch threads: {torch.get_num_threads()}",
         "settings": {"samples": settings.samples, "pairs": settings.pairs, "timed_samples": settings.timed_samples},
     }
-    pictures = {result.name: model_figure(result) for result in results}
-    for name, png in pictures.items():
-        (out / f"{name}.png").write_bytes(png)
-    overview = overview_figure(results)
-    (out / "demo.png").write_bytes(overview)
-    summary = {**facts, "models": [result.to_json() for result in results]}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    overall = overview_markdown(results, (FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR, PLAN))
-    (out / "table.md").write_text(f"{overall}\n{markdown_table(results)}", encoding="utf-8")
-    (out / "index.html").write_text(html_page(results, facts, overview, pictures), encoding="utf-8")
     for result in results:
         console.print(rich_table(result))
-    console.print(f"Picture: {out / 'demo.png'}\nPage:    {out / 'index.html'}", soft_wrap=True)
+    pictures = {result.name: model_figure(result) for result in results}
+    overview = overview_figure(results)
+    summary = {**facts, "models": [result.to_json() for result in results]}
+    overall = overview_markdown(results, (FEWER_STEPS, UNIFORM_REUSE, UNIFORM_TAYLOR, PLAN))
+    made: dict[str, bytes | str] = {
+        "summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
+        "table.md": f"{overall}\n{markdown_table(results)}",
+        **{f"{name}.png": png for name, png in pictures.items()},
+        "demo.png": overview,
+        "index.html": html_page(results, facts, overview, pictures),
+    }
+    for name, data in made.items():
+        write(out / name, data, OTHER_FOLDER)
+    console.print(Text(f"Picture: {out / 'demo.png'}\nPage:    {out / 'index.html'}"), soft_wrap=True)
     return results

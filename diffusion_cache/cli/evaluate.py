@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from .. import registry
 from ..errors import ConfigError
@@ -103,7 +104,7 @@ def run_configured(cfg: DictConfig) -> None:
     with announcing(console, title) as progress:
         folders = run_job(job, progress, team)
     if team.leads:
-        console.print(f"{title}: {len(folders)} run(s) in {job.folder}", soft_wrap=True)
+        console.print(Text(f"{title}: {len(folders)} run(s) in {job.folder}"), soft_wrap=True)
 
 
 @hydra_main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="evaluate")

@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 from hydra import main as hydra_main
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from ..errors import ConfigError
 from ..plain import check_count
 from . import hydra_app
 from .hydra_app import CONFIGS, resolved
 from .profile import FOLDER, file_name, fitting_samples
+from .writing import check_writable, write
 
 if TYPE_CHECKING:
     from ..profiling.fit_signal import Change
     from ..profiling.measure import Given, MakeBatch
 
 GROUPS = ("launcher",)
+OTHER_FILE = "file with out=…"
+COUNTED_BY = "num_samples and held_out"
 
 
 def run_configured(cfg: DictConfig) -> None:
@@ -33,7 +37,7 @@ def run_configured(cfg: DictConfig) -> None:
 
     quieten_libraries()
     config = resolved(cfg)
-    for name in ("num_samples", "held_out", "batch", "threads"):
+    for name in ("num_samples", "held_out", "batch", "degree", "threads"):
         check_count(name, config[name])
     if config["steps"] is not None:
         check_count("steps", config["steps"])
@@ -44,10 +48,7 @@ def run_configured(cfg: DictConfig) -> None:
     path = Path(config["out"]) if config["out"] else FOLDER / f"{name}.teacache.json"
     if path.is_dir():
         raise ConfigError(f"out names the file to write, and {path} is a folder: give out={path / name}.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; choose another file with out=…") from error
+    check_writable(path.parent, OTHER_FILE)
     make = batches_of(what, steps)
     others = samples({**config["prompts"], "n": config["held_out"], "n_video": None}, what.classes, what.video)
     fitting = fitting_samples(config["prompts"], config["num_samples"], what)
@@ -58,16 +59,14 @@ def run_configured(cfg: DictConfig) -> None:
     )
     facts = {**asdict(found), "model": config["model"], "sampler": config["sampler"], "steps": steps}
     options = {"coefficients": facts.pop("coefficients")}
-    path.write_text(json.dumps({"policy": "teacache", "options": options, "fit": facts}, indent=1) + "\n")
-    console = Console()
-    console.print(
+    write(path, json.dumps({"policy": "teacache", "options": options, "fit": facts}, indent=1) + "\n", OTHER_FILE)
+    told = (
         f"{what.name}, {what.sampler}, {steps} steps: R² {found.r2:.3f} on {found.changes} changes, "
         f"{found.held_out_r2:.3f} on {found.held_out_changes} held out; error {found.held_out_error:.1%} of the mean "
-        f"change there, {found.held_out_unfitted:.1%} with a multiple of the signal alone",
-        soft_wrap=True,
+        f"change there, {found.held_out_unfitted:.1%} with a multiple of the signal alone\n"
+        f'enable(pipe, policy="teacache", **json.load(open("{path}"))["options"])'
     )
-    usage = f'enable(pipe, policy="teacache", **json.load(open("{path}"))["options"])'
-    console.print(usage, soft_wrap=True, markup=False)
+    Console().print(Text(told), soft_wrap=True)
 
 
 def _changes(make: "MakeBatch", given: Sequence["Given"], size: int) -> "list[Change]":
@@ -83,4 +82,4 @@ def _run(cfg: DictConfig) -> None:
 
 def fit_signal(arguments: Iterable[str]) -> None:
     """Run with Hydra's arguments: overrides, -m for a sweep, --cfg job to show the configuration."""
-    hydra_app.launch("fit_signal", _run, arguments, GROUPS)
+    hydra_app.launch("fit_signal", _run, arguments, GROUPS, COUNTED_BY)

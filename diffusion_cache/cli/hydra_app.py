@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, HydraException
@@ -18,35 +19,50 @@ from ..errors import ConfigError, DiffusionCacheError
 from .interrupts import kept_interrupts
 
 CONFIGS = "diffusion_cache.configs"
+COUNTS = ("prompts.n", "prompts.n_video")
 OPEN = (("model", "call"), ("sampler", "options"), ("metrics", "settings"))
 
 
-def check(command: str, arguments: Sequence[str], groups: Sequence[str] = ()) -> None:
+def check(command: str, arguments: Sequence[str], groups: Sequence[str] = (), counted_by: str = "") -> None:
     """Compose the configuration for every value that is given, before anything runs.
 
-    groups: of configurations that leave no key of their own.
+    groups: of configurations that leave no key of their own. counted_by: the options that say how many samples there
+    are, for a command that does not go by those of its prompts.
 
     Raises:
-        ConfigError: for a group, option or key that does not exist, with the nearest that does.
+        ConfigError: for a group, option or key that does not exist, with the nearest that does, a sweep over nothing,
+            and a number of prompts that would do nothing.
     """
     given = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
-    try:
-        overrides = OverridesParser.create().parse_overrides(given)
-    except HydraException as error:
-        raise ConfigError(_first_line(error)) from error
-    first = [_choices(override)[0] for override in overrides]
     with initialize_config_module(CONFIGS, version_base="1.3"):
+        try:
+            overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+            choices = [_choices(override) for override in overrides]
+        except HydraException as error:
+            raise ConfigError(_first_line(error)) from error
+        for override in overrides:
+            if counted_by and override.key_or_group in COUNTS:
+                raise ConfigError(
+                    f"{override.key_or_group} does nothing here: how many samples there are is for {counted_by} to say"
+                )
+        first = [found[0] for found in choices]
         _compose(command, first, groups)
-        for place, override in enumerate(overrides):
-            for choice in _choices(override)[1:]:
+        for place, found in enumerate(choices):
+            for choice in found[1:]:
                 _compose(command, [*first[:place], choice, *first[place + 1 :]], groups)
 
 
 def _choices(override: Override) -> list[str]:
+    """The values of an override one by one; globs, which go by names, need the parser's config loader."""
     if not override.is_sweep_override():
         return [override.input_line or ""]
     key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    found = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not found:
+        names = _options(override.key_or_group)
+        told = f". Its options are {', '.join(names)}" if names else ""
+        raise ConfigError(f"{override.input_line} is a sweep over nothing{told}")
+    return found
 
 
 def _compose(command: str, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
@@ -75,8 +91,6 @@ def _suggestion(command: str, error: BaseException, overrides: Sequence[str], gr
 
 
 def _options(group: str) -> list[str]:
-    from hydra.core.global_hydra import GlobalHydra
-
     return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
@@ -120,11 +134,20 @@ def reported(job: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         raise CompactHydraException("This job has failed; what is finished is kept.") from None
 
 
-def launch(command: str, main: Callable[[], None], arguments: Iterable[str], groups: Sequence[str] = ()) -> None:
-    """Run a Hydra main function with these arguments: overrides, -m for a sweep, --cfg job for the configuration."""
+def launch(
+    command: str,
+    main: Callable[[], None],
+    arguments: Iterable[str],
+    groups: Sequence[str] = (),
+    counted_by: str = "",
+) -> None:
+    """Run a Hydra main function with these arguments: overrides, -m for a sweep, --cfg job for the configuration.
+
+    groups, counted_by: see `check`.
+    """
     # the parser that Hydra uses wants all overrides in a row
     arguments = sorted(arguments, key=lambda argument: "=" in argument and not argument.startswith("-"))
-    check(command, arguments, groups)
+    check(command, arguments, groups, counted_by)
     sys.argv = [f"diffusion-cache {command}", *arguments]
     try:
         with kept_interrupts():

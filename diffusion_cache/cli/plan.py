@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from ..plan import Plan
 from ..planning import guarantee
 from ..planning.build import Planner, Search
 from ..planning.choose import choose
+from ..planning.selector import STORED
 from ..profile import JSON_FILE, Profile, folder_of
 from ..profiling.generation import Batch, Teacher, teach
 from ..reference.models import scheduler
@@ -103,7 +105,8 @@ def make_plans(
     the same name is replaced.
 
     Raises:
-        ConfigError: for a profile that is not of this model, and for a wish that cannot be fulfilled.
+        ConfigError: for a profile that is not of this model, a wish that cannot be fulfilled, and an `out` that holds
+            what `select` has learned.
     """
     quieten_libraries()
     needed = guarantee.needed()
@@ -119,6 +122,11 @@ def make_plans(
     out = folder if out is None else out
     stored = stored_in(out, profile)
     if stored is not None and out.resolve() != folder.resolve():
+        if stored.facts.get(STORED) != profile.facts.get(STORED):  # scores go with the plans that they are of
+            raise ConfigError(
+                f"{out} and {folder} differ in what `diffusion-cache select` has learned, which would be lost: give "
+                "--out another folder"
+            )
         profile = profile.with_plans(stored.plans)
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
@@ -377,7 +385,7 @@ def source_of(profile: Profile, model: str | None, settings: Settings) -> Source
 
         return Batch(subject.pipe, call, subject.images, len(samples))
 
-    call = {**extra, **_profiled_call(profile), **settings.call}
+    call = {**extra, **_profiled(profile, "model", "call"), **settings.call}
     return Source(subject.pipe, prompts, make, bool(subject.classes), call)
 
 
@@ -402,26 +410,34 @@ def _shipped(fingerprint: Fingerprint, name: str, settings: Settings) -> Subject
 
 
 def _pretrained(profile: Profile, model: str, settings: Settings) -> Subject:
-    """The pipeline, with the profile's sampler and precision."""
-    fingerprint = profile.fingerprint
+    """The pipeline, loaded as the profile's was, with its sampler."""
+    if settings.prompts is None and settings.column != Settings().column:
+        raise ConfigError("--column names a column of the table in --prompts: give that too, or leave --column out")
+    fingerprint, loaded = profile.fingerprint, _profiled(profile, "model")
     dtypes = {facts.dtype for facts in fingerprint.denoisers.values()}
+    variant = loaded.get("variant")
+    if variant and Path(model).is_dir() and not any(Path(model).rglob(f"*.{variant}*")):
+        variant = None  # a copy that was saved without
     options = {
         "repository": model,
         "steps": profile.total,
         "device": settings.device,
-        "dtype": dtypes.pop() if len(dtypes) == 1 else "bfloat16",
-        "variant": None,
+        "dtype": loaded.get("dtype") or (dtypes.pop() if len(dtypes) == 1 else "bfloat16"),
+        "variant": variant,
         "offload": settings.offload,
         "compile": "none",
-        "call": {**_profiled_call(profile), **settings.call},
+        "call": {**_profiled(profile, "model", "call"), **settings.call},
     }
-    return Pretrained(options, {"name": fingerprint.scheduler, "options": dict(fingerprint.scheduler_config)})
+    try:
+        return Pretrained(options, {"name": fingerprint.scheduler, "options": dict(fingerprint.scheduler_config)})
+    except ConfigError as error:  # which names the options of a configuration
+        raise ConfigError(re.sub(r"\bmodel\.(device|offload)\b", r"--\1", str(error))) from error
 
 
-def _profiled_call(profile: Profile) -> Mapping[str, Any]:
-    """The arguments that a profiled pipeline was called with, beside prompts and seeds."""
+def _profiled(profile: Profile, *names: str) -> Mapping[str, Any]:
+    """What a profile says it was measured with, by names of settings: {} where it does not."""
     found: Any = profile.facts
-    for name in ("settings", "model", "call"):
+    for name in ("settings", *names):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 

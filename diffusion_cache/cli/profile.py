@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hydra import main as hydra_main
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from ..errors import ConfigError
 from ..plain import check_count
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..profiling.measure import Given, Options, Progress
 
 GROUPS = ("launcher",)
+COUNTED_BY = "num_samples"
 FOLDER = Path("profiles-local")
 
 
@@ -54,9 +56,8 @@ def run_configured(cfg: DictConfig) -> None:
         profile = measured(config, what, steps, given, options, folder, team, progress, foreground)
     if profile is not None:
         count = len(profile.spans)
-        console.print(
-            f"{title}: profile of {count} span{'s' * (count > 1)} at scope {profile.scope} in {folder}", soft_wrap=True
-        )
+        told = f"{title}: profile of {count} span{'s' * (count > 1)} at scope {profile.scope} in {folder}"
+        console.print(Text(told), soft_wrap=True)
 
 
 def measured(
@@ -169,4 +170,4 @@ def _run(cfg: DictConfig) -> None:
 
 def profile(arguments: Iterable[str]) -> None:
     """Run with Hydra's arguments: overrides, -m for a sweep, --cfg job to show the configuration."""
-    hydra_app.launch("profile", _run, arguments, GROUPS)
+    hydra_app.launch("profile", _run, arguments, GROUPS, COUNTED_BY)

@@ -14,7 +14,7 @@ from ..models import find_denoisers
 from ..plan import Plan, Quality
 from ..planning.choose import choose
 from ..planning.select import Seen, best_together, refitted, see, with_selector, without_selector
-from ..planning.selector import Selector
+from ..planning.selector import STORED, Selector
 from ..profile import Profile, folder_of
 from ..profiling.generation import Teacher, teach
 from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of, stored_in
@@ -44,15 +44,18 @@ def make_selector(
     settings: `fitting` and `tuning` are samples of each prompt.
 
     Raises:
-        ConfigError: for a profile that is not of this model or has no such plan, too many samples, prompts that all
-            look the same, and plans that are best for every prompt as they are.
+        ConfigError: for a profile that is not of this model or has no such plan, an `out` with plans that were not
+            made here, too many samples, prompts that all look the same, and plans that are best for every prompt as
+            they are.
     """
     quieten_libraries()
     folder = folder_of(folder)
     profile = Profile.load(folder)
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out} is the profile's own folder, whose other plans would be lost: give --out another one")
-    stored_in(out, profile)
+    stored = stored_in(out, profile)
+    if stored is not None and stored.plans and STORED not in stored.facts:
+        raise ConfigError(f"{out} holds plans that were made otherwise, and would be lost: give --out another folder")
     starts = list(dict.fromkeys(choose(profile.plans, nfe=nfe) for nfe in wish.nfes))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))

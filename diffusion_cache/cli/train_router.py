@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from .. import registry
 from ..errors import ConfigError, DiffusionCacheWarning
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..routers.training import Clean, Samples
 
 GROUPS = ("launcher",)
+COUNTED_BY = "profile.num_samples, training.trajectories, training.held_out and held_out"
 FOLDER = Path("routers-local")
 PRECISIONS = ("no", "fp16", "bf16")
 # fitting seeds of routers: those of a profile come first, each seed of a training has a million of its own
@@ -54,7 +56,7 @@ def run_configured(cfg: DictConfig) -> None:
     from ..profile import Profile
     from ..profiling.measure import Options
     from ..routers.training import MOST_HELD_OUT, Settings, train
-    from .profile import fitting_samples, measured
+    from .profile import file_name, fitting_samples, measured
     from .progress import announcing
 
     quieten_libraries()
@@ -66,7 +68,7 @@ def run_configured(cfg: DictConfig) -> None:
     team = Team()
     what = subject(config["model"], config["sampler"])
     title = f"{what.name}, {what.sampler}, {config['steps']} steps, {recipe.name}"
-    name = f"{what.name.replace('/', '-')}-{what.sampler}-{config['steps']}-{config['scope']}"
+    name = file_name(f"{what.name}-{what.sampler}-{config['steps']}-{config['scope']}")
     folder = Path(config["out"]) if config["out"] else FOLDER / name
     given = config["profile"]
     options = Options(
@@ -104,12 +106,12 @@ def run_configured(cfg: DictConfig) -> None:
         picture = work / "curves.png"
         figure(plan, result.log, [span.name for span in profile.spans]).savefig(picture)
         assert plan.quality is not None
-        console.print(
+        told = (
             f"{title}: error {result.error:.4f}, {plan.quality.mean:.1f} dB on average and {plan.quality.p5:.1f} dB or "
-            f"more for 95% of {plan.quality.n} held-out samples, at {plan.nfe / plan.total:.1%} of the compute.",
-            soft_wrap=True,
+            f"more for 95% of {plan.quality.n} held-out samples, at {plan.nfe / plan.total:.1%} of the compute.\n"
+            f"Plan {plan.name!r} in {folder}, curves in {picture}"
         )
-        console.print(f"Plan {plan.name!r} in {folder}, curves in {picture}", soft_wrap=True)
+        console.print(Text(told), soft_wrap=True)
 
 
 def stated(
@@ -240,4 +242,4 @@ def _run(cfg: DictConfig) -> None:
 def train_router(arguments: Iterable[str]) -> None:
     """Run with Hydra's arguments: overrides, -m for a sweep, --cfg job to show the configuration."""
     register_routers()
-    hydra_app.launch("train_router", _run, arguments, GROUPS)
+    hydra_app.launch("train_router", _run, arguments, GROUPS, COUNTED_BY)

@@ -153,7 +153,7 @@ def begin_index(scheduler: Any, timestep: Any = None) -> int:
             return place
         timestep = timestep.flatten()[0].item()
     if isinstance(timestep, (int, float)):
-        places = (timesteps.double().cpu() == timestep).nonzero().flatten().tolist()
+        places = (timesteps.cpu().double() == timestep).nonzero().flatten().tolist()
         return places[min(1, len(places) - 1)] if places else 0  # of several the second, as schedulers do themselves
     return 0
 
@@ -196,7 +196,7 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> NoiseLevels:
     begin = begin_index(scheduler, timestep)
     sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
-        listed = torch.as_tensor(sigmas).double().cpu()[: len(timesteps)].tolist()
+        listed = torch.as_tensor(sigmas).cpu().double()[: len(timesteps)].tolist()
         values = listed[begin:]
         # flow schedulers take sigmas of the other form as well, of pipelines that scale their samples themselves
         if is_flow(scheduler) and max(listed, default=0.0) <= LARGEST_FLOW:
@@ -206,7 +206,7 @@ def noise_levels(scheduler: Any, timestep: Any = None) -> NoiseLevels:
         return NoiseLevels((-2 * _log(sigma) for sigma in values), _form(scheduler))
     if alphas is not None:
         index = timesteps.cpu().long()[begin:].clamp(0, len(alphas) - 1)
-        levels = (_log(a) - _log(1 - a) for a in alphas.double().cpu()[index].tolist())
+        levels = (_log(a) - _log(1 - a) for a in alphas.cpu().double()[index].tolist())
         return NoiseLevels(levels, _form(scheduler))
     return NoiseLevels()
 

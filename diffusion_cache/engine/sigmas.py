@@ -57,5 +57,5 @@ def move_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
 
 def _follow(timesteps: Tensor, sigmas: Tensor, scheduler: Any) -> bool:
     """Whether timesteps are sigmas in the model's unit."""
-    expected = sigmas.double().cpu() * scheduler.config.num_train_timesteps
-    return bool((timesteps.double().cpu() - expected).abs().max() <= SAME_TIMESTEP)
+    expected = sigmas.cpu().double() * scheduler.config.num_train_timesteps
+    return bool((timesteps.cpu().double() - expected).abs().max() <= SAME_TIMESTEP)

@@ -758,4 +758,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = ROW_TOLERANCE.get(a.dtype, LOW_PRECISION_ROW_TOLERANCE)
-    return bool((a.double() - b.double()).norm() <= tolerance * b.double().norm().clamp_min(1e-12))
+    a, b = ops.double(a), ops.double(b)
+    return bool((a - b).norm() <= tolerance * b.norm().clamp_min(1e-12))

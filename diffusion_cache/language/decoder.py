@@ -43,6 +43,12 @@ class Decoder:
                 f"{self.name} cannot be run in parts ({error}): a language cache needs a causal model of transformers "
                 "with an embedding, layers, norm, rotary_emb and an output embedding"
             ) from None
+        if _is_offloaded(plain):
+            raise ConfigError(
+                f"{self.name} is offloaded (its weights are on the meta device, or moved by accelerate), and a "
+                "language cache runs its parts where their weights are: load it without offloading and move it as a "
+                'whole, as with pipe.to("cuda")'
+            )
         self.config = plain.config
         for limit in ("sliding_window", "attention_chunk_size"):
             if getattr(self.config, limit, None):
@@ -169,3 +175,11 @@ class Decoder:
             if self.watching:
                 _ = self.weights
         return self.logits(hidden)
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether weights are elsewhere than where they are used; other hooks of accelerate only bring inputs there."""
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    parts = [part for hook in hooks for part in getattr(hook, "hooks", (hook,))]
+    moving = any(getattr(part, "offload", False) or type(part).__name__ == "CpuOffload" for part in parts)
+    return moving or any(weight.is_meta for weight in model.parameters())

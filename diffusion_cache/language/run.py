@@ -108,9 +108,9 @@ class LanguageRun:
         """
         from transformers.modeling_outputs import CausalLMOutput
 
+        if self._failed:
+            return inner(*args, **kwargs)
         try:
-            if self._failed:
-                return inner(*args, **kwargs)
             return CausalLMOutput(logits=self._refine(*args, **kwargs))
         except DiffusionCacheError:
             raise

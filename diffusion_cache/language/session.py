@@ -36,16 +36,17 @@ def decoding(pipe: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
 @contextmanager
 def enabled(pipe: Any, method: LanguageCache | None) -> Iterator[None]:
     """This method (None for no cache) inside the block; what was enabled before comes back."""
-    before = session_of(pipe)
+    before, session = session_of(pipe), None
     if method is not None:
-        LanguageSession(method).attach_pipeline(pipe)
+        session = LanguageSession(method)
+        session.attach_pipeline(pipe)
     elif before is not None:
         before.detach_pipeline(pipe)
     try:
         yield
     finally:
-        if method is not None:
-            session_of(pipe).detach_pipeline(pipe)
+        if session is not None and session_of(pipe) is session:  # the block may have put another in its place, or none
+            session.detach_pipeline(pipe)
         if before is not None:
             before.attach_pipeline(pipe)
 

@@ -46,10 +46,10 @@ class Rows:
                 def both(part: slice) -> Tensor:
                     return follower.module(run(part), **rule._cut(more, part, rows), return_dict=False)[0]
 
-                output = runner.sweep("with its follower", sample, rows, both)
+                output = runner.sweep("with its follower", sample, rows, both, others=(arguments, more))
                 frame.done = follower.module, output
                 return output
-        output = runner.sweep("alone", sample, rows, run)
+        output = runner.sweep("alone", sample, rows, run, others=arguments)
         return (output,) if unpacks else output
 
     def _fits(self, arguments: Mapping[str, Any], rows: int) -> bool:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from ..engine.intercept import is_intercepted
 from ..engine.patches import ACTIVE
@@ -115,6 +116,7 @@ class Runner:
         run: Callable[[slice], Tensor],
         dim: int = 0,
         into: Tensor | None = None,
+        others: Any = (),
     ) -> Tensor:
         """run(part) for slices of range(total), put together along dim.
 
@@ -122,10 +124,13 @@ class Runner:
         then of size one; larger ones take at most in proportion.
 
         Args:
-            stage: which of the module's sweeps this is. With shape and type of `like`, what a slice's bytes depend on.
+            stage: which of the module's sweeps this is. With the shapes and types of `like` and of the tensors in
+                `others`, what a slice's bytes depend on.
             into: where to put the outputs; run must read no other slice of it than its own.
+            others: whatever else run reads of what the module is given.
         """
-        frame, key = self.frame, (stage, like.shape, like.dtype)
+        read = [tensor for tensor in tree_iter((like, others)) if isinstance(tensor, Tensor)]
+        frame, key = self.frame, (stage, *((tensor.shape, tensor.dtype) for tensor in read))
         measured = None
         if key not in self._bytes_of_one:
             with LiveBytes() as made:

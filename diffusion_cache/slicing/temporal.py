@@ -138,7 +138,7 @@ def transformer(runner: Runner, inner: Callable[..., Any], arguments: dict[str, 
             return block(given, encoder_hidden_states=context[part])
 
         into = None if i == 0 or hidden.requires_grad else hidden
-        hidden = runner.sweep(("frames", count, i), sample, rows, by_frames, into=into)
+        hidden = runner.sweep(("frames", count, i), sample, rows, by_frames, into=into, others=context)
 
         def by_positions(part: slice, i: int = i, temporal: Any = temporal, hidden: Tensor = hidden) -> Tensor:
             given = hidden[:, part]
@@ -151,7 +151,9 @@ def transformer(runner: Runner, inner: Callable[..., Any], arguments: dict[str, 
             return mixed if i < last else residual[..., part] + module.proj_out(mixed).transpose(1, 2)
 
         dim, into = (1, None if hidden.requires_grad else hidden) if i < last else (2, None)
-        hidden = runner.sweep(("positions", count, i), sample, residual.shape[2], by_positions, dim=dim, into=into)
+        positions = residual.shape[2]
+        stage = ("positions", count, i)
+        hidden = runner.sweep(stage, sample, positions, by_positions, dim=dim, into=into, others=context)
     return (hidden.reshape(sample.shape),)
 
 

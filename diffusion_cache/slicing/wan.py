@@ -38,7 +38,7 @@ def block(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) 
         given = modulated(module.norm1, sample[:, part], shift, scale)
         return torch.stack(_key_value(module.attn1, given, _at(rotation, part)))
 
-    key, value = runner.sweep("keys and values", sample, tokens, keys_and_values, dim=2)
+    key, value = runner.sweep("keys and values", sample, tokens, keys_and_values, dim=2, others=arguments)
 
     def run(part: slice) -> Tensor:
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation(part)
@@ -50,7 +50,7 @@ def block(runner: Runner, inner: Callable[..., Any], arguments: dict[str, Any]) 
         given = modulated(module.norm3, x, ff_shift, ff_scale)
         return (x.float() + module.ffn(given).float() * ff_gate).type_as(x)
 
-    return runner.sweep("tokens", sample, tokens, run, dim=1)
+    return runner.sweep("tokens", sample, tokens, run, dim=1, others=arguments)
 
 
 def _plain(attention: Any) -> bool:

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion_cache import published, reference
-from diffusion_cache.cli import app, demo, plan
+from diffusion_cache.cli import app, demo, plan, writing
 from diffusion_cache.cli.results import Row
 from diffusion_cache.cli.tables import COLUMNS
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.prompts import FITTING_SEEDS
+from diffusion_cache.evaluation.report import ReportPaths
 from diffusion_cache.measure import psnr, quality
 from diffusion_cache.profile import Profile, shipped_profiles
 
@@ -167,6 +169,65 @@ def test_prompts_for_plans_come_from_the_column_named(tmp_path, monkeypatch):
     assert plan.source_of(profile, str(tmp_path), settings).prompts == ["a fox"]
     with pytest.raises(ConfigError, match="takes no --column"):
         plan.source_of(profile, "dit-digits", plan.Settings(column="caption"))
+
+
+def profiled(**loaded):
+    profile = Profile.load(shipped_profiles()["dit-digits-ddim"])
+    return replace(profile, facts={**profile.facts, "settings": {"model": loaded}})
+
+
+def test_a_pipeline_is_loaded_as_it_was_profiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "Pretrained", lambda options, sampler: options)
+    loaded = profiled(dtype="bfloat16", variant="fp16", call={"height": 64})
+    found = plan._pretrained(loaded, "org/model", plan.Settings())
+    assert (found["dtype"], found["variant"], found["call"]) == ("bfloat16", "fp16", {"height": 64})
+    # a folder that was saved without variants
+    assert plan._pretrained(loaded, str(tmp_path), plan.Settings())["variant"] is None
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    assert plan._pretrained(loaded, str(tmp_path), plan.Settings())["variant"] == "fp16"
+    found = plan._pretrained(profiled(), "org/model", plan.Settings())
+    assert (found["dtype"], found["variant"]) == ("float32", None)  # the fingerprint's
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99"}, "^--device=cuda:99 is not there"),
+        ({"device": "gpu"}, "^--device must be auto or a device of torch"),
+        ({"offload": "modl"}, "^Unknown --offload 'modl'. Did you mean 'model'"),
+        ({"column": "caption"}, "^--column names a column of the table in --prompts: give that too"),
+    ],
+)
+def test_options_that_cannot_be_are_told_by_their_own_names(options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan.source_of(profiled(dtype="float32"), "org/model", plan.Settings(**options))
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_the_demo_sees_that_it_can_write_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "measure_model", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(writing, "TemporaryFile", full)
+    told = run("demo", "--out", tmp_path / "demo", code=2)
+    assert "No space left on device; choose another folder with --out" in told
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    writing.write(path, "ä", "folder with --out")
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"figures\.json: No space left on device; choose another folder with --out"):
+        writing.write(path, "b", "folder with --out")
+    assert [file.read_text(encoding="utf-8") for file in tmp_path.iterdir()] == ["ä"]
+
+
+def test_brackets_in_a_path_are_no_markup(tmp_path, monkeypatch):
+    paths = ReportPaths(*(tmp_path / "a[b]" / str(place) for place in range(6)))
+    monkeypatch.setattr("diffusion_cache.evaluation.report.write_report", lambda folder, out: paths)
+    assert str(paths.csv) in run("report", tmp_path)
 
 
 def test_demo_writes_pictures_page_and_figures(tmp_path):

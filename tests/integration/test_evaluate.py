@@ -642,12 +642,21 @@ def test_two_processes_give_the_table_of_one(tmp_path):
         ("model=dit-digits,unet-digts", "Did you mean 'unet-digits'"),
         ("method=interval,uniform_resue", "Did you mean 'uniform_reuse'"),
         ("prompts.n=[1", "mismatched|missing|no viable|extraneous"),
+        ("method=glob(system/*)", r"glob\(system/\*\) is a sweep over nothing\. Its options are bac, "),
+        ("steps=interval(1, 9)", "Cannot|sweep|Non-discrete|nterval"),
     ],
 )
 def test_misspelled_keys_are_told_with_a_suggestion(override, message):
     command.register_methods()
     with pytest.raises(ConfigError, match=message):
         hydra_app.check("evaluate", [override, "-m"], command.GROUPS)
+
+
+def test_a_glob_stands_for_the_names_it_matches(monkeypatch):
+    composed = []
+    monkeypatch.setattr(hydra_app, "_compose", lambda name, overrides, groups: composed.extend(overrides))
+    hydra_app.check("evaluate", ["method=glob(uniform_*)", "-m"], command.GROUPS)
+    assert composed == ["method=uniform_reuse", "method=uniform_taylor"]
 
 
 def test_what_must_be_given(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -14,7 +15,7 @@ from children import interruptible
 from hydra import compose, initialize_config_module
 
 from diffusion_cache import reference
-from diffusion_cache.cli import hydra_app
+from diffusion_cache.cli import fit_signal, hydra_app
 from diffusion_cache.cli import profile as command
 from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError
@@ -470,6 +471,21 @@ def test_what_cannot_work_is_told(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         run(f"out={tmp_path / 'p'}", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_brackets_in_a_folder_are_no_markup(monkeypatch, capfd):
+    made = SimpleNamespace(spans=(1,), scope="stack")
+    monkeypatch.setattr(command, "measured", lambda *given: made)
+    run("out='some[bold]where'")
+    assert "in some[bold]where" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize("key", ["prompts.n", "+prompts.n_video"])
+@pytest.mark.parametrize(("module", "name"), [(command, "profile"), (fit_signal, "fit_signal")])
+def test_a_number_of_prompts_that_would_do_nothing_is_told(module, name, key):
+    told = rf"^{key.strip('+')} does nothing here: .* is for {module.COUNTED_BY} to say"
+    with pytest.raises(ConfigError, match=told):
+        getattr(module, name)([f"{key}=4"])
 
 
 def test_errors_of_the_command_are_messages(tmp_path, monkeypatch, capfd):

@@ -102,6 +102,34 @@ def test_other_plans_are_not_written_over(profile, tmp_path):
     assert "holds a profile of something else" in told
 
 
+def test_an_earlier_selection_alone_is_written_over(profile, tmp_path, monkeypatch):
+    class Began(Exception):
+        pass
+
+    def begin(*given):
+        raise Began
+
+    monkeypatch.setattr("diffusion_cache.cli.select._taught", begin)
+    made, out = Profile.load(profile), tmp_path / "made"
+    made.save(out)
+    told = run("select", profile, "--nfe", "4", *SMALL, "--out", out, code=2)
+    assert "holds plans that were made otherwise, and would be lost: give --out another folder" in told
+    replace(made, facts={**made.facts, "select": {}}).save(out)
+    asked = ["select", profile, "--nfe", "4", *SMALL, "--out", out]
+    with pytest.raises(Began):
+        CliRunner().invoke(app, [str(argument) for argument in asked], catch_exceptions=False)
+
+
+def test_other_plans_leave_a_selection_alone(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_cache.cli.plan.teach", lambda batch: pytest.fail("generated"))
+    made = Profile.load(profile)
+    replace(made, facts={**made.facts, "select": {}}).save(tmp_path / "made")
+    before = (tmp_path / "made" / "profile.json").read_bytes()
+    told = run("plan", profile, "--nfe", "4", "--out", tmp_path / "made", code=2)
+    assert "what `diffusion-cache select` has learned, which would be lost: give --out another folder" in told
+    assert (tmp_path / "made" / "profile.json").read_bytes() == before
+
+
 def test_plans_that_are_best_for_every_prompt_are_told(profile, tmp_path, monkeypatch):
     """A refit that changes nothing gains nothing."""
     monkeypatch.setattr(

@@ -145,6 +145,26 @@ def test_unknown_names_are_told_before_anything_runs():
         hydra_app.check("train_router", ["training.patients=3"], command.GROUPS)
 
 
+def test_a_number_of_prompts_that_would_do_nothing_is_told():
+    with pytest.raises(ConfigError, match=r"^prompts\.n does nothing here: .* profile\.num_samples, .* to say"):
+        command.train_router(["prompts.n=4"])
+
+
+def test_the_default_folder_is_named_after_what_is_trained(monkeypatch):
+    what = SimpleNamespace(name="./models/my model:1", sampler="ddim", classes=True, video=False)
+    folders = []
+
+    def measured(*given):
+        folders.append(given[5])
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("diffusion_cache.evaluation.subjects.subject", lambda *given: what)
+    monkeypatch.setattr("diffusion_cache.cli.profile.measured", measured)
+    with pytest.raises(ConfigError, match="far enough"):
+        command.run_configured(configured())
+    assert folders == [command.FOLDER / "models-my-model-1-ddim-4-stack"]
+
+
 def test_routers_are_listed():
     shown = CliRunner().invoke(app, ["list", "routers"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0

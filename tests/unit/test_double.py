@@ -5,8 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion_cache.chunks import Chunks, Ladder
+from diffusion_cache.engine.clock import begin_index, noise_levels
+from diffusion_cache.engine.sigmas import _follow
+from diffusion_cache.fingerprint import Fingerprint
 from diffusion_cache.forecasters.fitted import Fit, Fitted
 from diffusion_cache.measure import metrics
 from diffusion_cache.ops import double
@@ -23,6 +28,18 @@ class WithoutFloat64(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Elsewhere(torch.Tensor):
+    """On a device that has no float64."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("cannot convert to float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 @pytest.fixture
 def without_float64(monkeypatch):
     for module in (filtered, foreground, metrics, polish, trajectory):
@@ -35,6 +52,26 @@ def test_a_device_without_float64_leaves_it_to_the_cpu():
     value = torch.rand(3)
     assert torch.equal(double(value), value.double())
     assert torch.equal(double(SimpleNamespace(device=torch.device("mps"), cpu=lambda: value)), value.double())
+
+
+def test_a_sampler_and_chunks_on_such_a_device_are_read_on_the_cpu():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    levels, second = noise_levels(scheduler), float(scheduler.timesteps[1])
+    timesteps = scheduler.timesteps = scheduler.timesteps.as_subclass(Elsewhere)
+    assert begin_index(scheduler, second) == 1
+    moved = SimpleNamespace(timesteps=timesteps, sigmas=scheduler.sigmas.as_subclass(Elsewhere), config={"shift": 1.0})
+    assert [*noise_levels(moved)] == [*levels]
+    alphas = torch.tensor([0.9, 0.5]).as_subclass(Elsewhere)
+    (level,) = noise_levels(SimpleNamespace(timesteps=torch.tensor([1]), alphas_cumprod=alphas, config={}))
+    assert level == 0.0
+    assert len(Fingerprint.of(SimpleNamespace(scheduler=moved), {}, steps=4).timesteps) == 4
+    assert Chunks.of(torch.tensor([[3.0, 7.0]]).as_subclass(Elsewhere), 1, Ladder()).levels == (3.0, 7.0)
+
+
+def test_noise_levels_are_moved_on_such_a_device():
+    timesteps, sigmas = (torch.tensor([value]).as_subclass(Elsewhere) for value in (500.0, 0.5))
+    assert _follow(timesteps, sigmas, SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)))
 
 
 def test_what_is_measured_asks_no_device_for_float64(without_float64):

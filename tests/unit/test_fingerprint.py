@@ -317,6 +317,8 @@ def test_differences_of_the_sampler():
     assert named(one.differences(fingerprint(scheduler=Other()))) == {"scheduler": True}
     # the shift only places the noise levels
     assert named(one.differences(fingerprint(scheduler=Scheduler(shift=1.0)))) == {"spacing": False}
+    spaced = [fingerprint(scheduler=Scheduler(use_lu_lambdas=value)) for value in (False, True)]
+    assert named(spaced[0].differences(spaced[1])) == {"spacing": False}
 
 
 def test_options_that_a_version_of_diffusers_brought_are_no_strict_difference():

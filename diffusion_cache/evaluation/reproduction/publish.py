@@ -70,6 +70,25 @@ def merged(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
     return [found[name] for name in sorted(found)]
 
 
+def publish(
+    home: Path, rows: Sequence[dict[str, Any]], stays: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> list[dict[str, Any]]:
+    """Write docs/reproduction.md and results/reproduction.json: these rows, beside the published ones that stay.
+
+    Returns: all rows that are published now.
+    """
+    figures = home / "results" / "reproduction.json"
+    published = json.loads(figures.read_text(encoding="utf-8"))
+    rows = merged([row for row in published if stays(row)], rows)
+    for path, text in (
+        (home / "docs" / "reproduction.md", markdown(rows)),
+        (figures, json.dumps(rows, indent=2) + "\n"),
+    ):
+        with written(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+    return rows
+
+
 def _outcome(claim: Claim, seeds: SeedSet, folder: Path) -> tuple[Outcome, dict[str, Any] | None]:
     """What a check says, and what it was made with (None where an earlier version kept it without)."""
     source = _code(sys.modules[claim.check.__module__]) + _code(bench) + repr(seeds)

@@ -7,7 +7,7 @@ from diffusion_cache import __version__
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.evaluation.reproduction import CLAIMS, Outcome, claim, claims, load_claims, seed_sets
 from diffusion_cache.evaluation.reproduction.bench import Bench
-from diffusion_cache.evaluation.reproduction.publish import markdown, merged, run
+from diffusion_cache.evaluation.reproduction.publish import markdown, merged, publish, run
 
 
 @pytest.fixture
@@ -46,6 +46,19 @@ def test_rows_and_page(made, tmp_path):
     assert "| one | Holds. | – | 0 > -1<br>1 > -1<br>2 > -1 | same | yes |" in page
     assert "| two | Fails. | 2× | 0 \\| 1<br>1 \\| 1<br>2 \\| 1 | same | on 2 of 3 (1) |" in page
     assert "1. Fails. Set 1 is odd." in page
+
+
+def test_what_stays_is_published_beside_new_rows(made, tmp_path):
+    old, new = run(made[0], seed_sets(), tmp_path)
+    figures, page = tmp_path / "results" / "reproduction.json", tmp_path / "docs" / "reproduction.md"
+    figures.parent.mkdir()
+    page.parent.mkdir()
+    gone = {**old, "name": "gone"}
+    figures.write_text(json.dumps([gone, old]))
+    rows = publish(tmp_path, [new], lambda row: row["name"] != "gone")
+    assert rows == merged([old], [new]) == json.loads(figures.read_text(encoding="utf-8"))
+    assert page.read_text(encoding="utf-8") == markdown(rows)
+    assert sorted(path.name for path in figures.parent.iterdir()) == ["reproduction.json"]
 
 
 def test_outcomes_are_kept(made, tmp_path):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from language_models import BLOCK, Llama, model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -60,6 +62,22 @@ def test_models_without_such_parts_are_refused():
     small = GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=16, n_layer=1, n_head=2, n_positions=32))
     with pytest.raises(ConfigError, match="GPT2LMHeadModel cannot be run in parts"):
         Decoder(small.eval(), BLOCK)
+
+
+def test_an_offloaded_model_is_refused():
+    def sequential(made):
+        cpu_offload(made, execution_device="cpu")
+
+    def whole(made):
+        cpu_offload_with_hook(made, "cpu")
+
+    for offload in (lambda made: made.to("meta"), sequential, whole):
+        made = model()
+        offload(made)
+        with pytest.raises(ConfigError, match=r"^Llama is offloaded .*: load it without offloading"):
+            Decoder(made, BLOCK)
+    made = add_hook_to_module(model(), AlignDevicesHook("cpu"))  # which leaves the weights where they are
+    assert Decoder(made, BLOCK).reach == BLOCK
 
 
 def test_attention_that_forgets_is_refused():

@@ -101,6 +101,21 @@ def test_from_the_command_line_to_the_policy(tmp_path, capsys):
         assert dc.summary(pipe).total == STEPS
 
 
+def test_what_cannot_be_fitted_or_written_is_told_before_anything_is_generated(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "_changes", lambda *given: pytest.fail("generated"))
+    with initialize_config_module("diffusion_cache.configs", version_base="1.3"):
+        config = compose("fit_signal", [f"model={NAME}", "degree=0", f"out={tmp_path / 'fit.json'}"])
+    with pytest.raises(ConfigError, match="degree must be a whole number of at least 1, not 0"):
+        command.run_configured(config)
+    config.degree = 2
+    monkeypatch.setattr("diffusion_cache.cli.writing.TemporaryFile", full)
+    with pytest.raises(ConfigError, match="No space left on device; choose another file with out=…"):
+        command.run_configured(config)
+
+
 @pytest.mark.parametrize(("out", "message"), [("", "is a folder: give out="), ("file/fit.json", "choose another file")])
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_generated(tmp_path, monkeypatch, out, message):
     (tmp_path / "file").touch()

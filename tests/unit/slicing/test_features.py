@@ -169,6 +169,20 @@ def test_another_size_and_a_direct_call_of_a_block(built):
         assert torch.equal(ff(x), ff._call_impl(x))  # outside of the denoiser's calls nothing is sliced
 
 
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_longer_text_is_measured_anew(built, name):
+    model, inputs = built(name)
+    text = inputs["encoder_hidden_states"]
+    longer = inputs | {"encoder_hidden_states": text.repeat(1, 1000, 1)}
+    with dc.slice_features(model, 10**9) as fresh:
+        call(model, longer)
+    with dc.slice_features(model, 10**9) as features:
+        call(model, inputs)
+        assert features.least_bytes < fresh.least_bytes
+        call(model, longer)
+    assert features.least_bytes == fresh.least_bytes
+
+
 def test_hooked_modules_run_whole_and_say_so(built):
     model, inputs = built("WanTransformer3DModel")
     expected, shapes = call(model, inputs), []
