@@ -28,6 +28,8 @@ FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 FEW_STEP_NAME = re.compile(
     r"turbo|lightning|schnell|sprint|hyper-?sd|(?<![a-z])(lcm|tcd|dmd2?)(?![a-z])|(?<![a-z0-9])[1-8][-_]?steps?(?![a-z]|[-_]?[0-9])"
 )
+STOCHASTIC = re.compile(r"Ancestral|^DDPM|SDE|^RePaint|^UnCLIP")
+FRAMES = frozenset({"num_frames", "video_length"})  # as calls for videos name them
 PROFILE_IT = "a plan made from a profile of this very model (`diffusion-cache profile`, `diffusion-cache plan`)"
 SPEEDUPS = (1.5, 2.0, 3.0)
 TOLERANCE = 1.06  # by so much what counts as a speedup may fall short: 14 computed steps of 40 are to count as a third
@@ -257,6 +259,8 @@ def _shipped_profile(
     classes = {name: type(unwrap(denoiser)).__name__ for name, denoiser in denoisers.items()}
     for name, folder in shipped_profiles().items():
         profile = Profile.load(folder)
+        if any("router" in plan.facts for plan in profile.plans):
+            continue  # docs/routers.md: plans are better
         facts = profile.fingerprint
         own = {name: denoiser.class_name for name, denoiser in facts.denoisers.items()}
         if own != classes or facts.scheduler != type(getattr(pipe, "scheduler", None)).__name__ or not profile.plans:
@@ -358,6 +362,11 @@ def _measured(pipe: Any, denoisers: Mapping[str, nn.Module], steps: int, speedup
 
     reason = f"{_likeness(pick)} {_figures(pick)}"
     fewest = min(one.steps for one in pick.measured)
+    if _is_stochastic(getattr(pipe, "scheduler", None)):
+        reason += (
+            " Those samplers add no noise on the way, as this one does at each step: nothing was measured with such, "
+            "and what is reused suits it less."
+        )
     if steps < fewest:
         reason += (
             f" That was in {fewest} steps or more: of {steps}, each is less like the one before it, and reuse loses "
@@ -387,9 +396,16 @@ def _places(pipe: Any, denoisers: Mapping[str, nn.Module]) -> list[tuple[str | N
     kind = kind_of(
         unet=any(default_scope(denoiser) == "cut" for denoiser in denoisers.values()),
         flow=hasattr(scheduler, "sigmas") and is_flow(scheduler),
-        video="num_frames" in inspect.signature(type(pipe).__call__).parameters,
+        video=not FRAMES.isdisjoint(inspect.signature(type(pipe).__call__).parameters),
     )
     return [(kind, type(scheduler).__name__), (kind, None), (None, None)]
+
+
+def _is_stochastic(scheduler: Any) -> bool:
+    config = _config(scheduler)
+    algorithm = str(config.get("algorithm_type") or "")
+    drawn = algorithm.startswith("sde") or bool(config.get("stochastic_sampling"))
+    return drawn or bool(STOCHASTIC.search(type(scheduler).__name__))
 
 
 def _likeness(pick: Pick) -> str:

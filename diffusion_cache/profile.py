@@ -277,12 +277,13 @@ class Profile:
 
     @classmethod
     def load(cls, folder: str | Path, max_json: int = MAX_JSON, max_arrays: int = MAX_ARRAYS) -> "Profile":
-        """Read a profile. Nothing in it is run or imported, so it may come from anyone. Limits are in bytes.
+        """Read a profile, by its folder or a shipped one's name. Nothing in it is run or imported, so it may come from
+        anyone. Limits are in bytes.
 
         Raises:
             ConfigError: if there is none, it is of another schema version, was changed or damaged, or is too large.
         """
-        folder = Path(folder)
+        folder = folder_of(folder) if str(folder) in shipped_profiles() else Path(folder)
         body = _read_document(folder / JSON_FILE, max_json)
         fields = Fields(body, JSON_FILE)
         read = {

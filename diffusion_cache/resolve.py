@@ -59,8 +59,16 @@ def refuse(given: Mapping[str, Any], why: Callable[[str, Any], str]) -> None:
             raise ConfigError(why(name, value))
 
 
+# of the front doors, beside options of methods, and of the engine
+ARGUMENTS = (
+    "policy", "forecaster", "corrector", "method", "scope", "depth", "group", "profile", "speedup", "min_psnr", "nfe",
+    "plan", "target_reuse", "ignore", "guard", "guard_factor", "strict",
+)  # fmt: skip
+
+
 def needs_profile(name: str, value: Any, door: str = "enable(pipe") -> str:
-    return f"{name} needs a profile: {door}, profile=…, {name}={value!r})"
+    other = f", or a policy: {door}, policy='first_block', speedup={value!r})" if name == "speedup" else ""
+    return f"{name} needs a profile: {door}, profile=…, {name}={value!r}){other}"
 
 
 run_needs_profile = functools.partial(needs_profile, door="run(model")
@@ -96,7 +104,7 @@ def method(
         parts = {kind: part for kind, part in parts.items() if part is not None}
         named = ", ".join(f"{kind} {part.name!r}" for kind, part in parts.items())
         known = [name for part in (*parts.values(), guards) for name in _fields(part)]
-        raise _unknown_option(remaining, named, [*known, "corrector", "scope", "depth", *HOW, *UNNAMED, "group"])
+        raise _unknown_option(remaining, named, [*known, *ARGUMENTS, *HOW, *UNNAMED])
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
 

@@ -1,5 +1,6 @@
 """What the commands with Hydra's command line share: checking what is given, plain values, errors as messages."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
@@ -73,7 +74,7 @@ def _compose(command: str, overrides: Sequence[str], groups: Sequence[str]) -> D
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def _suggestion(command: str, error: BaseException, overrides: Sequence[str], groups: Sequence[str]) -> str:
@@ -81,7 +82,8 @@ def _suggestion(command: str, error: BaseException, overrides: Sequence[str], gr
     text = str(error)
     if "hydra/launcher/" in text:
         return ". Launchers come with pip install 'diffusion-cache[sweep]'"
-    for override in overrides:
+    # the longest key first: 'method' is a part of all keys in it
+    for override in sorted(overrides, key=lambda one: -len(one.partition("=")[0])):
         key, _, value = override.lstrip("+~").partition("=")
         if f"'{key}/{value}'" in text:
             return f". {registry.suggest(value, _options(key))}"
@@ -113,7 +115,11 @@ def _keys(command: str, overrides: Sequence[str], wrong: str, groups: Sequence[s
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain values; ConfigError where a required one is not given."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+    except InterpolationToMissingValueError as error:
+        found = re.search(r"Missing mandatory value: (\S+)", str(error))
+        missing = [found[1] if found else str(error.full_key)]
     if missing:
         raise ConfigError(f"{missing[0]} must be given: {missing[0]}=…")
     config = OmegaConf.to_container(cfg, resolve=True)

@@ -273,6 +273,11 @@ class CacheRun:
             frame.reason = "fills a cache of keys and values"
             return frame
         frame.chunks = self._chunks(args, kwargs, batch)
+        if self.pipe is None and step.total is not None and step.index == step.total and frame.chunks is None:
+            self.warn(
+                f"this run makes more steps than the {step.total} that it was told of: planned policies compute the "
+                "others. Give the number to run as num_steps"
+            )
         self.decisions.open(frame, clock.position)
         if frame.actions is not None and len(frame.actions) not in (1, len(spans)):
             count = len(frame.actions)

@@ -31,6 +31,7 @@ from ..models import (
     guidance_weights,
     guider_scales,
     guiders,
+    is_unet,
     merged,
     unwrap,
 )
@@ -210,6 +211,11 @@ class Method:
             raise ConfigError(
                 f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
                 f"it serves {', '.join(sorted(policy.scopes))}"
+                + (
+                    ", which no UNet has: take 'first_block' or 'seacache'"
+                    if _lacks_all(denoiser, policy.scopes)
+                    else ""
+                )
             )
         if scope not in forecaster.scopes:
             raise ConfigError(
@@ -629,6 +635,10 @@ class Session(Attached):
             self._unbind(name)  # compiled since
             self.method.layout(denoiser)  # raises where the method is not for what is compiled
             self._bind(name, denoiser, layout)
+
+
+def _lacks_all(denoiser: nn.Module, scopes: Collection[str]) -> bool:
+    return is_unet(unwrap(denoiser)) and set(scopes) == {"stack"}
 
 
 def _other_cache(denoiser: nn.Module) -> str:

@@ -115,7 +115,7 @@ def _samples(values: ArrayLike, share: float, confidence: float) -> Array:
     if missing > 0:
         raise ConfigError(
             f"{len(values)} held-out samples cannot show what holds for {_percent(share)} of outcomes at "
-            f"{_percent(confidence)} confidence: measure {missing} more"
+            f"{_percent(confidence)} confidence: measure {missing} more (`diffusion-cache plan --held-out`)"
         )
     return values
 

@@ -104,6 +104,8 @@ class Tuner:
                 key = self._key(pipe, call)
                 found = kept(key) if key is not None else None
                 if found is None:
+                    policy = self.method.guarded.policy.name
+                    print(f"{policy}: looking for {self.field}, by generating some times first", file=sys.stderr)
                     found = self._search(session, pipe, call)
                     place = keep(key, found) if key is not None else None
                     print(self._told(found, place), file=sys.stderr)

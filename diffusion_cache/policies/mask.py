@@ -53,6 +53,14 @@ class Mask(Policy):
             self._computed[total] = self._rescaled(total)
         return self._computed[total]
 
+    def departure(self, total: int | None) -> str:
+        if total is None or total in {len(mask) for mask in (self.mask, *self.others)}:
+            return ""
+        return (
+            f"the mask is for {len(self.mask)} steps, and this run has {total}: it is stretched, and what is known of "
+            "it does not hold. Give one for these steps, or a policy for any number of them ('spaced', 'interval')"
+        )
+
     def _rescaled(self, total: int) -> frozenset[int]:
         length = len(self.mask)
         before = list(accumulate((entry == "1" for entry in self.mask), initial=0))

@@ -25,7 +25,7 @@ class IdentityAutoencoder(ModelMixin, ConfigMixin):
             latent_channels=channels, z_dim=channels, latents_mean=[0.0] * channels, latents_std=[1.0] * channels
         )
         # pipelines ask a module for its dtype and device
-        self.register_buffer("anchor", torch.zeros(1), persistent=False)
+        self.register_buffer("anchor", torch.zeros(1))
 
     def decode(
         self, latents: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
