@@ -26,7 +26,7 @@ from ..models import find_denoisers
 from ..plain import plain_json
 from ..plan import Plan
 from ..planning import guarantee
-from ..planning.build import Planner, Search
+from ..planning.build import Planner, Search, evaluations
 from ..planning.choose import choose
 from ..planning.selector import STORED
 from ..profile import JSON_FILE, Profile, folder_of
@@ -39,6 +39,7 @@ from .show import print_plans
 
 FITTED, TUNED, HELD_OUT = (FITTING_SEEDS + offset for offset in (10_000, 20_000, 30_000))
 MOST_SAMPLES = 10_000  # of one kind: its seeds end where the next one's begin
+ROUNDING = 1e-9
 LADDER = 0.87  # each rung computes so much of the one above: at most 15% more than the cheapest that would do
 TRIES = 4
 Progress = Callable[[str, int, int], None]
@@ -128,6 +129,8 @@ def make_plans(
                 "--out another folder"
             )
         profile = profile.with_plans(stored.plans)
+    for nfe in wishes.nfes:  # before anything is generated
+        _check_evaluations(profile, nfe, settings.scopes or (None,), max(1, settings.last))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
     with announcing(console, "plan") as progress:
@@ -143,6 +146,20 @@ def make_plans(
     for plan in dict.fromkeys(chosen):
         console.print(f"{escape(str(out))}: {escape(_told(plan))}", soft_wrap=True)
     return work.profile
+
+
+def _check_evaluations(profile: Profile, nfe: float, scopes: Sequence[str | None], least: int) -> None:
+    """Raises ConfigError where no plan that computes at least so many steps takes so few evaluations at any scope."""
+    fewest = min(evaluations(profile, least, scope) for scope in scopes)
+    if fewest > nfe + ROUNDING:
+        other = _other_scope(profile, scopes)
+        raise ConfigError(f"no plan takes {nfe:g} denoiser evaluations or fewer; the least is {fewest:.4g}{other}")
+
+
+def _other_scope(profile: Profile, scopes: Sequence[str | None]) -> str:
+    if "denoiser" in scopes or (None in scopes and profile.scope == "denoiser"):
+        return ""
+    return ". With --scope denoiser a reused step costs none"
 
 
 def stored_in(out: Path, profile: Profile) -> Profile | None:
@@ -175,36 +192,41 @@ class _Work:
 
     def __init__(self, profile: Profile, planner: Planner, out: Path, progress: Progress):
         self.profile, self.planner, self.out, self.progress = profile, planner, out, progress
-        self._timed: dict[int, float] = {}
+        self._timed: dict[int, dict[str | None, float]] = {}
 
     @property
     def least(self) -> int:
         """The fewest steps that a plan can compute."""
         return self.planner.least
 
-    def plan(self, computed: int) -> Plan:
+    def plan(self, computed: int, scopes: Sequence[str | None] = ()) -> Plan:
+        """scopes: of those that are tried, what it may cache; () for all."""
         name = f"nfe-{computed}"
         known = {plan.name: plan for plan in self.profile.plans}
-        if name in known and self.planner.made(known[name]):
+        if name in known and self.planner.made(known[name]) and known[name].scope in self._named(scopes):
             self.progress(f"{name} is there already", 0, 0)
             plan = self.planner.timed_here(known[name])
             if plan is known[name]:
                 return plan
         else:
-            plan = self.planner.plan(computed, name)
+            plan = self.planner.plan(computed, name, scopes)
         self.profile = self.profile.with_plan(plan)
         self.profile.save(self.out)
         self.progress(_told(plan), 0, 0)
         return plan
 
     def at_most(self, nfe: float) -> Plan:
-        """The best plan of at most so many evaluations."""
+        """The best plan of at most so many evaluations: of the scopes, those that leave most steps to compute."""
         planner = self.planner
         for computed in range(planner.steps, self.least - 1, -1):
-            if max(planner.nfe(computed, scope) for scope in planner.scopes) <= nfe + 1e-9:
-                return self.plan(computed)
-        least = max(planner.nfe(self.least, scope) for scope in planner.scopes)
-        raise ConfigError(f"no plan takes {nfe:g} denoiser evaluations or fewer; the least is {least:.4g}")
+            fitting = [scope for scope in planner.scopes if planner.nfe(computed, scope) <= nfe + ROUNDING]
+            if fitting:
+                return self.plan(computed, fitting)
+        _check_evaluations(self.profile, nfe, planner.scopes, self.least)
+        raise AssertionError("one that computes least fits")
+
+    def _named(self, scopes: Sequence[str | None]) -> set[str]:
+        return {scope or self.profile.scope for scope in scopes or self.planner.scopes}
 
     def faster_than(self, speedup: float) -> Plan:
         """The plan that computes most of those that are measured to be as fast.
@@ -213,7 +235,9 @@ class _Work:
         """
         computed, tried = self._count(speedup), []
         for _ in range(TRIES):
-            plan = self.plan(computed)
+            ratios = self._speeds(computed)
+            fast = [scope for scope, ratio in ratios.items() if ratio >= speedup]
+            plan = self.plan(computed, fast or [max(ratios, key=lambda scope: ratios[scope])])
             tried.append(plan)
             assert plan.speed is not None
             if plan.speed.ratio >= speedup:
@@ -253,16 +277,21 @@ class _Work:
         return math.floor((steps / speedup - reused * steps) / (1 - reused) + 1e-9)
 
     def _speed(self, computed: int) -> float:
+        return max(self._speeds(computed).values())
+
+    def _speeds(self, computed: int) -> dict[str | None, float]:
+        """Of plans with so many computed steps, at each scope."""
         if computed not in self._timed:
             self.progress(f"timing {computed} computed steps", 0, 1)
-            self._timed[computed] = self.planner.timed(computed).ratio
+            scopes = self.planner.scopes
+            self._timed[computed] = {scope: self.planner.timed(computed, scope).ratio for scope in scopes}
         return self._timed[computed]
 
     def _too_fast(self, speedup: float, reached: float) -> ConfigError:
         fastest = max([reached, *(plan.speed.ratio for plan in self.profile.plans if plan.speed is not None)])
         return ConfigError(
             f"no plan is {speedup:g}× as fast here; the fastest reached is {fastest:.2f}×, with {self.least} of "
-            f"{self.planner.steps} steps computed. Ask for less"
+            f"{self.planner.steps} steps computed. Ask for less{_other_scope(self.profile, self.planner.scopes)}"
         )
 
     def as_good_as(self, target: float) -> Plan:

@@ -168,8 +168,10 @@ class Planner:
             "search": plain_json(vars(self.search)),
         }
 
-    def plan(self, computed: int, name: str | None = None) -> Plan:
+    def plan(self, computed: int, name: str | None = None, scopes: Sequence[str | None] = ()) -> Plan:
         """The best plan found that computes so many steps, with its quality and speed.
+
+        scopes: of the search's, those to look at; () for all.
 
         Raises:
             ConfigError: for a number of computed steps that cannot be.
@@ -177,7 +179,7 @@ class Planner:
         if not self.least <= computed <= self.steps:
             raise ConfigError(f"of {self.steps} steps, {self.least} to {self.steps} can be computed, not {computed}")
         label = name or f"nfe-{computed}"
-        settings, finalists = self._finalists(computed, label)
+        settings, finalists = self._finalists(computed, label, scopes or self.scopes)
         schedule, result, fit_settings = self._tuned(finalists, settings, label)
         if self.search.fitted and self.search.polished:
             result = replace(result, forecaster=self._polished(schedule, result.forecaster, fit_settings, label))
@@ -248,10 +250,11 @@ class Planner:
         damage[..., list(self.fitting.begun)] = math.inf
         return damage
 
-    def _finalists(self, computed: int, label: str) -> tuple[trajectory.Settings, list[Steps]]:
+    def _finalists(
+        self, computed: int, label: str, scopes: Sequence[str | None]
+    ) -> tuple[trajectory.Settings, list[Steps]]:
         """The scope whose starts score best, and the best schedules found there."""
         starts = self.starts(computed)
-        scopes = self.scopes
         begun = {scope: self._searched(starts, scope, len(starts), label) for scope in scopes}
         best = max(begun, key=lambda scope: begun[scope][0].score)
         found = begun[best]
@@ -377,16 +380,12 @@ class Planner:
         )
 
     def nfe(self, computed: int, scope: str | None = None) -> float:
-        """Denoiser evaluations of a plan with so many computed steps; scope None for the profile's.
+        """Denoiser evaluations of a plan with so many computed steps: see `evaluations`."""
+        return evaluations(self.profile, computed, scope)
 
-        A reused step still runs what lies outside the spans: of a UNet's cut, of blocks or branches.
-        """
-        share = spared(self.profile) if scope in (None, self.profile.scope) else 1.0
-        return computed + (self.steps - computed) * (1.0 - share)
-
-    def timed(self, computed: int) -> Speed:
+    def timed(self, computed: int, scope: str | None) -> Speed:
         """The speed of a plan with so many computed steps, before it is made: which ones they are hardly matters."""
-        settings = self._settings(self.scopes[0])
+        settings = self._settings(scope)
         return self._speed(self._bare(self._spaced(computed, 1.0), settings))
 
     def fitted(self, computed: Steps, name: str) -> Plan:
@@ -438,6 +437,15 @@ class Planner:
             )
         ratios = sorted(timing.wall_ratios)
         return Speed(timing.wall_ratio, ratios[0], ratios[-1], device_name(device_of(batch.pipe)), batch.count)
+
+
+def evaluations(profile: Profile, computed: int, scope: str | None = None) -> float:
+    """Denoiser evaluations of a plan with so many computed steps; scope None for the profile's.
+
+    A reused step still runs what lies outside the spans: of a UNet's cut, of blocks or branches.
+    """
+    share = spared(profile) if scope in (None, profile.scope) else 1.0
+    return computed + (profile.total - computed) * (1.0 - share)
 
 
 def _method(policy: Planned, forecaster: Fitted, settings: trajectory.Settings) -> Method:

@@ -456,10 +456,11 @@ def test_no_profile(tmp_path):
 class Toy:
     """A planner whose plans have a made-up speed and quality: 60 dB when half is computed, 6 dB a step."""
 
-    def __init__(self, profile, reused=0.1, noise=0.0):
-        self.profile, self.reused, self.noise = profile, reused, noise
-        self.search, self.steps, self.least, self.scopes = Search(), profile.total, 1, ("stack",)
-        self.asked = []
+    def __init__(self, profile, reused=0.1, noise=0.0, scopes=("stack",), outside=0.0):
+        """outside: of the denoiser, what a reused step still runs at scope stack."""
+        self.profile, self.reused, self.noise, self.outside = profile, reused, noise, outside
+        self.search, self.steps, self.least, self.scopes = Search(), profile.total, 1, scopes
+        self.asked, self.looked = [], []
         self.template = plans.planned(NAME).plans[0]
 
     def made(self, plan):
@@ -469,17 +470,18 @@ class Toy:
         return plan
 
     def nfe(self, computed, scope=None):
-        return float(computed)
+        return computed + (self.outside if scope == "stack" else 0.0) * (self.steps - computed)
 
-    def ratio(self, computed):
-        return self.steps / (computed + self.reused * (self.steps - computed))
+    def ratio(self, computed, scope=None):
+        return self.steps / (self.nfe(computed, scope) + self.reused * (self.steps - computed))
 
-    def timed(self, computed):
-        return SimpleNamespace(ratio=self.ratio(computed) + self.noise)
+    def timed(self, computed, scope):
+        return SimpleNamespace(ratio=self.ratio(computed, scope) + self.noise)
 
-    def plan(self, computed, name):
+    def plan(self, computed, name, scopes=()):
         self.asked.append(computed)
-        ratio = self.ratio(computed)
+        self.looked.append(list(scopes))
+        ratio = max(self.ratio(computed, scope) for scope in scopes or self.scopes)
         values = [60.0 + 6 * (computed - self.steps / 2) - sample / 100 for sample in range(64)]
         speed, quality = Speed(ratio, ratio, ratio, "cpu", 1), Quality.of("psnr", values, range(64))
         return replace(self.template, name=name, nfe=float(computed), speed=speed, quality=quality)
@@ -510,6 +512,17 @@ def test_a_speed_out_of_reach_names_the_fastest(tmp_path):
     with pytest.raises(ConfigError, match=f"the fastest reached is {toy.ratio(1):.2f}×, with 1 of 8"):
         planned.faster_than(5.0)
     assert not toy.asked
+
+
+def test_one_scope_that_meets_a_wish_is_enough(tmp_path):
+    """At the other a reused step runs too much of the denoiser, in whichever order they are named."""
+    for scopes in (("stack", "denoiser"), ("denoiser", "stack")):
+        planned, toy = work(tmp_path / scopes[0], scopes=scopes, outside=0.5)
+        assert planned.at_most(3.0).name == "nfe-3"
+        assert planned.faster_than(4.0).name == "nfe-1"
+        assert toy.looked == [["denoiser"]] * 2
+        assert planned.at_most(7.9).name == "nfe-7"
+        assert toy.looked[-1] == [scope for scope in scopes if toy.nfe(7, scope) <= 7.9]
 
 
 def test_a_quality_takes_plans_down_to_the_first_that_misses_it(tmp_path):

@@ -286,7 +286,7 @@ def test_a_speed_is_of_the_device_that_a_pipeline_executes_on(planner, three, mo
 
 def test_speed_is_known_before_a_plan_is_made(planner, monkeypatch):
     monkeypatch.setattr(build, "TIMED_PAIRS", 5)  # for the machine may be busy
-    slow, fast = planner.timed(STEPS - 1), planner.timed(1)
+    slow, fast = planner.timed(STEPS - 1, None), planner.timed(1, None)
     assert slow.ratio < fast.ratio
     assert session_of(planner.fitting.batch.pipe) is None
 
