@@ -144,7 +144,7 @@ class Published:
 
     def _by_mask(self) -> Driven:
         others = tuple(map(_joined, self._stated("masks_by_steps", {}).values()))
-        options = {"mask": self.mask(), "others": others, "blocks": self.blocks}
+        options = {"mask": self.mask(), "others": others, "blocks": self.blocks, "source": self.name}
         # MeanCache forecasts mean velocities, by a rule of its own for each gap (`edge_order`)
         forecaster = None if self.method == "meancache" else "reuse"
         scope = "block" if self.blocks else None

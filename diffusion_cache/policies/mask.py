@@ -20,12 +20,13 @@ class Mask(Policy):
     mask: one entry a step ("1001001" or a sequence of 0/1). The first step is computed whatever it says. blocks: at
     scope block, names of the blocks that are reused there, neighbours as one span; the others are always computed.
     others: masks for runs of their lengths. A run of any other length uses `mask` stretched to it: the share of
-    computed steps and where they are dense are kept.
+    computed steps and where they are dense are kept; source: whose mask it is, which is then told of.
     """
 
     mask: str | Sequence[int]
     blocks: Sequence[str] = ()
     others: Sequence[str | Sequence[int]] = ()
+    source: str = ""
 
     scopes = frozenset(SCOPES)
 
@@ -54,11 +55,11 @@ class Mask(Policy):
         return self._computed[total]
 
     def departure(self, total: int | None) -> str:
-        if total is None or total in {len(mask) for mask in (self.mask, *self.others)}:
+        if not self.source or total is None or total in {len(mask) for mask in (self.mask, *self.others)}:
             return ""
         return (
-            f"the mask is for {len(self.mask)} steps, and this run has {total}: it is stretched, and what is known of "
-            "it does not hold. Give one for these steps, or a policy for any number of them ('spaced', 'interval')"
+            f"{self.source} is for {len(self.mask)} steps, and this run has {total}: its list is stretched, and what "
+            "is known of it does not hold. Take one for these steps, or a policy for any number ('spaced', 'interval')"
         )
 
     def _rescaled(self, total: int) -> frozenset[int]:

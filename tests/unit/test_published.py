@@ -419,7 +419,7 @@ def test_other_numbers_of_steps(name, steps):
 
 
 def test_unknown_names():
-    with pytest.raises(ConfigError, match="Did you mean 'magcache/flux-dev-28'"):
+    with pytest.raises(ConfigError, match="Did you mean 'published/magcache/flux-dev-28'"):
         published.load("magcache/flux-dev28")
     with pytest.raises(ConfigError, match="'teacache/hunyuanvideo'"):
         published.load("published/teecache/hunyuanvideo")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FluxPipeline
 
 import diffusion_cache as dc
-from diffusion_cache import reference
+from diffusion_cache import published, reference
 from diffusion_cache.advice import _is_stochastic
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
 from diffusion_cache.policies import Mask
@@ -24,10 +24,13 @@ def unet():
     return reference.load("unet-digits")
 
 
-def test_masks_of_other_lengths_are_told():
-    mask = Mask("100100", others=("1010",))
+def test_published_masks_in_runs_of_other_lengths_are_told():
+    mask = Mask("100100", others=("1010",), source="theirs")
     assert mask.departure(6) == mask.departure(4) == mask.departure(None) == ""
-    assert "the mask is for 6 steps, and this run has 9" in mask.departure(9)
+    assert "theirs is for 6 steps, and this run has 9" in mask.departure(9)
+    assert Mask("100100").departure(9) == ""  # one's own, for runs that start late as well
+    listed = published.load("lemica/flux-dev-10of50").driven()
+    assert "lemica/flux-dev-10of50 is for 50 steps, and this run has 7" in Mask(**listed.options).departure(7)
 
 
 def test_a_loop_that_goes_on_past_its_number_of_steps_is_told(flux):
