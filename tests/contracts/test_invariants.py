@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffusion_cache as dc
 from diffusion_cache import registry
 from diffusion_cache.engine import CacheRun, intercept, patches
+from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.history import History
 
 few_cases = pytest.mark.parametrize("case", sorted(FEW + MIXED, key=str), ids=str)
@@ -333,13 +334,18 @@ def test_history_stays_within_its_stated_bytes(subject, case, monkeypatch):
         dc.reference.inputs(subject.name, (3, 8), (5, 6)),
         **case.inspected(),
     ).cache_bytes
-    finish, held = CacheRun.finish, []
+    finish, conclude, held = CacheRun.finish, SpanCalls.conclude, []
 
     def finished(run):
         held.append(held_bytes(run))
         finish(run)
 
+    def concluded(spans, frame):
+        held.append(held_bytes(spans._run))
+        conclude(spans, frame)
+
     monkeypatch.setattr(CacheRun, "finish", finished)
+    monkeypatch.setattr(SpanCalls, "conclude", concluded)
     hook = subject.denoiser.register_forward_pre_hook(lambda *_: held.append(held_bytes(patches.ACTIVE.get())))
     with dc.cached(subject.pipe, **case.options()):
         subject.generate(steps=STEPS if case.mending in OF_ONE_LENGTH else 2 * STEPS)

@@ -246,7 +246,7 @@ def test_published_figures_by_name(pipe, silent):
         dc.enable(pipe, profile=name, speedup=2)
     with pytest.raises(ConfigError, match="ignore says nothing"):
         dc.enable(pipe, profile=name, ignore=("weights",))
-    with pytest.raises(ConfigError, match="Did you mean 'fora/"):
+    with pytest.raises(ConfigError, match="Did you mean 'published/fora/"):
         dc.enable(pipe, profile="published/fora/dit-xl-2-256-50-every-3")
 
 

@@ -421,7 +421,7 @@ def test_other_numbers_of_steps(name, steps):
 def test_unknown_names():
     with pytest.raises(ConfigError, match="Did you mean 'published/magcache/flux-dev-28'"):
         published.load("magcache/flux-dev28")
-    with pytest.raises(ConfigError, match="'teacache/hunyuanvideo'"):
+    with pytest.raises(ConfigError, match="'published/teacache/hunyuanvideo'"):
         published.load("published/teecache/hunyuanvideo")
     with pytest.raises(ConfigError, match="names"):
         published.load("qqqq")
