@@ -417,7 +417,7 @@ def test_a_pipeline_from_a_folder(tmp_path):
 def test_stopped_after_a_plan(folder, monkeypatch):
     made = itertools.chain(plans.planned("flux-digits", computed=(4,)).plans)
 
-    def plan(self, computed, name=None):
+    def plan(self, computed, name=None, scopes=()):
         try:
             return next(made)
         except StopIteration:
