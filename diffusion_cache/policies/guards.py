@@ -208,8 +208,8 @@ class Guarded:
         """What to warn of in a run of `total` steps (None: not known), "" if nothing."""
         told = self.policy.departure(total)
         schedule = None if told or total is None or not self.policy.is_fitted else self.schedule(total)
-        if schedule is None or schedule.kept is None or schedule.nfe == schedule.kept.nfe:
-            return told
+        if schedule is None or schedule.kept is None or schedule.nfe in (schedule.kept.nfe, schedule.total):
+            return told  # where all is computed, nothing is forecast
         return (
             f"guards have {schedule.nfe - schedule.kept.nfe:.4g} more steps computed than the plan does, and its "
             "stated quality does not hold: fitted weights lead back from the errors that those steps would have had, "
