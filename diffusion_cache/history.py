@@ -1,5 +1,6 @@
 """The past features of one span in one pass: a ring of fixed slots."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -256,6 +257,11 @@ class History:
     def full_bytes(self) -> int:
         """Of all slots once they are filled; 0 while there is nothing to tell from."""
         return self.capacity * self.feature_bytes
+
+    @property
+    def mean_feature_bytes(self) -> int:
+        """Of one feature, on average over those of a full history, rounded up."""
+        return math.ceil(self.full_bytes / self.capacity)
 
     @property
     def on_host(self) -> bool:

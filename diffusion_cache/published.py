@@ -250,11 +250,8 @@ def load(name: str) -> Published:
     entries = {} if file is None else _read(file)
     if short not in entries:
         close = difflib.get_close_matches(short, names(), n=3, cutoff=0.5)
-        hint = (
-            f"Did you mean {' or '.join(repr(f'published/{one}') for one in close)}?"
-            if close
-            else "published.names() lists them."
-        )
+        meant = " or ".join(repr(f"published/{one}") for one in close)
+        hint = f"Did you mean {meant}?" if close else "published.names() lists them."
         raise ConfigError(f"Unknown published entry {name!r}. {hint}")
     return _entry(short, entries[short])
 

@@ -49,6 +49,11 @@ class Schedule:
         passes = self.compute[step]
         return passes[min(pass_index, len(passes) - 1)]
 
+    @property
+    def reuses(self) -> bool:
+        """Whether any span is reused at any step."""
+        return not all(span for step in self.compute for row in step for span in row)
+
     @cached_property
     def nfe(self) -> float:
         """Computed steps, averaged over passes and spans."""

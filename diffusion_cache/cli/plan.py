@@ -130,7 +130,9 @@ def make_plans(
             )
         profile = profile.with_plans(stored.plans)
     for nfe in wishes.nfes:  # before anything is generated
-        _check_evaluations(profile, nfe, settings.scopes or (None,), max(1, settings.last))
+        scopes = settings.scopes or (None,)
+        if min(evaluations(profile, max(1, settings.last), scope) for scope in scopes) > nfe + ROUNDING:
+            raise _too_few(profile, nfe, scopes, max(1, settings.last))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
     with announcing(console, "plan") as progress:
@@ -148,12 +150,11 @@ def make_plans(
     return work.profile
 
 
-def _check_evaluations(profile: Profile, nfe: float, scopes: Sequence[str | None], least: int) -> None:
-    """Raises ConfigError where no plan that computes at least so many steps takes so few evaluations at any scope."""
+def _too_few(profile: Profile, nfe: float, scopes: Sequence[str | None], least: int) -> ConfigError:
+    """That no plan which computes at least so many steps takes so few evaluations at any scope."""
     fewest = min(evaluations(profile, least, scope) for scope in scopes)
-    if fewest > nfe + ROUNDING:
-        other = _other_scope(profile, scopes)
-        raise ConfigError(f"no plan takes {nfe:g} denoiser evaluations or fewer; the least is {fewest:.4g}{other}")
+    other = _other_scope(profile, scopes)
+    return ConfigError(f"no plan takes {nfe:g} denoiser evaluations or fewer; the least is {fewest:.4g}{other}")
 
 
 def _other_scope(profile: Profile, scopes: Sequence[str | None]) -> str:
@@ -203,7 +204,7 @@ class _Work:
         """scopes: of those that are tried, what it may cache; () for all."""
         name = f"nfe-{computed}"
         known = {plan.name: plan for plan in self.profile.plans}
-        if name in known and self.planner.made(known[name]) and known[name].scope in self._named(scopes):
+        if name in known and self.planner.made(known[name]) and known[name].scope in self._scope_names(scopes):
             self.progress(f"{name} is there already", 0, 0)
             plan = self.planner.timed_here(known[name])
             if plan is known[name]:
@@ -222,10 +223,9 @@ class _Work:
             fitting = [scope for scope in planner.scopes if planner.nfe(computed, scope) <= nfe + ROUNDING]
             if fitting:
                 return self.plan(computed, fitting)
-        _check_evaluations(self.profile, nfe, planner.scopes, self.least)
-        raise AssertionError("one that computes least fits")
+        raise _too_few(self.profile, nfe, planner.scopes, self.least)
 
-    def _named(self, scopes: Sequence[str | None]) -> set[str]:
+    def _scope_names(self, scopes: Sequence[str | None]) -> set[str]:
         return {scope or self.profile.scope for scope in scopes or self.planner.scopes}
 
     def faster_than(self, speedup: float) -> Plan:

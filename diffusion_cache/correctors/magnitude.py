@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..context import Blend, Corrector, Query
 from ..errors import ConfigError
@@ -37,7 +38,12 @@ class Magnitude(Corrector):
         return Blend(math.prod(ratios[since + 1 : target + 1]), (0.0,) * len(query.nodes))
 
     def _of(self, total: int) -> tuple[float, ...]:
-        if total == len(self.ratios):
-            return self.ratios
-        places = positions((), (0.0,) * total, len(self.ratios))
-        return tuple(self.ratios[round(place)] for place in places)
+        if total not in self._by_total:
+            places = positions((), (0.0,) * total, len(self.ratios))
+            self._by_total[total] = tuple(self.ratios[round(place)] for place in places)
+        return self._by_total[total]
+
+    @cached_property
+    def _by_total(self) -> dict[int, tuple[float, ...]]:
+        """The ratios of runs of other lengths, by these."""
+        return {len(self.ratios): self.ratios}

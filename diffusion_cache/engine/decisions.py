@@ -81,7 +81,7 @@ class Decisions:
     def ever_reuses(self, total: int | None) -> bool:
         """Whether anything can be reused in a run of this length."""
         schedule = self.schedule(total)
-        return schedule is None or not all(all(row) for step in schedule.compute for row in step)
+        return schedule is None or schedule.reuses
 
     def patterns(self, total: int | None) -> list[tuple[bool, ...] | None]:
         """What may be computed and reused together, wherever anything is reused; None: by an adaptive policy."""

@@ -208,14 +208,11 @@ class Method:
             if name not in SIGNALS or (name in compared and name in KNOWN_AFTER):
                 raise unknown_name("signal", name, SIGNALS)
         if scope not in policy.scopes:
+            served_nowhere = policy.scopes == {"stack"} and is_unet(unwrap(denoiser))
+            other = ", which no UNet has: take 'first_block' or 'seacache'" if served_nowhere else ""
             raise ConfigError(
                 f"policy {policy.name!r} does not serve scope {scope!r} ({type(unwrap(denoiser)).__name__}); "
-                f"it serves {', '.join(sorted(policy.scopes))}"
-                + (
-                    ", which no UNet has: take 'first_block' or 'seacache'"
-                    if _lacks_all(denoiser, policy.scopes)
-                    else ""
-                )
+                f"it serves {', '.join(sorted(policy.scopes))}{other}"
             )
         if scope not in forecaster.scopes:
             raise ConfigError(
@@ -635,10 +632,6 @@ class Session(Attached):
             self._unbind(name)  # compiled since
             self.method.layout(denoiser)  # raises where the method is not for what is compiled
             self._bind(name, denoiser, layout)
-
-
-def _lacks_all(denoiser: nn.Module, scopes: Collection[str]) -> bool:
-    return is_unet(unwrap(denoiser)) and set(scopes) == {"stack"}
 
 
 def _other_cache(denoiser: nn.Module) -> str:

@@ -680,7 +680,7 @@ class SpanCalls:
         sizes = Counter(self._concluded_sizes)
         for (key, span, _), state in self._states.items():
             if state.history:
-                sizes[key[0], span.name] += _feature_bytes(state.history)
+                sizes[key[0], span.name] += state.history.mean_feature_bytes
         return dict(sizes)
 
     def conclude(self, frame: Frame) -> None:
@@ -691,7 +691,7 @@ class SpanCalls:
         for (key, span, _), state in self._states.items():
             if key != frame.key or not state.history:
                 continue
-            self._concluded_sizes[key[0], span.name] += _feature_bytes(state.history)
+            self._concluded_sizes[key[0], span.name] += state.history.mean_feature_bytes
             if not state.history.on_host:
                 self._concluded_checks.append((span, finite(state.history.tensors())))
             state.history.clear()
@@ -727,11 +727,6 @@ class SpanCalls:
         if self._offload is not None:
             self._offload.finish()
         return [span for (span, _), holds in zip(late, known, strict=True) if not holds]
-
-
-def _feature_bytes(history: History) -> int:
-    """Of one feature, on average over those of a full history."""
-    return math.ceil(history.full_bytes / history.capacity)
 
 
 def _forecast(

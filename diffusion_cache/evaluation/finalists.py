@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import registry
 from ..advice import TOLERANCE
 from ..errors import ConfigError
 from .contenders import DEFAULT_SCOPE, Contender, Uncached
 from .report import BUDGETS
+from .runs import STATISTICS, UNCACHED, follows_plan, picks_by_prompt
 
 SUMMARY = "summary.csv"
 NEEDED = ("model", "sampler", "kind", "method", "scope", "settings", "nfe_ratio", "speed_ratio", "cpu_ratio", "correct")
-STATISTICS = ("psnr_mean", "psnr_p5")
+COLUMNS = tuple(f"psnr_{statistic}" for statistic in STATISTICS)
 Key = tuple[str, str, str, str]  # kind, method, scope, settings
 
 
@@ -44,7 +44,7 @@ def finalists(summary: Path, model: str, sampler: str, within: float) -> frozens
         ConfigError: for a file that is none, or that has no such runs.
     """
     path = summary / SUMMARY if summary.is_dir() else summary
-    rows = [row for row in _rows(path, model, sampler) if len(row.psnr) == len(STATISTICS)]
+    rows = [row for row in _rows(path, model, sampler) if len(row.psnr) == len(COLUMNS)]
     others = [row for row in rows if not row.is_plan]
     if not others:
         raise ConfigError(
@@ -55,7 +55,7 @@ def finalists(summary: Path, model: str, sampler: str, within: float) -> frozens
     for budget in BUDGETS.values():
         affordable = [row for row in others if row.nfe <= budget * TOLERANCE]
         plans = [row for row in rows if row.is_plan and row.nfe <= budget * TOLERANCE]
-        plan = max(plans, key=lambda row: row.psnr["psnr_mean"], default=None)
+        plan = max(plans, key=lambda row: row.psnr["mean"], default=None)
         as_fast = [row for row in others if plan is not None and _as_fast(row, plan)]
         for pool in (affordable, as_fast):
             for statistic in STATISTICS:
@@ -82,7 +82,7 @@ def _best_of_each(rows: Iterable[_Row]) -> set[Key]:
         if kind == "ours":
             continue
         group = (kind, method if kind == "baseline" else "")
-        if group not in best or row.psnr["psnr_mean"] > best[group].psnr["psnr_mean"]:
+        if group not in best or row.psnr["mean"] > best[group].psnr["mean"]:
             best[group] = row
     return {row.key for row in best.values()}
 
@@ -95,7 +95,7 @@ def _rows(path: Path, model: str, sampler: str) -> list[_Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in (*NEEDED, *STATISTICS) if name not in (reader.fieldnames or ())]
+            missing = [name for name in (*NEEDED, *COLUMNS) if name not in (reader.fieldnames or ())]
             if missing:
                 raise ConfigError(
                     f"{path} has no column {missing[0]!r}: finalists.of takes the summary.csv of a report"
@@ -104,7 +104,8 @@ def _rows(path: Path, model: str, sampler: str) -> list[_Row]:
                 _row(line)
                 for line in reader
                 if (line["model"], line["sampler"]) == (model, sampler) and line["correct"] == "true"
-                if line["nfe_ratio"] and line["method"] != "uncached" and not _chooses_plans(line)
+                if line["nfe_ratio"] and line["method"] != UNCACHED
+                if not picks_by_prompt(line["kind"], line["method"])
             ]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"cannot read {path}, which finalists.of names: {error}") from error
@@ -114,16 +115,11 @@ def _row(line: Mapping[str, str]) -> _Row:
     settings = json.loads(line["settings"])
     return _Row(
         (line["kind"], line["method"], line["scope"], _text(settings)),
-        line["kind"] == "ours" and "plan" in settings,
+        follows_plan(line["kind"], settings),
         float(line["nfe_ratio"]),
         {clock: float(line[clock]) for clock in ("speed_ratio", "cpu_ratio") if line[clock]},
-        {name: float(line[name]) for name in STATISTICS if line[name]},
+        {name: float(line[column]) for name, column in zip(STATISTICS, COLUMNS, strict=True) if line[column]},
     )
-
-
-def _chooses_plans(line: Mapping[str, str]) -> bool:
-    systems, method = registry.systems, line["method"]
-    return line["kind"] == "ours" and method in systems.names() and systems.get(method).by_prompt
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -100,13 +100,12 @@ class Run:
     @property
     def is_plan(self) -> bool:
         """Whether it followed a plan of a profile."""
-        return self.kind == "ours" and "plan" in self.settings
+        return follows_plan(self.kind, self.settings)
 
     @property
     def chooses_plans(self) -> bool:
         """Whether it took one of a profile's plans by the prompt."""
-        systems = registry.systems
-        return self.kind == "ours" and self.method in systems.names() and systems.get(self.method).by_prompt
+        return picks_by_prompt(self.kind, self.method)
 
     @property
     def is_fewer_steps(self) -> bool:
@@ -169,6 +168,17 @@ class Experiment:
 
     def of(self, subject: tuple[str, str]) -> list[Run]:
         return [run for run in self.runs if run.subject == subject]
+
+
+def follows_plan(kind: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings followed a plan of a profile."""
+    return kind == "ours" and "plan" in settings
+
+
+def picks_by_prompt(kind: str, method: str) -> bool:
+    """Whether a run took one of a profile's plans by the prompt."""
+    systems = registry.systems
+    return kind == "ours" and method in systems.names() and systems.get(method).by_prompt
 
 
 def extremes(psnr: Sequence[float | None]) -> dict[str, int]:

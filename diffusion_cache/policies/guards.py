@@ -197,19 +197,21 @@ class Guarded:
                 state.update(index, any(spans), accumulated)
                 row.append(spans)
             rows.append(tuple(row))
-        wanted_any = own is None or not all(all(cell) for step in own.compute for cell in step)
-        reuses = not all(all(cell) for step in rows for cell in step)
-        if wanted_any and not reuses and (self.guards.max_consecutive == 0 or self.guards.has_noise_window):
-            self.guards.tell_of_nothing(total)
         # what guards have computed besides is no node of any weights
-        return Schedule(tuple(rows), own if own is not None and self.policy.is_fitted else None)
+        schedule = Schedule(tuple(rows), own if own is not None and self.policy.is_fitted else None)
+        blocking = self.guards.max_consecutive == 0 or self.guards.has_noise_window
+        if blocking and (own is None or own.reuses) and not schedule.reuses:
+            self.guards.tell_of_nothing(total)
+        return schedule
 
     def departure(self, total: int | None) -> str:
         """What to warn of in a run of `total` steps (None: not known), "" if nothing."""
         told = self.policy.departure(total)
-        schedule = None if told or total is None or not self.policy.is_fitted else self.schedule(total)
-        if schedule is None or schedule.kept is None or schedule.nfe in (schedule.kept.nfe, schedule.total):
-            return told  # where all is computed, nothing is forecast
+        if told or total is None or not self.policy.is_fitted or self.guards == Guards():
+            return told
+        schedule = self.schedule(total)
+        if schedule is None or schedule.kept is None or schedule.nfe == schedule.kept.nfe or not schedule.reuses:
+            return ""  # where all is computed, nothing is forecast
         return (
             f"guards have {schedule.nfe - schedule.kept.nfe:.4g} more steps computed than the plan does, and its "
             "stated quality does not hold: fitted weights lead back from the errors that those steps would have had, "

@@ -75,8 +75,8 @@ def similarity(gram: Tensor) -> Tensor:
 
     The mean over passes that ran at both steps; 1 where none did.
     """
-    values = cosines(gram.double().numpy())
-    return torch.from_numpy(np.stack([mean_together(values[[i]], gram[[i]].numpy(), 1.0) for i in range(len(gram))]))
+    grams = gram.double().numpy()[:, None]  # each span by itself
+    return torch.from_numpy(np.stack([mean_together(cosines(own), own, 1.0) for own in grams]))
 
 
 def update_steps(alike: Tensor, updates: int) -> frozenset[int]:

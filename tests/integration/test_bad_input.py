@@ -131,6 +131,9 @@ METHODS = [
     bad(dict(evry=2), "Unknown option 'evry'", "policy 'interval'", "forecaster 'taylor'", "Did you mean 'every'?"),
     bad(dict(warm_up=2), "Unknown option 'warm_up'", "Did you mean 'warmup'?"),
     bad(dict(ordr=2), "Unknown option 'ordr'", "Did you mean 'order'?"),
+    bad(dict(polciy="interval"), "Unknown option 'polciy'", "Did you mean 'policy'?"),
+    bad(dict(profil="dit-digits-ddim"), "Unknown option 'profil'", "Did you mean 'profile'?"),
+    bad(dict(target_resue=0.5), "Unknown option 'target_resue'", "Did you mean 'target_reuse'?"),
     bad(dict(scop="block"), "Unknown option 'scop'", "Did you mean 'scope'?"),
     bad(dict(dept=2), "Unknown option 'dept'", "Did you mean 'depth'?"),
     bad(dict(threshold=0.1), "Unknown option 'threshold'", "policy 'interval'", "Known: ", "every"),
@@ -213,6 +216,8 @@ METHODS = [
     bad(dict(policy="ra_cfg", guidance=float("nan")), "guidance must be a number or None, not nan"),
     # targets and profiles
     bad(dict(policy="first_block", target_reuse="half"), "reuse must be a number or None, not 'half'"),
+    bad(dict(policy=None, speedup=2), "speedup needs a profile: ", " or a policy: ", "policy='first_block', speedup=2"),
+    bad(dict(policy=None, profile="published/magcache/flux-dev-2"), "Did you mean 'published/magcache/flux-dev-28'"),
     bad(dict(policy="first_block", speedup=[2]), "speedup must be a number or None, not [2]"),
     bad(dict(policy=None, profile=3, nfe=20), "profile must be a Profile, its folder", "not 3"),
     bad(dict(policy="select", method="fora"), "policy 'select' is a method of its own", "give policy or method"),
@@ -263,6 +268,10 @@ NOT_FOUND = [
     ),
     (UNET, dict(policy="first_block", scope="stack"), dc.NoSpansError, "no stack", "cut, block or denoiser"),
     (UNET, dict(policy="first_block", scope="block"), dc.ConfigError, "does not serve scope 'block'", "cut, stack"),
+    *(
+        (UNET, options, dc.ConfigError, "which no UNet has: take 'first_block' or 'seacache'")
+        for options in (dict(policy="teacache", coefficients=(1.0, 0.0)), dict(policy="dicache"), dict(policy="speca"))
+    ),
     (UNET, dict(depth=0), dc.ConfigError, "depth must be a whole number of at least 1", "not 0"),
     (UNET, dict(depth=-1), dc.ConfigError, "depth must be a whole number of at least 1", "not -1"),
     (DIT, dict(depth=1), dc.ConfigError, "depth is for scope 'cut'", "DiTTransformer2DModel runs at 'stack'"),

@@ -18,6 +18,7 @@ from pipeline_zoo import equal, tensors
 from zoo import Draw
 
 import diffusion_cache as dc
+from diffusion_cache import DiffusionCacheWarning
 from diffusion_cache.engine import intercept, patches, session_of
 from diffusion_cache.models import find_denoisers, guidance_weights
 from diffusion_cache.planning.target import _sampler_of
@@ -736,6 +737,23 @@ def test_own_loop(denoiser, how, mode):
     for step in range(8):
         for key in range(2):
             assert torch.equal(cached[2 * step + key], uncached[2 * (step - step % 2) + key])
+
+
+def test_own_loop_that_goes_on_past_its_number_of_steps(denoiser):
+    size = denoiser.config.sample_size
+    given = Draw(0)(1, denoiser.config.in_channels, size, size), torch.tensor([500])
+
+    @torch.no_grad()
+    def step(run):
+        run.next_step()
+        return denoiser(given[0], timestep=given[1], class_labels=torch.tensor([1])).sample
+
+    with dc.run(denoiser, "interval", "reuse", every=2, num_steps=4) as run:
+        expected, *_ = [step(run) for _ in range(4)]
+        with pytest.warns(DiffusionCacheWarning, match="more steps than the 4 that it was told of"):
+            assert torch.equal(step(run), expected)
+        records = run.summary().records
+    assert [record.computed for record in records] == [True, False, True, False, True]
 
 
 def test_own_loop_that_sets_its_timesteps_twice(denoiser):

@@ -318,6 +318,7 @@ def test_a_denoiser_compiled_as_a_whole(found, silent):
 def test_a_shipped_profile_by_its_name(found, pipe, tmp_path, monkeypatch, silent):
     found.save(tmp_path / "profiles" / "tiny-ddim")
     monkeypatch.setattr(resources, "files", lambda package: tmp_path / package.rpartition(".")[2])
+    assert Profile.load("tiny-ddim").fingerprint == found.fingerprint
     dc.enable(pipe, profile="tiny-ddim", nfe=4)
     generate(pipe)
     assert dc.summary(pipe).computed == 4

@@ -108,3 +108,12 @@ def test_unknown_names_are_errors():
         reference.load("dit-digits", sampler="heun")
     with pytest.raises(ValueError, match="one seed per label"):
         reference.inputs("dit-digits", [1, 2], [0])
+
+
+def test_pipelines_can_be_saved_and_loaded(tmp_path):
+    pipe = reference.load("flux-digits")
+    pipe.save_pretrained(tmp_path)
+    absent = {name: None for name, part in pipe.components.items() if part is None}
+    found = type(pipe).from_pretrained(tmp_path, **absent)
+    images = [torch.as_tensor(one(**reference.inputs("flux-digits", [3], [0], 2)).images) for one in (pipe, found)]
+    assert torch.equal(*images)

@@ -16,7 +16,7 @@ import diffusion_cache as dc
 from diffusion_cache import published, reference, resolve
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Hermite, Reuse
-from diffusion_cache.policies import Guarded
+from diffusion_cache.policies import Guarded, Mask
 from diffusion_cache.registry import policies
 
 NAMES = published.names()
@@ -520,3 +520,12 @@ def test_an_entry_names_every_field():
 def test_names_have_one_form():
     with pytest.raises(ConfigError, match="lower case"):
         made("teacache/My Model", figures=POLYNOMIAL)
+
+
+def test_masks_in_runs_of_other_lengths_are_told():
+    mask = Mask("100100", others=("1010",), source="theirs")
+    assert mask.departure(6) == mask.departure(4) == mask.departure(None) == ""
+    assert "theirs is for 6 steps, and this run has 9" in mask.departure(9)
+    assert Mask("100100").departure(9) == ""  # one's own, for runs that start late as well
+    listed = published.load("lemica/flux-dev-10of50").driven()
+    assert "lemica/flux-dev-10of50 is for 50 steps, and this run has 7" in Mask(**listed.options).departure(7)

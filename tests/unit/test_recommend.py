@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -360,6 +363,22 @@ def test_a_shipped_profile_of_these_very_weights(no_shipped_profiles):
         for parameter in pipe.transformer.parameters():
             parameter.mul_(1.01)
     assert "profile" not in dc.recommend(pipe, 9).options
+
+
+def test_routers_are_not_recommended(no_shipped_profiles):
+    own = Path(__file__).parents[2] / "profiles" / "flux-digits-flow-euler-router"
+    shutil.copytree(own, no_shipped_profiles / own.name)
+    recommended = dc.recommend(reference.load("flux-digits"))
+    assert "profile" not in recommended.options
+    assert "router" not in str(recommended.options)
+
+
+@pytest.mark.parametrize("cls", [EulerAncestralDiscreteScheduler, DDPMScheduler])
+def test_samplers_that_draw_noise_are_told(cls):
+    pipe = reference.load("unet-digits")
+    assert "nothing was measured with such" not in dc.recommend(pipe, 30).reason
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    assert "nothing was measured with such" in dc.recommend(pipe, 30).reason
 
 
 def test_a_profile_without_plans_says_nothing(no_shipped_profiles):

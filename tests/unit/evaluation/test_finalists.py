@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.evaluation.finalists import NEEDED, STATISTICS, finalists
+from diffusion_cache.evaluation.finalists import COLUMNS, NEEDED, finalists
 
 # kind, method, settings, nfe, speed, mean, p5
 PLAN = ("ours", "plan", {"nfe": 25, "plan": "nfe-25"}, 0.5, 2.0, 60.0, 50.0)
@@ -15,7 +15,7 @@ BEST = ("ours", "RACER", {"threshold": 0.1}, 0.5, 1.5, 50.0, 40.0)
 def summary(folder: Path, *rows: tuple) -> Path:
     path = folder / "summary.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*NEEDED, *STATISTICS])
+        writer = csv.DictWriter(file, [*NEEDED, *COLUMNS])
         writer.writeheader()
         for kind, method, settings, nfe, speed, mean, p5 in rows:
             line = {"model": "dit-digits", "sampler": "ddim", "kind": kind, "method": method, "correct": "true"}
