@@ -192,6 +192,9 @@ class Plan:
     speed: Speed | None = None
     guard: Band | None = None
 
+    def __repr__(self) -> str:
+        return f"Plan({self.name!r}, scope={self.scope!r}, {self.nfe:.4g} evaluations in {self.total} steps)"
+
     def __post_init__(self) -> None:
         if self.nfe is None:
             object.__setattr__(self, "nfe", self.schedule.nfe)

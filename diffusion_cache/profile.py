@@ -106,6 +106,13 @@ class Profile:
     facts: Mapping[str, Any] = field(default_factory=dict)
     plans: tuple[Plan, ...] = ()
 
+    def __repr__(self) -> str:
+        plans = ", ".join(plan.name for plan in self.plans) or "none"
+        return (
+            f"Profile({self.fingerprint.pipeline}, {self.fingerprint.scheduler}, {self.total} steps, "
+            f"scope={self.scope!r}, {len(self.samples)} samples, plans: {plans})"
+        )
+
     def __post_init__(self) -> None:
         sizes = self._sizes()
         check_facts(self.facts, "profile")

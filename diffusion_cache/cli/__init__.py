@@ -34,7 +34,6 @@ class _Commands(typer.core.TyperGroup):
 
 app = typer.Typer(
     name="diffusion-cache",
-    help="Faster diffusers pipelines by reusing block features between denoising steps.",
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
@@ -59,6 +58,23 @@ class Listed(str, Enum):
     models = "models"
     profiles = "profiles"
     published = "published"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show this package's version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Faster diffusers pipelines by reusing block features between denoising steps."""
 
 
 # of commands whose arguments Hydra reads

@@ -9,7 +9,9 @@ from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from .. import registry
@@ -105,6 +107,34 @@ def run_configured(cfg: DictConfig) -> None:
         folders = run_job(job, progress, team)
     if team.leads:
         console.print(Text(f"{title}: {len(folders)} run(s) in {job.folder}"), soft_wrap=True)
+        if folders:
+            Console().print(figures(folders))
+
+
+def figures(folders: Sequence[Path]) -> Table:
+    """The main figures of finished runs: their settings, what they spent, how fast and how good they were."""
+    from ..evaluation.runs import DamagedError, read_run, settings_text
+    from .tables import decibels
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("settings")
+    for header in ("NFE", "speed", "PSNR", "5th pct.", "worst"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except DamagedError as error:
+            table.add_row(Text(f"{error}; delete the folder {folder} to have it made again"), *["–"] * 5)
+            continue
+        psnr, nfe = run.score("psnr"), run.costs["nfe_ratio"]
+        speed = "–" if run.speed is None else f"{run.speed:.2f}×"
+        quality = ["–" if value is None else decibels(value) for value in (psnr.mean, psnr.p5, psnr.worst)]
+        name = Text(", ".join(part for part in (run.method, settings_text(run)) if part))
+        if run.note:
+            name.append(f" ({run.note})", style="dim")
+        spent = "–" if nfe is None else f"{nfe:.0%}"
+        table.add_row(name, spent, speed, *quality)
+    return table
 
 
 @hydra_main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="evaluate")

@@ -130,6 +130,11 @@ def make_plans(
             )
         profile = profile.with_plans(stored.plans)
     for nfe in wishes.nfes:  # before anything is generated
+        if nfe >= profile.total:
+            raise ConfigError(
+                f"a run of this profile takes {profile.total} denoiser evaluations without a cache, and nothing is "
+                f"reused in {nfe:g}: ask for fewer with --nfe"
+            )
         scopes = settings.scopes or (None,)
         if min(evaluations(profile, max(1, settings.last), scope) for scope in scopes) > nfe + ROUNDING:
             raise _too_few(profile, nfe, scopes, max(1, settings.last))

@@ -40,8 +40,8 @@ Array = np.ndarray[Any, Any]
 def show(folder: Path, out: Path | None, console: Console) -> list[Path]:
     """Print a profile's tables and write its pictures; returns the pictures' paths.
 
-    out: where to write; by default the profile's own folder, or `profile-pictures/` here for a profile that belongs
-    to an installed package or lies where nothing may be written.
+    out: where to write; by default the profile's own folder, or one of its name in `profile-pictures/` here for a
+    profile that belongs to an installed package or lies where nothing may be written.
 
     Raises:
         ConfigError: if there is no sound profile, or the pictures cannot be written.
@@ -130,7 +130,7 @@ def write_pictures(profile: Profile, out: Path) -> list[Path]:
 def _default_out(folder: Path) -> Path:
     packaged = [Path(path).resolve() for path in profiles.__path__]
     owned = any(folder.resolve().is_relative_to(path) for path in packaged)
-    return Path("profile-pictures") if owned or not os.access(folder, os.W_OK) else folder
+    return Path("profile-pictures") / folder.resolve().name if owned or not os.access(folder, os.W_OK) else folder
 
 
 def _clean(name: str) -> str:

@@ -206,7 +206,7 @@ def settings_text(run: Run, scope: bool = True) -> str:
     return ", ".join([f"scope={run.scope}"] * told + parts)
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A file of a run that is not as it should be; the message names it."""
 
 
@@ -232,7 +232,7 @@ def read_experiment(folder: Path) -> Experiment:
     for place in places:
         try:
             runs.append(read_run(place))
-        except _DamagedError as error:
+        except DamagedError as error:
             left_out.append(f"{error}; delete the folder {place} and run the same sweep again to redo it")
             warnings.warn(f"a run is left out of the report: {left_out[-1]}", DiffusionCacheWarning, stacklevel=3)
     if not runs:
@@ -293,7 +293,7 @@ def _order(run: Run) -> tuple[Any, ...]:
 
 
 def read_run(folder: Path) -> Run:
-    """One finished run. Raises _DamagedError, naming the file, for one that is missing, cut off or incomplete."""
+    """One finished run. Raises DamagedError, naming the file, for one that is missing, cut off or incomplete."""
     summary = _json_object(folder / SUMMARY)
     try:
         kind = summary["kind"]
@@ -329,9 +329,9 @@ def read_run(folder: Path) -> Run:
             pictures=not random_weights and _pictures(folder / IMAGES),
         )
     except KeyError as error:
-        raise _DamagedError(f"{folder / SUMMARY} lacks {error.args[0]!r}") from None
+        raise DamagedError(f"{folder / SUMMARY} lacks {error.args[0]!r}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise _DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
+        raise DamagedError(f"{folder / SUMMARY} is damaged: {error}") from None
     return run
 
 
@@ -339,11 +339,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _DamagedError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _DamagedError(f"{path} is damaged: {error}") from None
+        raise DamagedError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise _DamagedError(f"{path} is damaged: it holds no JSON object")
+        raise DamagedError(f"{path} is damaged: it holds no JSON object")
     return found
 
 
@@ -352,9 +352,9 @@ def _call(path: Path, steps: int) -> Call | None:
     try:
         return call_of(config["contender"], steps)
     except KeyError as error:
-        raise _DamagedError(f"{path} lacks {error.args[0]!r}") from None
+        raise DamagedError(f"{path} lacks {error.args[0]!r}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise _DamagedError(f"{path} is damaged: {error}") from None
+        raise DamagedError(f"{path} is damaged: {error}") from None
 
 
 def _number(value: Any) -> float | None:
@@ -394,18 +394,18 @@ def _samples(path: Path) -> Samples:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise _DamagedError(f"{path} is damaged or missing: {str(error).splitlines()[0]}") from None
+        raise DamagedError(f"{path} is damaged or missing: {str(error).splitlines()[0]}") from None
     if not table.num_rows:
         return Samples()
     columns = set(table.column_names)
     missing = [name for name in ("prompt", "seed") if name not in columns]
     if missing:
-        raise _DamagedError(f"{path} lacks the column {missing[0]!r}")
+        raise DamagedError(f"{path} lacks the column {missing[0]!r}")
     try:
         values = {name: _floats(table.column(name).to_pylist()) for name in SAMPLE_METRICS if name in columns}
         seeds = tuple(int(seed) for seed in table.column("seed").to_pylist())
     except (TypeError, ValueError) as error:
-        raise _DamagedError(f"{path} is damaged: {error}") from None
+        raise DamagedError(f"{path} is damaged: {error}") from None
     return Samples(tuple(str(prompt) for prompt in table.column("prompt").to_pylist()), seeds, values)
 
 
@@ -424,9 +424,9 @@ def _pictures(path: Path) -> bool:
         with safe_open(path, "np") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _DamagedError(f"{path} is damaged: {error}") from None
+        raise DamagedError(f"{path} is damaged: {error}") from None
     for place in ("median", "worst"):
         shape = shapes.get(f"{place}.reference")
         if shape is None or shape != shapes.get(f"{place}.candidate") or len(shape) != 4 or shape[1] not in (1, 3):
-            raise _DamagedError(f"{path} is damaged: the images of the {place} sample are missing or of no known shape")
+            raise DamagedError(f"{path} is damaged: the images of the {place} sample are missing or of no known shape")
     return True

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import diffusion_cache as dc
 from diffusion_cache import published, reference
 from diffusion_cache.cli import app, demo, plan, writing
 from diffusion_cache.cli.results import Row
@@ -74,11 +75,18 @@ def test_shipped_profiles_go_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "nfe-25" in run("show", "dit-digits-ddim")
     assert [path.name for path in tmp_path.iterdir()] == ["profile-pictures"]
+    assert (tmp_path / "profile-pictures" / "dit-digits-ddim" / "plans.png").is_file()
     told = run("show", "dit-digits", code=2)
     assert (
         "'dit-digits' is no folder, nor a profile that comes with the package. Did you mean 'dit-digits-ddim'?" in told
     )
     assert "say where to store it with its plans, --out FOLDER" in run("plan", "dit-digits-ddim", "--nfe", "25", code=2)
+    told = run("plan", "dit-digits-ddim", "--nfe", "50", "--out", "there", code=2)
+    assert "takes 50 denoiser evaluations without a cache, and nothing is reused in 50" in told
+
+
+def test_version():
+    assert run("--version").strip() == dc.__version__
 
 
 def test_env_names_versions_and_threads():

@@ -119,6 +119,23 @@ def test_a_run_says_what_was_made_and_what_it_took(tmp_path):
     assert json.loads((summary["path"] / "summary.json").read_text())["cpu_seconds"] > 0
 
 
+def test_figures_are_shown(tmp_path):
+    good, flawed, damaged = (made(tmp_path, f"steps={steps}", "method=interval")[0] for steps in (6, 5, 4))
+    changed = json.loads((flawed["path"] / "summary.json").read_text()) | {"correct": False, "problem": "it is wrong"}
+    (flawed["path"] / "summary.json").write_text(json.dumps(changed))
+    (damaged["path"] / "summary.json").write_text("{")
+    table = command.figures([one["path"] for one in (good, flawed, damaged)])
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert [str(column.header) for column in table.columns] == ["settings", "NFE", "speed", "PSNR", "5th pct.", "worst"]
+    settings, *figures = zip(*cells, strict=True)
+    assert settings[0].startswith("interval, taylor, every=2")
+    psnr = good["metrics"]["psnr"]
+    assert list(settings[1:]) == ["50%", "–", *(f"{psnr[key]:.1f}" for key in ("mean", "p5", "worst"))]
+    assert "(incorrect: it is wrong)" in figures[0][0]
+    assert f"delete the folder {damaged['path']}" in figures[1][0]
+    assert list(figures[1][1:]) == ["–"] * 5
+
+
 def test_uncached_is_identical_to_itself(tmp_path):
     (summary,) = made(tmp_path, "method=uncached")
     assert summary["nfe_ratio"] == summary["flops_ratio"] == 1.0

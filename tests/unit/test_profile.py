@@ -172,6 +172,13 @@ def test_saving_what_was_loaded_into_its_own_folder(tmp_path):
     assert same(Profile.load(tmp_path), profile().with_plans(profile().plans[:1]))
 
 
+def test_a_profile_is_shown_in_a_line():
+    found = profile()
+    shown = f"SimpleNamespace, Scheduler, {STEPS} steps, scope='block', 2 samples, plans: half, other"
+    assert repr(found) == f"Profile({shown})"
+    assert repr(found.plans[0]) == f"Plan('half', scope='block', {STEPS / 2:g} evaluations in {STEPS} steps)"
+
+
 def test_with_plans():
     made = profile().with_plans([plan("new")])
     assert [p.name for p in made.plans] == ["new"]

@@ -246,9 +246,9 @@ def test_names_from_a_file_cannot_control_the_terminal(tmp_path):
 
 def test_default_folder(tmp_path, monkeypatch):
     assert _default_out(tmp_path) == tmp_path
-    assert _default_out(Path(profiles.__path__[0]) / "dit-digits") == Path("profile-pictures")
+    assert _default_out(Path(profiles.__path__[0]) / "dit-digits") == Path("profile-pictures/dit-digits")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert _default_out(tmp_path) == Path("profile-pictures")
+    assert _default_out(tmp_path) == Path("profile-pictures") / tmp_path.name
 
 
 def test_pictures_that_cannot_be_written(tmp_path, drawn):
