@@ -108,16 +108,17 @@ def run_configured(cfg: DictConfig) -> None:
     if team.leads:
         console.print(Text(f"{title}: {len(folders)} run(s) in {job.folder}"), soft_wrap=True)
         if folders:
-            Console().print(figures(folders))
+            Console().print(figures(title, folders))
 
 
-def figures(folders: Sequence[Path]) -> Table:
+def figures(title: str, folders: Sequence[Path]) -> Table:
     """The main figures of finished runs: their settings, what they spent, how fast and how good they were."""
+    from ..evaluation.contenders import DEFAULT_SCOPE
     from ..evaluation.runs import DamagedError, read_run, settings_text
     from .tables import decibels
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("settings")
+    table.add_column(Text(title))
     for header in ("NFE", "speed", "PSNR", "5th pct.", "worst"):
         table.add_column(header, justify="right", no_wrap=True)
     for folder in folders:
@@ -129,7 +130,8 @@ def figures(folders: Sequence[Path]) -> Table:
         psnr, nfe = run.score("psnr"), run.costs["nfe_ratio"]
         speed = "–" if run.speed is None else f"{run.speed:.2f}×"
         quality = ["–" if value is None else decibels(value) for value in (psnr.mean, psnr.p5, psnr.worst)]
-        name = Text(", ".join(part for part in (run.method, settings_text(run)) if part))
+        scope = "" if run.scope in ("", DEFAULT_SCOPE) else f"scope={run.scope}"
+        name = Text(", ".join(part for part in (run.method, scope, settings_text(run, scope=False)) if part))
         if run.note:
             name.append(f" ({run.note})", style="dim")
         spent = "–" if nfe is None else f"{nfe:.0%}"

@@ -124,9 +124,11 @@ def test_figures_are_shown(tmp_path):
     changed = json.loads((flawed["path"] / "summary.json").read_text()) | {"correct": False, "problem": "it is wrong"}
     (flawed["path"] / "summary.json").write_text(json.dumps(changed))
     (damaged["path"] / "summary.json").write_text("{")
-    table = command.figures([one["path"] for one in (good, flawed, damaged)])
+    table = command.figures("dit-digits, interval", [one["path"] for one in (good, flawed, damaged)])
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    assert [str(column.header) for column in table.columns] == ["settings", "NFE", "speed", "PSNR", "5th pct.", "worst"]
+    assert [str(column.header) for column in table.columns] == [
+        "dit-digits, interval", "NFE", "speed", "PSNR", "5th pct.", "worst",
+    ]  # fmt: skip
     settings, *figures = zip(*cells, strict=True)
     assert settings[0].startswith("interval, taylor, every=2")
     psnr = good["metrics"]["psnr"]
