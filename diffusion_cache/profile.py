@@ -156,7 +156,12 @@ class Profile:
         return self.with_plans(sorted([*others, plan], key=lambda plan: -plan.nfe))
 
     def matches(self, pipe: Any, denoisers: Mapping[str, nn.Module]) -> list[Difference]:
-        """Where a pipeline (None for a bare denoiser) is not what was profiled, as far as is known before a run."""
+        """Where a pipeline (None for a bare denoiser) is not what was profiled, as far as is known before a run.
+
+        A bare denoiser has no name of its own: it is compared with the profile's, where there is one.
+        """
+        if pipe is None and len(denoisers) == len(self.fingerprint.denoisers) == 1:
+            denoisers = dict(zip(self.fingerprint.denoisers, denoisers.values(), strict=True))
         return self.fingerprint.differences(Fingerprint.of(pipe, denoisers))
 
     def check(self, pipe: Any, denoisers: Mapping[str, nn.Module], ignore: Collection[str] = ()) -> None:

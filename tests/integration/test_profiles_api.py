@@ -230,6 +230,18 @@ def test_guards_go_with_a_plan(found, pipe):
     assert [record.computed for record in dc.summary(pipe).records[-2:]] == [True, True]
 
 
+def test_a_profile_of_a_pipeline_serves_its_denoiser_in_a_loop_of_ones_own(found, pipe, silent):
+    with dc.cached(pipe, profile=found, nfe=4):
+        expected = generate(pipe)
+    with dc.run(pipe.transformer, profile=found, nfe=4, num_steps=STEPS) as run:
+        assert torch.equal(generate(pipe), expected)
+    assert run.summary().computed == 4
+    other = reference.load("flux-digits").transformer
+    told = r"transformer\.model is FluxTransformer2DModel, the profile's DiTTransformer2DModel"
+    with pytest.raises(ConfigError, match=told), dc.run(other, profile=found, nfe=4, num_steps=STEPS):
+        pytest.fail("entered")
+
+
 def test_published_figures_by_name(pipe):
     name = "published/fora/dit-xl-2-256-50-every-2"
     stretched = f"every-2 is for 50 steps, and this run has {STEPS}: its list is stretched"
