@@ -137,3 +137,21 @@ def test_the_plans_in_readme_are_those_that_ship():
         figures = [(*map(float, found[model, sampler, plan.name]), plan.quality.worst) for plan in plans]
         cells = " | ".join(f"{mean:.1f} / {p5:.1f} ({worst:.1f})" for mean, p5, worst in figures)
         assert f"| {model}, {sampler} | {cells} |" in readme
+
+
+def test_what_differences_cost_is_what_was_evaluated():
+    evaluated = {}
+    for row in csv.DictReader((ROOT / "results" / "reference_all" / "summary.csv").open()):
+        settings = json.loads(row["settings"])
+        if row["method"] in ("plan", "plan, coded"):
+            evaluated[row["model"], settings["plan"], settings.get("cache_dtype", "model")] = row
+    page = (ROOT / "docs" / "memory.md").read_text()
+    plans = [key[:2] for key in evaluated if key[2] == "int8-delta"]
+    assert len(plans) == 16
+    for plan in plans:
+        kept, *coded = (evaluated[*plan, dtype] for dtype in ("model", "int8-delta", "int8", "fp8"))
+        change = [float(row["psnr_mean"]) - float(kept["psnr_mean"]) for row in coded]
+        cells = [f"{one:+.2f}".replace("-", "−") for one in change]
+        cells += [f"{int(row['cache_bytes']) / int(kept['cache_bytes']):.2f}" for row in coded[:2]]
+        name = f"{plan[0]}, {plan[1].removeprefix('nfe-')} of {kept['steps']}, {kept['scope']}"
+        assert f"| {name} | {float(kept['psnr_mean']):.2f} | {' | '.join(cells)} |" in page
