@@ -133,10 +133,10 @@ def enable(
         cuda_graphs: whether calls of the denoiser are captured, the second time that one like it is made (of the same
             pass and shapes, with the same spans reused), and repeated as a CUDA graph from then on, in this run and
             later ones; at most `engine.graphs.MAX_GRAPHS` of each denoiser, which keep their memory and that of all
-            features until `disable`. For policies that look at no signals, forecasters that are weighted sums (not "rfc" or
-            "frequency") and a denoiser that stays on one CUDA device; without unconditional_every, "…-delta",
-            cache_device="cpu", max_cache_bytes and stream. What cannot be captured runs as usual, told once. Weights, modules and settings may change between
-            runs, not inside of one.
+            features until `disable`. For policies that look at no signals, forecasters that are weighted sums (not
+            "rfc" or "frequency") and a denoiser that stays on one CUDA device; without unconditional_every, "…-delta",
+            cache_device="cpu", max_cache_bytes and stream. What cannot be captured runs as usual, told once. Weights,
+            modules and settings may change between runs, not inside of one.
         group: ranks that must decide alike because they meet in collectives inside the denoiser, each with as many
             samples: a call is computed if any of them asks for it. Needed where one shards it oneself (FSDP2 by
             `fully_shard`, tensor parallel). What diffusers' `enable_parallelism` shards is known without it, and plain

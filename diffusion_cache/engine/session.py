@@ -225,7 +225,8 @@ class Method:
             if not (needs.signals and probed):
                 raise ConfigError(
                     f"corrector {corrector.name!r} compares {', '.join(corrector.needs_signals)} of each step, which "
-                    f"is not taken for policy {policy.name!r}: take 'dicache', 'first_block' or 'ra_cfg', or no corrector"
+                    f"is not taken for policy {policy.name!r}: take 'dicache', 'first_block' or 'ra_cfg', or leave the "
+                    "corrector out"
                 )
         if self.is_traced(denoiser, scope) and (not forecaster.static or forecaster.keeps_inputs):
             raise ConfigError(

@@ -149,7 +149,7 @@ def test_what_differences_cost_is_what_was_evaluated():
     plans = [key[:2] for key in evaluated if key[2] == "int8-delta"]
     assert len(plans) == 16
     for plan in plans:
-        kept, *coded = (evaluated[*plan, dtype] for dtype in ("model", "int8-delta", "int8", "fp8"))
+        kept, *coded = (evaluated[(*plan, dtype)] for dtype in ("model", "int8-delta", "int8", "fp8"))
         change = [float(row["psnr_mean"]) - float(kept["psnr_mean"]) for row in coded]
         cells = [f"{one:+.2f}".replace("-", "−") for one in change]
         cells += [f"{int(row['cache_bytes']) / int(kept['cache_bytes']):.2f}" for row in coded[:2]]

@@ -21,11 +21,11 @@ Progress = Callable[[str, int, int], None]
 HEAD = """# The published claims, checked here
 
 Each claim was checked on the shipped models (language caches with weights blurred until the model errs; slicing with
-random weights) with {sets} disjoint sets of seeds, at equal measured compute (the last column but one). It holds if it
-does on every set; where a cell gives several budgets, by their mean. Claims on routers are read off the trainings of
-`make routers`, one to a set, of which some have not been made. These are small models: a claim that fails here may hold on the paper's, and the reason found is given;
-figures in reasons that the table lacks were read by hand, and no script prints them. `make reproduce` makes the rest of
-this page and `results/reproduction.json`.
+random weights) with {sets} disjoint sets of seeds, at equal measured compute (the last column but one). It holds if
+it does on every set; where a cell gives several budgets, by their mean. Claims on routers are read off the trainings
+of `make routers`, one to a set, of which some have not been made. These are small models: a claim that fails here may
+hold on the paper's, and the reason found is given; figures in reasons that the table lacks were read by hand, and no
+script prints them. `make reproduce` makes the rest of this page and `results/reproduction.json`.
 
 | system | claim | published | ours, per set of seeds | equal compute | holds |
 | --- | --- | --- | --- | --- | --- |
