@@ -204,6 +204,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What to sum numbers of a dtype in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def double(tensor: Tensor) -> Tensor:
     """In float64: on its device, or on the CPU where that has none."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).to(torch.float64)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -31,6 +32,22 @@ def plain_json(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain_json(value.tolist())
     return type(value).__name__
+
+
+def rounded_down(value: float, digits: int = 2) -> float:
+    """The next number of so many decimal places below a value: what is shown of a bound must hold as it is shown."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def rounded_up(value: float, digits: int = 2) -> float:
+    """Likewise, next above it."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def _rounded(value: float, digits: int, way: str) -> float:
+    if not math.isfinite(value):
+        return value
+    return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), way))
 
 
 def digest(value: Any, length: int = 16) -> str:

@@ -20,7 +20,8 @@ from .schedule import Schedule
 
 FEATURES = ("auto", "residual", "output")
 GUARD_SIGNALS = ("input_l1", "input_turn")
-HELD_OUT_PROMPTS = "held_out_prompts"  # the name of a fact
+HELD_OUT_PROMPTS = "held_out_prompts"  # the names of facts
+REFITTED = "refitted_on"  # of a plan whose weights were fitted to a kind of prompts
 LEAST_SPREAD = 0.01  # of a signal, relative to its mean
 MAX_HISTORY = 8
 MAX_STEPS = 10_000

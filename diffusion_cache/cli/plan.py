@@ -338,6 +338,17 @@ class Source:
         """
         return [self.prompts] * len(counts) if self.classes else shared_out(self.prompts, counts)
 
+    def profiled_first(self, profile: Profile) -> "Source":
+        """With the texts that a profile was measured on first, so that none is held out where there are enough."""
+        profiled = {prompt for prompt, _ in profile.samples}
+        prompts = sorted(self.prompts, key=lambda prompt: not self.classes and prompt not in profiled)
+        return replace(self, prompts=prompts)
+
+
+def texts_beside(profile: Profile, samples: Sequence[Sample]) -> int:
+    """How many different texts the samples are of that the profile was not measured on."""
+    return len({sample.prompt for sample in samples} - {prompt for prompt, _ in profile.samples})
+
 
 def shared_out(prompts: Sequence[Prompt], counts: Sequence[int]) -> list[Sequence[Prompt]]:
     """The prompts for so many samples of each kind, in order, none in two of them.
@@ -355,16 +366,14 @@ def shared_out(prompts: Sequence[Prompt], counts: Sequence[int]) -> list[Sequenc
 def _planner(profile: Profile, source: Source, settings: Settings, progress: Progress) -> Planner:
     search = Search(runs=settings.runs, scopes=settings.scopes, last=settings.last, guard=settings.guard)
     taken = {seed for _, seed in profile.samples}
-    profiled = {prompt for prompt, _ in profile.samples}
-    if not source.classes:  # those of the profile come first, so that none is held out where there are enough
-        source = replace(source, prompts=sorted(source.prompts, key=lambda prompt: prompt not in profiled))
+    source = source.profiled_first(profile)
     counts = {FITTED: settings.fitting, TUNED: settings.tuning, HELD_OUT: settings.held_out}
     drawn: dict[int, list[Sample]] = {}
     for (first, count), prompts in zip(counts.items(), source.parts(list(counts.values())), strict=True):
         seeds = [seed for seed in range(first, first + MOST_SAMPLES) if seed not in taken][:count]
         drawn[first] = [Sample(i, prompts[i % len(prompts)], seed) for i, seed in enumerate(seeds)]
     held_out = drawn[HELD_OUT]
-    different = len({sample.prompt for sample in held_out} - profiled)
+    different = texts_beside(profile, held_out)
     if not source.classes and different < len(held_out):
         warnings.warn(
             f"the {len(held_out)} held-out samples are of {different} prompts beside the profile's, so that what plans "

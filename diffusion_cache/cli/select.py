@@ -17,7 +17,7 @@ from ..planning.select import Seen, best_together, refitted, see, with_selector,
 from ..planning.selector import STORED, Selector
 from ..profile import Profile, folder_of
 from ..profiling.generation import Teacher, teach
-from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of, stored_in
+from .plan import FITTED, HELD_OUT, MOST_SAMPLES, TUNED, Progress, Settings, Source, source_of, stored_in, texts_beside
 from .progress import announcing
 from .show import print_choices, print_plans, told_choice
 
@@ -59,13 +59,13 @@ def make_selector(
     starts = list(dict.fromkeys(choose(profile.plans, nfe=nfe) for nfe in wish.nfes))
     source = source_of(profile, model, settings)
     profile.check(source.pipe, find_denoisers(source.pipe))
-    prompts, others = source.parts((3, 1))
+    prompts, others = source.profiled_first(profile).parts((3, 1))
     taken = {seed for _, seed in profile.samples}
     fitting = _drawn(_each(prompts, settings.fitting), FITTED, taken)
     tuned = _drawn(_each(prompts, settings.tuning), TUNED, taken)
     held_out = _drawn([others[i % len(others)] for i in range(settings.held_out)], HELD_OUT, taken)
     seeds = [sample.seed for sample in held_out]
-    texts = None if source.classes else len({sample.prompt for sample in held_out})
+    texts = None if source.classes else texts_beside(profile, held_out)
     made, alone = without_selector(profile).with_plans(()), []
     with announcing(console, "select") as progress:
         fitted = _taught(source, fitting, settings.fitting, progress)

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Sequence
 
 from ..errors import ConfigError, DiffusionCacheWarning
-from ..plan import Plan
+from ..plain import rounded_down, rounded_up
+from ..plan import REFITTED, Plan
 from . import guarantee
 
 
@@ -20,7 +21,7 @@ def choose(
 
     speedup: the best plan whose measured speed (uncached time over its own) is at least that. min_psnr: in dB, the
     cheapest plan whose PSNR reaches it for at least 95% of prompts with 95% confidence, on held-out samples; where
-    these are of too few prompts to say so, of seeds of those prompts, with a warning. nfe: the best plan of at most so
+    several of these are of one prompt, of seeds of those prompts, with a warning. nfe: the best plan of at most so
     many denoiser evaluations a run. plan: the one called so.
 
     Raises:
@@ -49,7 +50,7 @@ def choose(
             nearest = max(timed, key=_speed)
             raise ConfigError(
                 f"no plan is {speedup:g}× as fast as the uncached pipeline; the fastest is {nearest.name!r} with "
-                f"{_speed(nearest):.2f}×. Ask for that, or make faster plans with `diffusion-cache plan`"
+                f"{rounded_down(_speed(nearest)):.2f}×. Ask for that, or make faster plans with `diffusion-cache plan`"
             )
         return max(fast, key=_quality)
     if nfe is not None:
@@ -59,7 +60,7 @@ def choose(
             nearest = min(plans, key=lambda plan: plan.nfe)
             raise ConfigError(
                 f"no plan takes {nfe:g} denoiser evaluations or fewer; the cheapest, {nearest.name!r}, takes "
-                f"{nearest.nfe:.4g}"
+                f"{rounded_up(nearest.nfe):g}"
             )
         return max(cheap, key=_quality)
     assert min_psnr is not None
@@ -70,15 +71,16 @@ def choose(
     # of fewer samples nothing can be promised, so that such a plan is none to choose from; of all, that is told
     needed = guarantee.needed()
     measured = [plan for plan in measured if plan.quality and plan.quality.n >= needed] or measured
-    measured.sort(key=lambda plan: -plan.nfe)
+    # of equal cost, one that was fitted to all prompts first: a test that fails ends the search
+    measured.sort(key=lambda plan: (-plan.nfe, REFITTED in plan.facts, plan.name))
     values = [plan.quality.values for plan in measured if plan.quality is not None]
     chosen = measured[guarantee.pick(values, min_psnr)]
     prompts = chosen.held_out_prompts
-    if prompts is not None and prompts < needed:
+    if prompts is not None and chosen.quality is not None and prompts < chosen.quality.n:  # they are not independent
         of = f"{prompts} prompts that it was measured on" if prompts else "prompts that it was made from"
         warnings.warn(
             f"plan {chosen.name!r} is shown to reach {min_psnr:g} dB for 95% of seeds of the {of}, which says less of "
-            f"other prompts: plan with more held-out ones, {needed} show it of any",
+            f"other prompts: plan with as many prompts as held-out samples, at least {needed}",
             DiffusionCacheWarning,
             stacklevel=2,
         )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ConfigError
+from ..plain import rounded_down
 from .surrogate import Array
 
 ROUNDING = 1e-12  # a share that is reached exactly must not be missed by rounding
@@ -86,7 +87,7 @@ def pick(values: Sequence[ArrayLike], target: float, share: float = 0.95, confid
             break
         passed += 1
     if passed < 0:
-        best = best_target(samples[0], share, confidence)
+        best = rounded_down(best_target(samples[0], share, confidence))
         raise ConfigError(
             f"no plan is shown to reach {target:g} for {_percent(share)} of outcomes at {_percent(confidence)} "
             f"confidence: ask for at most {best:g}, which the most expensive plan reaches, or add a plan that computes "

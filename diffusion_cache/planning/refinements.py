@@ -25,7 +25,7 @@ from . import surrogate
 from .dynamic import best_schedule
 from .static import static_plan
 
-METRIC = "same_tokens"  # share of a sample's tokens that are as without a cache
+METRIC = "same_tokens"  # share of an answer's tokens that are as without a cache
 PAIRS = 5
 Call = Mapping[str, Any]
 
@@ -90,11 +90,30 @@ def damages(profile: Profile) -> surrogate.Array:
 
 
 def _same(pipe: Any, plan: Plan, calls: Sequence[Call], expected: Sequence[Tensor]) -> Tensor:
-    """Of each sample, the share of tokens that are as expected."""
+    """Of each sample, the share of tokens that are as expected, up to the token that ends its answer."""
     with enabled(pipe, Planned(plan)):
         return torch.cat(
-            [double(pipe(**call).sequences == tokens).mean(dim=1) for call, tokens in zip(calls, expected, strict=True)]
+            [
+                agreement(pipe(**call).sequences, tokens, call.get("eos_token_id", getattr(pipe, "eos_token_id", None)))
+                for call, tokens in zip(calls, expected, strict=True)
+            ]
         )
+
+
+def agreement(found: Tensor, expected: Tensor, end: int | None) -> Tensor:
+    """The share of tokens that are alike in each row, of the longer one's: [rows], float64.
+
+    What follows a row's first `end` is no part of it: masks, which are alike whatever was answered.
+    """
+    lengths = torch.stack([_lengths(tokens, end) for tokens in (found, expected)])
+    within = torch.arange(found.shape[1], device=found.device) < lengths.amin(0)[:, None]
+    return double((found == expected) & within).sum(1) / lengths.amax(0)
+
+
+def _lengths(tokens: Tensor, end: int | None) -> Tensor:
+    """Of each row, how many tokens there are up to the first `end`."""
+    ends = torch.eq(tokens, -1 if end is None else end)
+    return torch.where(ends.any(1), ends.int().argmax(1) + 1, tokens.shape[1])
 
 
 def _measured(pipe: Any, plan: Plan, calls: Sequence[Call], expected: Sequence[Tensor]) -> Plan:

@@ -14,7 +14,7 @@ from ..engine import Observer
 from ..errors import ConfigError
 from ..forecasters.fitted import Fitted
 from ..models import condition_of, find_denoisers
-from ..plan import HELD_OUT_PROMPTS, Plan, Quality
+from ..plan import HELD_OUT_PROMPTS, REFITTED, Plan, Quality
 from ..policies import Planned
 from ..policies.select import Select, embedded
 from ..profile import Profile
@@ -90,7 +90,7 @@ def refitted(plan: Plan, teacher: Teacher, name: str) -> Plan:
     )
     result = trajectory.fit(teacher, Planned(bare), settings)
     nodes, weights, correction = result.forecaster.as_tensors(plan.total, teacher.branches)
-    facts = {**plan.facts, "refitted_on": teacher.batch.count}
+    facts = {**plan.facts, REFITTED: teacher.batch.count}
     facts.pop(HELD_OUT_PROMPTS, None)
     if weights.shape == plan.weights.shape and bool(plan.weights.isfinite().any()):
         alike = (nodes == plan.nodes).all(dim=2)[:, None, :, None]

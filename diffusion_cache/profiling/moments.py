@@ -262,5 +262,5 @@ def channel_moments(leaf: Tensor) -> tuple[Tensor, Tensor]:
         return leaf.float(), leaf.float().square()
     positions = leaf[0].numel() // leaf.shape[keep]
     # a norm, as a square would make a copy of the whole feature
-    norm = torch.linalg.vector_norm(leaf, dim=over, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(leaf, dim=over, dtype=ops.at_least_float32(leaf.dtype)).float()
     return leaf.mean(over, dtype=torch.float32), norm.square() / positions

@@ -22,6 +22,8 @@ from ..ops import double
 NUDGE = 1e-2  # for float32
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 LENGTHS = (1.0, 0.5)
+LEAST_SHARE = 1e-3  # of the median error: a sample that is less off weighs no more than one that is as much
+TINY = 1e-12  # of an error, where half of the samples have none
 
 
 def polish(
@@ -46,7 +48,8 @@ def polish(
         directions = list(_directions(forecaster))
         base = generate(forecaster, None)
         difference = double((base - reference).flatten(1))
-        weight = 1.0 / difference.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        norm = difference.norm(dim=1, keepdim=True)
+        weight = 1.0 / norm.clamp_min(max(LEAST_SHARE * float(norm.median()), TINY))
         rows = []
         for done, direction in enumerate(directions):
             progress(done, len(directions))

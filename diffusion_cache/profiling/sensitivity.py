@@ -31,7 +31,7 @@ from .generation import Teacher, attached, last_state
 from .moments import ran
 
 PAIRS = 4  # of cells that are also reused together
-LEAST = 1e-12  # of a sensitivity, whose logarithm is interpolated
+LEAST = 1e-12  # of a sensitivity
 
 Cells = tuple[tuple[int, int], ...]  # (group, step) of each reuse
 
@@ -148,7 +148,8 @@ def sensitivities(
     """Measure every group's sensitivity at some steps and interpolate the others.
 
     Takes one generation of the teachers' batches for each group and sampled step, and one for each pair. Between
-    sampled steps the logarithm is interpolated over the step index; step 0 takes the value of step 1.
+    sampled steps that have an effect the logarithm is interpolated over the step index; step 0 takes the value of step
+    1.
 
     teachers: of the same pipeline, sampler and number of steps as the Gram matrices [S, P, T, T], which are of each
     span's own feature; their squared errors, and norms, are added up. known: final errors that were measured before, by
@@ -193,8 +194,13 @@ def sensitivities(
         steps = [t for group, t in found if group == g]
         if not steps:
             continue
-        ratios = [max(found[g, t] / float(errors[g, t]), LEAST) for t in steps]
-        values[g] = torch.from_numpy(np.exp(np.interp(np.arange(total), steps, np.log(ratios))))
+        ratios = np.array([found[g, t] / float(errors[g, t]) for t in steps])
+        moves = ratios > LEAST  # a step without effect says nothing of its neighbours
+        values[g] = LEAST
+        if moves.any():
+            logarithms = np.interp(np.arange(total), np.array(steps)[moves], np.log(ratios[moves]))
+            values[g] = torch.from_numpy(np.exp(logarithms))
+        values[g, np.array(steps)[~moves]] = LEAST
         sampled[g, steps] = 1
     unmeasured = [group.name for g, group in enumerate(groups) if not sampled[g].any()]
     return Sensitivity(groups, values, sampled, tuple(additivity), tuple(unmeasured))

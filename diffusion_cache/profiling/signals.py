@@ -125,8 +125,8 @@ class SignalCurves(Sums):
             if out is not None
         ]
         main = max(residuals, key=lambda leaf: leaf[0].numel())
-        norms = torch.linalg.vector_norm(main, dim=ops.channel_axis(main), dtype=torch.float32).flatten(1)
-        return Last(step, residuals, [base.detach() for base in bases if base is not None], norms)
+        norms = torch.linalg.vector_norm(main, dim=ops.channel_axis(main), dtype=ops.at_least_float32(main.dtype))
+        return Last(step, residuals, [base.detach() for base in bases if base is not None], norms.flatten(1).float())
 
     def _filtered_l1(self, now: Last, last: Last) -> Tensor | None:
         if self.noise_levels is None:
@@ -169,4 +169,4 @@ def norm_ratio(now: Tensor, before: Tensor) -> Tensor:
 
 
 def _sum_abs(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), ord=1, dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(x.flatten(1), ord=1, dim=1, dtype=ops.at_least_float32(x.dtype)).float()

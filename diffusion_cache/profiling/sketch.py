@@ -25,8 +25,8 @@ class Exact:
 class CountSketch:
     """Adds each element, with a random sign, to one of `width` sums (`diffusion_cache.count_sketch`).
 
-    The sketches x', y' of two features have E⟨x', y'⟩ = ⟨x, y⟩ with a standard deviation of at most
-    √(2/width)·‖x‖‖y‖, and √n times less in the mean over n samples, as each sample has signs of its own: at the
+    The sketches x', y' of two features have E⟨x', y'⟩ = ⟨x, y⟩ (nearly: signs are hashed) with a standard deviation of
+    at most √(2/width)·‖x‖‖y‖, and √n times less in the mean over n samples, as each sample has signs of its own: at the
     default width 0.78 % for one sample, 0.2 % for 16. Being linear, a sketch tells the error of any linear forecast
     to the same relative accuracy, however small that error is beside the features.
 

@@ -458,11 +458,15 @@ def _solve(columns: Tensor, wanted: Tensor, ridge: Sequence[float], sums: Sequen
     """
     count = len(columns)
     gram, right = (columns @ columns.T).cpu(), (columns @ wanted).cpu()  # on CUDA, lstsq wants full rank
+    # in units of each column's own length: lstsq takes what is small beside the largest for nothing
+    norm = gram.diag().sqrt()
+    norm[norm == 0] = 1.0
+    gram, right = gram / norm / norm[:, None], right / norm
     system = gram.new_zeros(count + len(sums), count + len(sums))
     system[:count, :count] = gram + torch.diag(torch.tensor(ridge, dtype=gram.dtype) * gram.diag())
     for row, places in enumerate(sums, count):
-        system[row, places] = system[places, row] = gram.diag()[places].mean()
+        system[row, places] = system[places, row] = norm[places].min() / norm[places]
     found = torch.linalg.lstsq(system, torch.cat([right, right.new_zeros(len(sums))])[:, None]).solution.flatten()
     if not bool(torch.isfinite(found).all()):
         raise UnfitError("the system that gives the weights has no solution")
-    return found[:count]
+    return found[:count] / norm

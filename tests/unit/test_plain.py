@@ -1,10 +1,12 @@
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.plain import Fields, integer, number, plain_json, text, tuple_of
+from diffusion_cache.plain import Fields, integer, number, plain_json, rounded_down, rounded_up, text, tuple_of
 
 
 def test_plain_json():
@@ -44,6 +46,15 @@ def test_readers_return_what_they_expect():
     fields = Fields({"a": 1}, "here")
     assert fields("a", integer) == 1
     fields.end()
+
+
+@pytest.mark.parametrize(
+    ("value", "down", "up"),
+    [(30.0155, 30.01, 30.02), (2.0, 2.0, 2.0), (-0.001, -0.01, 0.0), (np.nextafter(2.01, 0), 2.0, 2.01)],
+)
+def test_bounds_hold_as_they_are_shown(value, down, up):
+    assert (rounded_down(value), rounded_up(value)) == (down, up)
+    assert rounded_down(-math.inf) == -math.inf
 
 
 def test_fields_must_be_all_there_and_no_more():

@@ -112,9 +112,9 @@ def test_what_cannot_be_fulfilled_names_the_nearest(wish, words):
 
 
 def test_repeated_prompts_are_told_of():
-    """100 samples of 10 prompts say little of an eleventh; of classes, which are all there is, nothing is told."""
-    few, many = (replace(PLANS[0], facts={"held_out_prompts": count}) for count in (10, 59))
-    with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the 10 prompts") as told:
+    """100 samples of 99 prompts do not say as much as of 100; of classes, which are all there is, nothing is told."""
+    few, many = (replace(PLANS[0], facts={"held_out_prompts": count}) for count in (99, 100))
+    with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the 99 prompts") as told:
         assert choose([few], min_psnr=58) is few
     assert len(told) == 1
     with pytest.warns(DiffusionCacheWarning, match="95% of seeds of the prompts that it was made from"):
@@ -124,6 +124,26 @@ def test_repeated_prompts_are_told_of():
         for one in (many, PLANS[0]):
             assert choose([one], min_psnr=58) is one
         assert choose([few], nfe=8) is few
+
+
+def test_of_equal_cost_the_plan_for_all_prompts_is_tested_first():
+    """One that was refitted to a kind of prompts, and fails, would end the search."""
+    dear, whole = plan("dear", 8, 60), plan("whole", 5, 50)
+    for name in ("a", "z"):
+        refitted = replace(plan(name, 5, 30), facts={"refitted_on": 4})
+        for order in ([dear, whole, refitted], [refitted, whole, dear]):
+            assert choose(order, min_psnr=40).name == "whole"
+
+
+def test_what_is_named_can_be_asked_for():
+    near = [plan("half", 5, 50.0057, speed=1.996)]
+    with pytest.raises(ConfigError, match=r"with 1\.99×") as error:
+        choose(near, speedup=2)
+    assert choose(near, speedup=1.99).name == "half"
+    with pytest.raises(ConfigError, match=r"ask for at most 49\.02, which") as error:
+        choose(near, min_psnr=49.03)
+    assert sorted(near[0].quality.values)[1] == pytest.approx(49.0257), error
+    assert choose(near, min_psnr=49.02).name == "half"
 
 
 def test_the_only_plan_needs_no_wish():

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import language_models
 import pytest
 import torch
 
@@ -21,3 +22,37 @@ def test_speed_is_cpu_time_only_where_the_cpu_does_the_work(monkeypatch, device,
     plan = Plan("two", "block", None, "auto", Schedule.uniform([True, False]), ())
     found = refinements._measured(SimpleNamespace(device=device), plan, [{}], [torch.zeros(1, 4)])
     assert (found.speed.ratio, found.speed.device) == (ratio, str(device))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "share"),
+    [
+        ([3, 4, 9, 0, 0, 0], [3, 4, 9, 0, 0, 0], 1.0),
+        ([3, 9, 0, 0, 0, 0], [3, 4, 5, 9, 0, 0], 1 / 4),  # what only one of them has is not alike
+        ([3, 4, 5, 9, 0, 0], [3, 9, 0, 0, 0, 0], 1 / 4),
+        ([9, 0, 0, 0, 0, 0], [3, 4, 5, 6, 9, 0], 0.0),  # nor are masks after the end
+        ([3, 4, 5, 6, 7, 8], [3, 4, 9, 6, 7, 8], 1 / 3),
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], 5 / 6),
+    ],
+)
+def test_answers_end_where_they_say_so(found, expected, share):
+    assert refinements.agreement(torch.tensor([found]), torch.tensor([expected]), 9).tolist() == pytest.approx([share])
+
+
+def test_without_an_end_all_tokens_count():
+    rows = refinements.agreement(torch.tensor([[1, 9, 0], [1, 2, 3]]), torch.tensor([[1, 9, 1], [1, 2, 3]]), None)
+    assert rows.tolist() == pytest.approx([2 / 3, 1.0])
+
+
+def test_plans_are_scored_up_to_the_end_of_each_answer():
+    pipe = language_models.pipeline(language_models.model())
+    call = language_models.call(samples=1, gen_length=64)
+    free = pipe(**call).sequences[0].tolist()
+    call["eos_token_id"] = free[4]
+    expected = pipe(**call).sequences
+    end = free.index(free[4]) + 1
+    other = expected.clone()
+    other[0, :end] += 1  # no token of the answer; what follows it stays
+    plan = Plan("all", "layer", None, "residual", Schedule.uniform([True]), ())
+    assert refinements._same(pipe, plan, [call], [expected]).tolist() == [1.0]
+    assert refinements._same(pipe, plan, [call], [other]).tolist() == [0.0]

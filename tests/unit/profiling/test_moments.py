@@ -257,3 +257,6 @@ def test_channel_moments_by_number_of_dimensions():
         torch.testing.assert_close(square, moved.square().mean(2))
     half = torch.randn(2, 5000, 8).to(torch.bfloat16)
     torch.testing.assert_close(channel_moments(half)[1], half.float().square().mean(1))
+    double = torch.randn(2, 5, 8, dtype=torch.float64)
+    for found, expected in zip(channel_moments(double), (double.mean(1), double.square().mean(1)), strict=True):
+        torch.testing.assert_close(found, expected.float())

@@ -87,6 +87,18 @@ def test_samples_count_in_decibels():
     assert others(found) > 0.05 * others(fitted())
 
 
+def test_a_sample_that_is_exact_does_not_keep_the_others_from_it():
+    """Though the weights move it a little."""
+    problem, before = Linear(5), fitted()
+    problem.slopes[0] *= 1e-6
+    problem.reference[0] = problem.samples(before)[0]
+
+    def others(forecaster):
+        return -float((problem.samples(forecaster) - problem.reference)[1:].norm())
+
+    assert others(polish(before, problem, problem.reference, others, rounds=3)) > 0.05 * others(before)
+
+
 def test_nothing_to_move():
     empty = Fitted({}, 3)
     problem = Linear(0)

@@ -184,6 +184,19 @@ def test_what_was_measured_before_is_not_measured_again(flux):
     assert "[[0, 1], [0, 5]]" in known
 
 
+def test_a_step_without_effect_says_nothing_of_its_neighbours(flux):
+    teacher, facts, grams = flux
+    known = {"[[0, 1]]": 0.2, "[[0, 3]]": 0.0, "[[0, 5]]": 0.4}
+    found = sensitivities([teacher], grams, facts, scope="stack", steps_sampled=3, pairs=0, known=known)
+    change = reuse_errors(grams, found.groups, facts)[0]
+    one, five = 0.2 / float(change[1]), 0.4 / float(change[5])
+    between = [one ** ((5 - step) / 4) * five ** ((step - 1) / 4) for step in (2, 4)]
+    assert found.values[0].tolist() == pytest.approx([one, one, between[0], 1e-12, between[1], five], rel=1e-5)
+    known = dict.fromkeys(known, 0.0)
+    found = sensitivities([teacher], grams, facts, scope="stack", steps_sampled=3, pairs=0, known=known)
+    assert found.values[0].tolist() == pytest.approx([1e-12] * STEPS)
+
+
 def test_groups_that_cannot_be_reused(flux):
     teacher, facts, grams = flux
     # whatever a forecast leads to is NaN then, and not trusted

@@ -56,6 +56,13 @@ def test_curves_are_means_over_samples_of_their_formulas():
     assert result["filtered_l1"].isnan().all()
 
 
+def test_features_in_float64():
+    run = [(output.double(), x.double()) for output, x in run_of(2, 3, 6, 8)]
+    single = feed(SignalCurves("s", 3), [(output.float(), x.float()) for output, x in run]).result()
+    for key, values in feed(SignalCurves("s", 3), run).result().items():
+        torch.testing.assert_close(values, single[key], equal_nan=True)
+
+
 def test_the_online_signal_is_the_same_number():
     now, before = torch.randn(2, 3, 50, 8)
     assert torch.allclose(module.leaves_l1([now], [before]), relative_l1(now, before))

@@ -19,6 +19,7 @@ from diffusion_cache.engine.session import Method
 from diffusion_cache.forecasters.fitted import Fit, Fitted, taylor_weights
 from diffusion_cache.policies import Guarded
 from diffusion_cache.policies.mask import Mask
+from diffusion_cache.profiling import trajectory
 from diffusion_cache.profiling.generation import Batch, attached, state_of, teach
 from diffusion_cache.profiling.trajectory import (
     NUDGES,
@@ -80,6 +81,20 @@ def solved(columns, wanted, owners, ridge=RIDGE):
     design = torch.cat([columns.T @ basis, ridge**0.5 * torch.diag(columns.norm(dim=1)) @ basis])
     right = torch.cat([wanted, torch.zeros(len(owners), dtype=torch.float64)])
     return basis @ torch.linalg.lstsq(design, right[:, None]).solution.flatten()
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-5, 1e-7, 1e-9])
+def test_an_owner_that_hardly_matters_is_solved_for_alike(small):
+    """Its weights sum to zero too, and it does not take from the other's."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(8, 500, generator=generator, dtype=torch.float64)
+    columns[4:] *= small
+    wanted = columns.T @ torch.tensor([0.5, -0.2, -0.4, 0.1, 0.3, 0.2, -0.4, -0.1], dtype=torch.float64)
+    found = trajectory._solve(columns, wanted, [RIDGE] * 8, [range(4), range(4, 8)])
+    unit = torch.tensor([1.0] * 4 + [1 / small] * 4, dtype=torch.float64)  # in which the reference is as sure
+    expected = solved(columns * unit[:, None], wanted, [0] * 4 + [1] * 4) * unit
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert float(found[4:].sum()) == pytest.approx(0.0, abs=1e-6)
 
 
 class Replay(Observer):
