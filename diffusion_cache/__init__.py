@@ -14,7 +14,7 @@ from .errors import ConfigError, DiffusionCacheError, DiffusionCacheWarning, NoS
 if TYPE_CHECKING:
     from . import correctors, forecasters, policies, published, reference, registry, systems
     from .advice import recommend
-    from .api import cached, disable, enable, inspect, run, summary, tune
+    from .api import cached, disable, enable, inspect, refresh, run, summary, tune
     from .chunks import Stream
     from .context import NoiseLevels
     from .profile import Profile
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("cached", "disable", "enable", "inspect", "run", "summary", "tune"), ".api"),
+    **dict.fromkeys(("cached", "disable", "enable", "inspect", "refresh", "run", "summary", "tune"), ".api"),
     "NoiseLevels": ".context",
     "Profile": ".profile",
     "Stream": ".chunks",
@@ -49,6 +49,7 @@ __all__ = [
     "published",
     "recommend",
     "reference",
+    "refresh",
     "registry",
     "run",
     "slice_features",

@@ -22,8 +22,8 @@ from .planning.choose import choose
 from .policies import Guarded
 from .profile import Profile, shipped_profiles
 from .registry import policies
+from .summaries import FEW_STEPS
 
-FEW_STEPS = 8  # models made for so few have hardly a step that is like the one before it
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SCMScheduler")
 FEW_STEP_NAME = re.compile(
     r"turbo|lightning|schnell|sprint|hyper-?sd|(?<![a-z])(lcm|tcd|dmd2?)(?![a-z])|(?<![a-z0-9])[1-8][-_]?steps?(?![a-z]|[-_]?[0-9])"
@@ -141,9 +141,10 @@ def call_text(arguments: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do with a pipeline: `enable(pipe, policy, **options)`, or nothing where `cache` is False.
+    """What to do with a pipeline: `enable(pipe, recommendation)`, or nothing where `cache` is False.
 
-    policy: None where the options name a profile, or where caching is advised against. alternatives: in a few words.
+    That is `enable(pipe, policy, **options)`. policy: None where the options name a profile, or where caching is
+    advised against. alternatives: in a few words.
     """
 
     policy: str | None
@@ -155,14 +156,23 @@ class Recommendation:
     def cache(self) -> bool:
         return self.policy is not None or bool(self.options)
 
+    def arguments(self) -> dict[str, Any]:
+        """Those of `enable`.
+
+        Raises:
+            ConfigError: where caching is advised against.
+        """
+        if not self.cache:
+            raise ConfigError(f"the recommendation is not to cache, so there is nothing to enable. {self.reason}")
+        return {**({"policy": self.policy} if self.policy else {}), **self.options}
+
     def __str__(self) -> str:
-        given = {"policy": self.policy} if self.policy else {}
-        lines = [call_text({**given, **self.options}) if self.cache else "Do not cache.", self.reason]
+        lines = [call_text(self.arguments()) if self.cache else "Do not cache.", self.reason]
         return "\n".join([*lines, *(f"Or: {text}" for text in self.alternatives)])
 
 
 def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Recommendation:
-    """What to use with a pipeline, and why. Nothing is run.
+    """What to use with a pipeline, and why: `enable(pipe, recommend(pipe))` does so. Nothing is run.
 
     steps: how many the pipeline will be called with; None for its own default. speedup: in work that the denoiser is
     spared, 1.5, 2 or 3 where other models are gone by; the time that is saved depends on the machine. In order: nothing

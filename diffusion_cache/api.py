@@ -1,9 +1,10 @@
-"""The front doors: enable, disable, cached, run, tune, summary, inspect."""
+"""The front doors: enable, disable, cached, run, refresh, tune, summary, inspect."""
 
 import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from . import resolve
+from .advice import Recommendation
 from .chunks import Stream
 from .context import Corrector, Forecaster, Needs, NoiseLevels, Policy
 from .engine import CacheRun, Method, Session, session_of
-from .engine.patches import ACTIVE
+from .engine.own_loop import enter, leave
+from .engine.patches import active_runs
 from .engine.structure import forked_rng
 from .errors import ConfigError
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
@@ -44,6 +47,7 @@ __all__ = [
     "disable",
     "enable",
     "inspect",
+    "refresh",
     "run",
     "summary",
     "tune",
@@ -52,7 +56,7 @@ __all__ = [
 
 def enable(
     pipe: Any,
-    policy: str | Policy | None = None,
+    policy: str | Policy | Recommendation | None = None,
     forecaster: str | Forecaster | None = None,
     *,
     corrector: str | Corrector | None = None,
@@ -86,7 +90,8 @@ def enable(
             a method for that (see `diffusion-cache list languages`; default "prefix", which is exact) and its options,
             or a profile and which of its plans (see `planning.refinements`).
         policy, forecaster: names (see `diffusion-cache list policies`) or instances; default first_block and taylor.
-            "select" is the system of that name.
+            "select" is the system of that name. As the policy, also what `recommend` says, whole: its arguments, in
+            place of which go those that are given beside it.
         corrector: what mends each forecast, by name (see `diffusion-cache list correctors`) or instance; None for
             nothing.
         method: instead of a policy, a published system by name (see `diffusion-cache list systems`) or instance; most
@@ -145,9 +150,14 @@ def enable(
             end, max_consecutive, max_reused, sigma_max, sigma_min, unconditional_every).
 
     Raises:
-        ConfigError: unknown names or options, bad values, a scope the policy does not serve. Nothing has changed then.
+        ConfigError: unknown names or options, bad values, a scope the policy does not serve, a recommendation not to
+            cache. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
+    given, defaults = dict(locals()), {"forecaster": None, **(enable.__kwdefaults__ or {})}
+    if isinstance(policy, Recommendation):
+        changed = {name: given[name] for name in defaults if given[name] != defaults[name]}
+        return enable(pipe, **{**policy.arguments(), **changed, **options})
     how: dict[str, Any] = {
         "granularity": granularity,
         "sync": sync,
@@ -167,8 +177,7 @@ def enable(
     wish: dict[str, Any] = {"speedup": speedup, "min_psnr": min_psnr, "nfe": nfe, "plan": plan}
     watch = {"guard": guard, "guard_factor": guard_factor, "strict": strict or None}
     if serves(pipe):
-        defaults = enable.__kwdefaults__ or {}
-        changed = {name: value for name, value in how.items() if value != defaults.get(name)}
+        changed = {name: value for name, value in how.items() if value != defaults[name]}
         del wish["min_psnr"]
         refuse(
             {**parts, "min_psnr": min_psnr, "target_reuse": target_reuse, "group": group, **watch, **changed},
@@ -285,6 +294,22 @@ def cached(pipe: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             before.attach_pipeline(pipe)
 
 
+def refresh(pipe: Any) -> None:
+    """Within a call of an enabled pipeline, in a callback that changes the prompt, say: forget what is stored, so that
+    the next step is computed.
+
+    Raises:
+        ConfigError: if the pipeline is not enabled, or not in a call.
+    """
+    session = session_of(pipe)
+    found = [run for run in active_runs() if run.session is session and isinstance(run, CacheRun)]
+    if session is None or not found:
+        where = "is not enabled" if session is None else "is not in a call: refresh is for its callbacks"
+        raise ConfigError(f"this {type(pipe).__name__} {where}")
+    for run in found:
+        run.refresh()
+
+
 class Run:
     """One generation with a bare denoiser in the user's own loop; see `run`."""
 
@@ -295,6 +320,10 @@ class Run:
     def next_step(self) -> None:
         """The next call of the denoiser belongs to the next step. For loops without a diffusers scheduler."""
         self._run.clock.next_step()
+
+    def refresh(self) -> None:
+        """Forget what is stored, so that the next call is computed: where conditions change in the middle of a run."""
+        self._run.refresh()
 
     def chunks(self, numbers: Iterable[int]) -> None:
         """The next calls hold these chunks of the stream, in this order, counted from its start.
@@ -339,7 +368,8 @@ def run(
     **options: Any,
 ) -> Iterator[Run]:
     """One generation of a bare denoiser, cached; gives a `Run`. Arguments and errors as for `enable`, which has more
-    of them: method, target_reuse, guard and strict are for pipelines.
+    of them: method, target_reuse, guard and strict are for pipelines. For a loop with several denoisers, enter a run of
+    each. A run belongs to the thread or task that it was entered in.
 
     A step ends with `step` of any diffusers scheduler, or with `run.next_step()`; where neither is called, a call
     at another timestep counts as the next step. With a stream, whose run it is, `run.chunks(numbers)` says before a
@@ -371,19 +401,19 @@ def run(
         method = resolve.planned(None, {"denoiser": model}, profile, parts, wish, {}, ignore, how, options)
     else:
         refuse({**wish, "ignore": ignore or None}, run_needs_profile)
-        method = resolve.method(policy, forecaster, scope, depth, how, options, corrector)
+        method = resolve.method(policy, forecaster, scope, depth, how, options, corrector, resolve.RUN_ARGUMENTS)
     session = Session(method, group)
     session.attach_model(model)
     cache_run = session.begin_model(num_steps, levels)
-    token = ACTIVE.set(cache_run)
+    enter(cache_run)
     try:
         yield Run(session, cache_run)
     finally:
         try:
+            leave(cache_run, model)
+        finally:
             session.detach_model()
             session.finish(cache_run)
-        finally:
-            ACTIVE.reset(token)  # raises where the block is left in another context than it was entered in
 
 
 def _noise_levels(given: Sequence[float] | None) -> NoiseLevels:
@@ -432,8 +462,9 @@ def inspect(
 ) -> Inspection:
     """Which spans were found, their sizes, and the bytes a cache would take.
 
-    inputs: arguments of a pipeline call; two steps of it are run to measure the features. Without them the sizes
-    come from the last generation, if the cache is enabled at this scope. What is enabled stays enabled.
+    inputs: arguments of a pipeline call; two steps of it are run to measure the features, or as many as it says where
+    the pipeline does not take num_inference_steps, or not two. Without them the sizes come from the last generation, if
+    the cache is enabled at this scope. What is enabled stays enabled.
     policy: the one that is meant to be used: blocks that it always computes are no part of the spans, and features that
     it keeps count. None for a plain schedule. forecaster, corrector, scope, depth, options: as for `enable`.
 
@@ -448,13 +479,10 @@ def inspect(
         generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
         measured = replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None)
         try:
-            with attached(pipe, measured) as measuring, forked_rng():
-                pipe(**{**inputs, "num_inference_steps": 2})
+            sizes = _sizes(pipe, measured, inputs)
         finally:
             for generator, state in generators:
                 generator.set_state(state)
-        assert measuring.last_run is not None
-        sizes = measuring.last_run.sizes
     elif before is not None and before.last_run is not None:
         sizes = _seen(before.last_run)
     spans = tuple(
@@ -463,6 +491,21 @@ def inspect(
         for span in layout.spans
     )
     return Inspection(type(pipe).__name__, spans, method.history)
+
+
+def _sizes(pipe: Any, method: Method, inputs: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """Bytes of one feature of each span, in a call of two steps if the pipeline can make such."""
+
+    def called(arguments: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+        with attached(pipe, method) as measuring, forked_rng():
+            pipe(**arguments)
+        assert measuring.last_run is not None
+        return measuring.last_run.sizes
+
+    if "num_inference_steps" in signature(type(pipe).__call__).parameters:
+        with contextlib.suppress(Exception):  # some need more, and what is wrong with the call itself is told below
+            return called({**inputs, "num_inference_steps": 2})
+    return called(inputs)
 
 
 def _seen(done: CacheRun) -> dict[tuple[str, str], int]:

@@ -5,7 +5,6 @@ of policies, forecasters, correctors, systems and guards, as they were given by 
 """
 
 import dataclasses
-import functools
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -30,7 +29,7 @@ from .plan import GUARD_SIGNALS, Plan
 from .planning.choose import choose
 from .policies import Drift, Guarded, Guards, Planned
 from .profile import Profile
-from .registry import Registry, check_options, suggest, unknown_name
+from .registry import Registry, check_options, named_elsewhere, suggest, suggest_option, unknown_name
 from .registry import correctors as corrector_registry
 from .registry import forecasters as forecaster_registry
 from .registry import languages as language_registry
@@ -64,14 +63,26 @@ ARGUMENTS = (
     "policy", "forecaster", "corrector", "method", "scope", "depth", "group", "profile", "speedup", "min_psnr", "nfe",
     "plan", "target_reuse", "ignore", "guard", "guard_factor", "strict",
 )  # fmt: skip
+# of `run`
+RUN_ARGUMENTS = (
+    *(name for name in ARGUMENTS if name not in ("method", "target_reuse", "guard", "guard_factor", "strict")),
+    "num_steps", "noise_levels",
+)  # fmt: skip
 
 
-def needs_profile(name: str, value: Any, door: str = "enable(pipe") -> str:
-    other = f", or a policy: {door}, policy='first_block', speedup={value!r})" if name == "speedup" else ""
-    return f"{name} needs a profile: {door}, profile=…, {name}={value!r}){other}"
+def _wanting(door: str, of_speedup: str = "") -> Callable[[str, Any], str]:
+    """What to say of an argument that needs a profile. of_speedup: what else there is for a speedup."""
+
+    def why(name: str, value: Any) -> str:
+        other = of_speedup.format(value) if name == "speedup" else ""
+        return f"{name} needs a profile: {door}, profile=…, {name}={value!r}){other}"
+
+    return why
 
 
-run_needs_profile = functools.partial(needs_profile, door="run(model")
+needs_profile = _wanting("enable(pipe", ", or a policy: enable(pipe, policy='first_block', speedup={!r})")
+run_needs_profile = _wanting("run(model", ", or a policy's threshold: run(model, policy='first_block', threshold=…)")
+text_needs_profile = _wanting("enable(pipe")
 
 
 def method(
@@ -82,11 +93,12 @@ def method(
     how: Mapping[str, Any],
     options: Mapping[str, Any],
     corrector: str | Corrector | None = None,
+    arguments: Collection[str] = ARGUMENTS,
 ) -> Method:
-    """A policy with a forecaster, by names or as instances; None for the default.
+    """A policy with a forecaster, by names or as instances; None for the default. arguments: of the front door.
 
     Raises:
-        ConfigError: for unknown names, options and values.
+        ConfigError: for unknown names, options and values, and a policy for which a scope has to be named.
     """
     _check(scope, depth, how)
     policy = DEFAULT_POLICY if policy is None else policy
@@ -104,7 +116,9 @@ def method(
         parts = {kind: part for kind, part in parts.items() if part is not None}
         named = ", ".join(f"{kind} {part.name!r}" for kind, part in parts.items())
         known = [name for part in (*parts.values(), guards) for name in _fields(part)]
-        raise _unknown_option(remaining, named, [*known, *ARGUMENTS, *HOW, *UNNAMED])
+        raise _unknown_option(remaining, named, [*known, *arguments, *HOW, *UNNAMED])
+    if scope is None and getattr(built_policy, "scopes", None) == {"branch"}:
+        raise ConfigError(f"policy {built_policy.name!r} serves no model's default scope: add scope='branch'")
     return Method(Guarded(built_policy, guards), built_forecaster, scope, depth, corrector=built_corrector, **how)
 
 
@@ -140,7 +154,8 @@ def planned(
         found, how = _checked(profile, pipe, denoisers, ignore, how)
         if not isinstance(plan, Plan):
             plan = choose(found.plans, **wish)
-    made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options)
+    arguments = RUN_ARGUMENTS if pipe is None else ARGUMENTS
+    made = method(Planned(plan), Fitted.of(plan), plan.scope, plan.depth, how, options, arguments=arguments)
     return dataclasses.replace(made, guarded=dataclasses.replace(made.guarded, drift=_drift(plan, **watch)))
 
 
@@ -218,7 +233,7 @@ def language(
         if isinstance(plan, Plan):
             given = PlannedText.name if given is None else given
             remaining["plan"], wish = plan, {**wish, "plan": None}
-        refuse({**wish, "ignore": ignore or None}, needs_profile)
+        refuse({**wish, "ignore": ignore or None}, text_needs_profile)
     built = _build(language_registry, DEFAULT_LANGUAGE if given is None else given, LanguageCache, remaining)
     if remaining:
         raise _unknown_option(remaining, f"language cache {built.name!r}", _fields(built))
@@ -325,7 +340,10 @@ def _build(registry: Registry[Any], given: Any, kind: type, options: dict[str, A
         check_options(f"{registry.kind} {type(given).__name__}", type(given), fields)
         return given
     if not isinstance(given, str):
-        raise ConfigError(f"{registry.kind} must be a name or an instance, not {given!r}")
+        name = type(given).__name__
+        other = named_elsewhere(name) if name.endswith("Config") else None  # of diffusers or cache-dit
+        what = repr(given) if other is None else f"a {name}. {other}"
+        raise ConfigError(f"{registry.kind} must be a name or an instance, not {what}")
     cls = registry.get(given)
     built = _construct(f"{registry.kind} {given!r}", cls, _take(options, list(registry.options(given))))
     if not isinstance(built, kind):
@@ -366,4 +384,6 @@ def _take(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 def _unknown_option(options: Mapping[str, Any], of: str, known: Collection[str]) -> ConfigError:
     name = next(iter(options))
-    return ConfigError(f"Unknown option {name!r} for {of}. {suggest(name, known)}")
+    if name in (*ARGUMENTS, *HOW, *UNNAMED):
+        return ConfigError(f"{name} is an argument of enable(pipe, …), and not of this call: leave it out")
+    return ConfigError(f"Unknown option {name!r} for {of}. {suggest_option(name, known)}")

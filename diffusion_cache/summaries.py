@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+FEW_STEPS = 8  # in so few, hardly a step is like the one before it
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -20,7 +22,8 @@ class Summary:
     none. replayed: denoiser calls that a CUDA graph made. hit_rate: share of span calls that were reused. cache_bytes:
     the most bytes that features took, of which resident_bytes at most were on the denoiser's device at once; what
     adaptive policies keep of a step to compare the next one with is not among them. total: steps of the run, if known.
-    warnings: all that this run gave reason for; Python shows each text once a process.
+    warnings: all that this run gave reason for; Python shows each text once a process. notes: what is worth knowing of
+    the run, and was not warned of.
     """
 
     method: str
@@ -31,6 +34,7 @@ class Summary:
     cache_bytes: int
     resident_bytes: int
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def computed(self) -> int:
@@ -84,6 +88,7 @@ class Summary:
             + f"; {self.replayed} calls by CUDA graphs" * bool(self.replayed)
             + (f"; {self.unfitted} of the reused forecast by Taylor, for want of fitted weights" * bool(self.unfitted))
             + "".join(f"\nwarning: {message}" for message in self.warnings)
+            + "".join(f"\nnote: {message}" for message in self.notes)
         )
 
     def __str__(self) -> str:
@@ -159,6 +164,21 @@ def summarise(cache_run: CacheRun) -> Summary:
         cache_bytes=cache_run.cache_bytes,
         resident_bytes=cache_run.resident_bytes,
         warnings=tuple(cache_run.messages),
+        notes=_notes(cache_run),
+    )
+
+
+def _notes(cache_run: CacheRun) -> tuple[str, ...]:
+    """That a run has few steps, which a plan was measured for and a policy was not."""
+    method, records, total = cache_run.method, cache_run.records, cache_run.clock.total
+    if total is None or method.stream is not None or isinstance(method.guarded.policy, Planned):
+        return ()
+    steps = max([total, *(record.step + 1 for record in records)])  # of the longest loop
+    if steps > FEW_STEPS or not any(record.spans_reused for record in records):
+        return ()
+    return (
+        f"{steps} steps leave little to reuse, as hardly one is like the one before it: `recommend` advises against a "
+        f"cache of {FEW_STEPS} steps or fewer",
     )
 
 

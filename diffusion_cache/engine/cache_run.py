@@ -73,6 +73,10 @@ class CacheRun:
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.any_scheduler = pipe is None  # steps of every scheduler count, not of the pipeline's alone
         self.samples: int | None = None  # rows of what the scheduler steps on
+        # of a loop of the user's own: the run that was active when this was entered, and if calls are to reach it
+        self.around: Any = None
+        self.outer: CacheRun | None = None
+        self.scheduler: Any = None  # of the loop that runs, or is about to
         self.layouts = dict(session.layouts)
         self.clock = clock
         self.forecaster = method.forecaster
@@ -364,11 +368,18 @@ class CacheRun:
             self.session.arrange_spans(name, frame.trace)
             self.layouts[name] = self.session.layouts[name]
 
+    def refresh(self) -> None:
+        """Forget what is stored, so that what is called next is computed."""
+        self.spans.release()
+        self.decisions.forget()
+
     def timesteps_set(self, scheduler: Any) -> None:
         """A scheduler's timesteps are set: a loop follows, of which the pipeline may tell the length."""
         self.clock.timesteps_set()
         self._move_sigmas(scheduler)
         pipe = self.pipe() if self.pipe is not None else None
+        if pipe is not None and any(component is scheduler for component in pipe.components.values()):
+            self.scheduler = scheduler  # a pipeline may have one for each of its loops
         if pipe is not None:  # what it has told before is of all loops, or of the last one
             self._told_before = vars(pipe).pop("_num_timesteps", self._told_before)
 
@@ -424,7 +435,7 @@ class CacheRun:
         if self.frame is not None:
             inputs = tensor_inputs(args, kwargs)
             if inputs:
-                probed = image_stream(inputs)
+                probed = image_stream(inputs, self.layouts[self.frame.key[0]].probe)
                 # blocks may write into what they are given, which inference tensors do not tell
                 if "probe_input" in self.decisions.guarded.needs.signals or probed.is_inference():
                     self.frame.probe_input, self.frame.probe_version = probed.detach().clone(), None
@@ -464,6 +475,7 @@ class CacheRun:
             self.decisions.clear()
             # what is kept for summary must not keep the pipeline alive
             self.clock.close()
+            self.scheduler = None
             self._noise_levels = lambda timestep: NoiseLevels()
         for name, reached in self._reached.items():
             if not reached:

@@ -60,6 +60,10 @@ class Decisions:
         self._called.clear()
         self._latest.clear()
 
+    def forget(self) -> None:
+        """What earlier calls gave is compared with no more."""
+        self._kept.clear()
+
     def conclude(self, key: PassKey) -> None:
         """After the last call of a pass: nothing is compared with its signals any more."""
         self._kept.pop(key, None)

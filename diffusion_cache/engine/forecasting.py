@@ -244,7 +244,8 @@ class Forecasts:
         assert frame.signals is not None
         tail = self._tails.setdefault(frame.key, History(self._run.history))
         try:
-            given = row_output([leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)], inputs).detach()
+            tensors = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+            given = row_output(tensors, inputs, self._run.layouts[frame.key[0]].tail).detach()
             frame.signals["tail_output"] = given.clone()
             if frame.reused:
                 frame.signals["tail_forecast"] = torch.full_like(given, math.nan)

@@ -40,13 +40,14 @@ class Visit:
 
     forecast: the span's output tensors where it is reused, in whole or in part; uncorrected: the same without what
     corrects them, where that is of use; rows: the batch rows that are computed all the same. quiet: computed with
-    nothing left to learn from its middle members.
+    nothing left to learn from its middle members. given: the inputs themselves, of which `inputs` may be copies.
     """
 
     __slots__ = (
         "entered",
         "finished",
         "forecast",
+        "given",
         "independent",
         "inputs",
         "quiet",
@@ -58,7 +59,9 @@ class Visit:
         "versions",
     )
 
-    def __init__(self, span: Span, state: SpanState, inputs: Inputs, entered: tuple, stores: bool):
+    def __init__(
+        self, span: Span, state: SpanState, inputs: Inputs, entered: tuple, stores: bool, given: Inputs | None = None
+    ):
         self.span = span
         self.state = state
         self.inputs = inputs
@@ -70,20 +73,25 @@ class Visit:
         self.quiet = False
         self.finished = False
         unknown = state.template is None or state.signature != entered
-        self.versions = {key: mark_of(tensor) for key, tensor in inputs.items()} if unknown else {}
+        self.given = inputs if given is None else given
+        self.versions = {key: mark_of(tensor) for key, tensor in self.given.items()} if unknown else {}
         self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
 
     def let_go(self) -> None:
         """Of what it was entered with and gave, now that it is left: a call may run many spans."""
-        self.inputs, self.versions, self.uncorrected = {}, {}, []
+        self.inputs, self.given, self.versions, self.uncorrected = {}, {}, {}, []
         if self.forecast is not None:
             self.forecast = []
 
-    def unchanged_inputs(self) -> Inputs:
-        """The inputs less those that the span has written into, which say nothing of where it began."""
-        return {
-            key: self.inputs[key] for key, mark in self.versions.items() if not written_since(self.inputs[key], mark)
-        }
+    @property
+    def copied(self) -> bool:
+        """Whether the span has not written into the inputs as they are kept here, whatever it did with its own."""
+        return self.inputs is not self.given
+
+    def wrote(self) -> bool:
+        """Whether the span has written into what it was given, or may have: marks are made while it is not known."""
+        marked = self.versions.keys() == self.given.keys()
+        return not marked or any(written_since(self.given[key], mark) for key, mark in self.versions.items())
 
 
 Mark = int | Tensor

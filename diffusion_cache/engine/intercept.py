@@ -60,10 +60,11 @@ class Interceptor:
             return self.inner(*args, **kwargs)  # part of something larger that is compiled: see compiled.py
         inner = self.inner if self.runner is None else functools.partial(self.runner, self.inner)
         run = ACTIVE.get()
-        if run is not None:
+        while run is not None:
             handler = self.handlers.get(run.session)
             if handler is not None:
                 return handler(run, inner, args, kwargs)
+            run = getattr(run, "outer", None)  # of another denoiser, in a loop with several
         return inner(*args, **kwargs)
 
 

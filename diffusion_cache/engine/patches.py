@@ -16,6 +16,16 @@ from typing import Any
 ACTIVE: ContextVar[Any] = ContextVar("diffusion_cache_active_run", default=None)
 
 _lock = threading.RLock()
+
+
+def active_runs() -> Iterator[Any]:
+    """The runs that the current thread or task is inside of, the innermost first."""
+    run = ACTIVE.get()
+    while run is not None:
+        yield run
+        run = getattr(run, "outer", None)
+
+
 _patches: dict[tuple[type, str], "_Patch"] = {}
 
 

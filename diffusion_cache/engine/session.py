@@ -45,13 +45,20 @@ from .compiled import CompiledSpans
 from .graphs import Graphs, check_device
 from .intercept import intercept, is_compiled, is_intercepted, release
 from .observer import Observer
-from .patches import ACTIVE
+from .patches import ACTIVE, active_runs
 from .ranks import Agree, agreement, checked_group
 from .signals import PROBE_SIGNALS, TAIL_SIGNALS, attention_call
 from .structure import LEARNED, Newest, Template
 
 __all__ = ["MARK", "SESSION", "Method", "Session"]
 
+# diffusers' modules whose hooks take what an earlier step gave
+REUSING_HOOKS = frozenset(
+    {
+        "faster_cache", "first_block_cache", "mag_cache", "pyramid_attention_broadcast", "sea_cache",
+        "taylorseer_cache",
+    }
+)  # fmt: skip
 MARK = "_diffusion_cache_mark"  # on a scheduler: tokens of the sessions whose steps it counts; deep copies keep it
 
 
@@ -383,7 +390,9 @@ class Session(Attached):
             for member, module in enumerate(span.members):
                 handlers.append((module, _member_handler(span, member)))
             if "modulated_input" in self.method.guarded.needs.signals:
-                handlers += [(module, attention_call) for module in attentions(span.members[0])]
+                handlers += [
+                    (module, functools.partial(attention_call, module)) for module in attentions(span.members[0])
+                ]
         if layout.probe is not None:
             handlers.append((layout.probe, CacheRun.probe_call))
         if layout.tail is not None and not TAIL_SIGNALS.isdisjoint(self.method.guarded.needs.signals):
@@ -508,15 +517,16 @@ class Session(Attached):
         self._patch_guiders(pipe)
         vars(pipe).pop("_num_timesteps", None)  # an earlier run's; pipelines that use it set it before their loop
 
-        scheduler = getattr(pipe, "scheduler", None)
-
         def total(timestep: Any) -> int | None:
             told = run.told_total()
-            return int(told) if told else loop_total(scheduler, timestep, run.progress_total)
+            return int(told) if told else loop_total(run.scheduler, timestep, run.progress_total)
+
+        def levels(timestep: Any) -> NoiseLevels:
+            return noise_levels(run.scheduler, timestep)
 
         self.agree = agreement(self.denoisers.values(), self.group)
-        levels = functools.partial(noise_levels, scheduler)
         run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
+        run.scheduler = getattr(pipe, "scheduler", None)
         scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs) or guider_scales(pipe)
         run.guidance = next(iter(scales), None)
         run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
@@ -640,7 +650,24 @@ def _other_cache(denoiser: nn.Module) -> str:
     inner = unwrap(denoiser)
     if getattr(inner, "is_cache_enabled", False):
         return "diffusers"
-    return "cache-dit" if {"_is_cached", "_context_manager"} <= vars(inner).keys() else ""
+    if {"_is_cached", "_context_manager"} <= vars(inner).keys():
+        return "cache-dit"
+    if getattr(vars(inner).get("forward"), "__module__", "").startswith("DeepCache"):
+        return "DeepCache"
+    return "diffusers.hooks" if _cache_hooks(inner) else ""
+
+
+def _cache_hooks(denoiser: nn.Module) -> list[str]:
+    """Names of the hooks by which diffusers' `apply_…_cache` reuses anything, in a denoiser's modules."""
+    registries = [found for module in denoiser.modules() if (found := getattr(module, "_diffusers_hook", None))]
+    return list(
+        dict.fromkeys(
+            name
+            for registry in registries
+            for name, hook in registry.hooks.items()
+            if type(hook).__module__.rpartition(".")[2] in REUSING_HOOKS
+        )
+    )
 
 
 def _check_other_caches(denoiser: nn.Module, owner: str, name: str = "") -> None:
@@ -652,8 +679,14 @@ def _check_other_caches(denoiser: nn.Module, owner: str, name: str = "") -> None
     other = _other_cache(denoiser)
     if other:
         place = f"{owner}.{name}" if name else owner
-        end = f"{place}.disable_cache()" if other == "diffusers" else f"cache_dit.disable_cache({owner})"
-        raise ConfigError(f"the cache of {other} is on for {name or owner}: call {end} first")
+        ends = {
+            "diffusers": f"call {place}.disable_cache() first",
+            "cache-dit": f"call cache_dit.disable_cache({owner}) first",
+            "DeepCache": "call disable() of its helper first",
+            "diffusers.hooks": "remove its hooks first, by diffusers.hooks.HookRegistry.check_if_exists_or_initialize("
+            f"{place}).remove_hook(name, recurse=True) for name in {_cache_hooks(unwrap(denoiser))}, or load it anew",
+        }
+        raise ConfigError(f"the cache of {other.partition('.')[0]} is on for {name or owner}: {ends[other]}")
 
 
 def _member_handler(span: Span, member: int) -> Callable:
@@ -781,7 +814,7 @@ def _noted_cache_context(original: Callable) -> Callable:
 
     @contextmanager
     def cache_context(self: nn.Module, name: str, **kwargs: Any) -> Any:
-        run = ACTIVE.get()
+        run = next((run for run in active_runs() if is_intercepted(self, run.session)), ACTIVE.get())
         with original(self, name, **kwargs):
             if run is None:
                 yield

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..context import KNOWN_AFTER, SIGNALS, Query
@@ -47,7 +47,7 @@ def take(run: "CacheRun", frame: Frame, span: Span, args: tuple, kwargs: dict[st
     Raises:
         ConfigError: for one that this model or sampler does not give.
     """
-    entry = Entry(run, frame, span, args, kwargs, row_stream(inputs).detach())
+    entry = Entry(run, frame, span, args, kwargs, row_stream(inputs, span.members[0]).detach())
     corrector, decided_by = run.method.corrector, run.decisions.guarded.needs.signals
     compared = () if corrector is None else corrector.needs_signals
     signals = {name: TAKEN[name](entry) for name in dict.fromkeys((*decided_by, *compared)) if name in TAKEN}
@@ -184,8 +184,8 @@ PROBE_SIGNALS = frozenset({"probe_input", "probe_residual"})
 TAIL_SIGNALS = frozenset({"tail_output", "tail_forecast"})
 
 
-def attention_call(run: "CacheRun", inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def attention_call(attention: nn.Module, run: "CacheRun", inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An attention of a first block: where the block is run only to get here, that was it."""
     if run.frame is not None and run.frame.peeking:
-        raise AttentionReached(image_stream(tensor_inputs(args, kwargs)).detach().clone())
+        raise AttentionReached(image_stream(tensor_inputs(args, kwargs), attention).detach().clone())
     return inner(*args, **kwargs)

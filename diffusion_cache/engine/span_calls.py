@@ -162,11 +162,13 @@ class SpanCalls:
             if self._offload is not None:
                 self._prefetch(frame.key, state.place + 1, frame.actions)
             return None
-        inputs = tensor_inputs(args, kwargs)
-        if span in session.written:
-            inputs = copied(inputs)
+        given = inputs = tensor_inputs(args, kwargs)
         if self._relates_passes:
-            inputs |= self._first_pass(frame, span)
+            given |= self._first_pass(frame, span)
+        entered = signature(given)
+        unknown = state.template is None and (span, count + 1, entered) not in session.templates
+        if span in session.written or (unknown and self._adds(span)):  # for all that is known, it writes into them
+            inputs = copied(given)
         if frame.actions is None:
             try:
                 take(self._run, frame, span, args, kwargs, inputs)
@@ -176,7 +178,7 @@ class SpanCalls:
                 self._run.warn_failure("taking signals", error)  # a policy computes where it has none to go by
             self._run.decisions.after_probe(frame, self._apart(frame, span, inputs))
         assert frame.actions is not None
-        visit = Visit(span, state, inputs, signature(inputs), stores)
+        visit = Visit(span, state, inputs, entered, stores, given)
         forecast = not self._entry(frame.actions, span) and self._forecast(frame, visit)
         if self._offload is not None:
             self._prefetch(frame.key, state.place + 1, frame.actions)
@@ -258,8 +260,17 @@ class SpanCalls:
         if isinstance(sample_of(*frame.called), (list, tuple)) and len({tensor.shape for tensor in tensors}) == 1:
             given = torch.stack(tensors) if visit.span.kind == "denoiser" else tensors[0]
         else:
-            given = row_output(tensors, visit.inputs)
+            given = row_output(tensors, visit.inputs, visit.span.members[0])
         frame.signals["output"] = given.detach().clone()
+
+    def _is_residual(self, span: Span) -> bool:
+        """Whether what is stored of a span is its residual."""
+        feature = self._run.forecaster.feature
+        return span.stores_residual if feature == "auto" else feature == "residual"
+
+    def _adds(self, span: Span) -> bool:
+        """Whether what a span is given is looked at when it is left."""
+        return self._is_residual(span) or self._run.forecaster.keeps_inputs
 
     # reusing
 
@@ -421,11 +432,11 @@ class SpanCalls:
         tensors = state.template.split(output) if state.template else None
         if tensors is None:
             self._reshape(state, members=False)
-            feature, keeps = self._run.forecaster.feature, self._run.forecaster.keeps_inputs
-            residual = span.stores_residual if feature == "auto" else feature == "residual"
-            if (residual or keeps) and len(visit.unchanged_inputs()) < len(visit.inputs):
-                self._run.session.written.add(span)  # where it began is not known any more; copied from now on
-                return None
+            residual, keeps = self._is_residual(span), self._run.forecaster.keeps_inputs
+            if self._adds(span) and visit.wrote():
+                self._run.session.written.add(span)
+                if not visit.copied:
+                    return None  # where it began is not known any more
             related = {key: tensor for key, tensor in visit.inputs.items() if str(key).startswith(FIRST_PASS)}
             state.template = Template.of(output, related or visit.inputs, residual or bool(related), keeps)
             self._run.session.templates[span, frame.counts[span], visit.entered] = state.template

@@ -1,21 +1,24 @@
 """What a module received and returned, taken apart into tensors and put together again."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError
 from ..history import Leaf
+from ..models import unwrap
 
 K = TypeVar("K")
 V = TypeVar("V")
 Inputs = dict[int | str, Tensor]
 LEARNED = 10_000  # entries kept, over all spans and all sizes, prompt lengths and batches they are called with
-IMAGE_STREAM = ("hidden_states", "sample", "x")
+IMAGE_STREAM = ("hidden_states", "sample", "x", "gen_seq")  # the last of Cosmos3Omni's layers, after their text
 SAMPLES = (
     *IMAGE_STREAM,
     "vision_tokens",
@@ -89,21 +92,36 @@ def _note_inside(key: int | str, value: list | tuple | dict, found: Inputs) -> N
             _note_inside(f"{key}.{name}", item, found)
 
 
-def image_stream(inputs: Inputs) -> Tensor:
-    """The tensor that carries the sample: by its usual names, else the first."""
+def image_stream(inputs: Inputs, module: nn.Module | None = None) -> Tensor:
+    """The tensor that carries the sample: by its usual names, else the first. module: what is called with these."""
     for name in IMAGE_STREAM:
         if name in inputs:
             return inputs[name]
-    return next(iter(inputs.values()))
+    place = _stream_place(module)
+    return inputs[place] if place in inputs else next(iter(inputs.values()))
 
 
-def row_stream(inputs: Inputs) -> Tensor:
+def _stream_place(module: nn.Module | None) -> int:
+    """Where a module takes the sample among what it is given by position: by its parameter's name, else first."""
+    return 0 if module is None else _place_in(type(unwrap(module)).forward)
+
+
+@functools.cache
+def _place_in(forward: Callable) -> int:
+    try:
+        _, *names = inspect.signature(forward).parameters
+    except (TypeError, ValueError):  # what is not written in Python
+        return 0
+    return next((names.index(name) for name in IMAGE_STREAM if name in names), 0)
+
+
+def row_stream(inputs: Inputs, module: nn.Module | None = None) -> Tensor:
     """The same as [rows, ...] where a denoiser takes a list of single samples.
 
     Raises:
         ConfigError: where those are of different sizes.
     """
-    for name in (*SAMPLES, 0):
+    for name in (*SAMPLES, _stream_place(module)):
         if name in inputs:
             return inputs[name]
         single = [tensor for key, tensor in inputs.items() if str(key).startswith(f"{name}.")]
@@ -114,12 +132,12 @@ def row_stream(inputs: Inputs) -> Tensor:
             )
         if single:
             return torch.stack(single)
-    return image_stream(inputs)
+    return image_stream(inputs, module)
 
 
-def row_output(outputs: list[Tensor], inputs: Inputs) -> Tensor:
+def row_output(outputs: list[Tensor], inputs: Inputs, module: nn.Module | None = None) -> Tensor:
     """Of what a module gave, the stream of the sample: of the shape that it had when it went in."""
-    shape = row_stream(inputs).shape
+    shape = row_stream(inputs, module).shape
     return next((tensor for tensor in outputs if tensor.shape == shape), outputs[0])
 
 

@@ -150,7 +150,7 @@ class Recorder(Observer):
         ]
         stream = None
         if all(base is None for base in bases):
-            stream = _batched(image_stream(inputs), frame.batch)
+            stream = _batched(image_stream(inputs, span.members[0]), frame.batch)
             stream = None if stream is None else channels_first(stream, channels)
         for group in range(rows):
             part = slice(group * self.count, (group + 1) * self.count)
@@ -330,7 +330,7 @@ class _Looking(Observer):
     ) -> None:
         bases = [leaf.base for leaf in leaves if leaf.base is not None]
         elements = sum(out.numel() for out in outputs if out.is_floating_point()) // frame.batch
-        stream = image_stream(inputs)
+        stream = image_stream(inputs, span.members[0])
         tokens = stream.shape[1] if stream.ndim == 3 else 0
         if elements > self.spans.get(span, ("", -1, 0))[1]:  # which may differ from pass to pass
             self.spans[span] = "residual" if bases else "output", elements, tokens

@@ -875,6 +875,25 @@ def test_a_planned_policy_caches_the_second_denoiser():
     assert computed(summary) == "".join("1" if step in (0, switch) else "0" for step in range(8))
 
 
+@pytest.mark.parametrize("policy", [dict(policy="mask", mask="100000"), dict(policy="first_block", threshold=1e9)])
+def test_refresh_in_a_callback(policy):
+    """As where the prompt is changed there."""
+    pipe = reference.load("flux-digits")
+
+    def change(pipe, index, timestep, kwargs):
+        if index == 2:
+            dc.refresh(pipe)
+        return kwargs
+
+    with dc.cached(pipe, **policy):
+        pipe(**reference.inputs("flux-digits", [3], [5], 6), callback_on_step_end=change)
+        assert [record.step for record in dc.summary(pipe).records if record.computed] == [0, 3]
+        with pytest.raises(dc.ConfigError, match="not in a call: refresh is for its callbacks"):
+            dc.refresh(pipe)
+    with pytest.raises(dc.ConfigError, match="FluxPipeline is not enabled"):
+        dc.refresh(pipe)
+
+
 def test_another_cache_on_one_denoiser_leaves_the_other_cached():
     pipe = two_transformers()
     dc.enable(pipe, "interval", every=2)

@@ -97,6 +97,18 @@ def test_two_runs_are_identical(guarded):
         assert all(record.spans_reused == 0 for record in hits)
 
 
+def test_a_batch_computes_as_many_steps_as_the_plan(guarded):
+    """All of its samples give one up for a step that one of them asks for."""
+    name, pipe, plan = guarded
+    with dc.cached(pipe, plan=plan):
+        generate(name, pipe)
+        strip = computed(pipe)
+    with dc.cached(pipe, plan=plan, guard="input_turn", guard_factor=1.0, granularity="batch"):
+        generate(name, pipe)
+        assert any("guard" in record.reason for record in dc.summary(pipe).records)
+        assert sum(computed(pipe)) == sum(strip)
+
+
 def test_other_steps_switch_the_guard_off(guarded):
     name, pipe, plan = guarded
     with dc.cached(pipe, plan=plan, guard="input_turn"):

@@ -575,6 +575,22 @@ def test_loops_of_several_denoisers():
     assert [record_of(r) for r in records] == regular("110", denoiser="prior") + regular("1010", denoiser="unet")
 
 
+def test_loops_with_schedulers_of_their_own_do_not_reach_into_the_next_call():
+    """The prior's scheduler says how many steps it makes, not the decoder's, as the last call has left that."""
+    case = CASES["StableUnCLIPPipeline"]
+    pipe = case.build()
+
+    def computed(prior, decoder):
+        steps = dict(prior_num_inference_steps=prior, num_inference_steps=decoder)
+        pipe(**case.call() | steps)
+        return [[r.computed for r in dc.summary(pipe).records if r.denoiser == name] for name in ("prior", "unet")]
+
+    with dc.cached(pipe, "interval", every=2, last=2):
+        first = computed(7, 4)
+        assert first == [[True, False, True, False, True, True, True], [True, False, True, True]]
+        assert computed(7, 4) == first
+
+
 def test_the_length_of_all_loops_is_not_taken_for_that_of_one():
     case = CASES["AnyFlowFARPipeline-two-chunks"]
     pipe = case.build()
@@ -594,6 +610,17 @@ def test_views_of_a_panorama_are_apart(variant, views):
     case = CASES[f"StableDiffusionPanoramaPipeline{variant}"]
     passes = tuple(str(view) for view in range(views))
     check(case.build(), case.call, "1010", regular("1010", passes, "unet"))
+
+
+@pytest.mark.parametrize("policy", ["first_block", "teacache", "dicache"])
+def test_the_stream_that_is_denoised_is_watched(policy):
+    """Cosmos3's layers take the text first, by position, which is the same at every step."""
+    case = CASES["Cosmos3OmniPipeline"]
+    pipe = case.build()
+    expected = generate(pipe, case.call)
+    with dc.cached(pipe, policy, threshold=0.0):
+        assert equal(generate(pipe, case.call), expected)
+        assert dc.summary(pipe).reused == 0
 
 
 # users swap parts

@@ -817,6 +817,43 @@ def test_inspect_that_fails_restores_what_was_enabled():
     dc.disable(pipe)
 
 
+def test_inspect_runs_as_many_steps_as_the_pipeline_can():
+    asked = []
+
+    class NoSteps(diffusers.DiTPipeline):
+        """One that has its number of steps from elsewhere."""
+
+        def __call__(self, class_labels, generator=None, output_type="pt"):
+            asked.append(4)
+            return diffusers.DiTPipeline.__call__(
+                self, class_labels, generator=generator, num_inference_steps=4, output_type=output_type
+            )
+
+    class FiveSteps(diffusers.DiTPipeline):
+        """One that needs five."""
+
+        def __call__(self, class_labels, num_inference_steps=5, **rest):
+            asked.append(num_inference_steps)
+            if num_inference_steps < 5:
+                raise IndexError("list index out of range")
+            return diffusers.DiTPipeline.__call__(self, class_labels, num_inference_steps=num_inference_steps, **rest)
+
+    sizes = dc.inspect(shared("dit-digits"), reference.inputs("dit-digits", (3,), (5,))).cache_bytes
+    assert sizes > 0
+    for cls, expected in [(NoSteps, [4]), (FiveSteps, [2, 6])]:
+        pipe = made(cls(**fresh("dit-digits").components))
+        call = reference.inputs("dit-digits", (3,), (5,), steps=6)
+        given = {name: call[name] for name in ("class_labels", "generator", "output_type")}
+        if cls is FiveSteps:
+            given = call
+        before = given["generator"][0].get_state()
+        assert dc.inspect(pipe, given).cache_bytes == sizes
+        assert asked == expected
+        assert torch.equal(given["generator"][0].get_state(), before)
+        asked.clear()
+        assert untouched(pipe.transformer)
+
+
 def test_inspect_at_other_scopes():
     blocks = dc.inspect(shared("flux-digits"), scope="block").spans
     assert [span.name for span in blocks] == [f"transformer_blocks.{i}" for i in range(3)] + [

@@ -178,9 +178,10 @@ def test_integers_of_rows_are_reused_as_they_are():
     assert torch.equal(picked, torch.tensor([[1, 2], [7, 2**40]]))
 
 
-def test_another_number_of_weights_is_an_error():
-    with pytest.raises(ValueError):
-        ops.forecast(None, [torch.ones(1)], (1.0, 2.0))
+@pytest.mark.parametrize("weights", [(1.0, 2.0), torch.ones(2), torch.ones(3, 2)], ids=["numbers", "tensor", "rows"])
+def test_another_number_of_weights_is_an_error(weights):
+    with pytest.raises(ValueError, match="each feature needs a weight"):
+        ops.forecast(None, [torch.ones(3, 5)], weights)
 
 
 def test_modes_of_the_kernels():

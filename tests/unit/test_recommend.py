@@ -24,6 +24,7 @@ from diffusers import (
 import diffusion_cache as dc
 from diffusion_cache import advice, reference
 from diffusion_cache.advice import Figures, Measured, Pick, _share
+from diffusion_cache.engine import session_of
 from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.fingerprint import Fingerprint
 from diffusion_cache.models import find_denoisers
@@ -193,6 +194,22 @@ def test_it_reads_as_the_call_to_make(monkeypatch, tmp_path):
     assert "enable" not in few
 
 
+def test_it_is_enabled_in_one_piece(monkeypatch, tmp_path):
+    with_picks(monkeypatch, tmp_path, pick(3, measured((50.0, 45.0))))
+    pipe = reference.load("unet-digits")
+    found = dc.recommend(pipe)
+    assert found.arguments() == {"policy": "interval", "every": 3}
+    for given, every, dtype in [({}, 3, "model"), ({"every": 2, "cache_dtype": "int8"}, 2, "int8")]:
+        method = dc.enable(pipe, found, **given).method
+        assert (method.guarded.policy, method.cache_dtype) == (dc.policies.Interval(every), dtype)
+    with dc.cached(pipe, found, "reuse"):
+        assert session_of(pipe).method.forecaster.name == "reuse"
+    dc.disable(pipe)
+    with pytest.raises(ConfigError, match=r"^the recommendation is not to cache, .* It takes 4 steps\. "):
+        dc.enable(pipe, dc.recommend(pipe, 4))
+    assert session_of(pipe) is None
+
+
 @pytest.mark.parametrize("name", list(reference.MODELS))
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_few_steps_are_not_cached(name, steps):
@@ -346,6 +363,8 @@ def test_a_shipped_profile_of_these_very_weights(no_shipped_profiles):
     profile.save(no_shipped_profiles / "tiny-ddim")
     for found in (dc.recommend(pipe), dc.recommend(pipe, 9)):
         assert found.policy is None
+        assert dc.enable(pipe, found).method.guarded.policy.plan.name == "nfe-4"
+        dc.disable(pipe)
         assert dict(found.options) == {"profile": "tiny-ddim", "plan": "nfe-4"}
         assert "45.0 dB" in found.reason
         assert found.alternatives == ("another of its plans: nfe-6, nfe-3",)

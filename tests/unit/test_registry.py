@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -199,6 +200,101 @@ def test_a_published_system_is_pointed_to_where_it_can_be_asked_for():
         registry.policies.get("fora")
     with pytest.raises(ConfigError, match=r"Give forecaster='taylor' instead\.$"):
         registry.policies.get("taylorseer")
+
+
+@pytest.mark.parametrize(
+    ("name", "closing"),
+    [
+        ("TeaCache", "Did you mean 'teacache'?"),
+        ("PAB", "Did you mean 'pab'?"),
+        ("first-block", "Did you mean 'first_block'?"),
+        ("Taylor", "Give forecaster='taylor' instead."),
+        ("DeepCache", "enable(pipe, method='deepcache')."),
+        ("smoothcache", "enable(pipe, method='smooth_cache')."),
+        ("FirstBlockCache", "Give policy='first_block' with forecaster='reuse' instead."),
+        ("sea", "Give policy='seacache' instead."),
+        ("SCM", "Give policy='mask' with mask=… instead."),
+        ("steps_mask", "Give policy='mask' with mask=… instead."),
+        ("AdaCache", "It is not here; the nearest is policy='first_block'."),
+        ("FasterCache", "and unconditional_every=… for its guidance part."),
+    ],
+)
+def test_names_of_other_projects(name, closing):
+    with pytest.raises(ConfigError) as error:
+        registry.policies.get(name)
+    assert str(error.value).startswith(f"Unknown policy {name!r}. ")
+    assert str(error.value).endswith(closing)
+
+
+def test_a_name_of_its_own_kind_is_a_misspelling():
+    with pytest.raises(ConfigError, match=r"Unknown system 'DeepCache'\. Did you mean 'deepcache'\?"):
+        registry.systems.get("DeepCache")
+    with pytest.raises(ConfigError, match=r"Unknown system 'PAB'\. Give policy='pab' instead\."):
+        registry.systems.get("PAB")
+
+
+METHODS = {"policy": registry.policies, "forecaster": registry.forecasters}
+
+
+def options_of_all():
+    """Options of methods and guards, and arguments of `enable`."""
+    found = {field.name for field in dataclasses.fields(policies.Guards)} | set(inspect.signature(dc.enable).parameters)
+    for methods in (*METHODS.values(), registry.correctors, registry.systems):
+        for name in methods.names():
+            found |= set(methods.options(name))
+    return found
+
+
+@pytest.mark.parametrize("advice", [*registry.ALIASES.values(), *registry.NEAREST.values()])
+def test_what_names_of_other_projects_point_to_is_there(advice):
+    given = re.findall(r"(\w+)='([^']+)'", advice)
+    assert given
+    for keyword, name in given:
+        if keyword in METHODS:
+            assert name in METHODS[keyword].names()
+        elif keyword == "scope":
+            assert name in SCOPES
+        elif keyword == "profile":
+            assert any(f"published/{entry}".startswith(name[:-1]) for entry in dc.published.names())
+    own = [set(METHODS[keyword].options(name)) for keyword, name in given if keyword in METHODS]
+    guards = {field.name for field in dataclasses.fields(policies.Guards)}
+    assert set(re.findall(r"(\w+)=…", advice)) <= guards.union(*own)
+
+
+def test_what_options_of_other_projects_point_to_is_there():
+    known = options_of_all()
+    assert set(registry.OPTION_ALIASES.values()) <= known
+    for note in registry.OPTION_NOTES.values():
+        assert set(re.findall(r"(\w+)=", note)) <= known | {"num_steps"}
+    assert not known & {*registry.OPTION_ALIASES, *registry.OPTION_NOTES}
+    assert not set(registry.OPTION_ALIASES) & set(registry.OPTION_NOTES)
+
+
+def test_the_options_of_other_projects_are_theirs():
+    """Of those that are installed."""
+    theirs = set()
+    for path, names in {
+        "diffusers": ("FirstBlockCacheConfig", "TaylorSeerCacheConfig", "MagCacheConfig", "FasterCacheConfig"),
+        "diffusers.hooks": ("PyramidAttentionBroadcastConfig", "SeaCacheConfig"),
+        "cache_dit": ("DBCacheConfig", "TaylorSeerCalibratorConfig"),
+    }.items():
+        module = pytest.importorskip(path)
+        theirs |= {field.name for name in names for field in dataclasses.fields(getattr(module, name))}
+    others = {
+        *("cache_interval", "cache_branch_id"),  # DeepCache's helper
+        *("rel_l1_thresh", "skip_interval", "warmup_steps"),  # TeaCache's code and others'
+        *("n_derivatives", "skip_interval_steps", "cache_config", "calibrator_config"),  # cache-dit's functions
+    }
+    assert {*registry.OPTION_ALIASES, *registry.OPTION_NOTES} <= theirs | others
+
+
+def test_options_of_other_projects():
+    assert registry.suggest_option("residual_diff_threshold", ["threshold", "warmup"]) == "Here that is 'threshold'."
+    told = registry.suggest_option("cache_interval", ["threshold"])
+    assert told.startswith("Here that is 'every', of policy='centered', policy='interval', ")
+    assert told.endswith("method='deepcache', method='fora'.")
+    assert registry.suggest_option("enable_separate_cfg", []).endswith("leave it out.")
+    assert registry.suggest_option("evry", ["every"]) == "Did you mean 'every'?"
 
 
 def test_no_option_has_the_name_of_another_argument():

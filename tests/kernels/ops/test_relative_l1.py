@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusion_cache.kernels import relative_l1 as op
-from kernel_cases import cases, random
+from diffusion_cache.kernels.tiles import start
+from kernel_cases import cases, poisoned, random
 
 
 @pytest.mark.parametrize(("shape", "dtype"), cases())
@@ -19,6 +20,21 @@ def test_many_parts_sum_up_to_the_same_bits_every_time():
     result = op.launch(current, previous)
     assert torch.allclose(result, op.reference(current, previous), rtol=1e-5)
     assert torch.equal(result, op.launch(current, previous))
+
+
+@pytest.mark.parametrize("measure", op.MEASURES)
+def test_more_parts_than_are_added_up_at_once(measure):
+    """Inputs of real models, of millions of numbers, make as many."""
+    partial = random(2, 2500, 3).abs()
+    first, second, third = partial.sum(1).unbind(1)
+    expected = {
+        "l1": first / second,
+        "l2": first.sqrt() / second.sqrt(),
+        "cosine": first / (third.sqrt() * second.sqrt()),
+    }
+    result = poisoned(first)
+    start(op.finish, 2, 4, result.device, result, partial, 2500, MEASURE=measure, WIDTH=1024)
+    assert torch.allclose(result, expected[measure], rtol=1e-5)
 
 
 def test_zeros_infinities_and_nan_show_in_their_rows():

@@ -27,6 +27,12 @@ def test_equals_the_reference(shape, dtype, code):
     check(random(*shape, dtype=dtype) * 1e3, None, code)
 
 
+@pytest.mark.parametrize("code", codes.DTYPES)
+@pytest.mark.parametrize("shape", [(2, 40, 100), (1, 3, 7, 1500)])
+def test_more_rows_than_a_tile_holds(shape, code):
+    check(random(*shape), random(*shape), code)
+
+
 @pytest.mark.parametrize("code", ["e4m3", "int8"])
 def test_strided_and_broadcast_inputs(code):
     check(random(3, 9, 7)[:, 4:], random(1, 5, 7).expand(3, 5, 7), code)

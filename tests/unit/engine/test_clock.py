@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -19,6 +21,7 @@ from diffusion_cache.engine.clock import (
     StepClock,
     _Seen,
     begin_index,
+    is_flow,
     loop_total,
     noise_levels,
     scheduler_total,
@@ -137,6 +140,20 @@ def test_suppressed_steps_do_not_count():
     assert called(c, 9) == (1, 0)
 
 
+def test_timesteps_that_are_set_while_suppressed_or_in_a_loop_of_next_step_begin_nothing():
+    c = clock()
+    called(c, 9)
+    c.scheduler_stepped()
+    called(c, 8)
+    with c.suppressed():
+        c.timesteps_set()
+    c.scheduler_stepped()
+    assert called(c, 7) == (2, 0)
+    c.next_step()
+    c.timesteps_set()
+    assert called(c, 6) == (3, 0)
+
+
 def test_total_is_asked_once_with_the_first_calls_timestep():
     asked = []
     c = StepClock(lambda timestep: asked.append(timestep) or 7)
@@ -199,6 +216,14 @@ def test_timestep_written_in_place_is_another_timestep():
     assert seen == [(0, 0), (1, 0), (2, 0)]
 
 
+def test_a_loops_own_timestep_may_come_again():
+    """It is no entry of a scheduler's timesteps, of which views of a panorama are all stepped at the same."""
+    c, own = clock(), torch.tensor([9.0])
+    called(c, own.expand(2))
+    c.scheduler_stepped()
+    assert called(c, own.expand(2)) == (1, 0)
+
+
 # where a run begins, and its total
 
 
@@ -248,6 +273,11 @@ def test_begin_index_among_repeated_timesteps():
     # by value alone the second is taken
     assert [begin_index(scheduler, t.clone()) for t in scheduler.timesteps] == [0, 2, 2, 3, 4, 5]
     assert begin_index(scheduler, 600) == 2
+
+
+def test_begin_index_among_timesteps_that_are_a_view():
+    scheduler = SimpleNamespace(timesteps=torch.tensor([9.0, 0.0, 8.0, 0.0, 7.0, 0.0])[::2])
+    assert [begin_index(scheduler, t) for t in scheduler.timesteps] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -380,6 +410,31 @@ def test_sigmas_above_1_of_a_flow_scheduler_are_variance_exploding():
     levels = noise_levels(scheduler)
     assert levels == pytest.approx([-2 * math.log(sigma) for sigma in scheduler.sigmas[:-1].tolist()])
     assert levels.form == "other"
+
+
+def test_a_flow_sigma_may_be_above_1_by_rounding():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.sigmas[0] = 1 + 1e-6
+    assert noise_levels(scheduler).form == "flow"
+
+
+def test_edm_tells_no_form():
+    """Its samplers scale by more than their prediction type says."""
+    scheduler = EDMEulerScheduler()
+    scheduler.set_timesteps(4)
+    assert noise_levels(scheduler).form == "other"
+
+
+def test_sigmas_of_flow_make_a_flow_sampler_whatever_is_predicted():
+    assert is_flow(UniPCMultistepScheduler(use_flow_sigmas=True))
+    assert not is_flow(UniPCMultistepScheduler())
+
+
+def test_a_timestep_beyond_the_trained_ones_has_the_noise_of_the_last():
+    alphas = torch.linspace(0.99, 0.01, 10)
+    scheduler = SimpleNamespace(timesteps=torch.tensor([10, 5]), alphas_cumprod=alphas, config={})
+    assert noise_levels(scheduler)[0] == pytest.approx(math.log(0.01 / 0.99), rel=1e-5)
 
 
 def test_unipc_flow_by_formula():

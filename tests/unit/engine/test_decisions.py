@@ -240,6 +240,18 @@ def test_guidance_rows_of_a_sample_are_computed_together():
     assert decided(frame) == [1, 2, 4, 5]
 
 
+def test_frames_of_a_sample_lie_side_by_side():
+    """Where a model folds them into the rows of its batch."""
+    run = Run(Above(0.5))
+    for index, values in enumerate(([0.0] * 4, [0.125, 0.75, 0.125, 0.125])):
+        frame = Frame(step(index, None, 1, 2), KEY, (True,), 2)
+        run.decisions.open(frame, 0)
+        frame.signals = {"probe_residual": torch.tensor(values)[:, None].repeat(1, 2)}
+        run.decisions.after_probe(frame, True)
+        run.close(frame)
+    assert decided(frame) == [0]
+
+
 @pytest.mark.parametrize("branch", [0, 1, 2])
 def test_the_largest_value_of_a_samples_branches_counts(branch):
     run = Run(Above(0.5))
@@ -478,6 +490,21 @@ def test_clear_forgets():
     run.decisions.clear()
     assert (run.decisions._states, run.decisions._kept) == ({}, {})
     assert decided(run.measured(2, [0.0])) == "all"
+
+
+def test_clear_forgets_what_other_branches_measured():
+    policy = Noted(0.5)
+    run = Run(policy)
+    keys = ("transformer", "uncond"), ("transformer", "cond")
+    for index in range(3):
+        for key, value in zip(keys, (0.25, 0.375), strict=True):
+            run.measured(index, [value], key=key)
+    run.decisions.clear()
+    policy.noted.clear()
+    for index in range(2):
+        for key, value in zip(keys, (0.125, 0.5), strict=True):
+            run.measured(index, [value], key=key)
+    assert policy.noted == [(1, 0.125, 0.125), (1, 0.125, 0.5)]
 
 
 # sums, memory and earlier steps
@@ -784,6 +811,16 @@ def test_what_a_branch_measured_before_steps_that_a_guard_computed_is_not_combin
         run.measured(index, [index / 8], key=("transformer", "cond"))
         run.measured(index, [index / 8 + 1 / 16], key=("transformer", "uncond"))
     assert policy.noted == [(1, 0.125, 0.125), (1, 0.1875, 0.125), (3, 0.375, 0.375), (3, 0.4375, 0.375)]
+
+
+def test_branches_of_other_numbers_of_samples_are_not_combined():
+    policy = Noted()
+    run = Run(policy)
+    for index in range(3):
+        run.measured(index, [0.25, 0.125], key=("transformer", "uncond"))
+        run.measured(index, [0.5], key=("transformer", "cond"))
+    assert run.failures == []
+    assert policy.noted[-1] == (2, 0.5, 0.5)
 
 
 def test_a_pass_named_after_both_branches_stacks_them():

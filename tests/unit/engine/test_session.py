@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry, apply_first_block_cache
 
 import diffusion_cache as dc
 from diffusion_cache import reference
@@ -26,6 +27,18 @@ def theirs(pipe):
     )
 
 
+def applied(pipe):
+    """diffusers' cache put on by its function, of which the model itself knows nothing."""
+    apply_first_block_cache(pipe.transformer, CONFIG)
+
+    def off():
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+        for name in ("fbc_leader_block_hook", "fbc_block_hook"):
+            registry.remove_hook(name, recurse=True)
+
+    return off, r"of diffusers is on for transformer: remove its hooks first.*'fbc_leader_block_hook', 'fbc_block_hook'"
+
+
 def cache_dits(pipe):
     """What cache-dit leaves in a transformer that it caches."""
     marks = dict(_is_cached=True, _context_manager=object())
@@ -38,14 +51,14 @@ def cache_dits(pipe):
     return off, r"of cache-dit is on for transformer: call cache_dit.disable_cache\(pipe\) first"
 
 
-@pytest.mark.parametrize("switch_on", [theirs, cache_dits])
+@pytest.mark.parametrize("switch_on", [theirs, applied, cache_dits])
 def test_another_cache_is_refused(switch_on):
     pipe = reference.load(NAME)
     off, told = switch_on(pipe)
     before = dict(vars(pipe.transformer))
     with pytest.raises(dc.ConfigError, match=told):
         dc.enable(pipe, "interval", every=2)
-    with pytest.raises(dc.ConfigError, match="is on for model: call"), dc.run(pipe.transformer, "interval", every=2):
+    with pytest.raises(dc.ConfigError, match="is on for model: "), dc.run(pipe.transformer, "interval", every=2):
         pass
     assert dict(vars(pipe.transformer)) == before
     assert not [name for name in vars(pipe) if "diffusion_cache" in name]
@@ -55,7 +68,7 @@ def test_another_cache_is_refused(switch_on):
         assert dc.summary(pipe).reused == 2
 
 
-@pytest.mark.parametrize("switch_on", [theirs, cache_dits])
+@pytest.mark.parametrize("switch_on", [theirs, cache_dits])  # what diffusers applies must be on before the first call
 def test_another_cache_that_is_switched_on_later_is_left_alone(switch_on):
     twin, pipe = reference.load(NAME), reference.load(NAME)
     switch_on(twin)
@@ -84,6 +97,17 @@ def test_the_marks_of_cache_dit_are_those_that_it_leaves():
         cache_dit.disable_cache(pipe)
     dc.enable(pipe, "interval", every=2)
     dc.disable(pipe)
+
+
+def test_the_helper_of_deepcache_is_seen():
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper(pipe=reference.load("unet-digits"))
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+    with pytest.raises(dc.ConfigError, match=r"of DeepCache is on for unet: call disable\(\) of its helper first"):
+        dc.enable(helper.pipe, "interval", every=2)
+    helper.disable()
+    dc.enable(helper.pipe, "interval", every=2)
+    dc.disable(helper.pipe)
 
 
 def test_latents_that_a_copy_of_the_scheduler_steps_are_of_no_planned_size():

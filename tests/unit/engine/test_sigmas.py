@@ -200,6 +200,7 @@ def test_other_samplers_are_refused_and_left_alone(make, why):
         ((1.0, 0.8, 0.8, 0.5), "step by step towards 0"),
         ((1.0, 0.8, 0.9, 0.5), "step by step towards 0"),
         ((0.9, 0.8, 0.5, 0.2), "from 1,"),
+        ((0.999, 0.8, 0.5, 0.2), "from 1,"),
         ((1.0, 0.8, 0.5, 0.0), "step by step towards 0"),
         ((1.0, 0.8, 0.5, -0.2), "step by step towards 0"),
     ],
@@ -210,6 +211,13 @@ def test_levels_that_a_sampler_cannot_go_through(sigmas, why):
     with pytest.raises(ConfigError, match=why):
         move_sigmas(scheduler, sigmas)
     assert tuple(scheduler.sigmas.tolist()[:-1]) == own
+
+
+def test_samples_begin_at_the_level_that_their_noise_was_drawn_at():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    levels_of(scheduler, 4)
+    move_sigmas(scheduler, (1.0 - 5e-6, 0.8, 0.5, 0.2))
+    assert float(scheduler.sigmas[0]) == 1.0
 
 
 def test_timesteps_of_their_own_are_refused():

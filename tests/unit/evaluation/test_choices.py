@@ -84,6 +84,28 @@ def test_thresholds_are_one_setting_and_told_as_a_share(tmp_path):
     assert (pick.method, pick.settings) == ("fb", "")
 
 
+def test_for_several_the_least_share_is_told(tmp_path):
+    for model, sampler, nfe in (("dit-digits", "ddim", 0.5), ("flux-digits", "flow-euler", 0.4)):
+        settings = {"threshold": 0.1}
+        write(tmp_path, first_block(0.1), model=model, sampler=sampler, settings=settings, nfe=nfe, psnr=same(50))
+    found = picked(tmp_path, speedup=2.0, equal="nfe", by="mean")
+    alone = {pick.call["target_reuse"] for pick in found if len(pick.measured) == 1}
+    (both,) = [pick for pick in found if len(pick.measured) == 2]
+    assert len(alone) == 2
+    assert both.call["target_reuse"] == min(alone)
+
+
+@pytest.mark.parametrize("longest", ["dit-digits", "flux-digits"])
+def test_for_several_the_mask_with_most_detail_is_told(tmp_path, longest):
+    for model, sampler in (("dit-digits", "ddim"), ("flux-digits", "flow-euler")):
+        steps = 40 if model == longest else 20
+        node = {**uniform(2), "policy": {"name": "mask", "mask": "1100" * (steps // 4)}}
+        write(tmp_path, node, model=model, sampler=sampler, settings={"share": 0.5}, steps=steps, psnr=same(50))
+    found = picked(tmp_path, speedup=2.0, equal="nfe", by="mean")
+    (both,) = [pick for pick in found if len(pick.measured) == 2]
+    assert both.call["mask"] == "1100" * 10
+
+
 def test_for_several_the_greatest_loss_counts(tmp_path):
     """Ranks would have it otherwise: `even` is never the best."""
     figures = {  # p5 on dit-digits with two samplers and on flux-digits

@@ -56,6 +56,12 @@ def test_others_are_compared_with_others_only(tmp_path):
     assert kept(tmp_path, ("ours", "near", {}, 0.5, 1.5, 49.5, 39.0), within=0.0) == {"RACER"}
 
 
+def test_as_fast_as_the_best_plan_is_enough(tmp_path):
+    """Not as the fastest one of them."""
+    cheap = ("ours", "plan", {"nfe": 15, "plan": "nfe-15"}, 0.3, 3.5, 40.0, 30.0)
+    assert "dear and fast" in kept(tmp_path, cheap, ("ours", "dear and fast", {}, 0.9, 1.9, 55.0, 45.0))
+
+
 def test_bad_summaries_are_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         finalists(tmp_path, "dit-digits", "ddim", 2.0)

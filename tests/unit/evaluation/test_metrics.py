@@ -106,6 +106,13 @@ def test_temporal_error_sees_flicker_and_frozen_motion_but_no_constant_offset():
     assert of("temporal_error", candidate[3:], still[3:]) == [math.inf]
 
 
+def test_temporal_error_is_of_what_would_be_shown():
+    reference = torch.tensor([0.0, 1.0, 0.5]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 4, 4).contiguous()
+    candidate = reference.clone()
+    candidate[:, 1] = 1.4
+    assert of("temporal_error", candidate, reference) == [0.0]
+
+
 def test_metrics_of_videos_are_missing_for_images():
     x = images()
     found = per_sample(["temporal_error", "psnr_worst_frame"], x, x)

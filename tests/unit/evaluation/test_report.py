@@ -96,6 +96,15 @@ def test_choice_for_a_budget(tmp_path):
     assert report.best_of([run for run in runs if not run.correct]) is None
 
 
+@pytest.mark.parametrize("steady", [2, 3])
+def test_of_one_mean_the_better_tail(tmp_path, steady):
+    for every in (2, 3):
+        psnr = [49, 51, 50, 50] if every == steady else [40, 60, 50, 50]
+        write_run(tmp_path, settings={"every": every}, psnr=psnr)
+    (chosen,) = report.choose(read_experiment(tmp_path).runs, 0.5)
+    assert chosen.settings == {"every": steady}
+
+
 def test_random_weights_are_chosen_by_nearness_to_the_budget_then_speed(tmp_path):
     for every, nfe, speed in ((2, 0.3, 1.5), (3, 0.3, 1.9), (4, 0.3, 1.7), (5, 0.2, 4.0), (6, 0.5, 5.0)):
         write_run(tmp_path, nfe=nfe, psnr=(), speed=speed, random_weights=True, settings={"every": every})

@@ -1,6 +1,7 @@
 """Fitted weights: when they are used and when Taylor's are; and guidance branches with weights of their own."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import small
@@ -13,7 +14,7 @@ from diffusion_cache.context import Correction, Query
 from diffusion_cache.engine import Method, Observer
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.forecasters import Taylor
-from diffusion_cache.forecasters.fitted import UNFITTED, Fit, Fitted, taylor_weights
+from diffusion_cache.forecasters.fitted import ANY_PASS, UNFITTED, Fit, Fitted, taylor_weights
 from diffusion_cache.policies import Guarded
 from diffusion_cache.policies.mask import Mask
 from diffusion_cache.profiling.generation import attached
@@ -92,6 +93,21 @@ def test_weights_are_for_runs_of_their_number_of_steps():
     assert [fitted.note(query) for query in queries] == ["", "", UNFITTED]
     assert fitted.weights(queries[0]) == (0.5, -1.0, 1.5)
     assert fitted.weights(queries[2]) == pytest.approx((0.0, -0.5, 1.5))
+
+
+def test_a_part_of_a_run_whose_levels_are_moved_has_no_weights():
+    """They were fitted to the moved path."""
+    levels = tuple(map(float, range(STEPS)))
+    fitted = Fitted({(5, 0, 0): Fit((3, 4), (0.5, 0.5))}, noise_levels=levels, total=STEPS)
+    assert fitted.for_run(levels[2:]).table
+    moved = replace(fitted, whole=True)
+    assert not moved.for_run(levels[2:]).table
+    assert moved.for_run(levels) is moved
+
+
+def test_weights_of_any_pass_are_those_of_each():
+    fitted = Fitted({(5, 0, ANY_PASS): Fit((1, 4), (0.25, 0.75))})
+    assert [fitted.weights(Query((1, 4), 5, 0, branch)) for branch in (0, 1)] == [(0.25, 0.75)] * 2
 
 
 def test_a_correction_goes_with_its_weights():

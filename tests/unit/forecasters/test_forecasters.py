@@ -216,6 +216,7 @@ def test_unknown_feature_is_an_error(cls):
 def test_history_is_one_more_than_the_order(order):
     assert Taylor(order).history == TaylorPaper(order).history == order + 1
     assert (Reuse().history, Reuse().exact_degree) == (1, 0)
+    assert Frequency(low=order, high=0).history == Frequency(low=0, high=order).history == order + 1
     assert (Taylor(order).exact_degree, TaylorPaper(order).exact_degree) == (order, min(order, 1))
 
 

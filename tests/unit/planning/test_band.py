@@ -9,10 +9,12 @@ from plans import STEPS
 
 import diffusion_cache as dc
 from diffusion_cache import reference
+from diffusion_cache.context import PassState, Step
 from diffusion_cache.engine.patches import wrapped_step
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.plan import Plan
-from diffusion_cache.planning.band import with_guard
+from diffusion_cache.planning.band import _Watched, with_guard
+from diffusion_cache.policies import Interval
 from diffusion_cache.profiling.generation import state_of
 from diffusion_cache.schedule import Schedule
 
@@ -72,6 +74,13 @@ def test_the_band_is_of_the_plans_own_path(pipe, plan):
     uncached = Plan("b", "denoiser", None, "auto", Schedule.uniform([True] * STEPS), ())
     own, other = (with_guard(p, "input_turn", batches).guard.mean for p in (plan, uncached))
     assert own[2:] != pytest.approx(other[2:], rel=0.01)
+
+
+def test_what_is_not_finite_is_left_out():
+    watched = _Watched(Interval(2))
+    for value in (None, math.inf, math.nan, 0.5):
+        watched.decide(Step(1, 4, 1, None, "", (slice(None),)), value, PassState())
+    assert watched.values == {1: [0.5]}
 
 
 def test_what_cannot_be_measured(pipe, plan):

@@ -60,6 +60,16 @@ def test_each_wish(wish, expected):
     assert choose(PLANS[::-1], **wish).name == expected
 
 
+def test_a_fraction_of_an_evaluation_is_found_as_it_is_printed():
+    third = replace(plan("third", 3, 40), nfe=10 / 3)
+    assert choose([third], nfe=3.333333) is third
+
+
+def test_of_equal_quality_the_cheaper_one():
+    both = [plan("dear", 5, 50), plan("cheap", 3, 50)]
+    assert choose(both, nfe=5).name == choose(both[::-1], nfe=5).name == "cheap"
+
+
 def test_mean_and_tail_both_count():
     steady, uneven = plan("steady", 5, 50, spread=1, speed=2), plan("uneven", 5, 53, spread=20, speed=2)
     assert uneven.quality.p5 < steady.quality.p5
@@ -74,6 +84,10 @@ def test_the_guarantee_is_about_the_tail():
     assert choose([spread], min_psnr=values[1]).name == "half"
     with pytest.raises(ConfigError, match=f"ask for at most {values[1]:g}"):
         choose([spread], min_psnr=values[2] + 1e-9)
+
+
+def test_just_enough_samples_are_enough():
+    assert choose([plan("more", 8, 60), plan("just", 3, 50, n=59)], min_psnr=40).name == "just"
 
 
 def test_plans_beyond_one_that_fails_are_not_looked_at():

@@ -87,6 +87,27 @@ def test_it_learns_where_steps_are_needed():
     assert best(found).score > optimum - 0.2
 
 
+AHEAD = np.arange(16)[None, :] - np.arange(16)[:, None]
+DAMAGE = np.broadcast_to(np.maximum(AHEAD, 0.0) ** 2, (16, 16, 16))
+HARM = DAMAGE * np.exp(4.0 * np.arange(16) / 16)
+
+
+def harmed(computed):
+    return -10 * float(np.log10(Guess(HARM).errors([computed])[0]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_single_moves_those_that_promise_most_are_tried(seed):
+    found = refine(harmed, [Guess(HARM).optimum(5, 0)], DAMAGE, 21, seed=seed)
+    assert np.median([tried.score for tried in found[6:]]) > found[0].score - 3
+
+
+def test_what_is_best_by_what_was_learned_is_tried_however_far_it_is():
+    start = (0, 1, 2, 3, 4)
+    found = [refine(harmed, [start], DAMAGE, 2, seed=seed)[1].computed for seed in range(8)]
+    assert sum(len({*computed} - {*start}) > 1 for computed in found) > 4
+
+
 def test_a_start_given_twice_is_run_once():
     found = refine(separable(gains()), [(0, 3), (0, 5), (0, 3)], FLAT, 2)
     assert [entry.computed for entry in found] == [(0, 3), (0, 5)]

@@ -137,6 +137,11 @@ def test_a_budget_that_is_too_small_names_the_least(exact):
     assert allocate(damage, [1.0, 2.0, 1.5], 8.5, exact=exact).counts == (1, 3, 1)
 
 
+def test_a_budget_that_costs_add_up_to_is_enough():
+    """Three tenths are more than 0.3 in floating point."""
+    assert allocate([[np.inf, 0.0]] * 3, 0.1, 0.3).counts == (1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [

@@ -77,6 +77,16 @@ def test_it_learns_what_the_surrogate_has_wrong(unit):
     assert decibels(real, guess.optimum(COUNT, 0)) > decibels(real, best) - 0.3
 
 
+def test_the_surrogates_unit_means_nothing_from_the_first_schedules_on():
+    real, means = truth(), []
+    for unit in (1.0, 1e9):
+        learned = Learned(surrogate() * unit)
+        learned.learn({computed: decibels(real, computed) for computed in some_schedules(2)})
+        means.append(learned._mean)
+    assert means[1][1:] == pytest.approx(means[0][1:], abs=1e-6)
+    assert means[1][0] + np.log(1e9) == pytest.approx(means[0][0], abs=1e-6)
+
+
 def test_little_that_is_known_leaves_much_to_try():
     """Before anything is learned of how damages change, draws differ; with many runs they agree."""
     real = truth()

@@ -1,5 +1,6 @@
 """What plans for language models state."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import language_models
@@ -22,6 +23,20 @@ def test_speed_is_cpu_time_only_where_the_cpu_does_the_work(monkeypatch, device,
     plan = Plan("two", "block", None, "auto", Schedule.uniform([True, False]), ())
     found = refinements._measured(SimpleNamespace(device=device), plan, [{}], [torch.zeros(1, 4)])
     assert (found.speed.ratio, found.speed.device) == (ratio, str(device))
+
+
+def test_the_schedule_that_scores_best_is_taken(monkeypatch):
+    scores = {"sum": 0.5, "minimax": 0.9, "even": 0.2}
+    schedule = Schedule.uniform([True, False])
+    made = [Plan(name, "block", None, "auto", schedule, (), facts={"schedule": name}) for name in scores]
+    monkeypatch.setattr(refinements, "candidates", lambda *given: made)
+    monkeypatch.setattr(refinements, "_same", lambda pipe, plan, *given: torch.tensor([scores[plan.name]]))
+    monkeypatch.setattr(refinements, "_measured", lambda pipe, plan, *given: plan)
+    monkeypatch.setattr(refinements, "enabled", lambda *given: nullcontext())
+    profile = SimpleNamespace(check=lambda *given: None, with_plans=list)
+    pipe = type("Pipe", (), {"model": None, "__call__": lambda self: SimpleNamespace(sequences=None)})()
+    (plan,) = refinements.planned(pipe, profile, [2], [{}], [{}])
+    assert (plan.name, plan.facts["schedule"]) == ("nfe-2", "minimax")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ def test_evaluations_count_what_a_reused_step_still_runs(kind, shares, computed,
     assert spared(found) == (1.0 if kind in ("stack", "denoiser") else pytest.approx(sum(shares)))
 
 
+def test_shares_that_are_rounded_spare_no_more_than_all():
+    assert spared(profile("block", 3, shares=(0.5, 0.25, 0.25 + 1e-9))) == 1.0
+
+
 @pytest.mark.parametrize(
     ("computed", "message"),
     [

@@ -16,6 +16,7 @@ from diffusion_cache.planning.surrogate import (
     mean_damages,
     seen_errors,
     taylor_errors,
+    unreachable,
 )
 
 STEPS, SIZE = 9, 30
@@ -234,3 +235,19 @@ def test_cells_are_of_the_passes_that_ran(features, order):
     both[1, 5:] = 0
     (ended,), (alone,) = (cell_errors(grams.profile_of(x[None], **options), order) for x in (both, features))
     np.testing.assert_allclose(ended, alone)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_cells_are_of_the_passes_that_ran_at_both_steps(features, order):
+    """One that begins late counts for nothing in what is reused from before it began."""
+    facts = {"sensitivity": {"groups": [{"name": "all", "spans": None}], "unmeasured": []}}
+    options = dict(sensitivity=np.ones((1, STEPS)), facts=facts)
+    both = np.stack([features, features])
+    both[1, :5] = 0
+    (late,), (alone,) = (cell_errors(grams.profile_of(x[None], **options), order) for x in (both, features))
+    np.testing.assert_allclose(late[:5, :5, 5:], alone[:5, :5, 5:])
+
+
+def test_steps_that_a_span_never_runs_at_can_be_reached():
+    assert unreachable([[True, True, False]]).tolist() == [[False] * 3] * 3
+    assert unreachable([[True, False, False], [False, True, True]])[0].tolist() == [False, True, True]

@@ -1,8 +1,10 @@
 """Adjusted noise levels: the shares by their formulas, and where the time that is left over goes."""
 
+import grams
 import numpy as np
 import plans
 import pytest
+import torch
 
 from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError
@@ -73,6 +75,17 @@ def test_shares_of_a_profile():
             assert found[step] == pytest.approx(expected, abs=1e-9)
     # v itself, one step old: nothing is left of a step with A
     assert profiled_shares(profile, computed, "output", "A")[[1, 4, 6]].tolist() == [LEAST] * 3
+
+
+def test_kind_a_is_by_the_change_of_the_output_whatever_is_reused():
+    residuals, outputs = np.random.default_rng(0).normal(size=(2, 6, 5))
+    profile = grams.profile_of(residuals[None])
+    profile.arrays["gram_output"] = torch.as_tensor(outputs @ outputs.T)[None, None]
+    computed = [True, False, False, True, False, False]
+    errors = np.linalg.norm(residuals[[0, 0, 0, 3, 3, 3]] - residuals, axis=1)
+    changes = [0.0, *np.linalg.norm(np.diff(outputs, axis=0), axis=1)]
+    expected = shares(errors, np.linalg.norm(outputs, axis=1), changes, "A")
+    assert profiled_shares(profile, computed, "residual", "A") == pytest.approx(np.where(computed, 1.0, expected))
 
 
 def test_shares_of_runs():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from diffusion_cache.context import PassState, Step
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import GrowingWindow, Guarded, Guards
 
@@ -43,6 +44,11 @@ def test_published_numbers_of_steps(growth, count):
 def test_steps_that_guards_compute_do_not_make_it_grow():
     assert computed(GrowingWindow(2, 1.0), 12, warmup=4) == "111101001000"
     assert computed(GrowingWindow(4, 1.0), 12, max_consecutive=1) == "101010101010"
+
+
+def test_steps_that_guards_reuse_where_no_window_leaves_any():
+    state = PassState(last_computed=3, reused=2)
+    assert GrowingWindow(1.0, 0.0).decide(Step(4, 10, 4, None, "", (slice(None),)), None, state).compute
 
 
 @pytest.mark.parametrize("options", [dict(window=0.5), dict(growth=-1.0), dict(window=math.inf), dict(growth=math.nan)])

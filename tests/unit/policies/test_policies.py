@@ -12,7 +12,7 @@ import torch
 
 from diffusion_cache.context import SCOPES, Needs, PassState, Past, Policy, Step, Verdict
 from diffusion_cache.errors import ConfigError, DiffusionCacheWarning
-from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask
+from diffusion_cache.policies import FirstBlock, Guarded, Guards, Interval, Mask, Racer
 from diffusion_cache.schedule import Schedule
 
 
@@ -354,7 +354,8 @@ def test_guards_that_leave_nothing_to_reuse_are_told_of_once(guards):
 
 def test_guards_that_leave_a_step_are_not_told_of(silent):
     assert text(Guarded(Interval(4), Guards(warmup=2, last=1)).schedule(4)) == "1101"
-    assert text(Guarded(Interval(4)).schedule(1)) == "1"
+    # guards of its own: all that have the default ones tell of a length once together
+    assert text(Guarded(Interval(4), Guards()).schedule(1)) == "1"
 
 
 # schedules of a policy's own
@@ -448,6 +449,13 @@ def test_guards_come_before_what_was_measured():
     assert guarded.decide(step(2, 10), 0.0, PassState(last_computed=1)) == Verdict(False, "change 0")
     assert guarded.decide(step(3, 10), 0.0, PassState(last_computed=1, consecutive=1)).reason == "max_consecutive"
     assert guarded.decide(step(4, 10), 0.5, PassState(last_computed=3)) == Verdict(True, "change 0.5")
+
+
+def test_an_unconditional_step_that_is_spared_takes_the_place_of_no_planned_one():
+    guarded = Guarded(Racer(every=3, threshold=0.5), Guards(unconditional_every=4))
+    unconditional = Step(1, 10, 1, None, "", (slice(None),), 1)
+    verdict = guarded.decide(unconditional, 9.0, PassState(last_computed=0))
+    assert (verdict.compute, verdict.reason, verdict.extra) == (False, "unconditional", False)
 
 
 @dataclass(frozen=True)

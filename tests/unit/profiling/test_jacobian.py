@@ -1,6 +1,7 @@
 """Measuring SenCache's norms, and deciding by them."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ from torch import nn
 
 import diffusion_cache as dc
 from diffusion_cache import reference
-from diffusion_cache.context import Past, noise_share
+from diffusion_cache.context import Past, Step, noise_share
 from diffusion_cache.engine.structure import sample_of, with_sample
 from diffusion_cache.errors import ConfigError
 from diffusion_cache.policies import SenCache
 from diffusion_cache.profiling.generation import Batch
-from diffusion_cache.profiling.jacobian import norms
+from diffusion_cache.profiling.jacobian import _Norms, norms
 
 NAME, STEPS = "flux-digits", 4
 
@@ -74,6 +75,16 @@ def test_looking_changes_nothing_and_the_norms_bound_each_step(pipe):
     with dc.cached(pipe, policy="sencache", scope="denoiser", **asdict(found), threshold=1e9):
         one.call()
         assert dc.summary(pipe).reused == STEPS - 1
+
+
+def test_a_pass_is_not_compared_across_steps_that_it_was_left_out_of():
+    watching = _Norms()
+    for index in (0, 2, 3):
+        sample = torch.full((1, 4), 1.0 + index)
+        step = Step(index, 4, index, 1.0 - index, "0", (slice(None),))
+        frame = SimpleNamespace(called=((sample, None), {}), step=step, key=("transformer", "0"))
+        watching.denoiser_called(frame, sample, lambda compute, given, sample=sample: sample)
+    assert [step for step, found in watching.by_step.items() if found] == [3]
 
 
 def signals(value, level):

@@ -75,6 +75,14 @@ def test_what_other_samples_do_not_gain_by_is_not_kept():
     assert other.judged(found) >= other.judged(before)
 
 
+def test_half_of_a_step_is_taken_where_that_is_better():
+    problem = Linear(5)
+    found = polish(
+        fitted(), problem, problem.reference, lambda forecaster: -float((free(forecaster) - problem.wanted / 2).norm())
+    )
+    assert free(found) == pytest.approx(problem.wanted / 2, abs=0.01)
+
+
 def test_samples_count_in_decibels():
     """One sample that cannot be matched does not keep the others from it."""
     problem = Linear(5)

@@ -11,10 +11,10 @@ import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.context import Correction
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.plan import Plan
+from diffusion_cache.plan import Plan, Quality, Speed
 from diffusion_cache.planning.static import static_plan
 from diffusion_cache.profiling.generation import teach
-from diffusion_cache.profiling.rectify import _channels, _uncached_outputs, rectified, reuse_errors
+from diffusion_cache.profiling.rectify import _channels, _padded, _uncached_outputs, rectified, reuse_errors
 
 MODEL = "flux-digits"
 COMPUTED = [True, False, False, True, False, True, True, False]
@@ -200,6 +200,16 @@ def test_along_moved_noise_levels(batch, teacher, plan):
     made = rectified(teacher, moved, "output")
     assert made.sigmas == LEVELS
     assert not torch.equal(made.correction[1:3], rectified(teacher, plan, "output").correction[1:3])
+
+
+def test_what_was_measured_of_the_plan_before_is_not_said_of_the_rectified_one(teacher, plan):
+    measured = replace(plan, quality=Quality.of("psnr", [30.0] * 3, range(3)), speed=Speed(2.0, 2.0, 2.0, "cpu", 1))
+    made = rectified(teacher, measured, "output")
+    assert (made.quality, made.speed) == (None, None)
+
+
+def test_channels_beyond_a_streams_own_are_left_as_they_are():
+    assert _padded((2.0,), (3.0,), 3) == Correction((2.0, 1.0, 1.0), (3.0, 0.0, 0.0))
 
 
 def test_spans_of_different_channels_are_refused():
