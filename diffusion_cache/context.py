@@ -144,6 +144,7 @@ class PassState:
     """What a policy may know of the past of its pass: of one sample in it, where samples are decided on apart.
 
     accumulated: of the verdict on the step before, if that was reused; 0 after a computed one, whoever asked for it.
+    first: the step of its first call, later than 0 for a second denoiser or guidance that begins on the way.
     """
 
     last_computed: int = -1
@@ -151,6 +152,7 @@ class PassState:
     reused: int = 0
     accumulated: float = 0.0
     extra: tuple[int, ...] = ()  # steps that a guard had computed beside the planned ones
+    first: int = 0
 
     def update(self, index: int, computed: bool, accumulated: float = 0.0) -> None:
         if computed:

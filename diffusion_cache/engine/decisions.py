@@ -44,6 +44,7 @@ class Decisions:
         self._kept: dict[PassKey, Kept] = {}
         self._passes = 0  # calls of a step, as far as was seen
         self._called: dict[PassKey, int] = {}  # the step of each pass's latest call
+        self._first: dict[PassKey, int] = {}  # and of its first
         # of each pass, at which step, and what was measured of each sample, for the other passes
         self._latest: dict[PassKey, tuple[int, list[list[float]]]] = {}
 
@@ -58,6 +59,7 @@ class Decisions:
         self._states.clear()
         self._kept.clear()
         self._called.clear()
+        self._first.clear()
         self._latest.clear()
 
     def forget(self) -> None:
@@ -105,7 +107,10 @@ class Decisions:
         if self.guarded.guards.unconditional_every > 1:
             self._check_passes(frame.step)
         schedule = self.schedule(frame.step.total)
-        if schedule is not None:
+        begun = frame.step.index - self._first.setdefault(frame.key, frame.step.index)
+        if schedule is not None and begun < frame.step.index and 0 < begun < self.guarded.guards.warmup:
+            frame.actions, frame.reason = (True,), "warm-up"  # of what began late, which no schedule knows
+        elif schedule is not None:
             frame.stores = schedule.stores(frame.step.index, position, self.history)
             frame.actions = schedule.row(frame.step.index, position)
             frame.reason = "schedule"
@@ -168,7 +173,8 @@ class Decisions:
         states = self._states.get(frame.key, [])
         if len(states) != count:
             # how many samples the rows make is known for sure from the first scheduler step on
-            known = states[0] if states and all(state == states[0] for state in states) else PassState()
+            known = states[0] if states and all(state == states[0] for state in states) else None
+            known = known or PassState(first=self._first.setdefault(frame.key, frame.step.index))
             states = self._states[frame.key] = [replace(known) for _ in range(count)]
         try:
             verdicts = self._verdicts(frame, states, samples)

@@ -18,14 +18,15 @@ from .drift import Drift
 class Guards:
     """When a step is computed whatever the policy says.
 
-    warmup: first steps computed (at least 1). last: last steps computed. start, end: reuse only inside this part of
-    the run, as fractions of its steps. max_consecutive: longest run of reused steps. max_reused: reused steps in one
-    run, per pass; both of each span, where spans have schedules of their own. sigma_max, sigma_min: reuse only at
-    noise levels between them, σ / (α + σ) from 0 (no noise) to 1 (pure noise); of flow samplers, that is their own σ.
-    unconditional_every: the unconditional pass (every guidance branch of a step but the first, where they are calls
-    of their own) is computed at most at one step in so many, and reused in between whatever the policy says, as in
-    FasterCache (arXiv 2410.19355): what is forecast of it is by how much it differs from the first branch, but for
-    denoisers compiled as a whole, where it is forecast from its own past. Not for forecasters that keep inputs.
+    warmup: first steps computed (at least 1), of each denoiser and guidance branch by itself. last: last steps
+    computed. start, end: reuse only inside this part of the run, as fractions of its steps. max_consecutive: longest
+    run of reused steps. max_reused: reused steps in one run, per pass; both of each span, where spans have schedules of
+    their own. sigma_max, sigma_min: reuse only at noise levels between them, σ / (α + σ) from 0 (no noise) to 1 (pure
+    noise); of flow samplers, that is their own σ. unconditional_every: the unconditional pass (every guidance branch of
+    a step but the first, where they are calls of their own) is computed at most at one step in so many, and reused in
+    between whatever the policy says, as in FasterCache (arXiv 2410.19355): what is forecast of it is by how much it
+    differs from the first branch, but for denoisers compiled as a whole, where it is forecast from its own past. Not
+    for forecasters that keep inputs.
     """
 
     warmup: int = 1
@@ -100,7 +101,7 @@ class Guards:
 
     def forced(self, step: Step, state: PassState) -> str | None:
         """The reason to compute this step, if a guard has one."""
-        if step.index < self.warmup:
+        if step.index - state.first < self.warmup:
             return "warm-up"
         if self.max_consecutive is not None and state.consecutive >= self.max_consecutive:
             return "max_consecutive"

@@ -875,6 +875,23 @@ def test_a_planned_policy_caches_the_second_denoiser():
     assert computed(summary) == "".join("1" if step in (0, switch) else "0" for step in range(8))
 
 
+@pytest.mark.parametrize(
+    ("policy", "computed"),
+    [
+        (dict(policy="first_block", threshold=1e9), ([0, 1, 2], [5, 6, 7])),
+        (dict(policy="interval", every=4), ([0, 1, 2], [5, 6, 7, 10])),
+        (dict(policy="interval", every=4, warmup=1), ([0, 4], [5, 8])),
+    ],
+)
+def test_every_denoiser_is_warmed_up(policy, computed):
+    pipe = two_transformers()
+    with dc.cached(pipe, **{"warmup": 3, **policy}):
+        generate(WAN, pipe, steps=12)
+        records = dc.summary(pipe).records
+    for name, steps in zip(("transformer", "transformer_2"), computed, strict=True):
+        assert list(dict.fromkeys(r.step for r in records if r.denoiser == name and r.computed)) == steps
+
+
 @pytest.mark.parametrize("policy", [dict(policy="mask", mask="100000"), dict(policy="first_block", threshold=1e9)])
 def test_refresh_in_a_callback(policy):
     """As where the prompt is changed there."""
