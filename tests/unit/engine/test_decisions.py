@@ -194,10 +194,13 @@ def test_a_schedule_that_fails_computes_and_tells():
 
 
 def test_wrong_use_of_a_policy_is_an_error():
+    masked, guarded = Run(Mask("101")), Run(Above(), last=1)
+    masked.planned(0)  # warm-up, whatever the policy says
+    guarded.open(0, [1.0])
     with pytest.raises(ConfigError, match="num_steps"):
-        Run(Mask("101")).planned(1)
+        masked.planned(1)
     with pytest.raises(ConfigError, match="num_steps"):
-        Run(Above(), last=1).open(1, [1.0])
+        guarded.open(1, [1.0])
 
 
 # measured
