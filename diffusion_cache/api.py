@@ -154,8 +154,9 @@ def enable(
             cache. Nothing has changed then.
         NoSpansError: nothing to cache at the scope.
     """
-    given, defaults = dict(locals()), {"forecaster": None, **(enable.__kwdefaults__ or {})}
+    defaults = {"forecaster": None, **(enable.__kwdefaults__ or {})}
     if isinstance(policy, Recommendation):
+        given = locals()
         changed = {name: given[name] for name in defaults if given[name] != defaults[name]}
         return enable(pipe, **{**policy.arguments(), **changed, **options})
     how: dict[str, Any] = {

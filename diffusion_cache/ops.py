@@ -281,7 +281,7 @@ def _gated(
     weights: Tensor,
     correction: Tensor | None,
 ) -> Tensor:
-    dtype = torch.promote_types(base.dtype, torch.float32)
+    dtype = at_least_float32(base.dtype)
     if not scales:
         features = [feature.to(dtype) for feature in features]
     branch = _forecast(None, features, scales, weights, correction, dtype)

@@ -340,9 +340,10 @@ class Source:
 
     def profiled_first(self, profile: Profile) -> "Source":
         """With the texts that a profile was measured on first, so that none is held out where there are enough."""
+        if self.classes:
+            return self
         profiled = {prompt for prompt, _ in profile.samples}
-        prompts = sorted(self.prompts, key=lambda prompt: not self.classes and prompt not in profiled)
-        return replace(self, prompts=prompts)
+        return replace(self, prompts=sorted(self.prompts, key=lambda prompt: prompt not in profiled))
 
 
 def texts_beside(profile: Profile, samples: Sequence[Sample]) -> int:

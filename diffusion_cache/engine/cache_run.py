@@ -73,9 +73,7 @@ class CacheRun:
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.any_scheduler = pipe is None  # steps of every scheduler count, not of the pipeline's alone
         self.samples: int | None = None  # rows of what the scheduler steps on
-        # of a loop of the user's own: the run that was active when this was entered, and if calls are to reach it
-        self.around: Any = None
-        self.outer: CacheRun | None = None
+        self.around: Any = None  # the run that was active when this one, of a user's own loop, was entered
         self.scheduler: Any = None  # of the loop that runs, or is about to
         self.layouts = dict(session.layouts)
         self.clock = clock
@@ -107,6 +105,11 @@ class CacheRun:
         self._groups, self._grouped_batch = 1, 0
         self.messages = session.noted  # that were warned with, in order; a part's are those of the whole
         self._reached: dict[str, bool] = {}  # by denoiser: whether any of its spans was ever entered
+
+    @property
+    def outer(self) -> "CacheRun | None":
+        """The run that calls of other denoisers go on to: not a pipeline's, in whose callback this one may be."""
+        return self.around if getattr(self.around, "any_scheduler", False) else None
 
     # the denoiser
 
@@ -475,7 +478,7 @@ class CacheRun:
             self.decisions.clear()
             # what is kept for summary must not keep the pipeline alive
             self.clock.close()
-            self.scheduler = None
+            self.scheduler = self.around = None
             self._noise_levels = lambda timestep: NoiseLevels()
         for name, reached in self._reached.items():
             if not reached:

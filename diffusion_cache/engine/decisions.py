@@ -107,8 +107,8 @@ class Decisions:
         if self.guarded.guards.unconditional_every > 1:
             self._check_passes(frame.step)
         schedule = self.schedule(frame.step.total)
-        begun = frame.step.index - self._first.setdefault(frame.key, frame.step.index)
-        if schedule is not None and begun < frame.step.index and 0 < begun < self.guarded.guards.warmup:
+        first = self._first.setdefault(frame.key, frame.step.index)
+        if schedule is not None and 0 < first < frame.step.index < first + self.guarded.guards.warmup:
             frame.actions, frame.reason = (True,), "warm-up"  # of what began late, which no schedule knows
         elif schedule is not None:
             frame.stores = schedule.stores(frame.step.index, position, self.history)

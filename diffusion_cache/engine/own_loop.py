@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 def enter(run: "CacheRun") -> None:
     """Be the innermost run of this thread or task; calls of other denoisers go on to those around it."""
     run.around = ACTIVE.get()
-    if getattr(run.around, "any_scheduler", False):  # not of a pipeline, in whose callback this one may be
-        run.outer = run.around
     ACTIVE.set(run)
 
 
@@ -34,7 +32,7 @@ def leave(run: "CacheRun", denoiser: nn.Module) -> None:
         )
         return
     if within:
-        within[-1].around, within[-1].outer = run.around, run.outer
+        within[-1].around = run.around
     else:
         ACTIVE.set(run.around)
     if any(is_intercepted(denoiser, active.session) for active in within):

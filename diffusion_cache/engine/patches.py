@@ -16,6 +16,7 @@ from typing import Any
 ACTIVE: ContextVar[Any] = ContextVar("diffusion_cache_active_run", default=None)
 
 _lock = threading.RLock()
+_patches: dict[tuple[type, str], "_Patch"] = {}
 
 
 def active_runs() -> Iterator[Any]:
@@ -24,9 +25,6 @@ def active_runs() -> Iterator[Any]:
     while run is not None:
         yield run
         run = getattr(run, "outer", None)
-
-
-_patches: dict[tuple[type, str], "_Patch"] = {}
 
 
 class _Patch:

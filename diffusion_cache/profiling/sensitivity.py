@@ -148,8 +148,7 @@ def sensitivities(
     """Measure every group's sensitivity at some steps and interpolate the others.
 
     Takes one generation of the teachers' batches for each group and sampled step, and one for each pair. Between
-    sampled steps that have an effect the logarithm is interpolated over the step index; step 0 takes the value of step
-    1.
+    sampled steps that have an effect the logarithm is interpolated over the step index; step 0 is as step 1.
 
     teachers: of the same pipeline, sampler and number of steps as the Gram matrices [S, P, T, T], which are of each
     span's own feature; their squared errors, and norms, are added up. known: final errors that were measured before, by
