@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # rolling-digits begins from the weights of wan-moving-digits
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits reacher fill-forward rolling-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate finals evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-grid finals evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,12 +48,16 @@ bench-gpu: venv ## measure full-size denoisers with random weights on a GPU (up 
 bench-kernels: venv ## time every kernel on a GPU against a copy of the same bytes (up to 10 minutes)
 	$(PYTHON) scripts/bench_kernels.py
 
-evaluate: venv ## compare all methods and rivals on the shipped models, publish the report and what `recommend` says
+evaluate: venv ## compare all methods and rivals on the shipped models, each at its best settings of the grid
 	.venv/bin/diffusion-cache evaluate experiment=reference_all launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/reference_all --out results/reference_all
-	cp results/reference_all/advice.json diffusion_cache/advice.json
 
-finals: venv ## compare plans with what came near the best in `evaluate`, on 256 images or 32 videos
+evaluate-grid: venv ## every setting of all methods and rivals, publish the report and what `recommend` says
+	.venv/bin/diffusion-cache evaluate experiment=reference_grid launcher=joblib -m
+	.venv/bin/diffusion-cache report outputs/evaluate/reference_grid --out results/reference_grid
+	cp results/reference_grid/advice.json diffusion_cache/advice.json
+
+finals: venv ## compare plans with what came near the best in the grid, on 256 images or 32 videos
 	.venv/bin/diffusion-cache evaluate experiment=finals launcher=joblib -m
 	.venv/bin/diffusion-cache report outputs/evaluate/finals --out results/finals
 
@@ -63,10 +67,10 @@ reproduce: venv ## check the published systems' claims on the shipped models
 profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
 	$(PYTHON) scripts/make_profiles.py
 
-evaluate-samplers: venv ## `evaluate` with the second samplers of the shipped models
+evaluate-samplers: venv ## `evaluate-grid` with the second samplers of the shipped models
 	.venv/bin/diffusion-cache evaluate experiment=methods model=dit-digits sampler=dpmpp launcher=joblib -m
 	.venv/bin/diffusion-cache evaluate experiment=methods model=wan-moving-digits sampler=unipc launcher=joblib -m
-	$(MAKE) evaluate
+	$(MAKE) evaluate-grid
 
 ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m

@@ -178,7 +178,7 @@ def recommend(pipe: Any, steps: int | None = None, speedup: float = 2.0) -> Reco
     spared, 1.5, 2 or 3 where other models are gone by; the time that is saved depends on the machine. In order: nothing
     for few-step models; a shipped profile of these very weights and this sampler; what was published for this very
     model; else, of the methods that need no profile, what was best for 95% of samples on the small models that are most
-    like it, as in the table of `results/reference_all/report.md`.
+    like it, as in the table of `results/reference_grid/report.md`.
 
     Raises:
         ConfigError: if this is no diffusers pipeline, for steps below 1, or a speedup that there is nothing for.

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ Key = tuple[str, str, str, str]  # kind, method, scope, settings
 
 @dataclass(frozen=True)
 class _Row:
-    """One correct run of a summary. speeds: by wall and by CPU time, as far as it was timed."""
+    """One correct run of a summary. is_plan: of the model's own, or one of them by the prompt. speeds: by wall and by
+    CPU time, as far as it was timed.
+    """
 
     key: Key
     is_plan: bool
@@ -30,7 +32,7 @@ class _Row:
     psnr: Mapping[str, float]
 
 
-def finalists(summary: Path, model: str, sampler: str, within: float) -> frozenset[Key]:
+def finalists(summary: Path, model: str, sampler: str, within: float, each: bool = False) -> frozenset[Key]:
     """What to run again of all that follows no plan, on one model and sampler.
 
     At each of the report's budgets, of the runs that spend no more or are as fast as the best plan there, those whose
@@ -39,6 +41,7 @@ def finalists(summary: Path, model: str, sampler: str, within: float) -> frozens
 
     Args:
         summary: a report's `summary.csv`, or the folder that it is in.
+        each: the best of each method as well, of each rival and of plans of coded features too.
 
     Raises:
         ConfigError: for a file that is none, or that has no such runs.
@@ -53,15 +56,21 @@ def finalists(summary: Path, model: str, sampler: str, within: float) -> frozens
         )
     kept: set[Key] = set()
     for budget in BUDGETS.values():
-        affordable = [row for row in others if row.nfe <= budget * TOLERANCE]
-        plans = [row for row in rows if row.is_plan and row.nfe <= budget * TOLERANCE]
-        plan = max(plans, key=lambda row: row.psnr["mean"], default=None)
+        affordable = [row for row in rows if row.nfe <= budget * TOLERANCE]
+        plan = max((row for row in affordable if row.is_plan), key=_mean, default=None)
         as_fast = [row for row in others if plan is not None and _as_fast(row, plan)]
-        for pool in (affordable, as_fast):
+        for pool in ([row for row in affordable if not row.is_plan], as_fast):
             for statistic in STATISTICS:
                 best = max((row.psnr[statistic] for row in pool), default=0.0)
                 kept |= {row.key for row in pool if row.psnr[statistic] >= best - within}
-        kept |= _best_of_each(affordable)
+        groups: dict[tuple[str, ...], list[_Row]] = {}
+        for row in affordable:
+            kind, method, *_ = row.key
+            if each or kind == "baseline":
+                groups.setdefault((kind, method), []).append(row)
+            if kind == "rival":
+                groups.setdefault((kind,), []).append(row)
+        kept |= {max(group, key=_mean).key for group in groups.values()}
     return frozenset(kept)
 
 
@@ -69,22 +78,13 @@ def keeps(found: frozenset[Key], what: Contender) -> bool:
     """Whether a contender is among them; the uncached run and plans always are, but for plans of coded features."""
     if isinstance(what, Uncached):
         return True
-    if "plan" in what.settings:
-        return "cache_dtype" not in what.settings
+    if "plan" in what.settings and "cache_dtype" not in what.settings:
+        return True
     return (what.kind, what.method, what.scope or DEFAULT_SCOPE, _text(what.settings)) in found
 
 
-def _best_of_each(rows: Iterable[_Row]) -> set[Key]:
-    """Of each baseline, and of all rivals together, the best by mean."""
-    best: dict[tuple[str, str], _Row] = {}
-    for row in rows:
-        kind, method, *_ = row.key
-        if kind == "ours":
-            continue
-        group = (kind, method if kind == "baseline" else "")
-        if group not in best or row.psnr["mean"] > best[group].psnr["mean"]:
-            best[group] = row
-    return {row.key for row in best.values()}
+def _mean(row: _Row) -> float:
+    return row.psnr["mean"]
 
 
 def _as_fast(row: _Row, plan: _Row) -> bool:
@@ -105,7 +105,6 @@ def _rows(path: Path, model: str, sampler: str) -> list[_Row]:
                 for line in reader
                 if (line["model"], line["sampler"]) == (model, sampler) and line["correct"] == "true"
                 if line["nfe_ratio"] and line["method"] != UNCACHED
-                if not picks_by_prompt(line["kind"], line["method"])
             ]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"cannot read {path}, which finalists.of names: {error}") from error
@@ -115,7 +114,7 @@ def _row(line: Mapping[str, str]) -> _Row:
     settings = json.loads(line["settings"])
     return _Row(
         (line["kind"], line["method"], line["scope"], _text(settings)),
-        follows_plan(line["kind"], settings),
+        follows_plan(line["kind"], settings) or picks_by_prompt(line["kind"], line["method"]),
         float(line["nfe_ratio"]),
         {clock: float(line[clock]) for clock in ("speed_ratio", "cpu_ratio") if line[clock]},
         {name: float(line[column]) for name, column in zip(STATISTICS, COLUMNS, strict=True) if line[column]},

@@ -86,7 +86,9 @@ class Job:
                 "finalists are told by their settings, which may depend on the number of steps: add steps=…"
             )
         (within,) = numbers("finalists.within must be a number of dB, 0 or more", given["within"], lambda one: one >= 0)
-        found = finalists(Path(given["of"]), name, self._sampler, within)
+        if not isinstance(given["each"], bool):
+            raise ConfigError(f"finalists.each must be true or false, not {given['each']!r}")
+        found = finalists(Path(given["of"]), name, self._sampler, within, given["each"])
         return [node for node in nodes if keeps(found, contender(node, self.config["forecaster"], steps))]
 
     @property

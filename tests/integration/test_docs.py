@@ -141,7 +141,7 @@ def test_the_plans_in_readme_are_those_that_ship():
 
 def test_what_differences_cost_is_what_was_evaluated():
     evaluated = {}
-    for row in csv.DictReader((ROOT / "results" / "reference_all" / "summary.csv").open()):
+    for row in csv.DictReader((ROOT / "results" / "reference_grid" / "summary.csv").open()):
         settings = json.loads(row["settings"])
         if row["method"] in ("plan", "plan, coded"):
             evaluated[row["model"], settings["plan"], settings.get("cache_dtype", "model")] = row

@@ -1,6 +1,7 @@
 """The configuration files: every option of every group composes, and rivals' files name what rivals have."""
 
 import dataclasses
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hydra import compose, initialize_config_module
 from diffusion_cache import reference, registry
 from diffusion_cache.cli import evaluate as command
 from diffusion_cache.errors import ConfigError
-from diffusion_cache.evaluation.contenders import FewerSteps, contender, expand
+from diffusion_cache.evaluation.contenders import DEFAULT_SCOPE, FewerSteps, Uncached, contender, expand
+from diffusion_cache.evaluation.finalists import finalists
 from diffusion_cache.evaluation.peers import peers
 from diffusion_cache.evaluation.report import BUDGETS, TOLERANCE
 from diffusion_cache.evaluation.runner import Job
@@ -97,7 +99,7 @@ def test_every_rival_has_a_fair_grid_and_names_its_own_settings(name):
 def test_the_experiments_sweep_over_everything():
     command.register_methods()
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
-        config = compose("evaluate", ["experiment=reference_all"], return_hydra_config=True)
+        config = compose("evaluate", ["experiment=reference_grid"], return_hydra_config=True)
     params = config.hydra.sweeper.params
     assert params.model.split(",") == ["dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"]
     swept = [method.strip() for method in params.method.split(",")]
@@ -109,7 +111,14 @@ def test_the_experiments_sweep_over_everything():
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         given = compose("evaluate", ["experiment=methods"], return_hydra_config=True)
     assert dict(given.hydra.sweeper.params) == {"method": params.method}  # models come with their samplers
-    assert given.name == config.name == "reference_all"
+    assert given.name == config.name == "reference_grid"
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        chosen = compose("evaluate", ["experiment=reference_all"], return_hydra_config=True)
+    assert chosen.hydra.sweeper.params == params
+    assert (chosen.name, chosen.finalists.of) == ("reference_all", "results/reference_grid")
+    assert chosen.prompts.first_seed >= config.prompts.first_seed + config.prompts.n  # settings were chosen by those
+    apart = {"name": 0, "prompts": 0, "finalists": 0, "hydra": 0}
+    assert {**chosen, **apart} == {**config, **apart}
 
 
 @pytest.mark.parametrize("name", reference.MODELS)
@@ -163,9 +172,32 @@ def test_jobs_take_only_what_was_near_the_best():
     assert nodes("method=system/laptop") == []
     with pytest.raises(ConfigError, match=r"finalists\.within"):
         nodes("method=uncached", "finalists.within=-1")
+    with pytest.raises(ConfigError, match=r"finalists\.each must be true or false, not 'all'"):
+        nodes("method=uncached", "finalists.each=all")
 
 
-def test_finals_are_part_of_the_full_comparison():
+@pytest.mark.parametrize("model", ["unet-digits", "wan-moving-digits"])
+def test_jobs_take_the_best_of_every_method_that_has_any(model):
+    """Every finalist of the committed grid is found among the settings of its method."""
+    found, spec = Path("results/reference_grid"), reference.spec(model)
+    expected = finalists(found, model, spec.samplers[0], 0, each=True)
+    kept = set()
+    for method in [*methods(), *(f"peer/{name}" for name in peers)]:
+        if method == "router":
+            continue
+        config = composed("experiment=reference_all", f"model={model}", f"method={method}")
+        for node in Job(config, Path("nowhere")).nodes:
+            what = contender(node, config["forecaster"], spec.steps)
+            if not isinstance(what, Uncached):
+                settings = json.dumps(what.settings, sort_keys=True)
+                kept.add((what.kind, what.method, what.scope or DEFAULT_SCOPE, settings))
+    assert expected - kept == set()
+    assert {key[1] for key in kept - expected} <= {"plan"}
+
+
+def test_finals_are_the_full_comparison_of_other_settings():
     full, finals = composed("experiment=reference_full"), composed("experiment=finals")
-    assert {**finals, "finalists": 0, "name": 0, "timing": 0} == {**full, "finalists": 0, "name": 0, "timing": 0}
-    assert full["finalists"]["of"] is None
+    apart = {"finalists": 0, "name": 0, "timing": 0, "prompts": 0}
+    assert {**finals, **apart} == {**full, **apart}
+    assert {**finals["prompts"], "first_seed": 0} == {**full["prompts"], "first_seed": 0}
+    assert full["finalists"]["of"] == finals["finalists"]["of"]

@@ -25,8 +25,8 @@ def summary(folder: Path, *rows: tuple) -> Path:
     return path
 
 
-def kept(folder: Path, *rows: tuple, within: float = 2.0) -> set[str]:
-    found = finalists(summary(folder, PLAN, BEST, *rows), "dit-digits", "ddim", within)
+def kept(folder: Path, *rows: tuple, within: float = 2.0, each: bool = False) -> set[str]:
+    found = finalists(summary(folder, PLAN, BEST, *rows), "dit-digits", "ddim", within, each)
     return {method for _, method, *_ in found}
 
 
@@ -54,6 +54,33 @@ def test_others_are_compared_with_others_only(tmp_path):
     """A plan that is far ahead leaves none of them out."""
     assert kept(tmp_path) == {"RACER"}
     assert kept(tmp_path, ("ours", "near", {}, 0.5, 1.5, 49.5, 39.0), within=0.0) == {"RACER"}
+
+
+def test_each_method_at_its_best(tmp_path):
+    """At every budget; of ours, each rival and coded plans, and of those that take plans by the prompt."""
+    rows = [
+        ("ours", "far", {"every": 2}, 0.5, 1.5, 20.0, 10.0),
+        ("ours", "far", {"every": 3}, 0.33, 1.5, 15.0, 10.0),
+        ("ours", "far", {"every": 4}, 0.33, 1.5, 14.0, 9.0),
+        ("ours", "too dear", {}, 0.6, 1.5, 20.0, 10.0),
+        ("rival", "theirs", {}, 0.5, 1.5, 12.0, 5.0),
+        ("rival", "theirs too", {}, 0.5, 1.5, 10.0, 5.0),
+        ("ours", "select", {"nfe": 25}, 0.5, 1.5, 50.0, 40.0),
+        ("ours", "plan, coded", {"plan": "nfe-25", "cache_dtype": "int8"}, 0.5, 1.5, 59.0, 49.0),
+        ("ours", "plan, coded", {"plan": "nfe-25", "cache_dtype": "fp8"}, 0.5, 1.5, 58.0, 48.0),
+    ]
+    found = finalists(summary(tmp_path, PLAN, BEST, *rows), "dit-digits", "ddim", 0.0, each=True)
+    assert {(method, settings) for _, method, _, settings in found} == {
+        ("plan", '{"nfe": 25, "plan": "nfe-25"}'),
+        ("RACER", '{"threshold": 0.1}'),
+        ("far", '{"every": 2}'),
+        ("far", '{"every": 3}'),
+        ("theirs", "{}"),
+        ("theirs too", "{}"),
+        ("select", '{"nfe": 25}'),
+        ("plan, coded", '{"cache_dtype": "int8", "plan": "nfe-25"}'),
+    }
+    assert kept(tmp_path, *rows, within=0.0) == {"RACER", "theirs", "far"}  # of ours, the best at a third
 
 
 def test_as_fast_as_the_best_plan_is_enough(tmp_path):
