@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # rolling-digits begins from the weights of wan-moving-digits
 REFERENCES := dit-digits unet-digits flux-digits wan-moving-digits reacher fill-forward rolling-digits
 
-.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-grid finals evaluate-samplers evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
+.PHONY: help venv test contracts aot kernels-full bench-kernels demo lint format bench-overhead bench-gpu profiles evaluate evaluate-grid finals evaluate-full ablation coverage publish-demo reproduce routers shipped-routers shipped-choices train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,11 +66,6 @@ reproduce: venv ## check the published systems' claims on the shipped models
 
 profiles: venv ## profile the shipped models and make their plans (hours on a CPU)
 	$(PYTHON) scripts/make_profiles.py
-
-evaluate-samplers: venv ## `evaluate-grid` with the second samplers of the shipped models
-	.venv/bin/diffusion-cache evaluate experiment=methods model=dit-digits sampler=dpmpp launcher=joblib -m
-	.venv/bin/diffusion-cache evaluate experiment=methods model=wan-moving-digits sampler=unipc launcher=joblib -m
-	$(MAKE) evaluate-grid
 
 ablation: venv ## measure what each part of a plan is worth, on flux-digits
 	.venv/bin/diffusion-cache evaluate experiment=ablation model=flux-digits -m

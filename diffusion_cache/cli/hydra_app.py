@@ -127,6 +127,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     for group, key in OPEN:  # null in the files, so that they can be given with any keys
         if key in config.get(group, ()) and config[group][key] is None:
             config[group][key] = {}
+    # `sampler=default` has taken it: runs of one sampler are one, however it was chosen
+    config.get("model", {}).pop("sampler", None)
     return {str(key): value for key, value in config.items()}
 
 

@@ -7,8 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ..errors import DiffusionCacheWarning
 from . import patches
+from .intercept import sessions_on
 from .patches import ACTIVE
 
 SESSION = "_diffusion_cache"
@@ -23,7 +26,7 @@ class Attached(ABC):
     """
 
     last_run: Any = None
-    copies_told = False
+    others_told = False
 
     def __init__(self) -> None:
         self.token = next(_tokens)
@@ -82,15 +85,17 @@ def session_of(pipe: Any) -> Any:
     return session if session is not None and session._owner is not None and session._owner() is pipe else None
 
 
-def _tell_copy(pipe: Any) -> None:
-    """Tell once that a shallow copy of a pipeline runs without the cache that is enabled on the one it was made of."""
-    session = getattr(pipe, "__dict__", {}).get(SESSION)
-    original = session._owner() if session is not None and session._owner is not None else None
-    if original is not None and session_of(original) is session and not session.copies_told:
-        session.copies_told = True
+def _tell_uncached(pipe: Any) -> None:
+    """Tell once where a pipeline runs without the cache that is enabled on another one, whose modules it has."""
+    shared = [session for part in vars(pipe).values() if isinstance(part, nn.Module) for session in sessions_on(part)]
+    for session in [vars(pipe).get(SESSION), *shared]:
+        owner = session._owner() if isinstance(session, Attached) and session._owner is not None else None
+        if owner is None or owner is pipe or session_of(owner) is not session or session.others_told:
+            continue
+        session.others_told = True
         warnings.warn(
-            f"this {type(pipe).__name__} is a copy of the pipeline that a cache is enabled on, and runs without it: "
-            "enable one on the copy too",
+            f"this {type(pipe).__name__} has modules of a {type(owner).__name__} that a cache is enabled on, and runs "
+            "without it: enable one on this pipeline too",
             DiffusionCacheWarning,
             stacklevel=4,
         )
@@ -101,8 +106,6 @@ def bracket(original: Callable) -> Callable:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(self)
-        if session is None:
-            _tell_copy(self)
         active = ACTIVE.get()
         if session is not None and active is not None and active.session is session:
             return original(self, *args, **kwargs)
@@ -113,6 +116,8 @@ def bracket(original: Callable) -> Callable:
         else:
             # an uncached pipeline inside another's run (in a callback, say) has no part in it; inside dc.run it has
             run = active if active is not None and active.any_scheduler else None
+            if run is None:
+                _tell_uncached(self)
         token = ACTIVE.set(run)
         try:
             return original(self, *args, **kwargs)

@@ -97,6 +97,12 @@ def is_intercepted(module: nn.Module, session: Any) -> bool:
     return isinstance(current, Interceptor) and session in current.handlers
 
 
+def sessions_on(module: nn.Module) -> list[Any]:
+    """The sessions that intercept the module's calls."""
+    current = vars(module).get(ATTRIBUTE)
+    return list(current.handlers) if isinstance(current, Interceptor) else []
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module itself run compiled.
 

@@ -68,7 +68,7 @@ class Job:
     @cached_property
     def nodes(self) -> list[dict[str, Any]]:
         """The `method` configuration once for each choice of settings."""
-        nodes = expand(self.config["method"], self.config["model"]["name"], self._sampler)
+        nodes = expand(self.config["method"], self.config["model"]["name"], self.sampler)
         corrector = self.config.get("corrector") or {}
         if corrector.get("name"):  # runs are kept by their nodes: one without a corrector names none
             nodes = [{"corrector": corrector, **node} if "policy" in node else node for node in nodes]
@@ -88,11 +88,11 @@ class Job:
         (within,) = numbers("finalists.within must be a number of dB, 0 or more", given["within"], lambda one: one >= 0)
         if not isinstance(given["each"], bool):
             raise ConfigError(f"finalists.each must be true or false, not {given['each']!r}")
-        found = finalists(Path(given["of"]), name, self._sampler, within, given["each"])
+        found = finalists(Path(given["of"]), name, self.sampler, within, given["each"])
         return [node for node in nodes if keeps(found, contender(node, self.config["forecaster"], steps))]
 
     @property
-    def _sampler(self) -> str:
+    def sampler(self) -> str:
         """The sampler's name; of a shipped model that is run with its own, that one's."""
         given, model = self.config["sampler"]["name"], self.config["model"]["name"]
         spec = reference.MODELS.get(model)

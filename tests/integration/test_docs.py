@@ -144,14 +144,14 @@ def test_what_differences_cost_is_what_was_evaluated():
     for row in csv.DictReader((ROOT / "results" / "reference_grid" / "summary.csv").open()):
         settings = json.loads(row["settings"])
         if row["method"] in ("plan", "plan, coded"):
-            evaluated[row["model"], settings["plan"], settings.get("cache_dtype", "model")] = row
+            evaluated[row["model"], row["sampler"], settings["plan"], settings.get("cache_dtype", "model")] = row
     page = (ROOT / "docs" / "memory.md").read_text()
-    plans = [key[:2] for key in evaluated if key[2] == "int8-delta"]
-    assert len(plans) == 16
+    plans = [key[:3] for key in evaluated if key[3] == "int8-delta"]
+    assert len(plans) == 24
     for plan in plans:
         kept, *coded = (evaluated[(*plan, dtype)] for dtype in ("model", "int8-delta", "int8", "fp8"))
         change = [float(row["psnr_mean"]) - float(kept["psnr_mean"]) for row in coded]
         cells = [f"{one:+.2f}".replace("-", "−") for one in change]
         cells += [f"{int(row['cache_bytes']) / int(kept['cache_bytes']):.2f}" for row in coded[:2]]
-        name = f"{plan[0]}, {plan[1].removeprefix('nfe-')} of {kept['steps']}, {kept['scope']}"
+        name = f"{plan[0]}, {plan[1]}, {plan[2].removeprefix('nfe-')} of {kept['steps']}, {kept['scope']}"
         assert f"| {name} | {float(kept['psnr_mean']):.2f} | {' | '.join(cells)} |" in page

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
 
 import diffusion_cache as dc
 from diffusion_cache import reference
@@ -28,15 +28,15 @@ def pipe():
     return reference.load(NAME)
 
 
-def generate(pipe, steps=STEPS, seeds=(1,)):
-    return reference.images(NAME, pipe(**reference.inputs(NAME, [s % 10 for s in seeds], list(seeds), steps)))
+def generate(pipe, steps=STEPS, seeds=(1,), **more):
+    return reference.images(NAME, pipe(**reference.inputs(NAME, [s % 10 for s in seeds], list(seeds), steps), **more))
 
 
-def told(pipe, text):
+def told(pipe, text, **more):
     """Whether a generation warns with this text."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        generate(pipe)
+        generate(pipe, **more)
     return any(text in str(warning.message) for warning in caught)
 
 
@@ -62,19 +62,40 @@ def test_other_scales_of_an_adapter_and_fusing_it_are_told_of(pipe):
     assert told(pipe, CHANGED)
 
 
+SHARES = "has modules of a FluxPipeline that a cache is enabled on"
+
+
 def test_a_shallow_copy_says_that_it_runs_without_the_cache(pipe):
     uncached = generate(pipe)
     dc.enable(pipe, "interval", every=2)
     other = copy.copy(pipe)
-    with pytest.warns(DiffusionCacheWarning, match="a copy of the pipeline that a cache is enabled on"):
+    with pytest.warns(DiffusionCacheWarning, match=SHARES):
         assert torch.equal(generate(other), uncached)
-    assert not told(other, "a copy of")
+    assert not told(other, SHARES)  # once
     dc.disable(pipe)
     later = copy.copy(pipe)
+    assert not told(other, SHARES)
     dc.enable(pipe, "interval", every=2)
     dc.enable(other, "interval", every=2)
     assert torch.equal(generate(other), generate(pipe))
-    assert not told(later, "a copy of")
+    assert told(later, SHARES)
+
+
+def test_a_pipeline_from_another_one_says_that_it_runs_without_the_cache(pipe):
+    other = FluxImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae)
+    edit = dict(image=torch.linspace(0, 1, 256).reshape(1, 1, 16, 16), strength=0.5)
+    assert not told(other, SHARES, **edit)
+    dc.enable(pipe, "interval", every=2)
+    assert told(other, f"this FluxImg2ImgPipeline {SHARES}", **edit)
+    assert not told(pipe, SHARES)
+    dc.enable(other, "interval", every=2)
+    assert not told(other, SHARES, **edit)
+
+
+def test_pipelines_inside_a_run_of_any_scheduler_are_a_part_of_it(pipe):
+    other = type(pipe).from_pipe(pipe, vae=pipe.vae)
+    with dc.run(other.transformer, "interval", every=2):
+        assert not told(pipe, SHARES)
 
 
 def test_a_search_leaves_the_session_to_other_calls(pipe, monkeypatch):

@@ -101,7 +101,8 @@ def test_the_experiments_sweep_over_everything():
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         config = compose("evaluate", ["experiment=reference_grid"], return_hydra_config=True)
     params = config.hydra.sweeper.params
-    assert params.model.split(",") == ["dit-digits", "unet-digits", "flux-digits", "wan-moving-digits"]
+    every = [(spec.name, sampler) for spec in reference.MODELS.values() for sampler in spec.samplers]
+    assert subjects_of(config) == every
     swept = [method.strip() for method in params.method.split(",")]
     assert {"uncached", "fewer_steps", "uniform_reuse", "uniform_taylor"} <= set(swept)
     assert sorted([*swept, "router"]) == sorted([*methods(), *(f"peer/{name}" for name in peers)])
@@ -114,11 +115,34 @@ def test_the_experiments_sweep_over_everything():
     assert given.name == config.name == "reference_grid"
     with initialize_config_module(command.CONFIGS, version_base="1.3"):
         chosen = compose("evaluate", ["experiment=reference_all"], return_hydra_config=True)
-    assert chosen.hydra.sweeper.params == params
+    assert chosen.hydra.sweeper.params.method == params.method
+    assert subjects_of(chosen) == [(spec.name, spec.samplers[0]) for spec in reference.MODELS.values()]
     assert (chosen.name, chosen.finalists.of) == ("reference_all", "results/reference_grid")
     assert chosen.prompts.first_seed >= config.prompts.first_seed + config.prompts.n  # settings were chosen by those
     apart = {"name": 0, "prompts": 0, "finalists": 0, "hydra": 0}
     assert {**chosen, **apart} == {**config, **apart}
+
+
+def subjects_of(config):
+    """The models and samplers that an experiment sweeps over."""
+    jobs = [Job(composed(f"model={one}"), Path("nowhere")) for one in config.hydra.sweeper.params.model.split(",")]
+    return [(job.config["model"]["name"], job.sampler) for job in jobs]
+
+
+def test_runs_with_a_second_sampler_are_one_however_it_was_chosen():
+    node = {"kind": "ours"}
+    by_model, by_sampler, other, first = (
+        Job(composed(*given), Path("nowhere")).run_config(node)
+        for given in (
+            ["model=dit-digits-dpmpp"],
+            ["model=dit-digits", "sampler=dpmpp"],
+            ["model=dit-digits-dpmpp", "sampler=ddim"],
+            ["model=dit-digits"],
+        )
+    )
+    assert by_model == by_sampler
+    assert by_model["model"] == first["model"]
+    assert (by_model["sampler"]["name"], other["sampler"]["name"], first["sampler"]["name"]) == ("dpm++", "ddim", None)
 
 
 @pytest.mark.parametrize("name", reference.MODELS)
@@ -197,7 +221,13 @@ def test_jobs_take_the_best_of_every_method_that_has_any(model):
 
 def test_finals_are_the_full_comparison_of_other_settings():
     full, finals = composed("experiment=reference_full"), composed("experiment=finals")
-    apart = {"finalists": 0, "name": 0, "timing": 0, "prompts": 0}
+    apart = {"finalists": 0, "name": 0, "timing": 0}
     assert {**finals, **apart} == {**full, **apart}
-    assert {**finals["prompts"], "first_seed": 0} == {**full["prompts"], "first_seed": 0}
     assert full["finalists"]["of"] == finals["finalists"]["of"]
+    command.register_methods()
+    with initialize_config_module(command.CONFIGS, version_base="1.3"):
+        grid, last = (
+            compose("evaluate", [f"experiment={name}"], return_hydra_config=True)
+            for name in ("reference_grid", "finals")
+        )
+    assert last.hydra.sweeper.params == grid.hydra.sweeper.params
