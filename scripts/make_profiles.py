@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--fitting", type=int, default=32, help="samples that weights and schedules are chosen on")
     parser.add_argument("--rounds", type=int, default=2, help="of Gauss-Newton on a plan's weights, in the last stage")
     parser.add_argument("--computed", type=int, nargs="+", help="numbers of computed steps, in place of the usual ones")
+    parser.add_argument("--scope", help="where plans may cache, in place of the model's usual scopes")
     parser.add_argument("--held-out", type=int, default=64, help="samples that the stated quality is measured on")
     parser.add_argument("--out", type=Path, default=HOME)
     options = parser.parse_args()
@@ -61,7 +62,8 @@ def make(name: str, model: str, sampler: str, options: argparse.Namespace) -> No
             guidance = reference.spec(model).guidance
             profile = measure(batch, drawn(PROFILED, 16), scope, guidance=guidance, progress=progress)
             profile.save(folder)
-        search = Search(runs=options.runs, scopes=SCOPES.get(model, ()), polished=options.rounds)
+        scopes = (options.scope,) if options.scope else SCOPES.get(model, ())
+        search = Search(runs=options.runs, scopes=scopes, polished=options.rounds)
         planner = planner_of(profile, batch, search, options, progress)
         # the cheapest first: the next one's search starts from its steps and more
         for computed in sorted(options.computed or usual(planner.steps)):

@@ -92,15 +92,14 @@ def clear_runner(module: nn.Module) -> None:
         _remove_unused(current)
 
 
-def is_intercepted(module: nn.Module, session: Any) -> bool:
-    current = vars(module).get(ATTRIBUTE)
-    return isinstance(current, Interceptor) and session in current.handlers
-
-
-def sessions_on(module: nn.Module) -> list[Any]:
+def sessions_on(module: nn.Module) -> tuple[Any, ...]:
     """The sessions that intercept the module's calls."""
     current = vars(module).get(ATTRIBUTE)
-    return list(current.handlers) if isinstance(current, Interceptor) else []
+    return tuple(current.handlers) if isinstance(current, Interceptor) else ()
+
+
+def is_intercepted(module: nn.Module, session: Any) -> bool:
+    return session in sessions_on(module)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -666,10 +666,8 @@ def test_two_threads_share_a_denoiser(name, second_enabled):
     dc.enable(first, "interval", every=2)
     if second_enabled:
         dc.enable(second, "mask", mask="110100")
-    told = (
-        contextlib.nullcontext() if second_enabled else pytest.warns(dc.DiffusionCacheWarning, match="has modules of")
-    )
-    with told:
+    shares = pytest.warns(dc.DiffusionCacheWarning, match="has modules of")
+    with contextlib.nullcontext() if second_enabled else shares:
         alone = [generate(name, first), generate(name, second, labels=(8,), seeds=(9,))]
     barrier = threading.Barrier(2)
 

@@ -1,6 +1,7 @@
 """The code of docs/, CONTRIBUTING.md and README.md's start runs; README.md's tables are those of committed results."""
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -148,10 +149,29 @@ def test_what_differences_cost_is_what_was_evaluated():
     page = (ROOT / "docs" / "memory.md").read_text()
     plans = [key[:3] for key in evaluated if key[3] == "int8-delta"]
     assert len(plans) == 24
+    losses = []
     for plan in plans:
         kept, *coded = (evaluated[(*plan, dtype)] for dtype in ("model", "int8-delta", "int8", "fp8"))
         change = [float(row["psnr_mean"]) - float(kept["psnr_mean"]) for row in coded]
+        losses.append([-one for one in change])
         cells = [f"{one:+.2f}".replace("-", "−") for one in change]
         cells += [f"{int(row['cache_bytes']) / int(kept['cache_bytes']):.2f}" for row in coded[:2]]
         name = f"{plan[0]}, {plan[1]}, {plan[2].removeprefix('nfe-')} of {kept['steps']}, {kept['scope']}"
         assert f"| {name} | {float(kept['psnr_mean']):.2f} | {' | '.join(cells)} |" in page
+    differences, int8, fp8 = map(max, zip(*losses, strict=True))
+    assert f"it lost at most {differences:.2f} dB, `int8` up to {int8:.1f} and `fp8` up to {fp8:.1f}." in page
+
+
+def test_the_margins_in_readme_are_those_of_finals():
+    def table(path):
+        lines = (ROOT / path).read_text().splitlines()
+        begin = next(place for place, line in enumerate(lines) if line.startswith("| model | budget | plan |"))
+        return list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin:]))
+
+    assert table("README.md") == table("results/finals/report.md")
+    rows = list(csv.DictReader((ROOT / "results" / "finals" / "margins.csv").open()))
+    short = {
+        equal: sum(float(row["margin"]) < (2 if row["budget"] == "1/2" else 4) for row in rows if row["equal"] == equal)
+        for equal in ("nfe", "speed")
+    }
+    assert (len(rows), short) == (96, {"nfe": 8, "speed": 8})

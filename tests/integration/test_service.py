@@ -94,8 +94,10 @@ def test_a_pipeline_from_another_one_says_that_it_runs_without_the_cache(pipe):
 
 def test_pipelines_inside_a_run_of_any_scheduler_are_a_part_of_it(pipe):
     other = type(pipe).from_pipe(pipe, vae=pipe.vae)
-    with dc.run(other.transformer, "interval", every=2):
+    dc.enable(other, "interval", every=2)
+    with dc.run(pipe.transformer, "interval", every=2):
         assert not told(pipe, SHARES)
+    assert told(pipe, SHARES)
 
 
 def test_a_search_leaves_the_session_to_other_calls(pipe, monkeypatch):
