@@ -495,7 +495,11 @@ def inspect(
 
 
 def _sizes(pipe: Any, method: Method, inputs: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    """Bytes of one feature of each span, in a call of two steps if the pipeline can make such."""
+    """Bytes of one feature of each span, in a call of two steps if the pipeline can make such.
+
+    Callbacks are left out: nobody is to be told of a trial.
+    """
+    inputs = {name: value for name, value in inputs.items() if not name.startswith("callback")}
 
     def called(arguments: Mapping[str, Any]) -> dict[tuple[str, str], int]:
         with attached(pipe, method) as measuring, forked_rng():

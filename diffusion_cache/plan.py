@@ -1,9 +1,10 @@
 """A plan: which steps to compute, with what the others are forecast, and how good and fast that was measured to be."""
 
+import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -21,6 +22,7 @@ from .schedule import Schedule
 FEATURES = ("auto", "residual", "output")
 GUARD_SIGNALS = ("input_l1", "input_turn")
 HELD_OUT_PROMPTS = "held_out_prompts"  # the names of facts
+FITTED_PROMPTS = "fitted_prompts"
 REFITTED = "refitted_on"  # of a plan whose weights were fitted to a kind of prompts
 LEAST_SPREAD = 0.01  # of a signal, relative to its mean
 MAX_HISTORY = 8
@@ -301,6 +303,22 @@ class Plan:
         told = self.facts.get(HELD_OUT_PROMPTS)
         return told if isinstance(told, int) else None
 
+    def fitted_to(self, prompts: Iterable[str]) -> "Plan":
+        """The plan with a note of texts that it was fitted or chosen on, as digests, beside those noted before."""
+        told = self._fitted_prompts | {_digest(prompt) for prompt in prompts}
+        return replace(self, facts={**self.facts, FITTED_PROMPTS: sorted(told)})
+
+    def is_fitted_to(self, prompt: str) -> bool:
+        """Whether it was fitted or chosen on this text, as far as it was told."""
+        return _digest(prompt) in self._fitted_prompts
+
+    @property
+    def _fitted_prompts(self) -> frozenset[str]:
+        told = self.facts.get(FITTED_PROMPTS)
+        return (
+            frozenset(one for one in told if isinstance(one, str)) if isinstance(told, (list, tuple)) else frozenset()
+        )
+
     def stating(self, quality: Quality, prompts: int | None) -> "Plan":
         """The plan with what was measured now. prompts: how many different texts it is of; None for classes."""
         facts = {name: fact for name, fact in self.facts.items() if name != HELD_OUT_PROMPTS}
@@ -498,6 +516,10 @@ def _where_any(mask: Tensor, weights: Tensor) -> Tensor:
 
 def _schedule(computed: Tensor) -> Schedule:
     return Schedule(tuple(tuple(tuple(row) for row in step) for step in computed.tolist()))
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _need(where: str, what: str, condition: bool, wanted: str) -> None:

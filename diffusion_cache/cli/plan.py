@@ -26,7 +26,7 @@ from ..models import find_denoisers
 from ..plain import plain_json
 from ..plan import Plan
 from ..planning import guarantee
-from ..planning.build import Planner, Search, evaluations
+from ..planning.build import Planner, Search, check_scopes, evaluations
 from ..planning.choose import choose
 from ..planning.selector import STORED
 from ..profile import JSON_FILE, Profile, folder_of
@@ -129,7 +129,8 @@ def make_plans(
                 "--out another folder"
             )
         profile = profile.with_plans(stored.plans)
-    for nfe in wishes.nfes:  # before anything is generated
+    check_scopes(profile, settings.scopes)  # before anything is generated
+    for nfe in wishes.nfes:
         if nfe >= profile.total:
             raise ConfigError(
                 f"a run of this profile takes {profile.total} denoiser evaluations without a cache, and nothing is "
@@ -172,14 +173,24 @@ def stored_in(out: Path, profile: Profile) -> Profile | None:
     """The profile that is in a folder already, if there is one.
 
     Raises:
-        ConfigError: where it is of something else than the given one.
+        ConfigError: where it is of something else than the given one, or was measured otherwise.
     """
     if not (out / JSON_FILE).is_file():
         return None
     stored = Profile.load(out)
     if stored.fingerprint != profile.fingerprint:
         raise ConfigError(f"{out} holds a profile of something else: choose another folder with --out")
+    if _measured(stored) != _measured(profile):
+        raise ConfigError(
+            f"{out} holds a profile of the same model that was measured otherwise (scope, samples or options), which "
+            "would be lost: choose another folder with --out"
+        )
     return stored
+
+
+def _measured(profile: Profile) -> tuple[Any, ...]:
+    """What tells one profile of a model from another."""
+    return profile.scope, profile.depth, profile.samples, profile.facts.get("key")
 
 
 def _told(plan: Plan) -> str:
@@ -395,7 +406,8 @@ def _planner(profile: Profile, source: Source, settings: Settings, progress: Pro
     asked = [(sample.prompt, sample.seed) for kind in drawn.values() for sample in kind]
     origin = hashlib.sha256(json.dumps([asked, plain_json(source.call)]).encode()).hexdigest()[:16]
     texts = None if source.classes else different
-    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress, origin, texts)
+    fitted = () if source.classes else {str(sample.prompt) for sample in (*drawn[FITTED], *drawn[TUNED])}
+    return Planner(profile, teachers[0], teachers[1], teachers[2:], seeds, search, progress, origin, texts, fitted)
 
 
 def source_of(profile: Profile, model: str | None, settings: Settings) -> Source:
@@ -421,7 +433,8 @@ def source_of(profile: Profile, model: str | None, settings: Settings) -> Source
             raise ConfigError("this model takes classes and no text, so that there is no use for --prompts")
     else:
         listed = BUILTIN["motion" if subject.video else "short"]
-        prompts = read_prompts(settings.prompts, settings.column) if settings.prompts else listed
+        given = read_prompts(settings.prompts, settings.column) if settings.prompts else listed
+        prompts = [*dict.fromkeys(given)]  # one text twice would be fitted on and held out
 
     def make(samples: Sequence[Sample]) -> Batch:
         def call() -> Any:

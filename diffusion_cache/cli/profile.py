@@ -104,13 +104,18 @@ def options_of(config: Mapping[str, Any]) -> "Options":
     memory = config["memory"]
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
         raise ConfigError(f"memory must be a number of GiB above 0, not {memory!r}")
+    sensitivity = config["sensitivity"]
+    if not isinstance(sensitivity, Mapping):
+        raise ConfigError(
+            f"sensitivity is a group with samples and steps, not {sensitivity!r}: see sensitivity.samples"
+        )
     return Options(
         scope=config["scope"],
         depth=config["depth"],
         feature=config["feature"],
         batch=config["batch"],
-        sensitivity_samples=config["sensitivity"]["samples"],
-        sensitivity_steps=config["sensitivity"]["steps"],
+        sensitivity_samples=sensitivity["samples"],
+        sensitivity_steps=sensitivity["steps"],
         attention=bool(config["attention"]),
         attention_offset=config["attention_offset"],
         attention_top=config["attention_top"],
@@ -137,6 +142,8 @@ def guidance_of(model: Mapping[str, Any]) -> float | None:
 
         return reference.spec(model["name"]).guidance
     given = (model.get("call") or {}).get("guidance_scale")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, float))):
+        raise ConfigError(f"model.call.guidance_scale must be a number, not {given!r}")
     return None if given is None else float(given)
 
 

@@ -77,7 +77,10 @@ def make_selector(
                 alone.append(start.name)
                 continue
             reported = _measured(seen.plans, apart, progress)
-            plans = sorted([*made.plans, *_stated(reported, seeds, texts)], key=lambda plan: -plan.nfe)
+            stated = _stated(reported, seeds, texts)
+            if not source.classes:
+                stated = [plan.fitted_to(map(str, prompts)) for plan in stated]
+            plans = sorted([*made.plans, *stated], key=lambda plan: -plan.nfe)
             made = with_selector(made.with_plans(plans), seen, reported, seeds)
             made.save(out)
             progress(told_choice(Selector.of(made).choices[-1]), 0, 0)

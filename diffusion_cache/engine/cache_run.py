@@ -25,7 +25,7 @@ from .graphs import Graphs
 from .observer import Again, Observer
 from .sigmas import move_sigmas
 from .span_calls import SpanCalls
-from .structure import copied, forked_rng, image_stream, sample_of, tensor_inputs
+from .structure import copied, forked_rng, image_stream, sample_of, tensor_inputs, unshared
 
 if TYPE_CHECKING:
     from .session import Method, Session
@@ -87,7 +87,7 @@ class CacheRun:
         self.whole: CacheRun | None = None  # the run of a pipeline that this one's is a part of
         self.sizes: dict[tuple[str, str], int] = {}  # of one feature of each denoiser's spans, known at the end
         self._part_bytes = self._part_resident = 0
-        self.guidance: float | None = None  # the scale in the pipeline's call
+        self.guidance_scales: tuple[float, ...] = ()  # in the pipeline's call, that of guidance first
         self.guidance_weights: dict[str, float] = {}  # by denoiser, see `Step.guidance`
         self.pass_name: str | None = None  # set by diffusers' cache_context where the pipeline enters it
         self.guided: list[str] = []  # names of the step's passes in order, where a guider gives them
@@ -147,7 +147,7 @@ class CacheRun:
         finally:
             self.frame = None
         self._close_frame(frame, name, spans)
-        if frame.trace is not None and self.session.layouts.get(name) is not layout and any(frame.stores):
+        if frame.trace is not None and self.layouts[name] is not layout and any(frame.stores):
             self._learn(frame, inner, *given)
         if self.observer is not None and not frame.fills_cache:
             self.observer.denoiser_called(frame, output, self._repeatable(frame, inner, args, kwargs))
@@ -219,6 +219,7 @@ class CacheRun:
 
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.frame is not None
+        args, kwargs = unshared(args), unshared(kwargs)  # the call may be made again
         graphs = self.graphs(self.frame.key[0])
         if graphs is None:
             return self._through(spans, inner, args, kwargs)
@@ -367,7 +368,7 @@ class CacheRun:
         count = max(len(spans), frame.computed + whole)
         made = frame.reason, count, whole, frame.note, frame.samples, frame.replayed
         self.records.append(StepRecord(frame.step.index, frame.step.pass_name, name, computed, *made))
-        if frame.trace:
+        if frame.trace and name in self.session.layouts:  # unless it was disabled meanwhile, by another thread
             self.session.arrange_spans(name, frame.trace)
             self.layouts[name] = self.session.layouts[name]
 

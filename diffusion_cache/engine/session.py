@@ -5,7 +5,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -327,6 +327,7 @@ class Session(Attached):
         self.compiled: dict[str, CompiledSpans] = {}  # denoisers that are compiled as a whole, at scope stack
         self.graphs: dict[str, Graphs] = {}  # of denoisers, where calls are captured
         self._handlers: dict[str, list[tuple[nn.Module, Callable]]] = {}
+        self._parts: dict[str, list[Any]] = {}  # of denoisers, at the start of the latest run
         self._sampler: Fingerprint | None = None  # that a plan was enabled for
         self._weights: dict[str, Weights] = {}  # likewise, by denoiser
         self._told: set[str] = set()  # warnings
@@ -346,6 +347,7 @@ class Session(Attached):
         try:
             for name, denoiser in denoisers.items():
                 self._bind(name, denoiser, layouts[name])
+                self._parts[name] = _parts(denoiser)
             for cls in {type(pipe), *_imported_pipelines()}:
                 self._patch(cls, "__call__", bracket)
             self._patch_progress_bar(pipe)
@@ -412,6 +414,8 @@ class Session(Attached):
 
     def merge_spans(self, name: str) -> bool:
         """Make one span of all stacks, if there are several."""
+        if name not in self.layouts:  # disabled meanwhile, by another thread
+            return False
         if self.layouts[name].scope != "stack" or sum(not span.side for span in self.layouts[name].spans) < 2:
             return False
         self._rebind(name, merged(self.layouts[name]))
@@ -509,6 +513,7 @@ class Session(Attached):
     def _begin(
         self, pipe: Any, args: tuple, kwargs: dict[str, Any], method: Method, observer: Observer | None
     ) -> CacheRun:
+        self._marked = [marked for marked in self._marked if marked() is not None]
         for scheduler in _schedulers(pipe):
             self._patch_scheduler(type(scheduler))
             _mark(scheduler, _marks(scheduler) | {self.token})
@@ -528,7 +533,7 @@ class Session(Attached):
         run = CacheRun(self, method, observer, StepClock(total), levels, pipe)
         run.scheduler = getattr(pipe, "scheduler", None)
         scales = guidance_of(type(pipe).__call__, (pipe, *args), kwargs) or guider_scales(pipe)
-        run.guidance = next(iter(scales), None)
+        run.guidance_scales = tuple(scales)
         run.guidance_weights = guidance_weights(pipe, args, kwargs, self.denoisers)
         self._check_guidance(method, scales)
         if observer is not None:
@@ -627,12 +632,15 @@ class Session(Attached):
                 self._tell_uncached(f" in {name}", error)
 
     def _follow(self, name: str, denoiser: nn.Module) -> None:
-        """Attach to a denoiser that is new or was compiled since.
+        """Attach to a denoiser that is new or was compiled since, or has other modules or attention processors.
 
         Raises:
             ConfigError, NoSpansError: if it cannot be cached.
         """
         _check_other_caches(denoiser, "pipe", name)
+        before, self._parts[name] = self._parts.get(name), _parts(denoiser)
+        if name in self._handlers and not _are_same(before, self._parts[name]):
+            self._unbind(name)  # what was learned of it may not hold any more
         if name not in self._handlers:
             self._bind(name, denoiser, self.method.layout(denoiser))
             self._patch_cache_context(denoiser)
@@ -643,6 +651,23 @@ class Session(Attached):
             self._unbind(name)  # compiled since
             self.method.layout(denoiser)  # raises where the method is not for what is compiled
             self._bind(name, denoiser, layout)
+
+
+def _parts(denoiser: nn.Module) -> list[Any]:
+    """The modules and attention processors that a denoiser is made of, held weakly where that is possible."""
+    found = []
+    for module in unwrap(denoiser).modules():
+        found.append(weakref.ref(module))
+        processor = vars(module).get("processor")
+        with suppress(TypeError):
+            processor = weakref.ref(processor)
+        found.append(processor)
+    return found
+
+
+def _are_same(one: list[Any] | None, other: list[Any]) -> bool:
+    """Whether a denoiser is still made of the same: an object has one weak reference, and never a dead one's."""
+    return one is not None and len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _other_cache(denoiser: nn.Module) -> str:

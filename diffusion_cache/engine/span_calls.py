@@ -31,6 +31,7 @@ from .structure import (
     select_rows,
     signature,
     tensor_inputs,
+    unshared,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +119,10 @@ class SpanCalls:
                 return inner(*args, **kwargs)
             self.groups.skip(span.members[member])
             return known.output(frame.poisoned)
-        output = inner(*args, **kwargs)
+        if visit.independent:  # the call is made again for one row
+            output = inner(*unshared(args), **unshared(kwargs))
+        else:
+            output = inner(*args, **kwargs)
         tensors = None
         try:
             if visit.independent:

@@ -313,6 +313,13 @@ def copied(value: Any) -> Any:
     return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
+def unshared(value: Any) -> Any:
+    """The value with lists and dicts of its own around the same items: some forwards take items out of theirs."""
+    if isinstance(value, dict):
+        return {name: unshared(item) for name, item in value.items()} if type(value) is dict else value
+    return type(value)(map(unshared, value)) if type(value) in (list, tuple) else value
+
+
 def forked_rng() -> Any:
     """A context after which torch's random numbers go on as if nothing had been drawn in it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

@@ -85,6 +85,8 @@ def samples(options: Mapping[str, Any], classes: bool, video: bool) -> list[Samp
         texts = list(BUILTIN[options["list"]])
         n = n or len(texts)
     else:
+        if not isinstance(options["path"], str):
+            raise ConfigError(f"prompts.path must be the path of a file of prompts, not {options['path']!r}")
         texts = read_prompts(Path(options["path"]), options["column"])
         n = n or len(texts)
     first = options["first_seed"]
@@ -94,6 +96,8 @@ def samples(options: Mapping[str, Any], classes: bool, video: bool) -> list[Samp
 
 def check_reported(first: int, n: int) -> None:
     """ConfigError for n seeds from `first` on of which some are negative, or in the range that fitting uses."""
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise ConfigError(f"prompts.first_seed must be a whole number, 0 or more, not {first!r}")
     if first < 0 or first + n > FITTING_SEEDS:
         raise ConfigError(
             f"seeds {first} to {first + n - 1} are asked for; those from {FITTING_SEEDS} on are for fitting: "

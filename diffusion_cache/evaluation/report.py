@@ -29,7 +29,6 @@ from .runs import (
     UNCACHED,
     Experiment,
     Run,
-    flat,
     psnr_of,
     read_experiment,
     settings_text,
@@ -601,6 +600,17 @@ def markdown_text(text: str) -> str:
 # environment
 
 
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by the names that lead to them."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}{_SEPARATOR}")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
     """What the runs were made with.
 
@@ -608,7 +618,7 @@ def merged_environments(runs: Sequence[Run]) -> dict[str, Any]:
         {"runs": how many, "cpu_minutes": that making them took where all of them say, "environment": what all of them
         share, "varies": {dotted key: [{"value", "runs"}, …]}}, the value that most runs have first.
     """
-    facts_of = [flat(run.environment, _SEPARATOR) for run in runs]
+    facts_of = [_flat(run.environment) for run in runs]
     keys = list(dict.fromkeys(key for facts in facts_of for key in facts))
     common: dict[str, Any] = {}
     varies: dict[str, list[dict[str, Any]]] = {}

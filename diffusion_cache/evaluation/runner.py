@@ -88,6 +88,11 @@ class Job:
         (within,) = numbers("finalists.within must be a number of dB, 0 or more", given["within"], lambda one: one >= 0)
         if not isinstance(given["each"], bool):
             raise ConfigError(f"finalists.each must be true or false, not {given['each']!r}")
+        if not self.sampler:
+            raise ConfigError(
+                "finalists are told by the sampler's name: add sampler=scheduler sampler.name=…, the class of the "
+                "model's own as the report has it"
+            )
         found = finalists(Path(given["of"]), name, self.sampler, within, given["each"])
         return [node for node in nodes if keeps(found, contender(node, self.config["forecaster"], steps))]
 
@@ -379,14 +384,19 @@ class Worker(Maker):
         return self._fill(what, label, facts)
 
     def _tell_of_fitted(self, what: Contender) -> None:
-        """Warn, once, of prompts that a contender's profile was measured on; classes are few, and told by seeds."""
+        """Warn, once, of prompts that a contender's profile was measured or its plans fitted on.
+
+        Classes are few, and told by seeds.
+        """
         profile = getattr(what, "profile", None) or getattr(what, "options", {}).get("profile")
         if not self.subject.text or not isinstance(profile, Profile):
             return
-        fitted = {prompt for prompt, _ in profile.samples} & {str(sample.prompt) for sample in self.samples}
+        measured = {prompt for prompt, _ in profile.samples}
+        asked = {str(sample.prompt) for sample in self.samples}
+        fitted = {one for one in asked if one in measured or any(plan.is_fitted_to(one) for plan in profile.plans)}
         message = (
-            f"{len(fitted)} of the prompts evaluated are among those that the profile was measured on, which flatters "
-            "its plans: profile with other prompts, or evaluate on others"
+            f"{len(fitted)} of the prompts evaluated are among those that the profile was measured or its plans fitted "
+            "on, which flatters them: profile and plan with other prompts, or evaluate on others"
         )
         if fitted and message not in self._told:
             self._told.add(message)

@@ -256,24 +256,17 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _conditions(config: Mapping[str, Any]) -> dict[str, str]:
-    found = flat({name: config.get(name) for name in COMPARED}, ".")
+    found: dict[str, Any] = {}
+    for name in COMPARED:
+        part = config.get(name)
+        found |= {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, Mapping) else {name: part}
     metrics = config.get("metrics")
     settings = metrics.get("settings") if isinstance(metrics, Mapping) else None
-    found["metrics.settings"] = json.dumps(settings or {}, sort_keys=True)  # whole: names in it are not in all runs
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for name, value in found.items()
+    found["metrics.settings"] = json.dumps(settings or {}, sort_keys=True)
+    return {  # options are compared as a whole: not all runs name the same ones
+        name: value if isinstance(value, str) else json.dumps(None if value == {} else value, sort_keys=True)
+        for name, value in found.items()
     }
-
-
-def flat(facts: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Values by the names that lead to them."""
-    found: dict[str, Any] = {}
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _order(run: Run) -> tuple[Any, ...]:

@@ -31,12 +31,18 @@ WRAPPERS = {
     "FullyShardedDataParallel": "shard it by fully_shard (FSDP2), which leaves it the module that it is",
     "DistributedDataParallel": "give the pipeline the module that it wraps: only training needs the wrapper",
     "DataParallel": "give the pipeline the module that it wraps, and each device a pipeline of its own",
+    "PeftModel": "give the pipeline its get_base_model(), which has the same adapters in it, or add them by the "
+    "denoiser's own add_adapter() or load_lora_adapter()",
 }
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself where torch.compile returned a wrapper around it."""
     return getattr(module, "_orig_mod", module)
+
+
+def _wrapped(wrapper: Any) -> Any:
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else getattr(wrapper, "module", None)
 
 
 def is_denoiser(component: Any) -> bool:
@@ -62,7 +68,7 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's denoisers by component name, e.g. {"transformer": …, "transformer_2": …}.
 
     Raises:
-        ConfigError: if this is no diffusers pipeline, or hides its denoiser in a wrapper for several ranks.
+        ConfigError: if this is no diffusers pipeline, or hides its denoiser in a wrapper.
         NoSpansError: if none of its components is a denoiser, or its blocks must run at every step.
     """
     components = getattr(pipe, "components", None)
@@ -78,8 +84,8 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
                 "so that no block may be skipped"
             )
     for name, component in components.items():
-        wrapper = type(component).__name__
-        if wrapper in WRAPPERS and is_denoiser(getattr(component, "module", None)):
+        wrapper = next((cls.__name__ for cls in type(component).__mro__ if cls.__name__ in WRAPPERS), None)
+        if wrapper is not None and is_denoiser(_wrapped(component)):
             raise ConfigError(f"the pipeline's {name} is wrapped in {wrapper}: {WRAPPERS[wrapper]}")
     found = {name: component for name, component in components.items() if is_denoiser(component)}
     if not found:

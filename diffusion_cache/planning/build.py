@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +75,7 @@ class Planner:
     held_out: what a plan states is measured on these, which nothing else has seen; seeds: of the held-out samples.
     origin: what tells these samples from others (prompts, seeds, arguments of calls); a plan says of which it is.
     prompts: how many different texts the held-out samples are of, None for samples of classes or of nothing.
+    fitted_prompts: the texts that the fitting and tuning samples are of.
     A search also starts from the steps of the nearest plans, made by this planner or in the profile.
     """
 
@@ -87,6 +88,7 @@ class Planner:
     progress: Progress = lambda what, done, of: None
     origin: str | None = None
     prompts: int | None = None
+    fitted_prompts: Collection[str] = ()
     _scores: dict[tuple[Steps, str | None, bool], float] = field(default_factory=dict)  # the last: with fitted weights
     _schedules: dict[int, Steps] = field(default_factory=dict, init=False)  # of plans, by their number of steps
 
@@ -97,8 +99,7 @@ class Planner:
                 self._schedules[len(computed)] = computed
         for teacher in (self.fitting, self.tuning, *self.held_out):
             self._check(teacher)
-        if "cut" in self.search.scopes and self.profile.scope != "cut":
-            raise ConfigError("how much of the denoiser a cut spares is not in this profile: make one at scope cut")
+        check_scopes(self.profile, self.search.scopes)
         if self.search.guard is not None and self.tuning.batch.count < 2:
             raise ConfigError("a guard's band is measured on the tuning samples: give at least 2")
         if not 0 <= self.search.last < self.steps:
@@ -127,6 +128,17 @@ class Planner:
             raise ConfigError(
                 f"the generation has {teacher.branches} guidance branches and the profile {len(profile.passes)}: "
                 "profile again with this guidance, or plan with the profile's"
+            )
+        guidance, size = profile.fingerprint.guidance, profile.fingerprint.sample_shape
+        if guidance is not None and teacher.guidance_scales and guidance not in teacher.guidance_scales:
+            raise ConfigError(
+                f"the generation is at guidance {max(teacher.guidance_scales):g} and the profile at {guidance:g}: "
+                "profile again with this guidance, or plan with the profile's"
+            )
+        if size is not None and tuple(teacher.states[0].shape[1:]) != size:
+            raise ConfigError(
+                f"the generation's latents are of {list(teacher.states[0].shape[1:])} and the profile's of "
+                f"{list(size)}: profile again at this size, or plan at the profile's"
             )
 
     @property
@@ -368,7 +380,7 @@ class Planner:
             "regressors": [name for name in ("scale", "bias") if getattr(settings, name)],
             "left_to_taylor": {str(step): why for step, why in sorted(result.notes.items())},
         }
-        return replace(
+        plan = replace(
             bare,
             name=name,
             nodes=nodes,
@@ -378,6 +390,7 @@ class Planner:
             nfe=self.nfe(len(computed), bare.scope),
             facts=facts,
         )
+        return plan.fitted_to(self.fitted_prompts) if self.fitted_prompts else plan
 
     def nfe(self, computed: int, scope: str | None = None) -> float:
         """Denoiser evaluations of a plan with so many computed steps: see `evaluations`."""
@@ -439,10 +452,20 @@ class Planner:
         return Speed(timing.wall_ratio, ratios[0], ratios[-1], device_name(device_of(batch.pipe)), batch.count)
 
 
+def check_scopes(profile: Profile, scopes: Sequence[str | None]) -> None:
+    """ConfigError for a scope that leaves out a part of the denoiser which this profile does not know the size of."""
+    for scope, spans in (("cut", "a cut"), ("branch", "branches")):
+        if scope in scopes and profile.scope != scope:
+            raise ConfigError(
+                f"how much of the denoiser a cache of {spans} spares is not in this profile, of scope {profile.scope}: "
+                f"make one at scope {scope}"
+            )
+
+
 def evaluations(profile: Profile, computed: int, scope: str | None = None) -> float:
     """Denoiser evaluations of a plan with so many computed steps; scope None for the profile's.
 
-    A reused step still runs what lies outside the spans: of a UNet's cut, of blocks or branches.
+    A reused step still runs what lies outside the spans: of a UNet's cut, or branches (see `check_scopes`).
     """
     share = spared(profile) if scope in (None, profile.scope) else 1.0
     return computed + (profile.total - computed) * (1.0 - share)

@@ -58,7 +58,7 @@ class Teacher:
     states: what each `scheduler.step` gave, [rows, ...]; rows may be a multiple of the samples. images: [count, ...].
     calls: denoiser calls in a step; rows: guidance branches stacked in the rows of one call. begun: steps that are
     computed whatever is planned, as a denoiser or guidance branch has nothing to go on yet, or has other rows than
-    before.
+    before. guidance_scales: in the pipeline's call, empty if unknown.
     """
 
     batch: Batch
@@ -68,6 +68,7 @@ class Teacher:
     calls: int = 0
     rows: int = 1
     begun: tuple[int, ...] = (0,)
+    guidance_scales: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -132,6 +133,7 @@ def teach(batch: Batch) -> Teacher:
                 f"the uncached generation is not finite from step {index} on: nothing can be fitted to it"
             )
     teacher.noise_levels = tuple(counting.run.noise_levels)
+    teacher.guidance_scales = counting.run.guidance_scales
     return teacher
 
 

@@ -134,7 +134,9 @@ def measure(
         place = Path(folder) if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "p"
         with surveyed(first, options.scope, options.depth, options.feature) as (session, survey):
             assert session.last_run is not None
-            found = looked_at(first, survey, session.last_run.guidance if guidance is None else guidance)
+            if guidance is None:
+                guidance = next(iter(session.last_run.guidance_scales), None)
+            found = looked_at(first, survey, guidance)
             run = _Run(
                 make_batch, samples, options, foreground, settings or {}, survey, found, place, (rank, world), progress
             )

@@ -169,12 +169,13 @@ def test_plan_refuses_before_it_generates(options, message, monkeypatch):
 
 
 def test_prompts_for_plans_come_from_the_column_named(tmp_path, monkeypatch):
-    (tmp_path / "prompts.csv").write_text("prompt,caption\na boat,a fox\n")
+    # one text twice could be both fitted on and held out
+    (tmp_path / "prompts.csv").write_text("prompt,caption\na boat,a fox\na ship,a cow\na car,a fox\n")
     pipeline = SimpleNamespace(pipe=lambda: None, classes=None, video=False)
     monkeypatch.setattr(plan, "_pretrained", lambda *given: pipeline)
     profile = Profile.load(shipped_profiles()["dit-digits-ddim"])
     settings = plan.Settings(prompts=tmp_path / "prompts.csv", column="caption")
-    assert plan.source_of(profile, str(tmp_path), settings).prompts == ["a fox"]
+    assert plan.source_of(profile, str(tmp_path), settings).prompts == ["a fox", "a cow"]
     with pytest.raises(ConfigError, match="takes no --column"):
         plan.source_of(profile, "dit-digits", plan.Settings(column="caption"))
 

@@ -38,7 +38,9 @@ from diffusion_cache.evaluation.speed import SpeedWorker
 from diffusion_cache.evaluation.store import Store
 from diffusion_cache.evaluation.subjects import device_of
 from diffusion_cache.files import read_tensors, write_tensors
+from diffusion_cache.plan import Plan
 from diffusion_cache.profile import Profile
+from diffusion_cache.schedule import Schedule
 
 SMALL = ["steps=6", "prompts.n=3", "timing=none", "model=dit-digits"]
 # by the launcher for several jobs at once where it is installed
@@ -449,7 +451,7 @@ def test_prompts_that_a_profile_was_measured_on_are_told_once():
     worker = object.__new__(runner.Worker)
     worker.subject, worker._told = Mock(text=True), set()
     worker.samples = [Sample(0, "a cat", 0), Sample(1, "a dog", 1)]
-    profile = Mock(spec=Profile, samples=[("a dog", 100_000), ("a cow", 100_001)])
+    profile = Mock(spec=Profile, samples=[("a dog", 100_000), ("a cow", 100_001)], plans=())
     with pytest.warns(DiffusionCacheWarning, match="1 of the prompts evaluated are among"):
         worker._tell_of_fitted(Mock(profile=profile))
     with warnings.catch_warnings():
@@ -457,6 +459,16 @@ def test_prompts_that_a_profile_was_measured_on_are_told_once():
         worker._tell_of_fitted(Mock(profile=profile))
         worker._told.clear()
         worker.subject.text = False  # classes are few
+        worker._tell_of_fitted(Mock(profile=profile))
+
+
+def test_prompts_that_a_plan_was_fitted_on_are_told():
+    worker = object.__new__(runner.Worker)
+    worker.subject, worker._told = Mock(text=True), set()
+    worker.samples = [Sample(0, "a cat", 0), Sample(1, "a dog", 1)]
+    plan = Plan("p", "stack", None, "auto", Schedule.uniform([True, False]), ()).fitted_to(["a cat", "a dog"])
+    profile = Mock(spec=Profile, samples=[("a cow", 100_001)], plans=(plan,))
+    with pytest.warns(DiffusionCacheWarning, match="2 of the prompts evaluated are among"):
         worker._tell_of_fitted(Mock(profile=profile))
 
 

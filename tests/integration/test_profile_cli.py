@@ -452,6 +452,8 @@ def test_misspelled_keys_are_told_with_a_suggestion(override, message):
         (["batch=0"], "batch must be"),
         (["memory=0"], "memory must be a number of GiB above 0"),
         (["sensitivity.samples=-1"], "sensitivity_samples must be"),
+        (["sensitivity=null"], "sensitivity is a group with samples and steps, not None"),
+        (["prompts.first_seed=null"], "first_seed must be a whole number"),
         (["model=unet-digits", "depth=0"], "depth must be a whole number of at least 1, not 0"),
         (["model=unet-digits", "depth=a"], "depth must be a whole number of at least 1, not 'a'"),
         (["sampler=unipc"], "has the samplers"),
@@ -471,6 +473,11 @@ def test_what_cannot_work_is_told(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         run(f"out={tmp_path / 'p'}", *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_guidance_that_is_no_number():
+    with pytest.raises(ConfigError, match=r"model\.call\.guidance_scale must be a number, not 'high'"):
+        command.guidance_of({"kind": "hub", "call": {"guidance_scale": "high"}})
 
 
 def test_brackets_in_a_folder_are_no_markup(monkeypatch, capfd):

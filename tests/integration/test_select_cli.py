@@ -102,6 +102,17 @@ def test_other_plans_are_not_written_over(profile, tmp_path):
     assert "holds a profile of something else" in told
 
 
+@pytest.mark.parametrize("command", ["select", "plan"])
+def test_a_profile_that_was_measured_otherwise_is_not_written_over(command, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_cache.cli.plan.teach", lambda batch: pytest.fail("generated"))
+    found = Profile.load(profile)
+    replace(found, samples=(*found.samples, ("3", FITTING_SEEDS + 999)), plans=()).save(tmp_path / "other")
+    before = (tmp_path / "other" / "profile.json").read_bytes()
+    told = run(command, profile, "--nfe", "4", *SMALL, "--held-out", 60, "--out", tmp_path / "other", code=2)
+    assert "measured otherwise (scope, samples or options)" in told
+    assert (tmp_path / "other" / "profile.json").read_bytes() == before
+
+
 def test_an_earlier_selection_alone_is_written_over(profile, tmp_path, monkeypatch):
     class Began(Exception):
         pass

@@ -198,6 +198,12 @@ def test_jobs_take_only_what_was_near_the_best():
         nodes("method=uncached", "finalists.within=-1")
     with pytest.raises(ConfigError, match=r"finalists\.each must be true or false, not 'all'"):
         nodes("method=uncached", "finalists.each=all")
+    unnamed = {
+        **composed("experiment=finals", "model=dit-digits", "method=uncached", "steps=4"),
+        "model": {"name": "a/b"},
+    }
+    with pytest.raises(ConfigError, match=r"add sampler=scheduler sampler\.name="):
+        _ = Job({**unnamed, "sampler": {"name": None}}, Path("nowhere")).nodes
 
 
 @pytest.mark.parametrize("model", ["unet-digits", "wan-moving-digits"])

@@ -35,6 +35,8 @@ def test_builtin_lists():
         ({"n": 0}, "at least 1"),
         ({"n": "many"}, "at least 1"),
         ({"first_seed": -1}, "are for fitting"),
+        ({"first_seed": None}, r"prompts\.first_seed must be a whole number, 0 or more, not None"),
+        ({"first_seed": "abc"}, "not 'abc'"),
         ({"first_seed": FITTING_SEEDS - 3}, "are for fitting"),
     ],
 )
@@ -48,6 +50,11 @@ def test_text_for_a_model_of_classes_and_the_reverse():
         samples(CLASSES, classes=False, video=False)
     with pytest.raises(ConfigError, match="takes class labels"):
         samples({**CLASSES, "kind": "builtin", "list": "short"}, classes=True, video=False)
+
+
+def test_a_file_that_is_not_named():
+    with pytest.raises(ConfigError, match=r"prompts\.path must be the path of a file of prompts, not None"):
+        samples({**CLASSES, "kind": "file", "path": None, "column": "prompt"}, classes=False, video=False)
 
 
 def test_files_of_prompts(tmp_path):

@@ -555,6 +555,19 @@ def test_runs_of_other_threads_are_not_compared(tmp_path):
     assert found.subjects == [("dit-digits threads=1", "ddim"), ("dit-digits threads=8", "ddim")]
 
 
+def test_runs_of_other_options_are_not_compared(tmp_path):
+    """Even where each names an option that the other leaves out."""
+    hub = {"name": "dit-digits", "kind": "hub"}
+    write_run(tmp_path, conditions={"model": {**hub, "call": None}})
+    write_run(tmp_path, conditions={"model": {**hub, "call": {}}})
+    write_run(tmp_path, conditions={"model": {**hub, "call": {"guidance_scale": 1.0}}})
+    found = [model for model, _ in read_experiment(tmp_path).subjects]
+    assert found == ["dit-digits model.call=null", 'dit-digits model.call={"guidance_scale": 1.0}']
+    write_run(tmp_path / "other", conditions={"sampler": {"name": "ddim", "options": {"shift": 7}}})
+    write_run(tmp_path / "other", conditions={"sampler": {"name": "ddim", "options": {"shift": 7, "a": 1}}})
+    assert len(read_experiment(tmp_path / "other").subjects) == 2
+
+
 def test_runs_of_other_metric_settings_are_not_compared(tmp_path):
     write_run(tmp_path)
     write_run(tmp_path, conditions={"metrics": {"names": ["lpips"], "settings": {"lpips": {"backbone": "vgg"}}}})

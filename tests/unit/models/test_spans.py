@@ -1,5 +1,6 @@
 """Which spans are found in real diffusers models, at every scope, and in which order they run."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError, NoSpansError
 from diffusion_cache.models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
 
@@ -455,7 +457,7 @@ def test_containers_of_motion_modules_are_no_denoisers(models):
         (nn.DataParallel, "module", "the module that it wraps"),
     ],
 )
-def test_wrappers_for_several_ranks_are_refused(models, wrapper, inside, words):
+def test_wrappers_are_refused(models, wrapper, inside, words):
     """Around a denoiser, and not around anything else."""
     wrapped = {}
     for name, module in (("unet", models["unet"]), ("text_encoder", nn.Linear(1, 1))):
@@ -465,6 +467,15 @@ def test_wrappers_for_several_ranks_are_refused(models, wrapper, inside, words):
     with pytest.raises(ConfigError, match=f"the pipeline's unet is wrapped in {wrapper.__name__}: .*{words}"):
         find_denoisers(SimpleNamespace(components=wrapped))
     assert [*find_denoisers(SimpleNamespace(components=wrapped | {"unet": models["unet"]}))] == ["unet"]
+
+
+def test_a_denoiser_in_a_wrapper_for_adapters_is_refused():
+    peft = pytest.importorskip("peft")
+    model = reference.denoiser("flux-digits")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ConfigError, match=r"transformer is wrapped in PeftModel: give the pipeline its get_base_model"):
+        find_denoisers(SimpleNamespace(components={"transformer": wrapped}))
+    assert [*find_denoisers(SimpleNamespace(components={"transformer": wrapped.get_base_model()}))] == ["transformer"]
 
 
 def test_no_pipeline(models):

@@ -308,6 +308,22 @@ def test_samples_that_are_not_of_the_profile(pipe, planner):
         replace(planner, fitting=moved)
     with pytest.raises(ConfigError, match="make one at scope cut"):
         with_search(planner, scopes=("cut",))
+    with pytest.raises(ConfigError, match="a cache of branches spares is not in this profile, of scope stack"):
+        with_search(planner, scopes=("stack", "branch"))
+
+
+def test_a_generation_at_another_guidance_or_size(planner):
+    """Plans do not say what they were made at: that is the profile's."""
+    fingerprint = planner.profile.fingerprint
+    guidance, size = fingerprint.guidance, fingerprint.sample_shape
+    assert guidance in planner.fitting.guidance_scales
+    with pytest.raises(ConfigError, match=f"generation is at guidance 7 and the profile at {guidance:g}"):
+        replace(planner, tuning=replace(planner.tuning, guidance_scales=(7.0,)))
+    replace(planner, tuning=replace(planner.tuning, guidance_scales=(7.0, guidance)))
+    replace(planner, tuning=replace(planner.tuning, guidance_scales=()))  # of one's own loop
+    larger = replace(planner.profile, fingerprint=replace(fingerprint, sample_shape=(*size[:-1], 2 * size[-1])))
+    with pytest.raises(ConfigError, match="profile again at this size"):
+        replace(planner, profile=larger)
 
 
 def test_tables_and_tensors_say_the_same():
@@ -389,6 +405,17 @@ def test_a_plan_tells_of_how_many_prompts_its_samples_are(planner, three):
     assert (found.held_out_prompts, three.held_out_prompts) == (2, None)
     assert texts.made(found)
     assert texts.made(three)
+
+
+def test_a_plan_knows_the_texts_that_it_was_fitted_on(planner, three, tmp_path):
+    known = replace(planner, fitted_prompts={"a cat", "a dog"})
+    planner.profile.with_plans([known.fitted((0, 3), "texts")]).save(tmp_path)
+    (stored,) = type(planner.profile).load(tmp_path).plans
+    assert [stored.is_fitted_to(one) for one in ("a cat", "a dog", "a cow")] == [True, True, False]
+    more = stored.fitted_to(["a cow"])
+    assert [more.is_fitted_to(one) for one in ("a cat", "a cow")] == [True, True]
+    assert not three.is_fitted_to("a cat")
+    assert known.made(three)  # what says nothing of it is not made again
 
 
 def test_weights_are_nudged_as_the_models_precision_wants_it(planner, monkeypatch):
