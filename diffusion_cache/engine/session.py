@@ -655,7 +655,7 @@ class Session(Attached):
 
 def _parts(denoiser: nn.Module) -> list[Any]:
     """The modules and attention processors that a denoiser is made of, held weakly where that is possible."""
-    found = []
+    found: list[Any] = []
     for module in unwrap(denoiser).modules():
         found.append(weakref.ref(module))
         processor = vars(module).get("processor")
