@@ -516,7 +516,7 @@ def test_the_scale_of_a_guider_is_known():
     dc.enable(pipe, "interval", every=2)
     generate(pipe, call)
     run = session_of(pipe).last_run
-    assert (run.guidance, run.guidance_weights) == (3.0, {"transformer": 3.0})
+    assert (run.guidance_scales, run.guidance_weights) == ((3.0,), {"transformer": 3.0})
     beside = diffusers.ClassifierFreeGuidance(guidance_scale=3.0, use_original_formulation=True)
     pipe.update_components(guider=beside)
     assert guidance_weights(pipe, (), {}, ["transformer"]) == {"transformer": 4.0}
