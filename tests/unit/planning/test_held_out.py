@@ -13,7 +13,7 @@ from diffusion_cache.errors import DiffusionCacheWarning
 def planner_of(monkeypatch):
     """What a planner is given, for prompts that a profile is of: the held-out ones, and how many count."""
 
-    def planner(profile, fitting, tuning, held_out, seeds, search, progress, origin, texts):
+    def planner(profile, fitting, tuning, held_out, seeds, search, progress, origin, texts, fitted):
         return SimpleNamespace(
             fitting=fitting, held_out=[each.prompt for part in held_out for each in part], texts=texts
         )
