@@ -92,11 +92,12 @@ class History:
 
     def _stored(self, outputs: Sequence[Tensor], bases: Sequence[Tensor | None], old: Sequence[Tensor]) -> list[Tensor]:
         """What a slot holds of a feature, written into what it held before where that serves."""
-        parts: list[Tensor] = []
         if self.dtype == "model":
             self._coded = [None] * len(outputs)
-        else:
-            self._coded = [out.dtype if self._encodes(out) else None for out in outputs]
+            slots: Sequence[Tensor | None] = old or [None] * len(outputs)
+            return [store(out, base, slot) for out, base, slot in zip(outputs, bases, slots, strict=True)]
+        parts: list[Tensor] = []
+        self._coded = [out.dtype if self._encodes(out) else None for out in outputs]
         for out, base, coded in zip(outputs, bases, self._coded, strict=True):
             here = old[len(parts) :]
             if coded is None:
@@ -215,6 +216,8 @@ class History:
 
     def leaf(self, index: int) -> Sequence[Tensor | ops.Coded]:
         """What the slots hold of one leaf."""
+        if self.dtype == "model":
+            return [held[index] for held in self.slots]
         return [self._part(held, index) for held in self.slots]
 
     def _part(self, held: Sequence[Tensor], index: int) -> Tensor | ops.Coded:

@@ -130,7 +130,7 @@ class CacheRun:
         given = (copied(args), copied(kwargs)) if frame.trace is not None else ((), {})
         try:
             output = self._forward(spans, inner, args, kwargs)
-            wrong = self._wrongly_reused(frame, output, args, kwargs)
+            wrong = self._wrongly_reused(frame, output, args, kwargs) if frame.reused else []
             if wrong:
                 for visit, why in wrong:
                     if why:
@@ -141,7 +141,7 @@ class CacheRun:
                 frame = self.frame = frame.again((False,))
                 frame.actions, frame.reason = (True,), "computed again"
                 output = self._forward(spans, inner, args, kwargs)
-            elif (again := self.decisions.verified(frame)) is not None:
+            elif frame.reused and (again := self.decisions.verified(frame)) is not None:
                 frame = self.frame = again
                 output = self._forward(spans, inner, args, kwargs)
         finally:
@@ -219,7 +219,8 @@ class CacheRun:
 
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.frame is not None
-        args, kwargs = unshared(args), unshared(kwargs)  # the call may be made again
+        if self.observer is not None or self.frame.actions is None or not all(self.frame.actions):
+            args, kwargs = unshared(args), unshared(kwargs)  # the call may be made again
         graphs = self.graphs(self.frame.key[0])
         if graphs is None:
             return self._through(spans, inner, args, kwargs)
@@ -235,9 +236,12 @@ class CacheRun:
         if spans[0].kind == "denoiser":
             return self.spans.call(self.frame, spans[0], 0, inner, args, kwargs)
         frame = self.frame
-        with self.spans.groups:
+        try:
             output = inner(*args, **kwargs)
-        frame.settle()
+        finally:
+            self.spans.groups.restore()
+        if frame.deferred:
+            frame.settle()
         return output
 
     def _open_frame(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> Frame:
@@ -295,8 +299,8 @@ class CacheRun:
             frame.trace = []
         if frame.actions is None or not all(frame.actions) or frame.trace is not None or name in self.session.compiled:
             frame.variant = (
-                tuple(map(_form, args)),
-                frozenset((key, _form(value)) for key, value in kwargs.items()),
+                tuple([_form(value) for value in args]),
+                frozenset([(key, _form(value)) for key, value in kwargs.items()]),
                 frame.actions,
             )
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
@@ -358,10 +362,11 @@ class CacheRun:
         return []
 
     def _close_frame(self, frame: Frame, name: str, spans: tuple[Span, ...]) -> None:
-        whole = sum(visit.rows is None for visit in frame.reused)
+        whole = sum([visit.rows is None for visit in frame.reused])
         computed = frame.computed > 0 or whole == 0
         self.decisions.close(frame)
-        self.spans.forecasts.keep_compared(frame)
+        if frame.compared:
+            self.spans.forecasts.keep_compared(frame)
         self.spans.prefetch_next(frame)
         if not self._reached.get(name):
             self._reached[name] = bool(frame.counts)

@@ -139,8 +139,10 @@ class Decisions:
         self._decide(frame, len(samples), samples)
 
     def verified(self, frame: Frame) -> Frame | None:
-        """At the end of a call: the one to make in its place, where the policy decides only now and against it."""
-        if not self.guarded.needs.rollback or frame.signals is None or not frame.reused:
+        """At the end of a call that reused any span: the one to make in its place, where the policy decides only now
+        and against it.
+        """
+        if not self.guarded.needs.rollback or frame.signals is None:
             return None
         samples, states = samples_of(frame.step, frame.batch), self._states[frame.key]
         verdicts = list(frame.verdicts)

@@ -265,8 +265,8 @@ class Forecasts:
             self._run.warn_failure("forecasting the last blocks", error)
 
     def keep_compared(self, frame: Frame) -> None:
-        """At the end of a computed call: keep the signals that the corrector compares, beside the features."""
-        if not frame.compared or not any(frame.stores) or (frame.reused and frame.rows is None):
+        """At the end of a call: keep the signals that the corrector compares, beside the features, if it computed."""
+        if not any(frame.stores) or (frame.reused and frame.rows is None):
             return
         rows = frame.rows if frame.reused else None
         signals = list(frame.compared.values())

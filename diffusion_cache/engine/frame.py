@@ -1,8 +1,9 @@
 """What is known of one denoiser call while it runs."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,10 @@ class SpanState:
     place: int = 0
     unchecked: bool = False  # whether the newest feature is not known to be finite
 
+    def knows_members(self, span: Span) -> bool:
+        """Whether it is known what each member before the span's last one returns."""
+        return len(self.passthrough) == len(span.members) - 1
+
 
 class Visit:
     """One time that a span runs within a denoiser call.
@@ -43,21 +48,13 @@ class Visit:
     nothing left to learn from its middle members. given: the inputs themselves, of which `inputs` may be copies.
     """
 
-    __slots__ = (
-        "entered",
-        "finished",
-        "forecast",
-        "given",
-        "independent",
-        "inputs",
-        "quiet",
-        "rows",
-        "span",
-        "state",
-        "stores",
-        "uncorrected",
-        "versions",
-    )
+    forecast: list[Tensor] | None = None
+    uncorrected: Sequence[Tensor] = ()
+    rows: list[int] | None = None
+    quiet = False
+    finished = False
+    independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
+    idle: Any = None  # what every middle member returns while the span is skipped, where that is known
 
     def __init__(
         self, span: Span, state: SpanState, inputs: Inputs, entered: tuple, stores: bool, given: Inputs | None = None
@@ -67,19 +64,13 @@ class Visit:
         self.inputs = inputs
         self.entered = entered
         self.stores = stores
-        self.forecast: list[Tensor] | None = None
-        self.uncorrected: list[Tensor] = []
-        self.rows: list[int] | None = None
-        self.quiet = False
-        self.finished = False
         unknown = state.template is None or state.signature != entered
         self.given = inputs if given is None else given
         self.versions = {key: mark_of(tensor) for key, tensor in self.given.items()} if unknown else {}
-        self.independent: bool | None = None  # while it is tried out: whether batch rows do not depend on each other
 
     def let_go(self) -> None:
         """Of what it was entered with and gave, now that it is left: a call may run many spans."""
-        self.inputs, self.given, self.versions, self.uncorrected = {}, {}, {}, []
+        self.inputs, self.given, self.versions, self.uncorrected = {}, {}, {}, ()
         if self.forecast is not None:
             self.forecast = []
 
@@ -155,12 +146,30 @@ class SampleRecord(NamedTuple):
 class Frame:
     """One denoiser call: its step, its decision and what its spans are doing."""
 
-    __slots__ = (
-        "actions", "apart", "asking", "batch", "called", "chunks", "compared", "computed", "counts", "deferred",
-        "fills_cache", "key", "note", "open", "outputs", "peeking", "poisoned", "position", "probe_input",
-        "probe_version", "reason", "recording", "rejected", "replayed", "reused", "rows", "signals", "step", "stores",
-        "trace", "variant", "verdicts", "visits",
-    )  # fmt: skip
+    # what few calls change stands with the class: one is made at each step
+    chunks: Chunks | None = None  # of a stream, whose features are filed by the levels of each
+    actions: tuple[bool, ...] | None = None  # for all spans or each of them
+    apart = False  # whether some samples can be computed and others not
+    fills_cache = False  # of keys and values: no part of any history
+    verdicts: Sequence[Verdict] = ()  # on each sample
+    asking: Sequence[bool] = ()  # of each sample, whether it is to be computed
+    rejected: Sequence[bool] = ()  # of each sample, whether the same call was made before with it reused
+    rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
+    reason = ""
+    note = ""  # on how it was forecast
+    called: tuple[tuple, dict[str, Any]] = ((), {})  # the denoiser's arguments
+    signals: dict[str, Tensor] | None = None  # that the policy asks for, once the first span is entered
+    compared: Mapping[str, Tensor] = MappingProxyType({})  # those that the corrector asks for
+    peeking = False  # a block is run only to see what its attention receives
+    probe_input: Tensor | None = None
+    probe_version: int | None = None  # of a copy, which nothing writes into
+    computed = 0
+    open: Visit | None = None  # computed, and between its first and last member
+    variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
+    poisoned = False
+    trace: list[Called] | None = None  # members in the order they are called
+    recording: Recording | None = None  # while a call is made that a graph is to repeat
+    replayed = False  # whether a graph was
 
     def __init__(self, step: Step, key: PassKey, stores: tuple[bool, ...], batch: int, position: int = 0):
         self.step = step
@@ -168,34 +177,11 @@ class Frame:
         self.position = position  # of the call in its step
         self.stores = stores  # what is computed: for all spans or each of them
         self.batch = batch  # rows of the sample
-        self.chunks: Chunks | None = None  # of a stream, whose features are filed by the levels of each
-        self.actions: tuple[bool, ...] | None = None  # for all spans or each of them
-        self.apart = False  # whether some samples can be computed and others not
-        self.fills_cache = False  # of keys and values: no part of any history
-        self.verdicts: list[Verdict] = []  # on each sample
-        self.asking: list[bool] = []  # of each sample, whether it is to be computed
-        self.rejected: list[bool] = []  # of each sample, whether the same call was made before with it reused
-        self.rows: list[int] | None = None  # of a call that is computed for some samples: their batch rows
-        self.reason = ""
-        self.note = ""  # on how it was forecast
-        self.called: tuple[tuple, dict[str, Any]] = ((), {})  # the denoiser's arguments
-        self.signals: dict[str, Tensor] | None = None  # that the policy asks for, once the first span is entered
-        self.compared: dict[str, Tensor] = {}  # those that the corrector asks for
-        self.peeking = False  # a block is run only to see what its attention receives
-        self.probe_input: Tensor | None = None
-        self.probe_version: int | None = None  # of a copy, which nothing writes into
         self.visits: dict[Span, Visit] = {}  # the latest of each span
         self.counts: dict[Span, int] = {}
         self.reused: list[Visit] = []
-        self.computed = 0
         self.deferred: list[weakref.ref[Deferred]] = []  # forecasts that blocks were given
-        self.open: Visit | None = None  # computed, and between its first and last member
         self.outputs: dict[Span, list[Tensor]] = {}  # while tracing: of each span's latest member
-        self.variant: tuple = ()  # what may change the way through the denoiser: arguments given, spans reused
-        self.poisoned = False
-        self.trace: list[Called] | None = None  # members in the order they are called
-        self.recording: Recording | None = None  # while a call is made that a graph is to repeat
-        self.replayed = False  # whether a graph was
 
     @property
     def samples(self) -> tuple[SampleRecord, ...]:

@@ -6,10 +6,11 @@ loaded while the one before it runs; where it is skipped then, it is offloaded.
 """
 
 from itertools import chain
-from types import TracebackType
 from typing import Any
 
 from torch import nn
+
+from ..models import Span
 
 REGISTRY, HOOK = "_diffusers_hook", "group_offloading"  # diffusers' names
 
@@ -20,16 +21,24 @@ class Groups:
     def __init__(self) -> None:
         self._led: list[tuple[Any, nn.Module]] = []
         self._begun: list[Any] = []
-        self._hooked: dict[nn.Module, list[nn.Module]] = {}  # of each block that was skipped, what has a group
+        self._hooked: dict[nn.Module, list[nn.Module]] = {}  # of each block, what has a group
+        self._moves: dict[Span, bool] = {}
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def restore(self) -> None:
+        """At the end of a call: groups are led by their first blocks again."""
         while self._led:
             group, leader = self._led.pop()
             group.onload_leader = leader
         self._begun.clear()
+
+    def move(self, span: Span) -> bool:
+        """Whether any of a span's blocks, or of what is in them, has a group."""
+        found = self._moves.get(span)
+        if found is None:
+            for block in span.members:
+                self._hooked[block] = [part for part in block.modules() if hook_of(part, HOOK) is not None]
+            found = self._moves[span] = any(self._hooked[block] for block in span.members)
+        return found
 
     def begin(self, module: nn.Module) -> None:
         """A block was run, but not to its end: its group is loaded, if it is the first."""
@@ -38,7 +47,7 @@ class Groups:
             self._begun.append(group)
 
     def skip(self, module: nn.Module) -> None:
-        """A block is not run, or not to its end, in this call."""
+        """A block of a span that groups `move` is not run, or not to its end, in this call."""
         self._unload(module)
         group = _group(module)
         if group is None or len(group.modules) < 2:
@@ -52,8 +61,6 @@ class Groups:
 
     def _unload(self, module: nn.Module) -> None:
         """Offload what is loaded of a block in groups of one module."""
-        if module not in self._hooked:
-            self._hooked[module] = [part for part in module.modules() if hook_of(part, HOOK) is not None]
         for part in self._hooked[module]:
             hook = hook_of(part, HOOK)
             if hook is not None and len(hook.group.modules) < 2 and _is_loaded(hook.group):

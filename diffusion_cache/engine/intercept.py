@@ -11,8 +11,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from ..models import unwrap
 from .patches import ACTIVE
@@ -26,10 +26,10 @@ class Interceptor:
     """Stands in for one module's call; routes it to the handler of the active run's session, if it has one.
 
     runner: what carries the module out where it is not simply called, as runner(inner, *args, **kwargs); inside of
-    every handler, whichever came first.
+    every handler, whichever came first. carry_out: the call of the module by it.
     """
 
-    __slots__ = ("handlers", "inner", "module", "previous", "runner")
+    __slots__ = ("carry_out", "handlers", "inner", "module", "previous", "runner")
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -41,7 +41,12 @@ class Interceptor:
         """Take the module's call, keeping what compiles it, if anything, inside."""
         self.previous = vars(self.module).get(ATTRIBUTE)
         self.inner = self.previous or self.module._call_impl
+        self.run_by(self.runner)
         setattr(self.module, ATTRIBUTE, self)
+
+    def run_by(self, runner: Runner | None) -> None:
+        self.runner = runner
+        self.carry_out = self.inner if runner is None else functools.partial(runner, self.inner)
 
     @property
     def installed(self) -> bool:
@@ -56,16 +61,15 @@ class Interceptor:
             setattr(self.module, ATTRIBUTE, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self.inner(*args, **kwargs)  # part of something larger that is compiled: see compiled.py
-        inner = self.inner if self.runner is None else functools.partial(self.runner, self.inner)
         run = ACTIVE.get()
         while run is not None:
             handler = self.handlers.get(run.session)
             if handler is not None:
-                return handler(run, inner, args, kwargs)
+                return handler(run, self.carry_out, args, kwargs)
             run = getattr(run, "outer", None)  # of another denoiser, in a loop with several
-        return inner(*args, **kwargs)
+        return self.carry_out(*args, **kwargs)
 
 
 def intercept(module: nn.Module, session: Any, handler: Handler) -> None:
@@ -75,7 +79,7 @@ def intercept(module: nn.Module, session: Any, handler: Handler) -> None:
 
 def set_runner(module: nn.Module, runner: Runner) -> None:
     """Carry the module out by runner(inner, *args, **kwargs), in runs of sessions and outside of them."""
-    _interceptor(module).runner = runner
+    _interceptor(module).run_by(runner)
 
 
 def runner_of(module: nn.Module) -> Runner | None:
@@ -88,7 +92,7 @@ def clear_runner(module: nn.Module) -> None:
     """Simply call the module again; it is as it was if no session intercepts it."""
     current = vars(module).get(ATTRIBUTE)
     if isinstance(current, Interceptor):
-        current.runner = None
+        current.run_by(None)
         _remove_unused(current)
 
 

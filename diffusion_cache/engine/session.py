@@ -727,8 +727,13 @@ def _member_handler(span: Span, member: int) -> Callable:
         if frame is None:
             return inner(*args, **kwargs)
         visit = frame.visits.get(span)
-        if (visit is None and frame.trace is None) or (visit is not None and visit.quiet):
+        if visit is None:
+            if frame.trace is None:
+                return inner(*args, **kwargs)
+        elif visit.quiet:
             return inner(*args, **kwargs)
+        elif visit.idle is not None:
+            return visit.idle
         return run.spans.call(frame, span, member, inner, args, kwargs)
 
     return middle if 0 < member < len(span.members) - 1 else end

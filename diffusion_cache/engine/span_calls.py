@@ -72,53 +72,56 @@ class SpanCalls:
         """The output of one member of a span, computed or not."""
         visit = self._enter(frame, span, inner, args, kwargs) if member == 0 else frame.visits.get(span)
         if frame.trace is not None:
-            return self._traced(frame, visit, Called(span, member), inner, args, kwargs)
-        if visit is None:
-            return inner(*args, **kwargs)
-        return self._member(frame, visit, span, member, inner, args, kwargs)
-
-    def _traced(
-        self, frame: Frame, visit: Visit | None, called: Called, inner: Callable, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        """A member's output, noting when it ran and whether it took what the span's last member gave."""
-        assert frame.trace is not None
-        given = {id(tensor) for tensor in tensor_inputs(args, kwargs).values()}
-        before = frame.outputs.get(called.span, [])
-        linked = any(id(tensor) in given for tensor in before)
-        frame.trace.append(called._replace(linked=linked))
-        output = self._member(frame, visit, called.span, called.member, inner, args, kwargs)
-        frame.outputs[called.span] = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+            self._trace(frame, Called(span, member), args, kwargs)
+        if visit is None or visit.finished:
+            output = inner(*args, **kwargs)
+        elif visit.forecast is not None:
+            output = self._reused(frame, visit, member, inner, args, kwargs)
+        else:
+            output = self._computed(frame, visit, member, inner, args, kwargs)
+        if frame.trace is not None:
+            frame.outputs[span] = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
         return output
 
-    def _member(
-        self,
-        frame: Frame,
-        visit: Visit | None,
-        span: Span,
-        member: int,
-        inner: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
+    def _trace(self, frame: Frame, called: Called, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note when a member runs, and whether it takes what the span's last member gave."""
+        assert frame.trace is not None
+        given = {id(tensor) for tensor in tensor_inputs(args, kwargs).values()}
+        linked = any(id(tensor) in given for tensor in frame.outputs.get(called.span, []))
+        frame.trace.append(called._replace(linked=linked))
+
+    def _reused(
+        self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        if visit is None or visit.finished:
+        """The output of a member of a span that is forecast, in whole or in part."""
+        if visit.rows is not None:
+            return self._compute_rows(frame, visit, member, inner, args, kwargs)
+        assert visit.forecast is not None
+        grouped = self.groups.move(visit.span)
+        if member == len(visit.span.members) - 1:
+            if grouped:
+                self.groups.skip(visit.span.members[member])
+            visit.finished, visit.idle = True, None
+            assert visit.state.template is not None
+            self._note_first_pass(frame, visit, visit.uncorrected or visit.forecast)
+            output = visit.state.template.join(visit.forecast)
+            self._let_go(visit)
+            return output
+        known = visit.state.passthrough.get(member)
+        if known is None:
             return inner(*args, **kwargs)
-        last = member == len(span.members) - 1
-        if visit.forecast is not None:
-            if visit.rows is not None:
-                return self._compute_rows(frame, visit, member, inner, args, kwargs)
-            if last:
-                self.groups.skip(span.members[member])
-                visit.finished = True
-                assert visit.state.template is not None
-                self._note_first_pass(frame, visit, visit.uncorrected or visit.forecast)
-                output = visit.state.template.join(visit.forecast)
-                self._let_go(visit)
-                return output
-            known = visit.state.passthrough.get(member)
-            if known is None:
-                return inner(*args, **kwargs)
-            self.groups.skip(span.members[member])
-            return known.output(frame.poisoned)
+        if grouped:
+            self.groups.skip(visit.span.members[member])
+        output = known.output(frame.poisoned)
+        if not (grouped or frame.poisoned) and visit.state.knows_members(visit.span):
+            learned = visit.state.passthrough.values()
+            visit.idle = output if known.serves(known) and all([one is known for one in learned]) else None
+        return output
+
+    def _computed(
+        self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of a member of a span that is computed, which is looked at where it serves a later forecast."""
         if visit.independent:  # the call is made again for one row
             output = inner(*unshared(args), **unshared(kwargs))
         else:
@@ -127,10 +130,11 @@ class SpanCalls:
         try:
             if visit.independent:
                 visit.independent = self._rows_are_independent(frame, inner, args, kwargs, output)
-            if last:
+            if member == len(visit.span.members) - 1:
                 tensors = self._leave(frame, visit, output)
             elif member not in visit.state.passthrough:
-                visit.state.passthrough[member] = PassThrough.of(output)
+                learned, others = PassThrough.of(output), visit.state.passthrough.values()
+                visit.state.passthrough[member] = next((one for one in others if one.serves(learned)), learned)
         except Exception as error:
             if frame.recording is not None:
                 raise
@@ -139,7 +143,7 @@ class SpanCalls:
         observer = self._run.observer
         if observer is not None and tensors is not None:
             assert visit.state.template is not None
-            observer.span_computed(frame, span, visit.inputs, visit.state.template.leaves, tensors)
+            observer.span_computed(frame, visit.span, visit.inputs, visit.state.template.leaves, tensors)
         if visit.finished:
             self._let_go(visit)
         return output
@@ -196,13 +200,11 @@ class SpanCalls:
             return None
         if state.template is not None and state.signature != visit.entered:
             self._reshape(state)
-        if self._tries_rows(frame, span, visit.entered):
+        if frame.batch > 1 and self._tries_rows(span, visit.entered):
             visit.independent = True
         if len(span.members) > 1:
             frame.open = visit
-            visit.quiet = (
-                len(state.passthrough) == len(span.members) - 1 and visit.independent is None and frame.trace is None
-            )
+            visit.quiet = state.knows_members(span) and visit.independent is None and frame.trace is None
         frame.visits[span] = visit
         return visit
 
@@ -245,7 +247,7 @@ class SpanCalls:
         code = DIFFERENCES.get(dtype)
         return History(kept, dtype) if code is None else DifferenceHistory(kept, code)
 
-    def _note_first_pass(self, frame: Frame, visit: Visit, tensors: list[Tensor]) -> None:
+    def _note_first_pass(self, frame: Frame, visit: Visit, tensors: Sequence[Tensor]) -> None:
         if self._relates_passes and frame.position == 0:
             given = [tensor.detach().clone() for tensor in tensors]
             self._first[frame.key[0], visit.span, frame.counts[visit.span]] = frame.step.index, given
@@ -292,7 +294,7 @@ class SpanCalls:
             self._reshape(state)
             return False
         if frame.rows is not None and not (
-            self._run.session.independent.get((span, visit.entered)) and len(state.passthrough) == len(span.members) - 1
+            self._run.session.independent.get((span, visit.entered)) and state.knows_members(span)
         ):
             return False  # its rows cannot be told apart, or not yet: computed for all samples
         if not self._is_checked(span, state):
@@ -319,7 +321,8 @@ class SpanCalls:
                 inputs = None if leaf.kept is None else len(leaves) + i  # stored behind the features, one for each
                 features = self.forecasts.features(frame, span, history, i, slots, inputs)
                 if related:  # what is added to it later is corrected then
-                    visit.uncorrected.append(_forecast(frame.chunks, base, features, weights, None))
+                    bare = _forecast(frame.chunks, base, features, weights, None)
+                    visit.uncorrected = [*visit.uncorrected, bare]
                 if base is None and self._defers(frame, span, features):
                     forecast.append(frame.defer(features, weights, correction))
                 else:
@@ -452,7 +455,7 @@ class SpanCalls:
             self._note_output(frame, visit, tensors)
         if self._relates_passes:
             self._note_first_pass(frame, visit, tensors)
-        kept = _kept(state.template, visit.inputs)
+        kept = _kept(state.template, visit.inputs) if self._run.forecaster.keeps_inputs else []
         stored = [*tensors, *kept]
         if visit.stores and self._fits(state, stored):
             bases = [None if leaf.base is None else visit.inputs[leaf.base] for leaf in state.template.leaves]
@@ -579,14 +582,13 @@ class SpanCalls:
 
     # samples apart
 
-    def _tries_rows(self, frame: Frame, span: Span, entered: tuple) -> bool:
-        """Whether to find out now if this span's batch rows can be computed apart.
+    def _tries_rows(self, span: Span, entered: tuple) -> bool:
+        """Whether to find out now if this span's batch rows, of which there are several, can be computed apart.
 
         At the first step already, where samples that begin at one noise look like guidance branches of one.
         """
         return (
-            frame.batch > 1
-            and self._method.granularity == "sample"
+            self._method.granularity == "sample"
             and not self._method.guarded.planned
             and (span, entered) not in self._run.session.independent
         )

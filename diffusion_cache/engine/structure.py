@@ -17,6 +17,7 @@ from ..models import unwrap
 K = TypeVar("K")
 V = TypeVar("V")
 Inputs = dict[int | str, Tensor]
+CONTAINERS = (list, tuple, dict)
 LEARNED = 10_000  # entries kept, over all spans and all sizes, prompt lengths and batches they are called with
 IMAGE_STREAM = ("hidden_states", "sample", "x", "gen_seq")  # the last of Cosmos3Omni's layers, after their text
 SAMPLES = (
@@ -75,12 +76,12 @@ def first_tensor(output: Any) -> Tensor:
 def tensor_inputs(args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
     """The tensors among a call's arguments, by position or name; those inside lists and dicts as "name.0"."""
     found: Inputs = {}
-    given: tuple[tuple[int | str, Any], ...] = (*enumerate(args), *kwargs.items())
-    for name, value in given:
-        if isinstance(value, Tensor):
-            found[name] = value
-        elif isinstance(value, (list, tuple, dict)):
-            _note_inside(name, value, found)
+    for given in (enumerate(args), kwargs.items()) if args else (kwargs.items(),):
+        for name, value in given:
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, CONTAINERS) and value:
+                _note_inside(name, value, found)
     return found
 
 
@@ -88,7 +89,7 @@ def _note_inside(key: int | str, value: list | tuple | dict, found: Inputs) -> N
     for name, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, Tensor):
             found[f"{key}.{name}"] = item
-        elif isinstance(item, (list, tuple, dict)):
+        elif isinstance(item, CONTAINERS):
             _note_inside(f"{key}.{name}", item, found)
 
 
@@ -261,7 +262,7 @@ class PassThrough:
     """What a skipped member that is not its span's last returns: tensors of the right shapes, with any content.
 
     Nothing of it reaches the output (the last member's forecast replaces it), but code between members may read its
-    structure and add to it. They are new tensors, for that code may also write into them.
+    structure and add to it. That code may also write into them, so they are nobody else's.
     """
 
     shape: Shape
@@ -282,6 +283,11 @@ class PassThrough:
             if poisoned and like.dtype.is_floating_point:
                 flat[i].fill_(float("nan"))
         return unflatten(flat, self.shape)
+
+    def serves(self, other: "PassThrough") -> bool:
+        """Whether what one returns in a call can be returned for the other in the same call: nothing but tensors."""
+        plain = self.shape.kind in ("tensor", "tuple") and all(constant is None for constant in self.constants)
+        return plain and (self.shape, self.tensors) == (other.shape, other.tensors)
 
     def spread(self, output: Any, rows: Tensor) -> Any:
         """An output of some batch rows as part of one of the whole batch; the other rows are zero."""
@@ -315,9 +321,11 @@ def copied(value: Any) -> Any:
 
 def unshared(value: Any) -> Any:
     """The value with lists and dicts of its own around the same items: some forwards take items out of theirs."""
-    if isinstance(value, dict):
-        return {name: unshared(item) for name, item in value.items()} if type(value) is dict else value
-    return type(value)(map(unshared, value)) if type(value) in (list, tuple) else value
+    if type(value) is dict:
+        return {name: unshared(item) if isinstance(item, CONTAINERS) else item for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([unshared(item) if isinstance(item, CONTAINERS) else item for item in value])
+    return value
 
 
 def forked_rng() -> Any:
