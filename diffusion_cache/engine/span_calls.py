@@ -76,9 +76,9 @@ class SpanCalls:
         if visit is None or visit.finished:
             output = inner(*args, **kwargs)
         elif visit.forecast is not None:
-            output = self._reused(frame, visit, member, inner, args, kwargs)
+            output = self._forecast_member(frame, visit, member, inner, args, kwargs)
         else:
-            output = self._computed(frame, visit, member, inner, args, kwargs)
+            output = self._compute_member(frame, visit, member, inner, args, kwargs)
         if frame.trace is not None:
             frame.outputs[span] = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
         return output
@@ -90,7 +90,7 @@ class SpanCalls:
         linked = any(id(tensor) in given for tensor in frame.outputs.get(called.span, []))
         frame.trace.append(called._replace(linked=linked))
 
-    def _reused(
+    def _forecast_member(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """The output of a member of a span that is forecast, in whole or in part."""
@@ -118,7 +118,7 @@ class SpanCalls:
             visit.idle = output if known.serves(known) and all([one is known for one in learned]) else None
         return output
 
-    def _computed(
+    def _compute_member(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """The output of a member of a span that is computed, which is looked at where it serves a later forecast."""
