@@ -283,7 +283,9 @@ def finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors hold only finite numbers; reads back to the host, once."""
+    """Whether the tensors hold only finite numbers; reads back to the host, from another device once."""
+    if all([tensor.is_cpu for tensor in tensors]):  # there it takes less to read each sum than to join them
+        return all([math.isfinite(tensor.sum(dtype=torch.float32)) for tensor in tensors if tensor.is_floating_point()])
     return bool(finite(tensors))
 
 

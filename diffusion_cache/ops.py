@@ -81,10 +81,11 @@ def forecast(
         if len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, weights, correction):
             return _run("forecast_residual", base, values, scales, weights, correction, dtype)
     else:
-        used = [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
-        weights = [weights[j] for j in used]
-        values, scales, dtype = _split([features[j] for j in used])
-        if any(weights) and len(used) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
+        if not all(weights):
+            used = [j for j, weight in enumerate(weights) if weight != 0.0] or [0]
+            features, weights = [features[j] for j in used], [weights[j] for j in used]
+        values, scales, dtype = _split(features)
+        if any(weights) and len(values) <= _KERNEL_SLOTS and _has_kernel(dtype, values[0], base, *values, correction):
             known = shared(tuple(weights), values[0].device)
             return _run("forecast_residual", base, values, scales, known, correction, dtype)
     return _forecast(base, values, scales, weights, correction, dtype)
@@ -95,7 +96,7 @@ def _codes_last(
 ) -> tuple[Sequence[Tensor | Coded], Sequence[float] | Tensor]:
     """Both in the order in which kernels take them."""
     coded = [isinstance(feature, Coded) for feature in features]
-    if coded == sorted(coded):
+    if True not in coded or coded == sorted(coded):
         return features, weights
     order = sorted(range(len(features)), key=coded.__getitem__)
     if isinstance(weights, Tensor):

@@ -3,7 +3,7 @@
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -299,8 +299,8 @@ class CacheRun:
             frame.trace = []
         if frame.actions is None or not all(frame.actions) or frame.trace is not None or name in self.session.compiled:
             frame.variant = (
-                tuple([_form(value) for value in args]),
-                frozenset([(key, _form(value)) for key, value in kwargs.items()]),
+                _forms(enumerate(args)),
+                _forms(kwargs.items()),
                 frame.actions,
             )
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
@@ -503,9 +503,9 @@ class CacheRun:
             warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
 
 
-def _form(value: Any) -> Any:
-    """What of an argument may change the way through a denoiser: that it is there, and switches."""
-    return value if value is None or isinstance(value, (bool, str)) else True
+def _forms(given: Iterable[tuple[Any, Any]]) -> frozenset[tuple[Any, Any]]:
+    """What of a call's arguments may change the way through a denoiser: that they are there, and switches."""
+    return frozenset([(name, it if it is None or isinstance(it, (bool, str)) else True) for name, it in given])
 
 
 def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:

@@ -212,8 +212,11 @@ class Forecasts:
         index = self._run.session.span_index[span]
         first = frame.position * forecaster.row_passes
         direction = self._run.session.directions.get(span, 0.0)
-        query = Query(nodes, target, index, total=frame.step.total, times=self._run.times, direction=direction)
-        return [query._replace(pass_index=first + i) for i in range(count)]
+        total, times = frame.step.total, self._run.times
+        return [
+            Query(nodes, target, index, pass_index=first + i, total=total, times=times, direction=direction)
+            for i in range(count)
+        ]
 
     def _learn_direction(self, span: Span, history: History) -> None:
         """Which way a span's outputs point along the path that its inputs took: read back once, at the first run."""
