@@ -1,9 +1,9 @@
 """What the cache layer itself costs, on the denoiser of flux-digits at stack scope.
 
-Four kinds of calls take turns in one process, several times over: uncached; computed and stored; reused; and the model without its
+Four kinds of calls take turns in one process: uncached; computed and stored; reused; and the model without its
 stacks (the layers outside, which a reused call still runs). Reported are medians over rounds of the ratios within a
 round, in process CPU time on one thread: storing = computed / uncached − 1, and reusing = (reused − outside) /
-uncached, of the last calls of a run; of these, medians over processes. Outputs are checked on the way.
+uncached, of the last calls of a run; and of these the medians over processes. Outputs are checked on the way.
 
 Usage: python scripts/bench_overhead.py [--rounds 60] [--processes 5] [--out results/overhead.json]
 """
