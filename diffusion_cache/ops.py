@@ -96,7 +96,7 @@ def _codes_last(
 ) -> tuple[Sequence[Tensor | Coded], Sequence[float] | Tensor]:
     """Both in the order in which kernels take them."""
     coded = [isinstance(feature, Coded) for feature in features]
-    if True not in coded or coded == sorted(coded):
+    if coded == sorted(coded):
         return features, weights
     order = sorted(range(len(features)), key=coded.__getitem__)
     if isinstance(weights, Tensor):

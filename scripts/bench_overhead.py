@@ -51,8 +51,8 @@ def without_stacks(denoiser: nn.Module) -> nn.Module:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed: else large tensors begin with page faults in some processes or calls and
-    not in others, which costs up to a fifth of a call of 16 images, cached or not.
+    """Have the C library keep what is freed: else large tensors begin with page faults in some calls and not in others,
+    cached or not.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):  # glibc
@@ -72,7 +72,7 @@ def check(output: Tensor, expected: Tensor) -> None:
         raise SystemExit("the output is wrong: no timing")
 
 
-def measured(batch: int, rounds: int, processes: int) -> dict[str, Any]:
+def measure_in_processes(batch: int, rounds: int, processes: int) -> dict[str, Any]:
     """Medians over processes, as where a process has its memory shifts all ratios of it; and the range of storing."""
     spawned = multiprocessing.get_context("spawn")
     found = []
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
     options = parser.parse_args()
-    rows = [measured(batch, options.rounds, options.processes) for batch in (1, 4, 16)]
+    rows = [measure_in_processes(batch, options.rounds, options.processes) for batch in (1, 4, 16)]
     report = {
         "model": MODEL,
         "scope": "stack",

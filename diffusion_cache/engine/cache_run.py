@@ -219,7 +219,7 @@ class CacheRun:
 
     def _forward(self, spans: tuple[Span, ...], inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         assert self.frame is not None
-        if self.observer is not None or self.frame.actions is None or not all(self.frame.actions):
+        if self.observer is not None or self.frame.may_reuse:
             args, kwargs = unshared(args), unshared(kwargs)  # the call may be made again
         graphs = self.graphs(self.frame.key[0])
         if graphs is None:
@@ -297,7 +297,7 @@ class CacheRun:
             frame.actions, frame.stores = (True,), (False,)
         if name not in self.session.traced and any(len(span.members) > 1 for span in spans):
             frame.trace = []
-        if frame.actions is None or not all(frame.actions) or frame.trace is not None or name in self.session.compiled:
+        if frame.may_reuse or frame.trace is not None or name in self.session.compiled:
             frame.variant = (
                 _forms(enumerate(args)),
                 _forms(kwargs.items()),

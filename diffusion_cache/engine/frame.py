@@ -184,6 +184,11 @@ class Frame:
         self.outputs: dict[Span, list[Tensor]] = {}  # while tracing: of each span's latest member
 
     @property
+    def may_reuse(self) -> bool:
+        """Whether any span may be reused in this call."""
+        return self.actions is None or not all(self.actions)
+
+    @property
     def samples(self) -> tuple[SampleRecord, ...]:
         """What each sample had, where the policy was asked about each; to be called at the end."""
         if self.signals is None:

@@ -22,7 +22,7 @@ class Groups:
         self._led: list[tuple[Any, nn.Module]] = []
         self._begun: list[Any] = []
         self._hooked: dict[nn.Module, list[nn.Module]] = {}  # of each block, what has a group
-        self._moves: dict[Span, bool] = {}
+        self._contained: dict[Span, bool] = {}
 
     def restore(self) -> None:
         """At the end of a call: groups are led by their first blocks again."""
@@ -31,13 +31,13 @@ class Groups:
             group.onload_leader = leader
         self._begun.clear()
 
-    def move(self, span: Span) -> bool:
+    def contain(self, span: Span) -> bool:
         """Whether any of a span's blocks, or of what is in them, has a group."""
-        found = self._moves.get(span)
+        found = self._contained.get(span)
         if found is None:
             for block in span.members:
                 self._hooked[block] = [part for part in block.modules() if hook_of(part, HOOK) is not None]
-            found = self._moves[span] = any(self._hooked[block] for block in span.members)
+            found = self._contained[span] = any(self._hooked[block] for block in span.members)
         return found
 
     def begin(self, module: nn.Module) -> None:
@@ -47,7 +47,7 @@ class Groups:
             self._begun.append(group)
 
     def skip(self, module: nn.Module) -> None:
-        """A block of a span that groups `move` is not run, or not to its end, in this call."""
+        """A block of a span that groups `contain` is not run, or not to its end, in this call."""
         self._unload(module)
         group = _group(module)
         if group is None or len(group.modules) < 2:

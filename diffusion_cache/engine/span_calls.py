@@ -97,7 +97,7 @@ class SpanCalls:
         if visit.rows is not None:
             return self._compute_rows(frame, visit, member, inner, args, kwargs)
         assert visit.forecast is not None
-        grouped = self.groups.move(visit.span)
+        grouped = self.groups.contain(visit.span)
         if member == len(visit.span.members) - 1:
             if grouped:
                 self.groups.skip(visit.span.members[member])
@@ -115,7 +115,7 @@ class SpanCalls:
         output = known.output(frame.poisoned)
         if not (grouped or frame.poisoned) and visit.state.knows_members(visit.span):
             learned = visit.state.passthrough.values()
-            visit.idle = output if known.serves(known) and all([one is known for one in learned]) else None
+            visit.idle = output if known.shareable and all([one is known for one in learned]) else None
         return output
 
     def _compute_member(

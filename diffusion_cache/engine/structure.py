@@ -284,10 +284,14 @@ class PassThrough:
                 flat[i].fill_(float("nan"))
         return unflatten(flat, self.shape)
 
+    @property
+    def shareable(self) -> bool:
+        """Whether an output can be given in several places of a call: tensors in nothing that can be changed."""
+        return self.shape.kind in ("tensor", "tuple") and all(constant is None for constant in self.constants)
+
     def serves(self, other: "PassThrough") -> bool:
-        """Whether what one returns in a call can be returned for the other in the same call: nothing but tensors."""
-        plain = self.shape.kind in ("tensor", "tuple") and all(constant is None for constant in self.constants)
-        return plain and (self.shape, self.tensors) == (other.shape, other.tensors)
+        """Whether an output of this can be given for one of the other as well."""
+        return self.shareable and (self.shape, self.tensors) == (other.shape, other.tensors)
 
     def spread(self, output: Any, rows: Tensor) -> Any:
         """An output of some batch rows as part of one of the whole batch; the other rows are zero."""

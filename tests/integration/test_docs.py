@@ -162,6 +162,16 @@ def test_what_differences_cost_is_what_was_evaluated():
     assert f"it lost at most {differences:.2f} dB, `int8` up to {int8:.1f} and `fp8` up to {fp8:.1f}." in page
 
 
+def test_what_the_cache_costs_is_what_was_measured():
+    rows = json.loads((ROOT / "results" / "overhead.json").read_text())["results"]
+    readme = (ROOT / "README.md").read_text()
+    assert [row["batch"] for row in rows] == [1, 4, 16]
+    for row in rows:
+        storing = "{:.1%} ({:.1%} to {:.1%})".format(row["storing"], *row["storing_range"])
+        assert f"| {row['batch']} | {row['uncached_ms']:.1f} ms | {storing} | {row['reusing']:.1%} |" in readme
+    assert f"what the cache adds {rows[0]['uncached_ms'] * rows[0]['storing']:.2f} ms" in readme
+
+
 def test_the_margins_in_readme_are_those_of_finals():
     def table(path):
         lines = (ROOT / path).read_text().splitlines()
