@@ -21,7 +21,7 @@ from .engine.patches import active_runs
 from .engine.structure import forked_rng
 from .errors import ConfigError
 from .language import LanguageCache, LanguageSession, LanguageSummary, serves
-from .models import find_denoisers
+from .models import Layout, Span, find_denoisers
 from .plain import check_count
 from .plan import Plan
 from .planning.kept import Tuned
@@ -475,17 +475,22 @@ def inspect(
     method = resolve.method(Interval(2) if policy is None else policy, forecaster, scope, depth, {}, options, corrector)
     layouts = {name: method.layout(denoiser) for name, denoiser in find_denoisers(pipe).items()}
     before = session_of(pipe)
-    sizes: dict[tuple[str, str], int] = {}
+    ran: CacheRun | None = None
     if inputs is not None:
         generators = [(generator, generator.get_state()) for generator in _generators(_by_name(inputs))]
-        measured = replace(method, guarded=Guarded(_Measuring(2, of=method.guarded.policy)), corrector=None)
+        measuring = _Measuring(2, of=method.guarded.policy, alike=method.spans_alike)
+        measured = replace(method, guarded=Guarded(measuring), corrector=None)
         try:
-            sizes = _sizes(pipe, measured, inputs)
+            ran = _tried(pipe, measured, inputs)
         finally:
             for generator, state in generators:
                 generator.set_state(state)
-    elif before is not None and before.last_run is not None:
-        sizes = _seen(before.last_run)
+    elif isinstance(before, Session):
+        ran = before.last_run
+    sizes = {} if ran is None else _seen(ran)
+    if ran is not None:
+        taken = {name: layout for name, layout in ran.layouts.items() if layout.apart is None or method.spans_alike}
+        layouts = {name: _as_run(layout, taken.get(name, layout)) for name, layout in layouts.items()}
     spans = tuple(
         SpanInfo(denoiser, span.name, span.kind, len(span.members), span.parameters, sizes.get((denoiser, span.name)))
         for denoiser, layout in layouts.items()
@@ -494,18 +499,30 @@ def inspect(
     return Inspection(type(pipe).__name__, spans, method.history)
 
 
-def _sizes(pipe: Any, method: Method, inputs: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    """Bytes of one feature of each span, in a call of two steps if the pipeline can make such.
+def _as_run(found: Layout, ran: Layout) -> Layout:
+    """A layout with the stacks as one span that were one in a run."""
+    by_name = {span.name: span for span in found.spans}
+    if (found.scope, ran.scope) != ("stack", "stack"):
+        return found
+    for span in ran.spans:
+        if stacks := [by_name.pop(name) for name in span.name.split("+") if name in by_name]:
+            members = tuple(member for stack in stacks for member in stack.members)
+            by_name[span.name] = Span(span.name, span.kind, members)
+    return replace(found, spans=tuple(by_name.values()))
+
+
+def _tried(pipe: Any, method: Method, inputs: Mapping[str, Any]) -> CacheRun:
+    """A call of two steps if the pipeline can make such.
 
     Callbacks are left out: nobody is to be told of a trial.
     """
     inputs = {name: value for name, value in inputs.items() if not name.startswith("callback")}
 
-    def called(arguments: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    def called(arguments: Mapping[str, Any]) -> CacheRun:
         with attached(pipe, method) as measuring, forked_rng():
             pipe(**arguments)
         assert measuring.last_run is not None
-        return measuring.last_run.sizes
+        return measuring.last_run
 
     if "num_inference_steps" in signature(type(pipe).__call__).parameters:
         with contextlib.suppress(Exception):  # some need more, and what is wrong with the call itself is told below
@@ -525,10 +542,15 @@ class _Measuring(Interval):
     """Computes and stores the first of two steps, in the spans of another policy."""
 
     of: Policy | None = None
+    alike: bool = True
 
     @property
     def needs(self) -> Needs:
         return Needs() if self.of is None else replace(self.of.needs, signals=(), condition=False)
+
+    @property
+    def spans_alike(self) -> bool:
+        return self.alike
 
 
 def _by_name(inputs: Any) -> Mapping[str, Any]:

@@ -207,6 +207,15 @@ class Policy(_Named):
         """The same where the spans' names are known, which make the schedule's last axis in this order."""
         return self.schedule(total)
 
+    @property
+    def spans_alike(self) -> bool:
+        """Whether the spans of a call are all computed or all reused, so that stacks in a row can be cached as one.
+
+        True where the policy is asked step by step; one with schedules says it where theirs are for all spans.
+        """
+        own = type(self)
+        return own.schedule is Policy.schedule and own.schedule_of is Policy.schedule_of
+
     def for_run(self, noise_levels: Sequence[float]) -> "Policy":
         """This policy for a run through these noise levels (log-SNR, one a step; empty if not known)."""
         return self
@@ -402,6 +411,14 @@ class Forecaster(_Named):
     def row_passes(self) -> int:
         """Guidance branches stacked in the rows of one call that are forecast with weights of their own."""
         return 1
+
+    @property
+    def spans_alike(self) -> bool:
+        """Whether what is forecast of two stacks in a row is what is forecast of them as one, but for rounding.
+
+        So it is of sums with weights that are the same for all spans, whatever `Query.span` is.
+        """
+        return self.static and not self.keeps_inputs and not self.corrected_channels
 
     def for_run(self, noise_levels: NoiseLevels) -> "Forecaster":
         """This forecaster for a run through these noise levels.

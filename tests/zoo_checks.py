@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from zoo import Case, Draw, build, flat
 
 import diffusion_cache as dc
+from diffusion_cache.forecasters.taylor import Taylor
 from diffusion_cache.models.spans import find_layout, is_unet
 
 STEPS = 4  # computed, reused, computed, reused
@@ -80,6 +82,48 @@ def checks(case: Case, model: nn.Module | None = None) -> list[Check]:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """One denoiser whose stacks are cached as one span where they can be, beside each by itself.
+
+    joined: whether they were. error: the largest relative difference between the two, where the inputs differ from
+    step to step. reused: steps that were. bytes, bytes_apart: stored.
+    """
+
+    joined: bool
+    error: float
+    reused: int
+    bytes: int
+    bytes_apart: int
+
+
+class OneByOne(Taylor):
+    """Of each stack by itself, as if its weights were its own."""
+
+    @property
+    def spans_alike(self) -> bool:
+        return False
+
+
+def compared_apart(case: Case, model: nn.Module) -> Apart:
+    """The inputs are other at every step, so that what a span begins with is not what it was stored with."""
+    outputs, spans, reused, stored = [], [], [], []
+    for forecaster in (Taylor(), OneByOne()):
+        noise = Draw(2)
+        made = []
+        with dc.run(model, "interval", forecaster, every=2, warmup=2, num_steps=6, scope="stack") as run:
+            for _ in range(6):
+                run.next_step()
+                made.append(_call(case, model, noise))
+            spans.append(len(run._run.layouts["denoiser"].spans))
+            reused.append(run.summary().reused)
+            stored.append(run.summary().cache_bytes)
+        outputs.append(made)
+    assert reused[0] == reused[1]
+    error = max(_error(*step) for step in zip(*outputs, strict=True))
+    return Apart(spans[0] < spans[1], error, reused[0], *stored)
+
+
+@dataclass(frozen=True)
 class Sliced:
     """One denoiser in the smallest slices. modules: that can run so. least: bytes a slice takes. error: relative."""
 
@@ -107,9 +151,16 @@ def sliced(case: Case, model: nn.Module) -> Sliced | None:
 
 
 @torch.no_grad()
-def _call(case: Case, model: nn.Module) -> list[Tensor]:
+def _call(case: Case, model: nn.Module, noise: Draw | None = None) -> list[Tensor]:
     # fresh every time: some forwards empty the lists they are given
-    return [tensor.clone() for tensor in flat(model(**case.inputs(Draw(1))))]
+    inputs = case.inputs(Draw(1))
+    if noise is not None:
+        inputs = tree_map_only(Tensor, lambda given: _noised(given, noise), inputs)
+    return [tensor.clone() for tensor in flat(model(**inputs))]
+
+
+def _noised(tensor: Tensor, noise: Draw) -> Tensor:
+    return tensor + 0.05 * noise(*tensor.shape).to(tensor) if tensor.is_floating_point() else tensor
 
 
 def _steps(case: Case, model: nn.Module, run: Any, count: int) -> Any:

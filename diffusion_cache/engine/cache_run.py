@@ -3,7 +3,7 @@
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -295,17 +295,24 @@ class CacheRun:
             count = len(frame.actions)
             self.warn(f"the policy's schedule is for {count} spans, but there are {len(spans)}: computing")
             frame.actions, frame.stores = (True,), (False,)
-        if name not in self.session.traced and any(len(span.members) > 1 for span in spans):
+        if self._is_to_trace(name, spans, args, kwargs):
             frame.trace = []
         if frame.may_reuse or frame.trace is not None or name in self.session.compiled:
-            frame.variant = (
-                _forms(enumerate(args)),
-                _forms(kwargs.items()),
-                frame.actions,
-            )
+            frame.variant = (*_forms(args, kwargs), frame.actions)
             frame.poisoned = frame.variant not in self.session.verified.get(name, ())
         self.spans.prefetch_first(frame)
         return frame
+
+    def _is_to_trace(self, name: str, spans: tuple[Span, ...], args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether to see in which order a denoiser's blocks run and what flows between them.
+
+        Once, or where stacks in a row are one span, for each form of a run's first call: what a ControlNet gives may
+        be added between them.
+        """
+        known = self.session.traced.get(name)
+        if known is None:
+            return any(len(span.members) > 1 for span in spans)
+        return self.clock.index == 0 and self.layouts[name].apart is not None and _forms(args, kwargs) not in known
 
     def _name_pass(self, denoiser: str, position: int, counted: bool) -> str:
         """The guidance branch of a call: one that is named like an earlier one of its step is another all the same."""
@@ -339,9 +346,13 @@ class CacheRun:
         self, frame: Frame, output: Any, args: tuple, kwargs: dict[str, Any]
     ) -> list[tuple[Visit, str]]:
         """Spans whose forecast did not make it to the output, or not alone; and why they cannot be cached, if so."""
+        name = frame.key[0]
         missed = [visit for visit in frame.reused if not visit.finished]
         if missed:
-            return [(visit, "is not called in the same way at every step") for visit in missed]
+            why = "is not called in the same way at every step"
+            if self.layouts[name].apart is not None and self._rejoined(name):
+                why = ""  # only one of the stacks may be so
+            return [(visit, why) for visit in missed]
         skipping = [visit for visit in frame.reused if len(visit.span.members) > 1 and visit.rows is None]
         if not frame.poisoned or not skipping:
             return []
@@ -351,15 +362,20 @@ class CacheRun:
             given = [*tensor_inputs(args, kwargs).values(), *(t for v in skipping for t in v.state.history.tensors())]
             if any(bool(tensor.isnan().any()) for tensor in given if tensor.is_floating_point()):
                 return [(visit, "") for visit in skipping]  # the NaN may come from there: nothing is learned
-            if self.session.merge_spans(frame.key[0]):
-                # a later stack may be what uses it (U-ViT): cached as one, from the next computed step on
-                self.layouts = dict(self.session.layouts)
+            if self._rejoined(name):  # a later stack may be what uses it (U-ViT), or what comes after all
                 return [(visit, "") for visit in skipping]
             why = "has blocks whose output is used outside of it as well"
             self.session.unusable.update({visit.span: why for visit in skipping})
             return [(visit, why) for visit in skipping]
-        self.session.verified.setdefault(frame.key[0], set()).add(frame.variant)
+        self.session.verified.setdefault(name, set()).add(frame.variant)
         return []
+
+    def _rejoined(self, name: str) -> bool:
+        """Whether a denoiser's stacks can be taken apart or made one; they are so from the next computed step on."""
+        if not self.session.rejoin_spans(name):
+            return False
+        self._take_layout(name)
+        return True
 
     def _close_frame(self, frame: Frame, name: str, spans: tuple[Span, ...]) -> None:
         whole = sum([visit.rows is None for visit in frame.reused])
@@ -375,7 +391,13 @@ class CacheRun:
         self.records.append(StepRecord(frame.step.index, frame.step.pass_name, name, computed, *made))
         if frame.trace and name in self.session.layouts:  # unless it was disabled meanwhile, by another thread
             self.session.arrange_spans(name, frame.trace)
-            self.layouts[name] = self.session.layouts[name]
+            self.session.traced[name].add(frame.variant[:2])
+            self._take_layout(name)
+
+    def _take_layout(self, name: str) -> None:
+        """Go on with the spans that the session has found for a denoiser."""
+        self.layouts[name] = self.session.layouts[name]
+        self.spans.keep_only(name, self.layouts[name].spans)
 
     def refresh(self) -> None:
         """Forget what is stored, so that what is called next is computed."""
@@ -503,9 +525,12 @@ class CacheRun:
             warnings.warn(message, DiffusionCacheWarning, stacklevel=2)
 
 
-def _forms(given: Iterable[tuple[Any, Any]]) -> frozenset[tuple[Any, Any]]:
+def _forms(args: tuple, kwargs: dict[str, Any]) -> tuple[frozenset[tuple[Any, Any]], ...]:
     """What of a call's arguments may change the way through a denoiser: that they are there, and switches."""
-    return frozenset([(name, it if it is None or isinstance(it, (bool, str)) else True) for name, it in given])
+    return tuple(
+        frozenset([(name, it if it is None or isinstance(it, (bool, str)) else True) for name, it in given])
+        for given in (enumerate(args), kwargs.items())
+    )
 
 
 def batch_size(args: tuple, kwargs: dict[str, Any]) -> int:

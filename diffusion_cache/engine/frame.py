@@ -46,6 +46,7 @@ class Visit:
     forecast: the span's output tensors where it is reused, in whole or in part; uncorrected: the same without what
     corrects them, where that is of use; rows: the batch rows that are computed all the same. quiet: computed with
     nothing left to learn from its middle members. given: the inputs themselves, of which `inputs` may be copies.
+    entered: their signature, the state's own where it is equal to that.
     """
 
     forecast: list[Tensor] | None = None
@@ -64,7 +65,7 @@ class Visit:
         self.inputs = inputs
         self.entered = entered
         self.stores = stores
-        unknown = state.template is None or state.signature != entered
+        unknown = state.template is None or state.signature is not entered
         self.given = inputs if given is None else given
         self.versions = {key: mark_of(tensor) for key, tensor in self.given.items()} if unknown else {}
 
@@ -181,7 +182,7 @@ class Frame:
         self.counts: dict[Span, int] = {}
         self.reused: list[Visit] = []
         self.deferred: list[weakref.ref[Deferred]] = []  # forecasts that blocks were given
-        self.outputs: dict[Span, list[Tensor]] = {}  # while tracing: of each span's latest member
+        self.outputs: dict[Span, list[tuple[Tensor, Mark]]] = {}  # while tracing: of each span's latest member
 
     @property
     def may_reuse(self) -> bool:

@@ -32,6 +32,7 @@ from ..models import (
     guider_scales,
     guiders,
     is_unet,
+    joined,
     merged,
     unwrap,
 )
@@ -187,6 +188,12 @@ class Method:
         least = 1 if self.corrector is None else self.corrector.history
         return max(self.forecaster.history, self.guarded.policy.needs.history, least)
 
+    @property
+    def spans_alike(self) -> bool:
+        """Whether stacks in a row give the same, but for rounding, where they are cached as one."""
+        parts = self.guarded.policy, self.forecaster
+        return self.corrector is None and all(part.spans_alike for part in parts)
+
     def for_call(self, kwargs: Mapping[str, Any], agree: Agree | None) -> "Method":
         """What a run goes by whose first denoiser call has these arguments."""
         if not self.guarded.policy.needs.condition:
@@ -312,10 +319,10 @@ class Session(Attached):
         self.span_index: dict[Span, int] = {}
         self.last_run: CacheRun | None = None
         self.agree: Agree | None = None  # makes ranks that share their work decide alike; found at each run's start
-        # learned once and kept over runs: denoisers whose blocks' order is known; ways of calling them (arguments, what
-        # is reused) in which nothing but the last blocks' output was seen to be used; spans whose batch rows were seen
-        # to be independent, or not
-        self.traced: set[str] = set()
+        # learned once and kept over runs: denoisers whose blocks' order is known, with the arguments that they were
+        # called with; ways of calling them (arguments, what is reused) in which nothing but the last blocks' output was
+        # seen to be used; spans whose batch rows were seen to be independent, or not
+        self.traced: dict[str, set[tuple]] = {}
         self.verified: dict[str, set[tuple]] = {}
         self.independent: Newest[tuple[Span, tuple], bool] = Newest(LEARNED)
         # what spans return, by visit and inputs
@@ -340,7 +347,7 @@ class Session(Attached):
         denoisers = find_denoisers(pipe)
         for name, denoiser in denoisers.items():
             _check_other_caches(denoiser, "pipe", name)
-        layouts = {name: self.method.layout(denoiser) for name, denoiser in denoisers.items()}
+        layouts = {name: self._layout(denoiser) for name, denoiser in denoisers.items()}
         if self.method.guarded.policy.for_one_sampler:
             self._sampler = self._sampler or Fingerprint.of(pipe, {})
             self._weights = self._weights or {name: Weights.of(denoiser) for name, denoiser in denoisers.items()}
@@ -364,7 +371,7 @@ class Session(Attached):
     def attach_model(self, model: nn.Module) -> None:
         """Attach to a bare denoiser; any of diffusers' schedulers then counts its steps."""
         _check_other_caches(model, "model")
-        layout = self.method.layout(model)
+        layout = self._layout(model)
         try:
             self._bind("denoiser", model, layout)
             self._patch_cache_context(model)
@@ -376,6 +383,19 @@ class Session(Attached):
 
     def detach_model(self) -> None:
         self._detach()
+
+    def _layout(self, denoiser: nn.Module) -> Layout:
+        """The denoiser's spans under the method: stacks in a row as one, which takes half the memory of two.
+
+        Not where an observer asks about each, a tuner goes on to other methods, or a graph that is compiled as a whole
+        does not show what flows between them.
+
+        Raises:
+            ConfigError, NoSpansError: as `Method.layout`.
+        """
+        layout = self.method.layout(denoiser)
+        apart = self.observer is not None or self.tuner is not None or self.method.is_traced(denoiser, layout.scope)
+        return layout if layout.scope != "stack" or apart or not self.method.spans_alike else joined(layout)
 
     def _bind(self, name: str, denoiser: nn.Module, layout: Layout) -> None:
         handlers: list[tuple[nn.Module, Callable]] = []
@@ -412,10 +432,16 @@ class Session(Attached):
         """Have the spans as their blocks were seen to run: stacks whose blocks take turns become one span."""
         self._rebind(name, arrange(self.layouts[name], trace))
 
-    def merge_spans(self, name: str) -> bool:
-        """Make one span of all stacks, if there are several."""
+    def rejoin_spans(self, name: str) -> bool:
+        """Take apart the stacks that are one span, or make one of them, where what is skipped turns out to be used.
+
+        False where neither is left to try.
+        """
         if name not in self.layouts:  # disabled meanwhile, by another thread
             return False
+        if (apart := self.layouts[name].apart) is not None:
+            self._rebind(name, apart)
+            return True
         if self.layouts[name].scope != "stack" or sum(not span.side for span in self.layouts[name].spans) < 2:
             return False
         self._rebind(name, merged(self.layouts[name]))
@@ -426,11 +452,11 @@ class Session(Attached):
             denoiser = self.denoisers[name]
             self._unbind(name, layout.spans)
             self._bind(name, denoiser, layout)
-        self.traced.add(name)
+        self.traced.setdefault(name, set())
 
     def _unbind(self, name: str, kept: Sequence[Span] = ()) -> None:
         """kept: spans of which is remembered what was found out about them."""
-        self.traced.discard(name)  # of the next denoiser of this name nothing is known
+        self.traced.pop(name, None)  # of the next denoiser of this name nothing is known
         self.verified.pop(name, None)
         if name in self.compiled:
             self.compiled.pop(name).remove()
@@ -642,15 +668,16 @@ class Session(Attached):
         if name in self._handlers and not _are_same(before, self._parts[name]):
             self._unbind(name)  # what was learned of it may not hold any more
         if name not in self._handlers:
-            self._bind(name, denoiser, self.method.layout(denoiser))
+            self._bind(name, denoiser, self._layout(denoiser))
             self._patch_cache_context(denoiser)
             return
         layout = self.layouts[name]
         intercepted = all(is_intercepted(module, self) for module, _ in self._handlers[name])
         if not intercepted or self.method.is_traced(denoiser, layout.scope) != (name in self.compiled):
+            known = layout.apart is None or name in self.traced
             self._unbind(name)  # compiled since
-            self.method.layout(denoiser)  # raises where the method is not for what is compiled
-            self._bind(name, denoiser, layout)
+            found = self._layout(denoiser)  # raises where the method is not for what is compiled
+            self._bind(name, denoiser, layout if known else found)
 
 
 def _parts(denoiser: nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from ..history import History, finite, is_finite, row_index
 from ..models import Called, Span
 from ..offload import Offload
 from .forecasting import Forecasts, as_tensor
-from .frame import Frame, PassKey, Recorded, SpanState, Visit
+from .frame import Frame, PassKey, Recorded, SpanState, Visit, mark_of, written_since
 from .group_offload import Groups
 from .signals import take
 from .structure import (
@@ -71,24 +71,27 @@ class SpanCalls:
     def call(self, frame: Frame, span: Span, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of one member of a span, computed or not."""
         visit = self._enter(frame, span, inner, args, kwargs) if member == 0 else frame.visits.get(span)
-        if frame.trace is not None:
-            self._trace(frame, Called(span, member), args, kwargs)
+        called = None if frame.trace is None else self._called(frame, span, member, args, kwargs)
         if visit is None or visit.finished:
             output = inner(*args, **kwargs)
         elif visit.forecast is not None:
             output = self._forecast_member(frame, visit, member, inner, args, kwargs)
         else:
             output = self._compute_member(frame, visit, member, inner, args, kwargs)
-        if frame.trace is not None:
-            frame.outputs[span] = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+        if called is not None:
+            assert frame.trace is not None
+            made = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+            frame.outputs[span] = [(tensor, mark_of(tensor)) for tensor in made]
+            frame.trace.append(called._replace(shapes=tuple(tensor.shape for tensor in made)))
         return output
 
-    def _trace(self, frame: Frame, called: Called, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note when a member runs, and whether it takes what the span's last member gave."""
-        assert frame.trace is not None
+    def _called(self, frame: Frame, span: Span, member: int, args: tuple, kwargs: dict[str, Any]) -> Called:
+        """A member that is about to run, and whether it takes what the span's last member gave."""
         given = {id(tensor) for tensor in tensor_inputs(args, kwargs).values()}
-        linked = any(id(tensor) in given for tensor in frame.outputs.get(called.span, []))
-        frame.trace.append(called._replace(linked=linked))
+        made = frame.outputs.get(span, [])
+        taken = [id(tensor) in given for tensor, _ in made]
+        as_given = not any(written_since(tensor, mark) for tensor, mark in made)
+        return Called(span, member, any(taken), all(taken) and as_given)
 
     def _forecast_member(
         self, frame: Frame, visit: Visit, member: int, inner: Callable, args: tuple, kwargs: dict[str, Any]
@@ -157,7 +160,9 @@ class SpanCalls:
         if before is not None and not before.finished:
             if before.forecast is None:
                 frame.open = None
-                self.give_up(before.state, span, "is entered again before it ends")
+                joined = self._run.layouts[frame.key[0]].apart is not None
+                if frame.trace is None or not joined:  # else it is taken apart at the end of the call
+                    self.give_up(before.state, span, "is entered again before it ends")
             return None
         if frame.open is not None:
             self._interrupted(frame, state, span)
@@ -174,6 +179,8 @@ class SpanCalls:
         if self._relates_passes:
             given |= self._first_pass(frame, span)
         entered = signature(given)
+        if entered == state.signature:
+            entered = state.signature  # from here on it is known by its identity
         unknown = state.template is None and (span, count + 1, entered) not in session.templates
         if span in session.written or (unknown and self._adds(span)):  # for all that is known, it writes into them
             inputs = copied(given)
@@ -198,7 +205,7 @@ class SpanCalls:
         frame.computed += 1
         if state.unusable:
             return None
-        if state.template is not None and state.signature != visit.entered:
+        if state.template is not None and state.signature is not entered:
             self._reshape(state)
         if frame.batch > 1 and self._tries_rows(span, visit.entered):
             visit.independent = True
@@ -289,7 +296,7 @@ class SpanCalls:
         if not state.history or state.template is None:
             frame.reason = "no history"
             return False
-        if state.signature != visit.entered:
+        if state.signature is not visit.entered:
             frame.reason = "other shapes"
             self._reshape(state)
             return False
@@ -431,7 +438,7 @@ class SpanCalls:
         span, state = visit.span, visit.state
         if visit.independent is not None:
             self._run.session.independent[span, visit.entered] = self._agreed(visit)
-        if state.template is None or state.signature != visit.entered:
+        if state.template is None or state.signature is not visit.entered:
             self._reshape(state, members=False)
             # kept over runs: to tell which input an output continues may take reading them back
             known = self._run.session.templates.get((span, frame.counts[span], visit.entered))
@@ -656,6 +663,18 @@ class SpanCalls:
         self._run.warn(
             f"{span.name} {why}, so it cannot be cached as one and is computed; try scope 'block' or 'denoiser'"
         )
+
+    def keep_only(self, denoiser: str, spans: Sequence[Span]) -> None:
+        """Let go of what is stored of a denoiser's other spans, which are arranged anew."""
+        gone = [key for key in self._states if key[0][0] == denoiser and key[1] not in spans]
+        self._count_bytes()
+        for key in gone:
+            self.forget(self._states.pop(key))
+        for (name, _), order in self._order.items():
+            if name == denoiser:
+                order[:] = [(span, state) for span, state in order if span in spans]
+                for place, (_, state) in enumerate(order):
+                    state.place = place
 
     def forget(self, state: SpanState) -> None:
         self._reshape(state)

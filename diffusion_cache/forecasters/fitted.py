@@ -120,6 +120,10 @@ class Fitted(Forecaster):
     def exact_degree(self) -> int | None:
         return None if self.corrected_channels else 0  # fitted weights sum to one, no more
 
+    @property
+    def spans_alike(self) -> bool:
+        return not self.groups and super().spans_alike
+
     def group(self, span: int) -> int:
         return self.groups[span] if self.groups else 0
 

@@ -13,7 +13,7 @@ from .calls import (
     unconditional_last,
 )
 from .denoisers import DENOISERS, LOOKING_INSIDE, find_denoisers, unwrap
-from .spans import Called, Layout, Span, arrange, attentions, default_scope, find_layout, is_unet, merged
+from .spans import Called, Layout, Span, arrange, attentions, default_scope, find_layout, is_unet, joined, merged
 
 __all__ = [
     "DENOISERS",
@@ -36,6 +36,7 @@ __all__ = [
     "guiders",
     "is_unconditional",
     "is_unet",
+    "joined",
     "merged",
     "unconditional_last",
     "unwrap",

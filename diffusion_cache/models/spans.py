@@ -8,7 +8,7 @@ out. What flows between, and which output belongs to which input, is read off th
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -59,11 +59,17 @@ class Span:
 
 
 class Called(NamedTuple):
-    """One call of a span's member. linked: it took what the member before it had given."""
+    """One call of a span's member.
+
+    linked: it took what the member before it had given; continues: all of that, as it was given. shapes: of the tensors
+    that it gave itself.
+    """
 
     span: Span
     member: int
     linked: bool = True
+    continues: bool = True
+    shapes: tuple[Sequence[int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +77,14 @@ class Layout:
     """The spans of one denoiser at one scope.
 
     probe: the module whose input is where the probe blocks begin, tail: the one whose output is where the tail blocks
-    end; None where there are none.
+    end; None where there are none. apart: the same with the main stacks each by itself, where they are one span.
     """
 
     scope: str
     spans: tuple[Span, ...]
     probe: nn.Module | None = None
     tail: nn.Module | None = None
+    apart: "Layout | None" = None
 
 
 def stacks(denoiser: nn.Module) -> dict[str, dict[str, nn.Module]]:
@@ -258,8 +265,47 @@ def arrange(layout: Layout, trace: Sequence[Called]) -> Layout:
     """The layout as one call ran it; trace: members in the order they were called.
 
     Members take the order in which they ran, and spans whose members took turns become one; side stacks that run
-    between the blocks of another, or are no chain, are left out. The layout itself where nothing changes.
+    between the blocks of another, or are no chain, are left out. Stacks that were joined and do not continue each
+    other are taken apart. The layout itself where nothing changes.
     """
+    if layout.apart is None:
+        return _arranged(layout, trace)
+    places = {module: (span, place) for span in layout.apart.spans for place, module in enumerate(span.members)}
+    retold = [called._replace(span=span, member=place) for called in trace for span, place in [places[_module(called)]]]
+    apart = _arranged(layout.apart, retold)
+    if not _continue(layout, trace):
+        return apart
+    arranged = _arranged(layout, trace)
+    return layout if arranged is layout and apart is layout.apart else replace(arranged, apart=apart)
+
+
+def _module(called: Called) -> nn.Module:
+    return called.span.members[called.member]
+
+
+def _continue(layout: Layout, trace: Sequence[Called]) -> bool:
+    """Whether main stacks that are one span do the same to a sample as each by itself.
+
+    Each begins right after the one before it with all that this gave, tensors of different shapes, and the last gives
+    some of these: then what the whole adds to a stream is the sum of what they add to it.
+    """
+    assert layout.apart is not None
+    (whole,) = (span for span in layout.spans if not span.side)
+    own = [called.member for called in trace if called.span is whole]
+    count = len(whole.members)
+    if not own or own != [*range(count)] * (len(own) // count):
+        return False
+    *ends, _ = accumulate(len(span.members) for span in layout.apart.spans if not span.side)
+    streams: set[Any] = set()
+    for before, after in pairwise(trace):
+        if before.span is whole and before.member + 1 in ends:
+            streams = set(before.shapes)
+            if after.span is not whole or not after.continues or len(streams) < len(before.shapes):
+                return False
+    return all(streams.issuperset(called.shapes) for called in trace if _module(called) is whole.members[-1])
+
+
+def _arranged(layout: Layout, trace: Sequence[Called]) -> Layout:
     first: dict[tuple[Span, int], int] = {}
     for place, called in enumerate(trace):
         first.setdefault((called.span, called.member), place)
@@ -291,6 +337,11 @@ def _is_between(side: Span, spans: Iterable[Span], first: Mapping[tuple[Span, in
     own = _places(side, first)
     others = [_places(span, first) for span in spans if span is not side and not span.side]
     return any(own and places and min(own) < max(places) and max(own) > min(places) for places in others)
+
+
+def joined(layout: Layout) -> Layout:
+    """The layout with its main stacks as one span, until `arrange` sees that they do not continue each other."""
+    return replace(merged(layout), apart=layout) if sum(not span.side for span in layout.spans) > 1 else layout
 
 
 def merged(layout: Layout) -> Layout:

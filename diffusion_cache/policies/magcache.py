@@ -69,6 +69,10 @@ class MagCache(Policy):
         """The ratios of each guidance branch."""
         return cast(Streams, self.ratios)
 
+    @property
+    def spans_alike(self) -> bool:
+        return True
+
     def for_run(self, noise_levels: Sequence[float]) -> "MagCache":
         return self._resampled(self.levels, noise_levels) if noise_levels and self.levels else self
 

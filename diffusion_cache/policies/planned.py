@@ -60,6 +60,10 @@ class Planned(Policy):
         return self._resampled[levels]
 
     @property
+    def spans_alike(self) -> bool:
+        return self.plan.spans == 1
+
+    @property
     def is_fitted(self) -> bool:
         return bool(self.plan.weights.isfinite().any())
 

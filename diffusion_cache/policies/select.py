@@ -43,6 +43,10 @@ class Select(Policy):
     def needs(self) -> Needs:
         return Needs(condition=True)
 
+    @property
+    def spans_alike(self) -> bool:
+        return all(part.spans_alike for part in (*self.plans, *self.forecasters))
+
     def choose(
         self, condition: Condition | None, agree: Callable[[Tensor], Tensor] | None
     ) -> tuple[Planned, Forecaster]:

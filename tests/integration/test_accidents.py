@@ -376,7 +376,7 @@ def test_reuse_goes_on_after_guidance_was_switched_off():
         (DIT, "block", 12),
         (UNET, "cut", 1),
         (UNET, "block", 7),
-        (FLUX, "stack", 2),
+        (FLUX, "stack", 1),
         (FLUX, "block", 11),
         (WAN, "stack", 1),
         (WAN, "block", 10),
@@ -999,9 +999,8 @@ def test_nan_in_one_run_does_not_touch_the_next(name, policy):
         return tree_map(lambda x: x * float("nan"), output) if len(calls) == 1 else output
 
     dc.enable(pipe, policy[0], **policy[1])
-    # one warning a span; a policy that looks at the probe sees NaN there and never comes to reuse
-    warnings_expected = dc.inspect(pipe).spans if policy[0] == "interval" else ()
-    with block.register_forward_hook(poison), warned(len(warnings_expected), "not finite"):
+    # a policy that looks at the probe sees NaN there and never comes to reuse
+    with block.register_forward_hook(poison), warned(int(policy[0] == "interval"), "not finite"):
         assert not generate(name, pipe).isfinite().any()
     first_pass = dc.summary(pipe).records[0].pass_name
     assert computed(dc.summary(pipe), first_pass) == "1" * STEPS

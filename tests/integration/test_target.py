@@ -74,7 +74,8 @@ def test_nothing_of_the_search_is_left(pipe, monkeypatch):
     threshold = session.last_run.method.guarded.policy.threshold
     dc.enable(pipe, "teacache", threshold=threshold)
     plain = call()
-    assert torch.equal(reference.images(NAME, pipe(**plain)), searched)
+    # but for rounding: with nothing to search for, stacks in a row are one span
+    torch.testing.assert_close(reference.images(NAME, pipe(**plain)), searched, rtol=0, atol=2e-6)
     states = [generator.get_state() for generator in plain["generator"]]
     assert all(torch.equal(g.get_state(), s) for g, s in zip(inputs["generator"], states, strict=True))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from zoo_checks import PERTURBED, TOLERANCE, checks
+from zoo_checks import PERTURBED, TOLERANCE, checks, compared_apart
 
 from diffusion_cache.models.spans import SIDE_STACK, branches, is_unet, stacks
 
@@ -32,6 +32,19 @@ BESIDE = {
     "LatteTransformer3DModel-image": {"temporal_transformer_blocks"},
     "Flux3Transformer2DModel": {"mode_blocks.image_cond"},
 }
+# stacks of which the next one begins with what the last one gave, and nothing between: cached as one span
+JOINED = (
+    "BriaTransformer2DModel",
+    *(f"FluxTransformer2DModel{variant}" for variant in ("", "-schnell", "-control", "-kontext")),
+    "Flux2Transformer2DModel-kv_extract",
+    *(f"HunyuanImageTransformer2DModel{variant}" for variant in ("", "-distilled", "-refiner")),
+    *(f"HunyuanVideoTransformer3DModel{variant}" for variant in ("", "-latent-concat", "-token-replace")),
+    "HunyuanVideoFramepackTransformer3DModel",
+    *(f"LongCatImageTransformer2DModel{variant}" for variant in ("", "-edit")),
+    *(f"MotifVideoTransformer3DModel{variant}" for variant in ("", "-decoder")),
+    "OvisImageTransformer2DModel",
+)
+SEVERAL_STACKS = [case for case in CASES if len(case.chain) > 1 and not case.levels]
 # linear layers whose outputs are added, where the feed-forward is no module of its own
 INLINE = ("proj_mlp", "proj_out", "ff_out", "down_proj")
 
@@ -81,6 +94,16 @@ def test_denoiser(built):
         else:
             assert check.reused > 0, check
             assert check.perturbed > PERTURBED, check
+
+
+@pytest.mark.parametrize("case", SEVERAL_STACKS, ids=lambda case: case.id)
+def test_stacks_in_a_row_are_one_span(case):
+    found = compared_apart(case, zoo.build(case))
+    assert (found.joined, found.error <= TOLERANCE) == (case.id in JOINED, True)
+    assert found.joined or found.error == 0
+    assert (found.reused == 0) == (reason(case, "stack") is not None)
+    if found.joined:
+        assert found.bytes <= 0.6 * found.bytes_apart  # half, where the later ones give all that the first ones do
 
 
 def test_blocks_and_branches_are_found(built):

@@ -11,7 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_cache import reference
 from diffusion_cache.errors import ConfigError, NoSpansError
-from diffusion_cache.models import Called, Layout, Span, arrange, default_scope, find_denoisers, find_layout, unwrap
+from diffusion_cache.models import (
+    Called,
+    Layout,
+    Span,
+    arrange,
+    default_scope,
+    find_denoisers,
+    find_layout,
+    joined,
+    unwrap,
+)
 
 
 def build_dit():
@@ -401,6 +411,90 @@ def test_an_arranged_layout_runs_as_it_says():
     once = arrange(Layout("stack", spans), traced("b0 a2 b1 a0", spans))
     (merged,) = once.spans
     assert arrange(once, [Called(merged, member) for member in range(4)]) is once
+
+
+# stacks in a row as one span
+
+TEXT, IMAGE = (1, 2, 8), (1, 4, 8)
+
+
+def stacked(*names):
+    """Stacks of two blocks, the main ones joined, and for a trace what "a0" is in that layout."""
+    layout = joined(Layout("stack", tuple(span(name, 2) for name in names)))
+    called = {}
+    for own in layout.spans:
+        for member in range(len(own.members)):
+            name = f"{own.name.split('+')[member // 2]}{member % 2}"
+            called[name] = Called(own, member, member > 0, member > 0, (TEXT, IMAGE))
+    return layout, called
+
+
+def test_joined_stacks_are_kept_apart_as_well():
+    layout, _ = stacked("text", "a", "b")
+    assert layout.apart is not None
+    assert [span.name for span in layout.spans] == ["text", "a+b"]
+    assert [span.name for span in layout.apart.spans] == ["text", "a", "b"]
+    text, a, b = layout.apart.spans
+    assert [span.members for span in layout.spans] == [text.members, a.members + b.members]
+
+
+@pytest.mark.parametrize("names", ["a", ("a", "text"), ("text", "captions")])
+def test_there_is_nothing_to_join(names):
+    layout = Layout("stack", tuple(span(name, 2) for name in names))
+    assert joined(layout) is layout
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("text0 text1 a0 a1 b0 b1", {}),
+        ("a0 a1 b0 b1 a0 a1 b0 b1", {}),
+        ("a0 a1 b0 b1 text0 text1", {}),
+        ("a0 a1 b0 b1", {"b1": {"shapes": (IMAGE,)}}),  # one stream is used no further
+        ("a0 a1 b0 b1", {"b0": {"shapes": (IMAGE,)}, "b1": {"continues": False}}),  # within a stack, as ever
+    ],
+)
+def test_stacks_that_continue_each_other_stay_one(text, changed):
+    layout, called = stacked("text", "a", "b")
+    assert arrange(layout, [called[name]._replace(**changed.get(name, {})) for name in text.split()]) is layout
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("a0 a1 b0 b1", {"b0": {"continues": False}}),  # something is done between them
+        ("a0 a1 text0 text1 b0 b1", {}),
+        ("a0 a1 b0 b1 a0 a1", {}),  # not all of it runs each time
+        ("a0 a1", {}),
+        ("text0 text1", {}),
+        ("a0 a1 a0 a1 b0 b1", {}),
+        ("a0 a1 b0 b1", {"a1": {"shapes": (IMAGE, IMAGE)}}),  # which stream is which cannot be told
+        ("a0 a1 b0 b1", {"a1": {"shapes": (IMAGE,)}}),  # a stream begins with the second stack
+        ("", {}),
+    ],
+)
+def test_stacks_that_do_not_are_taken_apart(text, changed):
+    layout, called = stacked("text", "a", "b")
+    assert arrange(layout, [called[name]._replace(**changed.get(name, {})) for name in text.split()]) is layout.apart
+
+
+@pytest.mark.parametrize("text", ["b0 b1 a0 a1", "a1 a0 b0 b1", "a0 b0 a1 b1"])
+def test_stacks_that_run_in_another_order_are_as_if_never_joined(text):
+    layout, called = stacked("a", "b")
+    assert layout.apart is not None
+    found = arrange(layout, [called[name] for name in text.split()])
+    never = arrange(layout.apart, traced(text, layout.apart.spans))
+    assert found.apart is None
+    assert [(span.name, span.members) for span in found.spans] == [(span.name, span.members) for span in never.spans]
+
+
+def test_a_side_stack_between_blocks_is_left_out_of_both():
+    layout, called = stacked("text", "a", "b")
+    assert layout.apart is not None
+    found = arrange(layout, [called[name] for name in ["a0", "text0", "text1", "a1", "b0", "b1"]])
+    assert found.spans == layout.spans[1:]
+    assert found.apart is not None
+    assert found.apart.spans == layout.apart.spans[1:]
 
 
 # denoisers among components

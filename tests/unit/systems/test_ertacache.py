@@ -131,13 +131,13 @@ def test_adjusted_levels_are_the_samplers_own(pipe, profile, adjust):
 
 
 def test_spans_of_the_stack_together(pipe):
-    """Flux has two stacks: one decision for both."""
+    """Flux has two stacks: one decision for both, which are one span."""
     plan = ERTACache(nfe=5).plan(plans.profile(MODEL))
     assert (plan.scope, plan.feature, plan.nfe) == ("stack", "residual", 5)
     with dc.cached(pipe, plan=plan):
         images(pipe)
         records = dc.summary(pipe).records
-    assert [record.spans_reused for record in records] == [0 if step else 2 for step in steps_of(plan)]
+    assert [record.spans_reused for record in records] == [0 if step else 1 for step in steps_of(plan)]
 
 
 @pytest.mark.parametrize(
