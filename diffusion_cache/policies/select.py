@@ -45,7 +45,7 @@ class Select(Policy):
 
     @property
     def spans_alike(self) -> bool:
-        return all(part.spans_alike for part in (*self.plans, *self.forecasters))
+        return all(plan.spans_alike for plan in self.plans) and all(one.spans_alike for one in self.forecasters)
 
     def choose(
         self, condition: Condition | None, agree: Callable[[Tensor], Tensor] | None

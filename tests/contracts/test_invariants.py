@@ -29,9 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_cache as dc
 from diffusion_cache import registry
-from diffusion_cache.engine import CacheRun, intercept, patches
+from diffusion_cache.engine import CacheRun, Method, intercept, patches
 from diffusion_cache.engine.span_calls import SpanCalls
 from diffusion_cache.history import History
+
+TWO_STACKS = [case for case in CASES if (case.model, case.scope) == ("flux-digits", "stack")]
 
 few_cases = pytest.mark.parametrize("case", sorted(FEW + MIXED, key=str), ids=str)
 
@@ -140,6 +142,26 @@ def test_runs_repeat_and_leave_nothing_behind(subject, case):
     assert not [name for name in vars(subject.pipe) if "diffusion_cache" in name]
     assert not [name for name in vars(subject.pipe.scheduler) if "diffusion_cache" in name]
     assert torch.equal(subject.generate(), subject.uncached)
+
+
+@pytest.mark.parametrize("case", TWO_STACKS, ids=str)
+def test_stacks_in_a_row_give_as_one_what_they_give_apart(subject, case, monkeypatch):
+    """To rounding. Some are of each stack: racer's signal, rfc's scale, and how frequency splits what it forecasts."""
+    with dc.cached(subject.pipe, **case.options()):
+        found, one = subject.generate(), dc.summary(subject.pipe)
+    alike = not {case.policy, case.forecaster} & {"racer", "rfc", "frequency"}
+    assert one.spans == (1 if alike else 2)
+    monkeypatch.setattr(Method, "spans_alike", False)
+    with dc.cached(subject.pipe, **case.options()):
+        expected, apart = subject.generate(), dc.summary(subject.pipe)
+    assert apart.spans == 2
+    assert [record.computed for record in one.records] == [record.computed for record in apart.records]
+    assert one.hit_rate == apart.hit_rate > 0
+    if alike:
+        assert one.cache_bytes < apart.cache_bytes
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
 
 
 def outputs(subject, case, *passes):
