@@ -120,6 +120,13 @@ def test_a_correction_goes_with_its_weights():
     assert Fitted(table(1)).corrected_channels == Taylor().corrected_channels == 0
 
 
+def test_stacks_can_be_one_span_where_their_weights_are_the_same():
+    fit = Fit((1, 4), (0.5, 0.5))
+    assert Fitted({(5, 0, 0): fit}).spans_alike
+    assert not Fitted({(5, 1, 0): fit}, groups=(0, 1)).spans_alike
+    assert not Fitted({(5, 0, 0): replace(fit, correction=Correction((1.5, 0.5), (0.0, -1.0)))}).spans_alike
+
+
 @pytest.mark.parametrize("dtype", ["model", "int8-delta"])
 def test_channels_that_do_not_fit_are_computed(dtype):
     """With a warning; an output of other channels must not be stretched to those of its correction."""

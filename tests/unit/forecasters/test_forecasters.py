@@ -47,6 +47,14 @@ def query_of(nodes, target, total=None):
     return Query(nodes, target, total=total, times=TIMES)
 
 
+def test_forecasters_whose_spans_are_alike_have_the_same_weights_for_each():
+    for forecaster in (*LINEAR, *INEXACT):
+        assert forecaster.spans_alike is not forecaster.keeps_inputs
+        of_spans = [forecaster.weights(query_of((1.0, 4.0, 6.0), 8.0)._replace(span=span)) for span in (0, 3)]
+        assert of_spans[0] == of_spans[1]
+    assert not any(forecaster.spans_alike for forecaster in NONLINEAR)
+
+
 def forecast(forecaster, nodes, values, target):
     """The scalar forecast from the last `history` nodes."""
     nodes, values = nodes[-forecaster.history :], values[-forecaster.history :]

@@ -172,3 +172,9 @@ def test_without_a_number_of_steps_there_is_no_schedule():
     step = Step(1, None, 1, None, "0", (slice(None),))
     with pytest.raises(ConfigError, match="num_steps"):
         Planned(plan()).decide(step, None, PassState())
+
+
+def test_spans_are_alike_where_a_plan_decides_for_all_at_once():
+    assert Planned(plan()).spans_alike
+    apart = Schedule(tuple(((computed == "1",) * 2,) for computed in MASK))
+    assert not Planned(plan(schedule=apart)).spans_alike
