@@ -99,9 +99,7 @@ class Apart:
 class OneByOne(Taylor):
     """Of each stack by itself, as if its weights were its own."""
 
-    @property
-    def spans_alike(self) -> bool:
-        return False
+    spans_alike = False
 
 
 def compared_apart(case: Case, model: nn.Module) -> Apart:

@@ -1,17 +1,15 @@
 """Stacks of which one continues another are cached as one span, until that turns out to be wrong."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
+from zoo_checks import OneByOne
 
 import diffusion_cache as dc
 from diffusion_cache import reference
 from diffusion_cache.errors import DiffusionCacheWarning
 from diffusion_cache.forecasters.reuse import Reuse
-from diffusion_cache.forecasters.taylor import Taylor
 from diffusion_cache.plan import Plan
 from diffusion_cache.policies.first_block import FirstBlock
 from diffusion_cache.schedule import Schedule
@@ -24,35 +22,25 @@ ONE = ["blocks+more_blocks"]
 APART = ["blocks", "more_blocks"]
 
 
-class Apart:
-    @property
-    def spans_alike(self):
-        return False
+class ReusedOneByOne(Reuse):
+    spans_alike = False
 
 
-@dataclass(frozen=True)
-class OneByOne(Apart, Taylor):
-    """Of each stack by itself, as if its weights were its own."""
-
-
-@dataclass(frozen=True)
-class ReusedOneByOne(Apart, Reuse):
-    """The same with the latest feature."""
-
-
-def generate(pipe, **changed):
-    return reference.images(FLUX, pipe(**reference.inputs(FLUX, (3, 4), (5, 6), steps=8) | changed))
+def generate(pipe):
+    return reference.images(FLUX, pipe(**reference.inputs(FLUX, (3, 4), (5, 6), steps=STEPS)))
 
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("interval", {"every": 2}), ("first_block", {"threshold": 0.1}), ("magcache", {"threshold": 0.2})],
+    [
+        ("interval", {"every": 2}),
+        ("first_block", {"threshold": 0.1}),
+        ("magcache", {"threshold": 0.2, "ratios": (1.0, *(0.97,) * (STEPS - 1))}),
+    ],
     ids=lambda it: it if isinstance(it, str) else "",
 )
 def test_half_the_memory_and_the_same_images(policy, options):
     pipe = reference.load(FLUX)
-    if policy == "magcache":
-        options["ratios"] = (1.0, *(0.97,) * 7)
     with dc.cached(pipe, policy, OneByOne(), **options):
         expected, apart = generate(pipe), dc.summary(pipe)
     with dc.cached(pipe, policy, "taylor", **options):
@@ -68,7 +56,7 @@ def test_half_the_memory_and_the_same_images(policy, options):
 
 def halves():
     """A plan that reuses the second stack alone."""
-    schedule = Schedule(tuple(((True, step % 2 == 0),) for step in range(8)))
+    schedule = Schedule(tuple(((True, step % 2 == 0),) for step in range(STEPS)))
     return Plan("second", "stack", None, "auto", schedule, ())
 
 
